@@ -1,0 +1,224 @@
+// dy to dx and to the sums of dalpha, from kept bits, codes or x.
+
+namespace cg::CG_ISA {
+namespace {
+
+// What was kept of x, for one block: flags as words, and the codes where there are any.
+struct KeptBlock {
+  uint64_t gate = ~uint64_t{0}, inside = 0, above = 0;
+  uint8_t codes[kBlock];
+};
+
+CG_HD void read_kept(const Backward& a, int64_t block, int count, KeptBlock& kept) {
+  if (a.kind == MaskKind::state) {
+    uint64_t words[2];
+    read_packed<2>(a.mask, block, count, words);
+    kept.inside = unspread_bits(words[0]) | unspread_bits(words[1]) << 32;
+    kept.above = unspread_bits(words[0] >> 1) | unspread_bits(words[1] >> 1) << 32;
+    if (a.ste == Ste::clipped_relu) kept.gate = kept.inside;
+    if (a.ste == Ste::relu) kept.gate = kept.inside | kept.above;
+  } else if (a.kind != MaskKind::nothing) {
+    read_packed<1>(a.mask, block, count, &kept.gate);
+  }
+  if (a.codes) {
+    read_codes(a.codes, block, count, packed_width(a.bits), kept.codes);
+    if (a.kind == MaskKind::nothing && a.ste == Ste::relu) {  // rounding is ceil or hwgq: x > 0 is c > 0
+      kept.gate = 0;
+      for (int i = 0; i < kBlock; ++i) kept.gate |= static_cast<uint64_t>(kept.codes[i] != 0) << i;
+    }
+  }
+}
+
+// dx from a gate: the numbers of dy pass as they are, whatever their type.
+template <class U>
+CG_HD void backward_gate(const Backward& a, int64_t block, int count, uint64_t gate) {
+  U dy_copy[kBlock], dx_copy[kBlock];
+  const U* dy = read_block(static_cast<const U*>(a.grad_y), block, count, dy_copy);
+  U* grad_x = static_cast<U*>(a.grad_x) + block * kBlock;
+  keep_bits(dy, count == kBlock ? grad_x : dx_copy, gate, a.stream && count == kBlock);
+  if (count < kBlock) memcpy(grad_x, dx_copy, count * sizeof(U));
+}
+
+// Sums dy * A per chunk and channel. Blocks of one channel are summed in a register until chunk or channel change.
+template <class A>
+class ChannelSums {
+  using P = Pack<A>;
+
+ public:
+  explicit CG_HD ChannelSums(const Backward& a) : a_(a) {}
+  CG_HD ~ChannelSums() { flush(); }
+
+  // Before the terms of a block.
+  CG_HD void start(int64_t block, const Uniform<A>& source) {
+    A* sum = sums_of_chunk(block) + source.channel;
+    if (sum != sum_) flush();
+    sum_ = sum;
+  }
+  CG_HD void start(int64_t, const Varying<A>&) {}
+
+  CG_HD void add(const Uniform<A>&, int, P term) { total_ = total_ + term; }
+  CG_HD void add(const Varying<A>&, int i, P term) { Lanes<P>::store(terms_ + i, term); }
+
+  // After them.
+  CG_HD void finish(int64_t, const Uniform<A>&) {}
+  CG_HD void finish(int64_t block, const Varying<A>&) {
+    A* sums = sums_of_chunk(block);
+    if (a_.steps.inner == 1) {
+      int64_t channel = block * kBlock % a_.steps.channels;
+      for (int i = 0; i < kBlock;) {
+        const int64_t left = a_.steps.channels - channel;
+        const int run = left < kBlock - i ? static_cast<int>(left) : kBlock - i;
+        for (int j = 0; j < run; ++j) sums[channel + j] += terms_[i + j];
+        i += run;
+        channel = 0;
+      }
+    } else {
+      for_each_run(a_.steps, block, [&](int64_t channel, int first, int last) {
+        A sum = 0;
+        for (int i = first; i < last; ++i) sum += terms_[i];
+        sums[channel] += sum;
+      });
+    }
+  }
+
+ private:
+  CG_HD A* sums_of_chunk(int64_t block) const {
+    return static_cast<A*>(a_.partial) + block / a_.chunk_blocks * a_.steps.channels;
+  }
+  CG_HD void flush() {
+    if (sum_) *sum_ += Lanes<P>::sum(total_);
+    total_ = P(A(0));
+  }
+
+  const Backward& a_;
+  A* sum_ = nullptr;
+  P total_ = P(A(0));
+  A terms_[kBlock];
+};
+
+// A term is a select, not a product: dy may be infinite where A is 0.
+template <class P>
+CG_HD P masked_product(P dy, P value) {
+  const P zero(scalar_of<P>(0));
+  return select(value != zero, mul(dy, value), zero);
+}
+
+// From the kept bits or codes: dx, and dalpha for the rules that need no x.
+template <class T>
+void backward_kept(const Backward& args, int64_t begin, int64_t end) {
+  using A = compute_t<T>;
+  using P = Pack<A>;
+  using U = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  const Backward a = args;
+  const A top = A((1 << a.bits) - 1);
+  const P q(top), inside_factor(inside_value(a.rule, top)), zero(A(0));
+  const bool two_valued = a.rule == AlphaGrad::two_valued;
+  ChannelSums<A> sums(a);
+  for_each_block<A, false>(a.steps, begin, end, [&](int64_t block, const auto& source) {
+    const int count = block_count(a.count, block);
+    KeptBlock kept;
+    read_kept(a, block, count, kept);
+    if (a.grad_x) backward_gate<U>(a, block, count, kept.gate);
+    if (!a.partial) return;
+    T copy[kBlock];
+    const T* grad_y = read_block(static_cast<const T*>(a.grad_y), block, count, copy);
+    sums.start(block, source);
+    for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
+      const P dy = Io<T>::load(grad_y + i);
+      if (a.codes) {
+        sums.add(source, i, masked_product(dy, Lanes<P>::load_codes(kept.codes + i)));
+      } else {
+        const P inside = two_valued ? zero : select(Lanes<P>::mask(kept.inside >> i), mul(dy, inside_factor), zero);
+        sums.add(source, i, select(Lanes<P>::mask(kept.above >> i), mul(dy, q), inside));
+      }
+    }
+    sums.finish(block, source);
+  });
+}
+
+template <class T, Rounding R, bool kRegular, class Source>
+CG_HD void codes_rounding(const T* x, const Source& source, int bits, uint8_t* codes) {
+  using P = Pack<compute_t<T>>;
+  const P q(compute_t<T>((1 << bits) - 1));
+  for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
+    Lanes<P>::store_codes(codes + i, quantize_pack<T, R, kRegular>(Io<T>::load(x + i), source.at(i), q).code);
+  }
+}
+
+template <class T, bool kRegular, class Source>
+void codes_block(Rounding rounding, const T* x, const Source& source, int bits, uint8_t* codes) {
+  switch (rounding) {
+    case Rounding::ceil: return codes_rounding<T, Rounding::ceil, kRegular>(x, source, bits, codes);
+    case Rounding::nearest: return codes_rounding<T, Rounding::nearest, kRegular>(x, source, bits, codes);
+    case Rounding::hwgq: return codes_rounding<T, Rounding::hwgq, kRegular>(x, source, bits, codes);
+  }
+}
+
+// From x itself: dx by g', and dalpha by any rule.
+template <class T, class SteT>
+void backward_x(const Backward& args, int64_t begin, int64_t end) {
+  using A = compute_t<T>;
+  using P = Pack<A>;
+  const Backward a = args;
+  const A top = A((1 << a.bits) - 1);
+  const P q(top), inside_factor(inside_value(a.rule, top)), zero(A(0));
+  ChannelSums<A> sums(a);
+  const bool by_code = a.partial && (a.rule == AlphaGrad::exact || a.rule == AlphaGrad::chain);
+  for_each_block<A>(a.steps, begin, end, [&](int64_t block, const auto& source) {
+    const int count = block_count(a.count, block);
+    T x_copy[kBlock], dy_copy[kBlock], dx_copy[kBlock];
+    const T* x = read_block(static_cast<const T*>(a.x), block, count, x_copy);
+    const T* grad_y = read_block(static_cast<const T*>(a.grad_y), block, count, dy_copy);
+    const bool whole = a.grad_x && count == kBlock, stream = whole && a.stream;
+    T* dx_block = whole ? static_cast<T*>(a.grad_x) + block * kBlock : dx_copy;
+    uint8_t codes[kBlock];
+    if (by_code) {
+#if CG_ANY_STEPS
+      if (!a.steps.regular) codes_block<T, false>(a.rounding, x, source, a.bits, codes);
+      else
+#endif
+        codes_block<T, true>(a.rounding, x, source, a.bits, codes);
+    }
+    if (a.partial) sums.start(block, source);
+    for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
+      const P alpha = source.at(i).alpha;
+      const Point<P> p{Io<T>::load(x + i), alpha, q, level<T>(q, alpha)};
+      const P dy = Io<T>::load(grad_y + i);
+      const P g = SteT::g(p);
+      const P dx = round_to<T>(gated<SteT>(p, mul(dy, g)));
+      if (stream) Io<T>::stream(dx_block + i, dx);
+      else Io<T>::store(dx_block + i, dx);
+      if (!a.partial) continue;
+      P value;
+      if (by_code) {
+        value = Lanes<P>::load_codes(codes + i);
+        if (a.rule == AlphaGrad::chain) value = chain_value<SteT>(p, value);
+      } else {
+        value = select(p.x > p.top, q, select(is_positive(p.x), inside_factor, zero));
+      }
+      sums.add(source, i, masked_product(dy, value));
+    }
+    if (a.grad_x && count < kBlock) memcpy(static_cast<T*>(a.grad_x) + block * kBlock, dx_copy, count * sizeof(T));
+    if (a.partial) sums.finish(block, source);
+  });
+}
+
+void backward(const Backward& a, int64_t begin, int64_t end) {
+  with_dtype(a.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    if (!a.x) {
+      backward_kept<T>(a, begin, end);
+    } else {
+      switch (a.ste) {
+#define CG_CASE(name, Struct) \
+  case Ste::name: backward_x<T, Struct>(a, begin, end); break;
+        CG_FOR_EACH_STE(CG_CASE)
+#undef CG_CASE
+      }
+    }
+    if (a.stream) stream_fence();
+  });
+}
+
+}  // namespace
+}  // namespace cg::CG_ISA

@@ -1,0 +1,175 @@
+// Walking the blocks of a tensor with the alpha of each element, and reading and writing what is packed.
+
+namespace cg::CG_ISA {
+namespace {
+
+template <class A>
+struct StepPack {
+  Pack<A> alpha{}, inverse{};
+};
+
+// One alpha for the whole block.
+template <class A>
+struct Uniform {
+  StepPack<A> step;
+  int64_t channel;
+  CG_HD StepPack<A> at(int) const { return step; }
+};
+
+// An alpha for each element, read from two arrays.
+template <class A>
+struct Varying {
+  const A* alpha;
+  const A* inverse;
+  CG_HD StepPack<A> at(int i) const { return {Lanes<Pack<A>>::load(alpha + i), Lanes<Pack<A>>::load(inverse + i)}; }
+};
+
+// body(channel, first, last) for each run of one channel within the block.
+template <class Body>
+CG_HD void for_each_run(const Steps& steps, int64_t block, const Body& body) {
+  const int64_t start = block * kBlock, segment = start / steps.inner;
+  int64_t left = steps.inner - (start - segment * steps.inner), channel = segment % steps.channels;
+  for (int first = 0; first < kBlock;) {
+    const int last = left < kBlock - first ? first + static_cast<int>(left) : kBlock;
+    body(channel, first, last);
+    first = last;
+    left = steps.inner;
+    if (++channel == steps.channels) channel = 0;
+  }
+}
+
+// body(block, source) for each block, with the source of alpha that fits it; without kSteps the source only tells
+// whether the block has one channel, and which.
+template <class A, bool kSteps = true, class Body>
+CG_HD void for_each_block(const Steps& steps, int64_t begin, int64_t end, const Body& body) {
+  const A* alpha = static_cast<const A*>(steps.alpha);
+  const A* inverse = static_cast<const A*>(steps.inverse);
+  const auto uniform = [&](int64_t channel) {
+    if constexpr (kSteps) return Uniform<A>{{Pack<A>(alpha[channel]), Pack<A>(inverse[channel])}, channel};
+    else return Uniform<A>{{}, channel};
+  };
+  if (steps.channels == 1) {
+    const Uniform<A> one = uniform(0);
+    for (int64_t block = begin; block < end; ++block) body(block, one);
+    return;
+  }
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t start = block * kBlock;
+    if (steps.inner == 1) {
+      const int64_t channel = start % steps.channels;
+      body(block, Varying<A>{alpha + channel, inverse + channel});
+      continue;
+    }
+    const int64_t segment = start / steps.inner;
+    if (start + kBlock <= (segment + 1) * steps.inner) {
+      body(block, uniform(segment % steps.channels));
+      continue;
+    }
+    A alphas[kBlock], inverses[kBlock];
+    if constexpr (kSteps) {
+      for_each_run(steps, block, [&](int64_t channel, int first, int last) {
+        for (int i = first; i < last; ++i) alphas[i] = alpha[channel], inverses[i] = inverse[channel];
+      });
+    }
+    body(block, Varying<A>{alphas, inverses});
+  }
+}
+
+CG_HD int block_count(int64_t count, int64_t block) {
+  const int64_t left = count - block * kBlock;
+  return left < kBlock ? static_cast<int>(left) : kBlock;
+}
+
+// The last block may be short: it is read from a copy padded with zeros, and written through one.
+template <class U>
+CG_HD const U* read_block(const U* from, int64_t block, int count, U* copy) {
+  if (count == kBlock) return from + block * kBlock;
+  for (int i = count; i < kBlock; ++i) copy[i] = U{};
+  memcpy(copy, from + block * kBlock, count * sizeof(U));
+  return copy;
+}
+
+// A block's kWidth bits an element begin at byte block * 8 * kWidth. Whole blocks are copied by a size that the compiler
+// knows, which is a few moves instead of a call.
+template <int kWidth>
+CG_HD void write_packed(uint8_t* to, int64_t block, int count, const uint64_t* words) {
+  to += block * 8 * kWidth;
+  if (count == kBlock) memcpy(to, words, 8 * kWidth);
+  else memcpy(to, words, packed_bytes(count, kWidth));
+}
+template <int kWidth>
+CG_HD void read_packed(const uint8_t* from, int64_t block, int count, uint64_t* words) {
+  from += block * 8 * kWidth;
+  if (count == kBlock) {
+    memcpy(words, from, 8 * kWidth);
+  } else {
+    memset(words, 0, 8 * kWidth);
+    memcpy(words, from, packed_bytes(count, kWidth));
+  }
+}
+
+CG_HD void write_mask(uint8_t* to, MaskKind kind, int64_t block, int count, uint64_t positive, uint64_t above) {
+  const uint64_t inside = positive & ~above;
+  if (kind == MaskKind::state) {
+    const uint64_t words[2] = {spread_bits(inside) | spread_bits(above) << 1,
+                               spread_bits(inside >> 32) | spread_bits(above >> 32) << 1};
+    write_packed<2>(to, block, count, words);
+  } else {
+    write_packed<1>(to, block, count, kind == MaskKind::inside ? &inside : &positive);
+  }
+}
+
+template <int kWidth>
+CG_HD void write_codes_of(uint8_t* to, int64_t block, int count, const uint8_t* codes) {
+  uint64_t words[8];
+  uint8_t* packed = reinterpret_cast<uint8_t*>(words);
+  for (int i = 0; i < 8; ++i) {
+    uint64_t eight;
+    memcpy(&eight, codes + 8 * i, 8);
+    eight = ByteFields<kWidth>::gather(eight);
+    memcpy(packed + kWidth * i, &eight, kWidth);
+  }
+  write_packed<kWidth>(to, block, count, words);
+}
+template <int kWidth>
+CG_HD void read_codes_of(const uint8_t* from, int64_t block, int count, uint8_t* codes) {
+  uint64_t words[8];
+  const uint8_t* packed = reinterpret_cast<const uint8_t*>(words);
+  read_packed<kWidth>(from, block, count, words);
+  for (int i = 0; i < 8; ++i) {
+    uint64_t eight = 0;
+    memcpy(&eight, packed + kWidth * i, kWidth);
+    eight = ByteFields<kWidth>::scatter(eight);
+    memcpy(codes + 8 * i, &eight, 8);
+  }
+}
+
+void write_codes(uint8_t* to, int64_t block, int count, int width, const uint8_t* codes) {
+  switch (width) {
+    case 1: return write_codes_of<1>(to, block, count, codes);
+    case 2: return write_codes_of<2>(to, block, count, codes);
+    case 4: return write_codes_of<4>(to, block, count, codes);
+    default: return write_codes_of<8>(to, block, count, codes);
+  }
+}
+void read_codes(const uint8_t* from, int64_t block, int count, int width, uint8_t* codes) {
+  switch (width) {
+    case 1: return read_codes_of<1>(from, block, count, codes);
+    case 2: return read_codes_of<2>(from, block, count, codes);
+    case 4: return read_codes_of<4>(from, block, count, codes);
+    default: return read_codes_of<8>(from, block, count, codes);
+  }
+}
+
+template <class F>
+void with_dtype(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::float32: return f(float{});
+    case Dtype::float64: return f(double{});
+    case Dtype::bfloat16: return f(bf16{});
+    case Dtype::float16: return f(f16{});
+  }
+}
+
+}  // namespace
+}  // namespace cg::CG_ISA

@@ -1,0 +1,12 @@
+#include <type_traits>
+
+#include "kernels.h"
+
+#define CG_ISA isa_avx2
+#define CG_ANY_STEPS 0
+#include "pack_avx2.h"
+#include "kernels.inl"
+
+namespace cg {
+const Kernels kKernelsAvx2 = {"avx2", CG_ISA::forward, CG_ISA::backward, CG_ISA::dequantize};
+}

@@ -1,0 +1,12 @@
+#include <type_traits>
+
+#include "kernels.h"
+
+#define CG_ISA isa_avx512
+#define CG_ANY_STEPS 0
+#include "pack_avx512.h"
+#include "kernels.inl"
+
+namespace cg {
+const Kernels kKernelsAvx512 = {"avx512", CG_ISA::forward, CG_ISA::backward, CG_ISA::dequantize};
+}

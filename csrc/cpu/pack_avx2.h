@@ -1,0 +1,274 @@
+// 8 floats or 4 doubles in a register, masks in registers too. The interface is told in pack_scalar.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../math/alpha_grad.h"
+#include "../math/bits.h"
+
+#define CG_TABLE_BITS 3
+
+namespace cg::CG_ISA {
+
+struct FloatMask {
+  __m256 m;
+  friend CG_HD FloatMask operator&(FloatMask a, FloatMask b) { return {_mm256_and_ps(a.m, b.m)}; }
+  friend CG_HD FloatMask operator|(FloatMask a, FloatMask b) { return {_mm256_or_ps(a.m, b.m)}; }
+  friend CG_HD FloatMask operator!(FloatMask a) {
+    return {_mm256_xor_ps(a.m, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))};
+  }
+};
+
+struct Floats {
+  using scalar = float;
+  __m256 v;
+  CG_HD Floats() = default;
+  CG_HD Floats(__m256 from) : v(from) {}
+  explicit CG_HD Floats(float from) : v(_mm256_set1_ps(from)) {}
+  friend CG_HD Floats operator+(Floats a, Floats b) { return _mm256_add_ps(a.v, b.v); }
+  friend CG_HD Floats operator-(Floats a, Floats b) { return _mm256_sub_ps(a.v, b.v); }
+  friend CG_HD Floats operator/(Floats a, Floats b) { return _mm256_div_ps(a.v, b.v); }
+  friend CG_HD FloatMask operator<=(Floats a, Floats b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
+  friend CG_HD FloatMask operator<(Floats a, Floats b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+  friend CG_HD FloatMask operator>(Floats a, Floats b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
+  friend CG_HD FloatMask operator!=(Floats a, Floats b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_NEQ_UQ)}; }
+};
+CG_HD Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a.v, b.v); }
+CG_HD Floats select(FloatMask m, Floats a, Floats b) { return _mm256_blendv_ps(b.v, a.v, m.m); }
+CG_HD Floats ceil(Floats a) { return _mm256_ceil_ps(a.v); }
+CG_HD Floats shift_bits_left(Floats a, int count) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), count));
+}
+// min and max return their second operand where one is NaN.
+CG_HD Floats clamp_to_codes(Floats v, Floats q) { return _mm256_max_ps(_mm256_min_ps(v.v, q.v), _mm256_setzero_ps()); }
+
+struct DoubleMask {
+  __m256d m;
+  friend CG_HD DoubleMask operator&(DoubleMask a, DoubleMask b) { return {_mm256_and_pd(a.m, b.m)}; }
+  friend CG_HD DoubleMask operator|(DoubleMask a, DoubleMask b) { return {_mm256_or_pd(a.m, b.m)}; }
+  friend CG_HD DoubleMask operator!(DoubleMask a) {
+    return {_mm256_xor_pd(a.m, _mm256_castsi256_pd(_mm256_set1_epi32(-1)))};
+  }
+};
+
+struct Doubles {
+  using scalar = double;
+  __m256d v;
+  CG_HD Doubles() = default;
+  CG_HD Doubles(__m256d from) : v(from) {}
+  explicit CG_HD Doubles(double from) : v(_mm256_set1_pd(from)) {}
+  friend CG_HD Doubles operator+(Doubles a, Doubles b) { return _mm256_add_pd(a.v, b.v); }
+  friend CG_HD Doubles operator-(Doubles a, Doubles b) { return _mm256_sub_pd(a.v, b.v); }
+  friend CG_HD Doubles operator/(Doubles a, Doubles b) { return _mm256_div_pd(a.v, b.v); }
+  friend CG_HD DoubleMask operator<=(Doubles a, Doubles b) { return {_mm256_cmp_pd(a.v, b.v, _CMP_LE_OQ)}; }
+  friend CG_HD DoubleMask operator<(Doubles a, Doubles b) { return {_mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ)}; }
+  friend CG_HD DoubleMask operator>(Doubles a, Doubles b) { return {_mm256_cmp_pd(a.v, b.v, _CMP_GT_OQ)}; }
+  friend CG_HD DoubleMask operator!=(Doubles a, Doubles b) { return {_mm256_cmp_pd(a.v, b.v, _CMP_NEQ_UQ)}; }
+};
+CG_HD Doubles mul(Doubles a, Doubles b) { return _mm256_mul_pd(a.v, b.v); }
+CG_HD Doubles select(DoubleMask m, Doubles a, Doubles b) { return _mm256_blendv_pd(b.v, a.v, m.m); }
+CG_HD Doubles ceil(Doubles a) { return _mm256_ceil_pd(a.v); }
+CG_HD Doubles shift_bits_left(Doubles a, int count) {
+  return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(a.v), count));
+}
+
+template <class A>
+struct PackOf {
+  using type = Floats;
+};
+template <>
+struct PackOf<double> {
+  using type = Doubles;
+};
+template <class A>
+using Pack = typename PackOf<A>::type;
+
+template <class P>
+struct Lanes;
+template <>
+struct Lanes<Floats> {
+  static constexpr int kCount = 8;
+  static CG_HD uint64_t bits(FloatMask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m.m)); }
+  static CG_HD FloatMask mask(uint64_t bits) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i all = _mm256_set1_epi32(static_cast<int>(bits));
+    return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(all, lane), lane))};
+  }
+  static CG_HD Floats load(const float* p) { return _mm256_loadu_ps(p); }
+  static CG_HD void store(float* p, Floats v) { _mm256_storeu_ps(p, v.v); }
+  static CG_HD void store_codes(uint8_t* p, Floats code) {
+    const __m256i c = _mm256_cvtps_epi32(code.v);
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(c), _mm256_extracti128_si256(c, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+  }
+  static CG_HD Floats load_codes(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static CG_HD float sum(Floats v) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v.v), _mm256_extractf128_ps(v.v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+};
+template <>
+struct Lanes<Doubles> {
+  static constexpr int kCount = 4;
+  static CG_HD uint64_t bits(DoubleMask m) { return static_cast<uint32_t>(_mm256_movemask_pd(m.m)); }
+  static CG_HD DoubleMask mask(uint64_t bits) {
+    const __m256i lane = _mm256_setr_epi64x(1, 2, 4, 8);
+    const __m256i all = _mm256_set1_epi64x(static_cast<long long>(bits));
+    return {_mm256_castsi256_pd(_mm256_cmpeq_epi64(_mm256_and_si256(all, lane), lane))};
+  }
+  static CG_HD Doubles load(const double* p) { return _mm256_loadu_pd(p); }
+  static CG_HD void store(double* p, Doubles v) { _mm256_storeu_pd(p, v.v); }
+  static CG_HD void store_codes(uint8_t* p, Doubles code) {
+    const __m128i c = _mm256_cvtpd_epi32(code.v);
+    const __m128i words = _mm_packus_epi32(c, c);
+    const int four = _mm_cvtsi128_si32(_mm_packus_epi16(words, words));
+    memcpy(p, &four, 4);
+  }
+  static CG_HD Doubles load_codes(const uint8_t* p) {
+    int four;
+    memcpy(&four, p, 4);
+    return _mm256_cvtepi32_pd(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(four)));
+  }
+  static CG_HD double sum(Doubles v) {
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(v.v), _mm256_extractf128_pd(v.v, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+  }
+};
+
+// The upper half of each 32-bit lane after rounding is the bfloat16; the lower half is left as it falls.
+CG_HD __m256i bf16_round_bits(__m256 v) {
+  const __m256i u = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  return _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+}
+CG_HD Floats keep_upper_half(__m256i u) {
+  return _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+template <class T>
+CG_HD Floats round_level(Floats v) {
+  if constexpr (sizeof(T) == sizeof(float)) return v;
+  else return round_to<T>(v);
+}
+template <class T>
+CG_HD Floats round_to(Floats v);
+template <>
+CG_HD Floats round_to<float>(Floats v) {
+  return v;
+}
+template <>
+CG_HD Floats round_to<bf16>(Floats v) {
+  const __m256 quiet = _mm256_or_ps(v.v, _mm256_castsi256_ps(_mm256_set1_epi32(0x400000)));
+  const __m256 rounded = _mm256_castsi256_ps(bf16_round_bits(v.v));
+  return keep_upper_half(_mm256_castps_si256(_mm256_blendv_ps(rounded, quiet, (v != v).m)));
+}
+template <>
+CG_HD Floats round_level<bf16>(Floats v) {
+  return keep_upper_half(bf16_round_bits(v.v));
+}
+template <>
+CG_HD Floats round_to<f16>(Floats v) {
+  return _mm256_cvtph_ps(_mm256_cvtps_ph(v.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+template <class T>
+CG_HD Doubles round_to(Doubles v) {
+  return v;
+}
+template <class T>
+CG_HD Doubles round_level(Doubles v) {
+  return v;
+}
+
+template <class T>
+struct Io;
+template <>
+struct Io<float> {
+  static CG_HD Floats load(const float* p) { return _mm256_loadu_ps(p); }
+  static CG_HD void store(float* p, Floats v) { _mm256_storeu_ps(p, v.v); }
+  static CG_HD void stream(float* p, Floats v) { _mm256_stream_ps(p, v.v); }
+};
+template <>
+struct Io<double> {
+  static CG_HD Doubles load(const double* p) { return _mm256_loadu_pd(p); }
+  static CG_HD void store(double* p, Doubles v) { _mm256_storeu_pd(p, v.v); }
+  static CG_HD void stream(double* p, Doubles v) { _mm256_stream_pd(p, v.v); }
+};
+template <>
+struct Io<bf16> {
+  static CG_HD Floats load(const bf16* p) {
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+  }
+  static CG_HD __m128i halves(Floats v) {
+    const __m256i u = _mm256_srli_epi32(_mm256_castps_si256(v.v), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
+  }
+  static CG_HD void store(bf16* p, Floats v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves(v)); }
+  static CG_HD void stream(bf16* p, Floats v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), halves(v)); }
+};
+template <>
+struct Io<f16> {
+  static CG_HD Floats load(const f16* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static CG_HD __m128i halves(Floats v) { return _mm256_cvtps_ph(v.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static CG_HD void store(f16* p, Floats v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves(v)); }
+  static CG_HD void stream(f16* p, Floats v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), halves(v)); }
+};
+
+// A table is 8 entries in each half of a register.
+struct Ordered {
+  static constexpr int kCount = 16;
+  using Mask = __m256i;
+  __m256i v;
+  static CG_HD Ordered all(int from) { return {_mm256_set1_epi16(static_cast<short>(from))}; }
+  static CG_HD Ordered load(const int16_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+  static CG_HD void store(int16_t* p, Ordered a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+  static CG_HD void stream(int16_t* p, Ordered a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), a.v); }
+  static CG_HD void store_codes(uint8_t* p, Ordered a) {
+    const __m128i low = _mm256_castsi256_si128(a.v), high = _mm256_extracti128_si256(a.v, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(low, high));
+  }
+  static CG_HD uint64_t bits(Mask m) {
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+    return static_cast<uint32_t>(_mm_movemask_epi8(bytes));
+  }
+  static CG_HD Ordered look_up(Ordered table, Ordered index) {
+    const __m256i twice = _mm256_add_epi16(index.v, index.v);  // the low byte of an entry, and beside it the high one
+    const __m256i bytes = _mm256_or_si256(twice, _mm256_slli_epi16(twice, 8));
+    return {_mm256_shuffle_epi8(table.v, _mm256_add_epi16(bytes, _mm256_set1_epi16(0x0100)))};
+  }
+  static CG_HD Ordered add(Ordered a, Ordered b) { return {_mm256_add_epi16(a.v, b.v)}; }
+  static CG_HD Ordered add_where(Mask m, Ordered a, Ordered b) { return add(a, {_mm256_and_si256(m, b.v)}); }
+  static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm256_blendv_epi8(b.v, a.v, m)}; }
+  static CG_HD Ordered magnitude(Ordered a) { return {_mm256_and_si256(a.v, _mm256_set1_epi16(0x7fff))}; }
+  static CG_HD Mask greater(Ordered a, Ordered b) { return _mm256_cmpgt_epi16(a.v, b.v); }
+};
+
+template <class U>
+CG_HD void keep_bits(const U* from, U* to, uint64_t bits, bool stream) {
+  constexpr int kCount = 32 / sizeof(U);
+  for (int i = 0; i < 64; i += kCount) {
+    __m256i mask;
+    if constexpr (sizeof(U) == 2) {
+      const __m256i lane = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
+      const __m256i all = _mm256_set1_epi16(static_cast<short>(bits >> i));
+      mask = _mm256_cmpeq_epi16(_mm256_and_si256(all, lane), lane);
+    } else if constexpr (sizeof(U) == 4) {
+      mask = _mm256_castps_si256(Lanes<Floats>::mask(bits >> i).m);
+    } else {
+      mask = _mm256_castpd_si256(Lanes<Doubles>::mask(bits >> i).m);
+    }
+    const __m256i v = _mm256_and_si256(mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+    if (stream) _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), v);
+    else _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), v);
+  }
+}
+
+// Streamed stores are weakly ordered: fence before another thread may read.
+CG_HD void stream_fence() { _mm_sfence(); }
+
+}  // namespace cg::CG_ISA

@@ -1,0 +1,228 @@
+// 16 floats or 8 doubles in a register, masks in mask registers. The interface is told in pack_scalar.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../math/alpha_grad.h"
+#include "../math/bits.h"
+
+#define CG_TABLE_BITS 5
+
+namespace cg::CG_ISA {
+
+template <class M>
+struct LaneMask {
+  M m;
+  friend CG_HD LaneMask operator&(LaneMask a, LaneMask b) { return {static_cast<M>(a.m & b.m)}; }
+  friend CG_HD LaneMask operator|(LaneMask a, LaneMask b) { return {static_cast<M>(a.m | b.m)}; }
+  friend CG_HD LaneMask operator!(LaneMask a) { return {static_cast<M>(~a.m)}; }
+};
+
+struct Floats {
+  using scalar = float;
+  using Mask = LaneMask<__mmask16>;
+  __m512 v;
+  CG_HD Floats() = default;
+  CG_HD Floats(__m512 from) : v(from) {}
+  explicit CG_HD Floats(float from) : v(_mm512_set1_ps(from)) {}
+  friend CG_HD Floats operator+(Floats a, Floats b) { return _mm512_add_ps(a.v, b.v); }
+  friend CG_HD Floats operator-(Floats a, Floats b) { return _mm512_sub_ps(a.v, b.v); }
+  friend CG_HD Floats operator/(Floats a, Floats b) { return _mm512_div_ps(a.v, b.v); }
+  friend CG_HD Mask operator<=(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}; }
+  friend CG_HD Mask operator<(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+  friend CG_HD Mask operator>(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
+  friend CG_HD Mask operator!=(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_UQ)}; }
+};
+CG_HD Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a.v, b.v); }
+CG_HD Floats select(Floats::Mask m, Floats a, Floats b) { return _mm512_mask_blend_ps(m.m, b.v, a.v); }
+CG_HD Floats ceil(Floats a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC); }
+CG_HD Floats shift_bits_left(Floats a, int count) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), count));
+}
+// min and max return their second operand where one is NaN.
+CG_HD Floats clamp_to_codes(Floats v, Floats q) { return _mm512_max_ps(_mm512_min_ps(v.v, q.v), _mm512_setzero_ps()); }
+
+struct Doubles {
+  using scalar = double;
+  using Mask = LaneMask<__mmask8>;
+  __m512d v;
+  CG_HD Doubles() = default;
+  CG_HD Doubles(__m512d from) : v(from) {}
+  explicit CG_HD Doubles(double from) : v(_mm512_set1_pd(from)) {}
+  friend CG_HD Doubles operator+(Doubles a, Doubles b) { return _mm512_add_pd(a.v, b.v); }
+  friend CG_HD Doubles operator-(Doubles a, Doubles b) { return _mm512_sub_pd(a.v, b.v); }
+  friend CG_HD Doubles operator/(Doubles a, Doubles b) { return _mm512_div_pd(a.v, b.v); }
+  friend CG_HD Mask operator<=(Doubles a, Doubles b) { return {_mm512_cmp_pd_mask(a.v, b.v, _CMP_LE_OQ)}; }
+  friend CG_HD Mask operator<(Doubles a, Doubles b) { return {_mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ)}; }
+  friend CG_HD Mask operator>(Doubles a, Doubles b) { return {_mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ)}; }
+  friend CG_HD Mask operator!=(Doubles a, Doubles b) { return {_mm512_cmp_pd_mask(a.v, b.v, _CMP_NEQ_UQ)}; }
+};
+CG_HD Doubles mul(Doubles a, Doubles b) { return _mm512_mul_pd(a.v, b.v); }
+CG_HD Doubles select(Doubles::Mask m, Doubles a, Doubles b) { return _mm512_mask_blend_pd(m.m, b.v, a.v); }
+CG_HD Doubles ceil(Doubles a) { return _mm512_roundscale_pd(a.v, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC); }
+CG_HD Doubles shift_bits_left(Doubles a, int count) {
+  return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(a.v), count));
+}
+
+template <class A>
+struct PackOf {
+  using type = Floats;
+};
+template <>
+struct PackOf<double> {
+  using type = Doubles;
+};
+template <class A>
+using Pack = typename PackOf<A>::type;
+
+template <class P>
+struct Lanes;
+template <>
+struct Lanes<Floats> {
+  static constexpr int kCount = 16;
+  static CG_HD uint64_t bits(Floats::Mask m) { return m.m; }
+  static CG_HD Floats::Mask mask(uint64_t bits) { return {static_cast<__mmask16>(bits)}; }
+  static CG_HD Floats load(const float* p) { return _mm512_loadu_ps(p); }
+  static CG_HD void store(float* p, Floats v) { _mm512_storeu_ps(p, v.v); }
+  static CG_HD void store_codes(uint8_t* p, Floats code) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(code.v)));
+  }
+  static CG_HD Floats load_codes(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static CG_HD float sum(Floats v) { return _mm512_reduce_add_ps(v.v); }
+};
+template <>
+struct Lanes<Doubles> {
+  static constexpr int kCount = 8;
+  static CG_HD uint64_t bits(Doubles::Mask m) { return m.m; }
+  static CG_HD Doubles::Mask mask(uint64_t bits) { return {static_cast<__mmask8>(bits)}; }
+  static CG_HD Doubles load(const double* p) { return _mm512_loadu_pd(p); }
+  static CG_HD void store(double* p, Doubles v) { _mm512_storeu_pd(p, v.v); }
+  static CG_HD void store_codes(uint8_t* p, Doubles code) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_cvtepi64_epi8(_mm512_cvtpd_epi64(code.v)));
+  }
+  static CG_HD Doubles load_codes(const uint8_t* p) {
+    return _mm512_cvtepi64_pd(_mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static CG_HD double sum(Doubles v) { return _mm512_reduce_add_pd(v.v); }
+};
+
+// The upper half of each 32-bit lane after rounding is the bfloat16; the lower half is left as it falls.
+CG_HD __m512i bf16_round_bits(__m512 v) {
+  const __m512i u = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  return _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+}
+CG_HD Floats keep_upper_half(__m512i u) {
+  return _mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+template <class T>
+CG_HD Floats round_level(Floats v) {
+  if constexpr (sizeof(T) == sizeof(float)) return v;
+  else return round_to<T>(v);
+}
+template <class T>
+CG_HD Floats round_to(Floats v);
+template <>
+CG_HD Floats round_to<float>(Floats v) {
+  return v;
+}
+template <>
+CG_HD Floats round_to<bf16>(Floats v) {
+  const __m512i quiet = _mm512_or_si512(_mm512_castps_si512(v.v), _mm512_set1_epi32(0x400000));
+  return keep_upper_half(_mm512_mask_blend_epi32((v != v).m, bf16_round_bits(v.v), quiet));
+}
+template <>
+CG_HD Floats round_level<bf16>(Floats v) {
+  return keep_upper_half(bf16_round_bits(v.v));
+}
+template <>
+CG_HD Floats round_to<f16>(Floats v) {
+  return _mm512_cvtph_ps(_mm512_cvtps_ph(v.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+template <class T>
+CG_HD Doubles round_to(Doubles v) {
+  return v;
+}
+template <class T>
+CG_HD Doubles round_level(Doubles v) {
+  return v;
+}
+
+template <class T>
+struct Io;
+template <>
+struct Io<float> {
+  static CG_HD Floats load(const float* p) { return _mm512_loadu_ps(p); }
+  static CG_HD void store(float* p, Floats v) { _mm512_storeu_ps(p, v.v); }
+  static CG_HD void stream(float* p, Floats v) { _mm512_stream_ps(p, v.v); }
+};
+template <>
+struct Io<double> {
+  static CG_HD Doubles load(const double* p) { return _mm512_loadu_pd(p); }
+  static CG_HD void store(double* p, Doubles v) { _mm512_storeu_pd(p, v.v); }
+  static CG_HD void stream(double* p, Doubles v) { _mm512_stream_pd(p, v.v); }
+};
+template <>
+struct Io<bf16> {
+  static CG_HD Floats load(const bf16* p) {
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+  }
+  static CG_HD __m256i halves(Floats v) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v.v), 16)); }
+  static CG_HD void store(bf16* p, Floats v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves(v)); }
+  static CG_HD void stream(bf16* p, Floats v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), halves(v)); }
+};
+template <>
+struct Io<f16> {
+  static CG_HD Floats load(const f16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static CG_HD __m256i halves(Floats v) { return _mm512_cvtps_ph(v.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static CG_HD void store(f16* p, Floats v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves(v)); }
+  static CG_HD void stream(f16* p, Floats v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), halves(v)); }
+};
+
+struct Ordered {
+  static constexpr int kCount = 32;
+  using Mask = __mmask32;
+  __m512i v;
+  static CG_HD Ordered all(int from) { return {_mm512_set1_epi16(static_cast<short>(from))}; }
+  static CG_HD Ordered load(const int16_t* p) { return {_mm512_loadu_si512(p)}; }
+  static CG_HD void store(int16_t* p, Ordered a) { _mm512_storeu_si512(p, a.v); }
+  static CG_HD void stream(int16_t* p, Ordered a) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), a.v); }
+  static CG_HD void store_codes(uint8_t* p, Ordered a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(a.v));
+  }
+  static CG_HD uint64_t bits(Mask m) { return m; }
+  static CG_HD Ordered look_up(Ordered table, Ordered index) { return {_mm512_permutexvar_epi16(index.v, table.v)}; }
+  static CG_HD Ordered add(Ordered a, Ordered b) { return {_mm512_add_epi16(a.v, b.v)}; }
+  static CG_HD Ordered add_where(Mask m, Ordered a, Ordered b) { return {_mm512_mask_add_epi16(a.v, m, a.v, b.v)}; }
+  static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm512_mask_blend_epi16(m, b.v, a.v)}; }
+  static CG_HD Ordered magnitude(Ordered a) { return {_mm512_and_si512(a.v, _mm512_set1_epi16(0x7fff))}; }
+  static CG_HD Mask greater(Ordered a, Ordered b) { return _mm512_cmpgt_epi16_mask(a.v, b.v); }
+};
+
+// Every machine with AVX-512 has these as one fast instruction.
+CG_HD uint64_t spread_bits(uint64_t v) { return _pdep_u64(v, 0x5555555555555555u); }
+CG_HD uint64_t unspread_bits(uint64_t v) { return _pext_u64(v, 0x5555555555555555u); }
+
+template <class U>
+CG_HD void keep_bits(const U* from, U* to, uint64_t bits, bool stream) {
+  constexpr int kCount = 64 / sizeof(U);
+  for (int i = 0; i < 64; i += kCount) {
+    __m512i v;
+    if constexpr (sizeof(U) == 2) v = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(bits >> i), from + i);
+    else if constexpr (sizeof(U) == 4) v = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(bits >> i), from + i);
+    else v = _mm512_maskz_loadu_epi64(static_cast<__mmask8>(bits >> i), from + i);
+    if (stream) _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), v);
+    else _mm512_storeu_si512(to + i, v);
+  }
+}
+
+// Streamed stores are weakly ordered: fence before another thread may read.
+CG_HD void stream_fence() { _mm_sfence(); }
+
+}  // namespace cg::CG_ISA

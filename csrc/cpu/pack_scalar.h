@@ -1,0 +1,55 @@
+// One number at a time: the packs of the baseline build, with the interface that kernels.inl asks of every
+// instruction set:
+//   Pack<A>             numbers of compute type A: the operations of math/macros.h
+//   Lanes<P>            kCount; masks to and from bits; codes to and from bytes; the sum over lanes
+//   Io<T>               load; store and stream (past the caches, aligned) a pack whose numbers are numbers of T
+//   Ordered             16-bit numbers as signed integers, in the order of their bits (dtype.h), and tables of
+//                       2^CG_TABLE_BITS of them; none here
+//   keep_bits(...)      64 elements of raw bits, kept where the mask says, else zero
+#pragma once
+
+#include "../math/alpha_grad.h"
+
+#define CG_TABLE_BITS 0
+
+namespace cg::CG_ISA {
+
+template <class A>
+using Pack = A;
+
+template <class A>
+struct Lanes {
+  static constexpr int kCount = 1;
+  static CG_HD uint64_t bits(bool m) { return m; }
+  static CG_HD bool mask(uint64_t bits) { return bits & 1; }
+  static CG_HD A load(const A* p) { return *p; }
+  static CG_HD void store(A* p, A v) { *p = v; }
+  static CG_HD void store_codes(uint8_t* p, A code) { *p = static_cast<uint8_t>(code); }
+  static CG_HD A load_codes(const uint8_t* p) { return A(*p); }
+  static CG_HD A sum(A v) { return v; }
+};
+
+CG_HD float widen(float v) { return v; }
+CG_HD double widen(double v) { return v; }
+CG_HD float widen(bf16 v) { return to_float(v); }
+CG_HD float widen(f16 v) { return to_float(v); }
+CG_HD void narrow(float* p, float v) { *p = v; }
+CG_HD void narrow(double* p, double v) { *p = v; }
+CG_HD void narrow(bf16* p, float v) { *p = to_bf16(v); }
+CG_HD void narrow(f16* p, float v) { *p = to_f16(v); }
+
+template <class T>
+struct Io {
+  static CG_HD compute_t<T> load(const T* p) { return widen(*p); }
+  static CG_HD void store(T* p, compute_t<T> v) { narrow(p, v); }
+  static CG_HD void stream(T* p, compute_t<T> v) { narrow(p, v); }
+};
+
+template <class U>
+CG_HD void keep_bits(const U* from, U* to, uint64_t bits, bool) {
+  for (int i = 0; i < 64; ++i) to[i] = (bits >> i) & 1 ? from[i] : U(0);
+}
+
+CG_HD void stream_fence() {}
+
+}  // namespace cg::CG_ISA

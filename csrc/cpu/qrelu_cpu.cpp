@@ -1,0 +1,295 @@
+// The ops on CPU tensors: checks, allocation, and the kernels of the instruction set in use.
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
+#include <cmath>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../checks.h"
+#include "../register.h"
+#include "isa.h"
+
+namespace cg {
+namespace {
+
+using at::Tensor;
+
+// Output at least this large leaves the caches anyway: store past them.
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
+// Blocks a thread takes at least; the same 32768 elements as torch's own elementwise loops.
+constexpr int64_t kGrainBlocks = 512;
+// Sums are made per chunk, then over chunks: at least this many blocks each, and at most kMaxChunks of them.
+constexpr int64_t kChunkBlocks = 256, kMaxChunks = 64;
+
+Dtype dtype_of(const Tensor& t, const char* argument) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return Dtype::float32;
+    case at::kDouble: return Dtype::float64;
+    case at::kBFloat16: return Dtype::bfloat16;
+    case at::kHalf: return Dtype::float16;
+    default:
+      TORCH_CHECK_TYPE(false, argument, " must be float32, float64, bfloat16 or float16, got ", t.scalar_type());
+  }
+}
+
+int64_t block_total(int64_t count) { return (count + kBlock - 1) / kBlock; }
+
+bool streams(const Tensor& out) {
+  return out.nbytes() >= kStreamBytes && reinterpret_cast<uintptr_t>(out.data_ptr()) % 64 == 0;
+}
+
+Tensor empty_bytes(int64_t bytes) { return at::detail::empty_cpu({bytes}, at::kByte); }
+Tensor empty_as(const Tensor& t) {
+  return at::detail::empty_cpu(t.sizes(), t.scalar_type(), /*pin_memory=*/false, t.suggest_memory_format());
+}
+
+struct Channels {
+  int64_t count = 1, inner = 1;
+};
+
+// `dense` is contiguous in its memory format, so a dim's stride is the number of elements inside it.
+Channels channels_of(const Tensor& dense, std::optional<int64_t> channel_dim) {
+  if (!channel_dim) return {};
+  const int64_t dim = *channel_dim < 0 ? *channel_dim + dense.dim() : *channel_dim;
+  TORCH_CHECK_VALUE(dim >= 0 && dim < dense.dim(), "channel_dim must be a dimension of x, which has ", dense.dim(),
+                    ", got ", *channel_dim);
+  const int64_t count = dense.size(dim);
+  return count <= 1 ? Channels{} : Channels{count, dense.stride(dim)};  // none at all: then there are no elements
+}
+
+// alpha, checked, in the compute type, with what the kernels need beside it.
+template <class A>
+struct PreparedSteps {
+  c10::SmallVector<A, 4> alpha, inverse;
+  Steps steps;
+
+  template <class T>
+  void fill(const A* values, int64_t count, Channels channels, int bits, Rounding rounding, bool per_channel) {
+    const int64_t length = channels.count > 1 && channels.inner == 1 ? count + kBlock : count;
+    alpha.resize(length);
+    inverse.resize(length);
+    const A q = A((1 << bits) - 1);
+    bool all_regular = true;
+    for (int64_t i = 0; i < count; ++i) {
+      const A a = values[i];
+      if (!(a > 0) || !std::isfinite(a)) {
+        TORCH_CHECK_VALUE(!per_channel, "alpha must be finite and positive, got ", a, " at channel ", i);
+        TORCH_CHECK_VALUE(false, "alpha must be finite and positive, got ", a);
+      }
+      alpha[i] = a;
+      inverse[i] = reciprocal(a, rounding);
+      all_regular &= regular<T>(a, q);
+    }
+    for (int64_t i = count; i < length; ++i) alpha[i] = alpha[i - count], inverse[i] = inverse[i - count];
+    steps = {alpha.data(), inverse.data(), channels.count, channels.inner, all_regular};
+  }
+};
+
+// body(prepared steps) with alpha in the type that x's dtype is computed in.
+template <class Body>
+void with_steps(const Tensor& dense, Dtype dtype, const Tensor& alpha, int bits, Rounding rounding,
+                std::optional<int64_t> channel_dim, const Body& body) {
+  check_bits(bits);
+  const Channels channels = channels_of(dense, channel_dim);
+  const int64_t expected = channel_dim ? dense.size(*channel_dim < 0 ? *channel_dim + dense.dim() : *channel_dim) : 1;
+  TORCH_CHECK_VALUE(alpha.dim() == 1 && alpha.size(0) == expected, "alpha must have shape [", expected, "]",
+                    channel_dim ? " (the channels of x)" : "", ", got ", alpha.sizes());
+  TORCH_CHECK_VALUE(alpha.device() == dense.device(), "alpha must be on the device of x, ", dense.device(), ", got ",
+                    alpha.device());
+  TORCH_CHECK_TYPE(at::isFloatingType(alpha.scalar_type()), "alpha must be a floating-point tensor, got ",
+                   alpha.scalar_type());
+  const auto run = [&](auto zero, at::ScalarType compute) {
+    using A = decltype(zero);
+    Tensor converted = alpha;
+    if (alpha.scalar_type() != compute || !alpha.is_contiguous()) converted = alpha.to(compute).contiguous();
+    PreparedSteps<A> prepared;
+    const A* values = converted.const_data_ptr<A>();
+    const auto fill = [&](auto tag) {
+      prepared.template fill<decltype(tag)>(values, expected, channels, bits, rounding, channel_dim.has_value());
+    };
+    if constexpr (std::is_same_v<A, double>) fill(double{});
+    else if (dtype == Dtype::float16) fill(f16{});
+    else fill(float{});  // bfloat16 has the same range
+    body(prepared.steps);
+  };
+  if (dtype == Dtype::float64) run(double{}, at::kDouble);
+  else run(float{}, at::kFloat);
+}
+
+const Kernels& kernels_for(const Steps& steps) { return steps.regular ? active_kernels() : kKernelsDefault; }
+
+struct Outputs {
+  Tensor mask, codes;
+};
+
+// Runs the forward from dense x into y (null: codes alone), allocating what is kept.
+Outputs run_forward(const Tensor& x, void* y, bool stream, const Tensor& alpha, int64_t bits, std::string_view rounding,
+                    std::string_view mask, bool codes, std::optional<int64_t> channel_dim) {
+  Forward a{};
+  a.dtype = dtype_of(x, "x");
+  a.rounding = parse("rounding", rounding, kRoundings);
+  a.kind = parse("mask", mask, kMaskKinds);
+  a.bits = static_cast<int>(bits);
+  a.count = x.numel();
+  a.x = x.const_data_ptr();
+  a.y = y;
+  a.stream = stream;
+  Outputs out;
+  with_steps(x, a.dtype, alpha, a.bits, a.rounding, channel_dim, [&](const Steps& steps) {
+    a.steps = steps;
+    const int mask_width = a.kind == MaskKind::nothing ? 0 : a.kind == MaskKind::state ? 2 : 1;
+    out.mask = empty_bytes(packed_bytes(a.count, mask_width));
+    out.codes = empty_bytes(codes ? packed_bytes(a.count, packed_width(a.bits)) : 0);
+    if (mask_width) a.mask = out.mask.mutable_data_ptr<uint8_t>();
+    if (codes) a.codes = out.codes.mutable_data_ptr<uint8_t>();
+    const auto run = kernels_for(steps).forward;
+    at::parallel_for(0, block_total(a.count), kGrainBlocks, [&](int64_t begin, int64_t end) { run(a, begin, end); });
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> qrelu_forward(const Tensor& x, const Tensor& alpha, int64_t bits,
+                                                 std::string_view rounding, std::string_view mask, bool codes,
+                                                 std::optional<int64_t> channel_dim) {
+  const Tensor dense = x.contiguous(x.suggest_memory_format());
+  Tensor y = empty_as(dense);
+  Outputs out =
+      run_forward(dense, y.mutable_data_ptr(), streams(y), alpha, bits, rounding, mask, codes, channel_dim);
+  return {std::move(y), std::move(out.mask), std::move(out.codes)};
+}
+
+std::tuple<Tensor, Tensor> qrelu_forward_(Tensor& x, const Tensor& alpha, int64_t bits, std::string_view rounding,
+                                          std::string_view mask, bool codes, std::optional<int64_t> channel_dim) {
+  // What is already in cache is written back to it: no streaming in place.
+  Tensor dense = x.contiguous(x.suggest_memory_format());
+  Outputs out = run_forward(dense, dense.mutable_data_ptr(), false, alpha, bits, rounding, mask, codes, channel_dim);
+  if (!dense.is_same(x)) x.copy_(dense);
+  return {std::move(out.mask), std::move(out.codes)};
+}
+
+Tensor qrelu_codes(const Tensor& x, const Tensor& alpha, int64_t bits, std::string_view rounding,
+                   std::optional<int64_t> channel_dim) {
+  const Tensor dense = x.contiguous(x.suggest_memory_format());
+  return run_forward(dense, nullptr, false, alpha, bits, rounding, "nothing", true, channel_dim).codes;
+}
+
+void check_packed(const Tensor& packed, const char* argument, int64_t count, int width) {
+  TORCH_CHECK_TYPE(packed.scalar_type() == at::kByte, argument, " must be uint8, got ", packed.scalar_type());
+  TORCH_CHECK_VALUE(packed.is_contiguous() && packed.numel() == packed_bytes(count, width), argument, " must hold ",
+                    packed_bytes(count, width), " bytes for ", count, " elements of ", width, " bits, got ",
+                    packed.numel());
+}
+
+std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const std::optional<Tensor>& alpha,
+                                          const std::optional<Tensor>& x, const std::optional<Tensor>& mask,
+                                          const std::optional<Tensor>& codes, int64_t bits, std::string_view ste,
+                                          std::string_view rounding, std::string_view alpha_grad, double alpha_scale,
+                                          std::optional<int64_t> channel_dim, bool need_grad_x, bool need_grad_alpha) {
+  check_bits(bits);
+  Backward a{};
+  a.dtype = dtype_of(grad_y, "grad_y");
+  a.ste = parse("ste", ste, kStes);
+  a.rounding = parse("rounding", rounding, kRoundings);
+  a.rule = parse("alpha_grad", alpha_grad, kAlphaGrads);
+  a.bits = static_cast<int>(bits);
+  a.count = grad_y.numel();
+  const Kept kept = cg::kept(a.ste, a.rounding, a.rule, need_grad_x, need_grad_alpha);
+  a.kind = kept.mask;
+  const Tensor dense = grad_y.contiguous(grad_y.suggest_memory_format());
+  a.grad_y = dense.const_data_ptr();
+  Tensor x_dense;
+  if (kept.x) {
+    TORCH_CHECK_VALUE(x && alpha, "x and alpha must be given for ste '", ste, "' with alpha_grad '", alpha_grad, "'");
+    TORCH_CHECK_VALUE(x->sizes() == grad_y.sizes() && x->scalar_type() == grad_y.scalar_type(),
+                      "x must have the shape and dtype of grad_y, got ", x->sizes(), " ", x->scalar_type());
+    x_dense = x->contiguous(dense.suggest_memory_format());
+    a.x = x_dense.const_data_ptr();
+  }
+  if (kept.mask != MaskKind::nothing) {
+    TORCH_CHECK_VALUE(mask, "mask must be given for ste '", ste, "' with alpha_grad '", alpha_grad, "'");
+    check_packed(*mask, "mask", a.count, kept.mask == MaskKind::state ? 2 : 1);
+    a.mask = mask->const_data_ptr<uint8_t>();
+  }
+  if (kept.codes) {
+    TORCH_CHECK_VALUE(codes, "codes must be given for alpha_grad '", alpha_grad, "'");
+    check_packed(*codes, "codes", a.count, packed_width(a.bits));
+    a.codes = codes->const_data_ptr<uint8_t>();
+  }
+  Tensor grad_x = need_grad_x ? empty_as(dense) : at::detail::empty_cpu({0}, grad_y.scalar_type());
+  if (need_grad_x) {
+    a.grad_x = grad_x.mutable_data_ptr();
+    a.stream = streams(grad_x);
+  }
+  const Channels channels = channels_of(dense, channel_dim);
+  const int64_t blocks = block_total(a.count);
+  a.chunk_blocks = std::max(kChunkBlocks, (blocks + kMaxChunks - 1) / kMaxChunks);
+  Tensor grad_alpha;
+  const auto run = [&](const Steps& steps) {
+    a.steps = steps;
+    const auto kernel = kernels_for(steps).backward;
+    if (!need_grad_alpha) {
+      grad_alpha = at::detail::empty_cpu({0}, a.dtype == Dtype::float64 ? at::kDouble : at::kFloat);
+      at::parallel_for(0, blocks, kGrainBlocks, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+      return;
+    }
+    const int64_t chunks = (blocks + a.chunk_blocks - 1) / a.chunk_blocks;
+    const auto sum = [&](auto zero, at::ScalarType compute) {
+      using A = decltype(zero);
+      std::vector<A> partial(chunks * channels.count, zero);
+      a.partial = partial.data();
+      at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+        kernel(a, begin * a.chunk_blocks, std::min(end * a.chunk_blocks, blocks));
+      });
+      grad_alpha = at::detail::empty_cpu({channel_dim ? grad_y.size(*channel_dim) : 1}, compute);
+      A* out = grad_alpha.template mutable_data_ptr<A>();
+      for (int64_t channel = 0; channel < grad_alpha.numel(); ++channel) {
+        A total = 0;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) total += partial[chunk * channels.count + channel];
+        out[channel] = static_cast<A>(total * alpha_scale);
+      }
+    };
+    if (a.dtype == Dtype::float64) sum(double{}, at::kDouble);
+    else sum(float{}, at::kFloat);
+  };
+  if (kept.x) {
+    with_steps(dense, a.dtype, *alpha, a.bits, a.rounding, channel_dim, run);
+  } else {
+    run(Steps{nullptr, nullptr, channels.count, channels.inner, true});
+  }
+  return {std::move(grad_x), std::move(grad_alpha)};
+}
+
+Tensor dequantize(const Tensor& codes, const Tensor& alpha, int64_t bits, at::IntArrayRef shape, at::ScalarType dtype,
+                  std::optional<int64_t> channel_dim, at::MemoryFormat memory_format) {
+  check_bits(bits);
+  Tensor y = at::detail::empty_cpu(shape, dtype, /*pin_memory=*/false, memory_format);
+  Dequantize a{};
+  a.dtype = dtype_of(y, "dtype");
+  a.bits = static_cast<int>(bits);
+  a.count = y.numel();
+  check_packed(codes, "codes", a.count, packed_width(a.bits));
+  a.codes = codes.const_data_ptr<uint8_t>();
+  a.y = y.mutable_data_ptr();
+  a.stream = streams(y);
+  with_steps(y, a.dtype, alpha, a.bits, Rounding::ceil, channel_dim, [&](const Steps& steps) {
+    a.steps = steps;
+    const auto run = active_kernels().dequantize;
+    at::parallel_for(0, block_total(a.count), kGrainBlocks, [&](int64_t begin, int64_t end) { run(a, begin, end); });
+  });
+  return y;
+}
+
+}  // namespace
+
+void register_cpu(torch::Library& library) {
+  library.impl("qrelu_forward", qrelu_forward);
+  library.impl("qrelu_forward_", qrelu_forward_);
+  library.impl("qrelu_backward", qrelu_backward);
+  library.impl("qrelu_codes", qrelu_codes);
+  library.impl("dequantize", dequantize);
+}
+
+}  // namespace cg

@@ -1,0 +1,33 @@
+// The rules for the gradient of alpha: dalpha = scale * sum(dy * A). A is 0 for x <= 0 and q above the top level; the
+// rules differ inside. `exact` is the code itself everywhere, `chain` is c - u g'(u) everywhere.
+#pragma once
+
+#include "ste.h"
+
+namespace cg {
+
+#define CG_FOR_EACH_ALPHA_GRAD(X) \
+  X(exact)                        \
+  X(three_valued)                 \
+  X(two_valued)                   \
+  X(chain)
+
+enum class AlphaGrad {
+#define CG_NAME(name) name,
+  CG_FOR_EACH_ALPHA_GRAD(CG_NAME)
+#undef CG_NAME
+};
+
+// What A is inside 0 < x <= L[q], for the two rules that need no more than the 2-bit state.
+template <class A>
+CG_HD A inside_value(AlphaGrad rule, A q) {
+  return rule == AlphaGrad::three_valued ? (q + A(1)) / A(2) : A(0);
+}
+
+// A under `chain`. Where the gate is shut u g' is 0 whatever u is.
+template <class Ste, class F>
+CG_HD F chain_value(const Point<F>& p, F code) {
+  return code - gated<Ste>(p, mul(p.x / p.alpha, Ste::g(p)));
+}
+
+}  // namespace cg

@@ -1,0 +1,67 @@
+// What the maths in this folder asks of a number type F. float and double have it here; the packs of csrc/cpu/pack.h
+// have it for vectors, so that every formula is written once and instantiated per device and instruction set.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define CG_HD __host__ __device__ __forceinline__
+#else
+// Always inline: a copy left out of line by one instruction set's file could be linked into another's.
+#define CG_HD inline __attribute__((always_inline))
+#endif
+
+namespace cg {
+
+// Products that decide a code are rounded once: never contracted into an fma, whatever the compiler's default.
+CG_HD float mul(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+CG_HD double mul(double a, double b) {
+#if defined(__CUDA_ARCH__)
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+CG_HD float select(bool m, float a, float b) { return m ? a : b; }
+CG_HD double select(bool m, double a, double b) { return m ? a : b; }
+CG_HD float ceil(float a) { return ::ceilf(a); }
+CG_HD double ceil(double a) { return ::ceil(a); }
+
+template <class To, class From>
+CG_HD To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// The bits of the number moved up by `count`: how pow2 puts an integer into the exponent field.
+CG_HD float shift_bits_left(float a, int count) { return bit_cast<float>(bit_cast<uint32_t>(a) << count); }
+CG_HD double shift_bits_left(double a, int count) { return bit_cast<double>(bit_cast<uint64_t>(a) << count); }
+
+// The scalar under F: float for float and its packs, double for double and its packs.
+template <class F>
+struct ScalarOf {
+  using type = typename F::scalar;
+};
+template <>
+struct ScalarOf<float> {
+  using type = float;
+};
+template <>
+struct ScalarOf<double> {
+  using type = double;
+};
+template <class F>
+using scalar_of = typename ScalarOf<F>::type;
+
+}  // namespace cg

@@ -1,0 +1,44 @@
+// The Python module. Loading it registers the kernels; what it offers itself are facts.
+#include <torch/extension.h>
+
+#include <string>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/isa.h"
+#include "register.h"
+
+namespace {
+
+template <class E, size_t N>
+std::vector<std::string> names(const cg::Named<E> (&known)[N]) {
+  std::vector<std::string> all;
+  for (const auto& entry : known) all.emplace_back(entry.name);
+  return all;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of coarsegrad.";
+
+  // Here and not in a static initialiser: kernels that do not fit the schemas, as after an update of the Python files
+  // alone, are then an ImportError and not the end of the process. All of them are registered or none.
+  std::vector<torch::Library> libraries;
+  cg::register_cpu(libraries.emplace_back(MAKE_TORCH_LIBRARY_IMPL(coarsegrad, CPU)));
+  cg::register_autograd(libraries.emplace_back(MAKE_TORCH_LIBRARY_IMPL(coarsegrad, Autograd)));
+  static const std::vector<torch::Library> registered = std::move(libraries);
+
+  m.def("isa", [] { return std::string(cg::active_kernels().isa); }, "The instruction set of the CPU kernels in use.");
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::string> all;
+        for (const cg::Kernels* kernels : cg::usable_kernels()) all.emplace_back(kernels->isa);
+        return all;
+      },
+      "The instruction sets this machine can use, best first.");
+  m.def("set_isa", [](const std::string& name) { cg::use_isa(name); }, "Use the kernels of one of isas(); for tests.");
+  m.def("stes", [] { return names(cg::kStes); }, "The coarse gradients compiled in.");
+  m.def("alpha_grads", [] { return names(cg::kAlphaGrads); }, "The rules for alpha's gradient compiled in.");
+}

@@ -1,0 +1,11 @@
+// Each adds the kernels of one dispatch key to the ops that python/coarsegrad/_ops.py defines.
+#pragma once
+
+#include <torch/library.h>
+
+namespace cg {
+
+void register_cpu(torch::Library& library);
+void register_autograd(torch::Library& library);
+
+}  // namespace cg
