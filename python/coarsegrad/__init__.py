@@ -1,0 +1,30 @@
+"""coarsegrad: low-bit activations for torch. The staircase ReLU, its coarse gradients, and a backward that keeps bits.
+
+The function is `qrelu`, the module `QReLU`; `python -m coarsegrad info` says what runs on this machine.
+"""
+
+import importlib.metadata
+
+from . import nn
+from .backends import backends, use_backend
+from .functional import dequantize, qrelu, qrelu_codes
+from .nn import QReLU
+from .ste import check_ste, register_ste, stes
+
+try:
+    __version__ = importlib.metadata.version("coarsegrad")
+except importlib.metadata.PackageNotFoundError:  # run from the sources, not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "QReLU",
+    "backends",
+    "check_ste",
+    "dequantize",
+    "nn",
+    "qrelu",
+    "qrelu_codes",
+    "register_ste",
+    "stes",
+    "use_backend",
+]

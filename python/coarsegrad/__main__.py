@@ -1,0 +1,43 @@
+"""`python -m coarsegrad`: what serves what on this machine, and the experiments."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+from .backends import info
+
+# name -> module with add_arguments(parser) and main(args), and a line of help. A module is imported only where its name
+# is given, so that `info` needs nothing but torch.
+_EXPERIMENTS = {
+    "mnist": ("coarsegrad.experiments.mnist", "train LeNet-5 on MNIST, in float and then with low-bit activations"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="python -m coarsegrad",
+        description="Low-bit activations for torch: what runs on this machine, and the experiments.",
+        epilog="`python -m coarsegrad COMMAND --help` says more of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"coarsegrad {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    about = "versions, the native library, threads, and which backend serves which device"
+    command = commands.add_parser("info", help=about, description=f"Prints {about}.")
+    command.set_defaults(main=lambda args: print(info()))
+    for name, (module_name, about) in _EXPERIMENTS.items():
+        command = commands.add_parser(name, help=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name in argv[:1]:
+            module = importlib.import_module(module_name)
+            module.add_arguments(command)
+            command.set_defaults(main=module.main)
+    args = parser.parse_args(argv)
+    args.main(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,365 @@
+"""The ops: their schemas, shapes, default kernels and derivative; and the native library, which adds kernels to them.
+
+Every op has a default kernel, the reference. The native library `coarsegrad._C` registers faster ones for its devices
+and the derivative of qrelu as it is loaded; without it the derivative is the autograd.Function below.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+from torch.autograd import forward_ad
+
+from . import reference
+from .ste import ALPHA_GRADS, BUILT_IN, check_inplace, get_ste, kept
+
+_SCHEMAS = (
+    "qrelu(Tensor x, Tensor alpha, int bits, str ste, str rounding, str alpha_grad, float alpha_scale,"
+    " int? channel_dim) -> Tensor",
+    "qrelu_(Tensor(a!) x, Tensor alpha, int bits, str ste, str rounding, str alpha_grad, float alpha_scale,"
+    " int? channel_dim) -> Tensor(a!)",
+    # mask: the kind of bits to return: "nothing", "positive", "inside" or "state"; codes: whether to return them.
+    "qrelu_forward(Tensor x, Tensor alpha, int bits, str rounding, str mask, bool codes, int? channel_dim)"
+    " -> (Tensor y, Tensor mask, Tensor codes)",
+    "qrelu_forward_(Tensor(a!) x, Tensor alpha, int bits, str rounding, str mask, bool codes, int? channel_dim)"
+    " -> (Tensor mask, Tensor codes)",
+    # grad_y is dense, in y's memory format. need_grad_*: what required grad in the forward, and so what was kept.
+    # alpha is given where x is.
+    "qrelu_backward(Tensor grad_y, Tensor? alpha, Tensor? x, Tensor? mask, Tensor? codes, int bits, str ste,"
+    " str rounding, str alpha_grad, float alpha_scale, int? channel_dim, bool need_grad_x, bool need_grad_alpha)"
+    " -> (Tensor grad_x, Tensor grad_alpha)",
+    "qrelu_codes(Tensor x, Tensor alpha, int bits, str rounding, int? channel_dim) -> Tensor",
+    "dequantize(Tensor codes, Tensor alpha, int bits, SymInt[] shape, ScalarType dtype, int? channel_dim,"
+    " MemoryFormat memory_format) -> Tensor",
+)
+
+_library = torch.library.Library("coarsegrad", "DEF")
+for _schema in _SCHEMAS:
+    _library.define(_schema, tags=torch.Tag.pt2_compliant_tag)
+ops = torch.ops.coarsegrad
+
+# The ops with a kernel for each device; qrelu and qrelu_ are made of them.
+KERNELS = ("qrelu_forward", "qrelu_forward_", "qrelu_backward", "qrelu_codes", "dequantize")
+
+# ---------------------------------------------------------------------------------------------- shapes
+
+
+def _fake(name: str):
+    return torch.library.register_fake(f"coarsegrad::{name}", lib=_library)
+
+
+def _packed_size(count: int, width: int) -> int:
+    return (count * width + 7) // 8
+
+
+def _new_kept(x: Tensor, bits: int, mask: str, codes: bool) -> tuple[Tensor, Tensor]:
+    sizes = (
+        _packed_size(x.numel(), reference.MASK_WIDTH[mask]),
+        _packed_size(x.numel(), reference.CODE_WIDTH[bits]) if codes else 0,
+    )
+    return tuple(x.new_empty(size, dtype=torch.uint8) for size in sizes)
+
+
+def _new_y(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=suggest_memory_format(x))
+
+
+@_fake("qrelu")
+def _(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
+    reference.check_arguments(x, alpha, bits, rounding, channel_dim)
+    return _new_y(x)
+
+
+@_fake("qrelu_")
+def _(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
+    reference.check_arguments(x, alpha, bits, rounding, channel_dim)
+    return x
+
+
+@_fake("qrelu_forward")
+def _(x, alpha, bits, rounding, mask, codes, channel_dim):
+    reference.check_arguments(x, alpha, bits, rounding, channel_dim)
+    return _new_y(x), *_new_kept(x, bits, mask, codes)
+
+
+@_fake("qrelu_forward_")
+def _(x, alpha, bits, rounding, mask, codes, channel_dim):
+    reference.check_arguments(x, alpha, bits, rounding, channel_dim)
+    return _new_kept(x, bits, mask, codes)
+
+
+@_fake("qrelu_backward")
+def _(
+    grad_y,
+    alpha,
+    x,
+    mask,
+    codes,
+    bits,
+    ste,
+    rounding,
+    alpha_grad,
+    alpha_scale,
+    channel_dim,
+    need_grad_x,
+    need_grad_alpha,
+):
+    channels = 1 if channel_dim is None else grad_y.size(channel_dim)
+    return (
+        torch.empty_like(grad_y) if need_grad_x else grad_y.new_empty(0),
+        grad_y.new_empty(channels if need_grad_alpha else 0, dtype=reference.wide_dtype(grad_y.dtype)),
+    )
+
+
+@_fake("qrelu_codes")
+def _(x, alpha, bits, rounding, channel_dim):
+    reference.check_arguments(x, alpha, bits, rounding, channel_dim)
+    return x.new_empty(_packed_size(x.numel(), reference.CODE_WIDTH[bits]), dtype=torch.uint8)
+
+
+@_fake("dequantize")
+def _(codes, alpha, bits, shape, dtype, channel_dim, memory_format):
+    return torch.empty(shape, dtype=dtype, device=codes.device, memory_format=memory_format)
+
+
+# ------------------------------------------------------------------------------------- default kernels
+
+_warned_devices = set()
+
+
+def _default_kernel(name: str):
+    kernel = getattr(reference, name)
+
+    def call(*args):
+        result = kernel(*args)
+        device = args[0].device.type
+        if not native_switched_off and device not in _warned_devices:
+            _warned_devices.add(device)
+            why_not = native_why_not or f"no kernels for {device}"
+            warnings.warn(
+                f"on {device} coarsegrad runs on its plain-torch reference, which is slow; its native library:"
+                f" {why_not}. `python -m coarsegrad info` says more.",
+                stacklevel=3,
+            )
+        return result
+
+    return call
+
+
+for _name in KERNELS:
+    _library.impl(_name, _default_kernel(_name), "CompositeExplicitAutograd")
+
+
+def _qrelu_without_grad(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
+    return ops.qrelu_forward.default(x, alpha, bits, rounding, "nothing", False, channel_dim)[0]
+
+
+def _qrelu_without_grad_(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
+    ops.qrelu_forward_.default(x, alpha, bits, rounding, "nothing", False, channel_dim)
+    return x
+
+
+_library.impl("qrelu", _qrelu_without_grad, "CompositeExplicitAutograd")
+_library.impl("qrelu_", _qrelu_without_grad_, "CompositeExplicitAutograd")
+
+# ------------------------------------------------------------------------------------------ derivative
+
+
+def _refuse_forward_mode(*tensors: Tensor) -> None:
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError("qrelu has no forward-mode derivative (jvp); use reverse mode (backward)")
+
+
+def qrelu_autograd(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
+    """qrelu with its derivative."""
+    get_ste(ste)
+    reference.check_word("alpha_grad", alpha_grad, ALPHA_GRADS)
+    _refuse_forward_mode(x, alpha)
+    if torch.is_grad_enabled() and (x.requires_grad or alpha.requires_grad):
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "torch.func transforms do not support the Python derivative of qrelu, which serves where the native"
+                " library is not in use and for an STE of your own; use torch.autograd"
+            )
+        required_grad = (x.requires_grad, alpha.requires_grad)
+        config = (bits, ste, rounding, alpha_grad, alpha_scale, channel_dim, *required_grad)
+        return _QReLU.apply(x, alpha, config)
+    return _qrelu_without_grad(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
+
+
+def qrelu_autograd_(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
+    """qrelu_ with its derivative. Where there is one, torch's copy_ writes: it knows what must not be written to."""
+    if torch.is_grad_enabled() and (x.requires_grad or alpha.requires_grad):
+        check_inplace(ste, rounding, alpha_grad if alpha.requires_grad else None, x.requires_grad)
+        return x.copy_(qrelu_autograd(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim))
+    _refuse_forward_mode(x, alpha)
+    return _qrelu_without_grad_(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
+
+
+class _QReLU(torch.autograd.Function):
+    """config: bits, ste, rounding, alpha_grad, alpha_scale, channel_dim, and whether x and alpha required grad."""
+
+    @staticmethod
+    def forward(ctx, x, alpha, config):
+        bits, ste, rounding, alpha_grad, _, channel_dim, need_grad_x, need_grad_alpha = config
+        mask, codes, keep_x = kept(ste, rounding, alpha_grad if need_grad_alpha else None, need_grad_x)
+        y, kept_mask, kept_codes = ops.qrelu_forward.default(x, alpha, bits, rounding, mask, codes, channel_dim)
+        ctx.config, ctx.memory_format = config, suggest_memory_format(x)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            alpha if keep_x else None,
+            x if keep_x else None,
+            kept_mask if mask != "nothing" else None,
+            kept_codes if codes else None,
+        )
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        if grad_y is None:
+            return None, None, None
+        grad_y = grad_y.contiguous(memory_format=ctx.memory_format)
+        if ctx.config[1] in BUILT_IN:
+            grad_x, grad_alpha = ops.qrelu_backward.default(grad_y, *ctx.saved_tensors, *ctx.config)
+        else:  # an STE of the user, which the op does not know on every backend
+            grad_x, grad_alpha = _backward_autograd(ctx.memory_format, grad_y, *ctx.saved_tensors, *ctx.config)
+        *_, need_grad_x, need_grad_alpha = ctx.config
+        return grad_x if need_grad_x else None, grad_alpha if need_grad_alpha else None, None
+
+
+def _backward_autograd(memory_format, grad_y, alpha, x, mask, codes, *config):
+    """qrelu_backward with its own derivative."""
+    tensors = (grad_y, alpha, x, mask, codes)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _QReLUBackward.apply(memory_format, *tensors, config)
+    if config[1] not in BUILT_IN:
+        return reference.qrelu_backward(*tensors, *config, memory_format=memory_format)
+    with torch._C._AutoDispatchBelowAutograd():
+        return ops.qrelu_backward.default(*tensors, *config)
+
+
+class _QReLUBackward(torch.autograd.Function):
+    """qrelu_backward as a function of grad_y: linear, hence its own derivative, where alpha is fixed and x not kept."""
+
+    @staticmethod
+    def forward(ctx, memory_format, grad_y, alpha, x, mask, codes, config):
+        grad_x, grad_alpha = _backward_autograd(memory_format, grad_y, alpha, x, mask, codes, *config)
+        ctx.memory_format, ctx.config = memory_format, config
+        ctx.linear = x is None and not config[-1]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(mask)
+        if ctx.linear:
+            ctx.mark_non_differentiable(grad_alpha)
+        return grad_x, grad_alpha
+
+    @staticmethod
+    def backward(ctx, grad_grad_x, grad_grad_alpha):
+        if not ctx.linear:
+            raise NotImplementedError(
+                "qrelu has a second derivative only where alpha is fixed and the backward does not need x; here "
+                f"ste={ctx.config[1]!r}, alpha_grad={ctx.config[3]!r}, alpha learned: {ctx.config[-1]}"
+            )
+        if grad_grad_x is None:
+            return (None,) * 7
+        (mask,) = ctx.saved_tensors
+        grad_grad_x = grad_grad_x.contiguous(memory_format=ctx.memory_format)
+        grad_grad_y, _ = _backward_autograd(ctx.memory_format, grad_grad_x, None, None, mask, None, *ctx.config)
+        return None, grad_grad_y, *(None,) * 5
+
+
+for _name in ("qrelu_forward", "qrelu_forward_", "qrelu_codes", "dequantize"):
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+
+
+def _bump_version(keyset, x, *args):
+    """What torch does for an in-place op of its own: whoever kept x for a backward must notice the write."""
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        kept_state = ops.qrelu_forward_.default.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, x, *args)
+    torch.autograd.graph.increment_version(x)
+    return kept_state
+
+
+_library.impl("qrelu_forward_", _bump_version, "ADInplaceOrView", with_keyset=True)
+
+# ------------------------------------------------------------------------------------------------ vmap
+
+
+def _vmap(op):
+    def call(info, in_dims, x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
+        x_dim, alpha_dim = in_dims[:2]
+        if alpha_dim is not None:
+            raise NotImplementedError(
+                "vmap over alpha is not supported by qrelu; use one alpha per channel (channel_dim)"
+            )
+        x = x.movedim(x_dim, 0)
+        if channel_dim is not None and channel_dim >= 0:
+            channel_dim += 1
+        return op(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim), 0
+
+    return call
+
+
+torch.library.register_vmap("coarsegrad::qrelu", _vmap(ops.qrelu.default), lib=_library)
+torch.library.register_vmap("coarsegrad::qrelu_", _vmap(ops.qrelu_.default), lib=_library)
+
+# ---------------------------------------------------------------------------------- the native library
+
+
+def _public(version: str) -> str:
+    """A version without its local label: the +cpu and +cu builds of one torch fit the same extension."""
+    return version.split("+")[0]
+
+
+def _build_facts() -> dict[str, object]:
+    """What the build wrote down about the native library; empty where there was none."""
+    try:
+        facts = vars(importlib.import_module(f"{__package__}._build"))
+    except ModuleNotFoundError:
+        return {}
+    return {name.lower(): value for name, value in facts.items() if name.isupper()}
+
+
+def _load_native() -> tuple[ModuleType | None, str | None]:
+    """(coarsegrad._C, None), or (None, why not); loading it registers its kernels. An ImportError under "1"."""
+    mode = os.environ.get("COARSEGRAD_NATIVE", "auto")
+    if mode not in ("auto", "0", "1"):
+        raise ValueError(f"COARSEGRAD_NATIVE must be auto, 0 or 1, got {mode!r}")
+    if mode == "0":
+        return None, "switched off by COARSEGRAD_NATIVE=0"
+    built_for = build_facts.get("torch_version")
+    if built_for is None:
+        why_not = f"not built: {build_facts['reason']}" if build_facts else "not built"
+    elif _public(built_for) != _public(torch.__version__):
+        # Loading it could crash the process.
+        why_not = (
+            f"built for torch {built_for}, but this is torch {torch.__version__}; rebuild it in the folder of"
+            " coarsegrad's sources: pip install --force-reinstall --no-deps --no-build-isolation ."
+            " (with -e before the dot for an editable install)"
+        )
+    else:
+        try:
+            return importlib.import_module(f"{__package__}._C"), None
+        except ImportError as error:
+            why_not = f"its import failed: {error}"
+    if mode == "1":
+        raise ImportError(f"COARSEGRAD_NATIVE=1, but coarsegrad's native library cannot be used: {why_not}")
+    if built_for is not None:
+        _warned_devices.add("cpu")
+        warnings.warn(f"coarsegrad's native library cannot be used: {why_not}", stacklevel=2)
+    return None, why_not
+
+
+build_facts = _build_facts()
+native, native_why_not = _load_native()
+native_switched_off = os.environ.get("COARSEGRAD_NATIVE") == "0"
+
+if native is None:
+    _library.impl("qrelu", qrelu_autograd, "Autograd")
+    _library.impl("qrelu_", qrelu_autograd_, "Autograd")
+    _library.impl("qrelu_backward", lambda *args: _backward_autograd(suggest_memory_format(args[0]), *args), "Autograd")

@@ -1,0 +1,185 @@
+"""The public functions.
+
+The kernels check a call. Only what the dispatcher would convert in silence is looked at before: checks in Python cost
+as much as a small kernel. A call that was refused is looked at again, so that the error says it in the same words on
+every backend.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _ops
+from .reference import CODE_WIDTH, DTYPES, check_alpha, check_arguments, check_bits, checked_values, wide_dtype
+from .ste import ALPHA_GRADS, BUILT_IN, get_ste, one_of
+
+_INT_OR_NONE = (int, type(None))
+
+_qrelu = _ops.ops.qrelu.default
+_qrelu_ = _ops.ops.qrelu_.default
+_qrelu_codes = _ops.ops.qrelu_codes.default
+_dequantize = _ops.ops.dequantize.default
+
+
+def _scale(alpha_scale: float | str, x: Tensor, bits: int) -> float:
+    """alpha_scale as a number."""
+    if alpha_scale == "lsq":
+        per_sample = x.numel() // max(x.size(0), 1) if x.dim() > 0 else 1
+        return 1 / math.sqrt(max(per_sample, 1) * (2**bits - 1))
+    if isinstance(alpha_scale, bool) or not isinstance(alpha_scale, (int, float)):
+        raise TypeError(f"alpha_scale must be a number or 'lsq', got {alpha_scale!r}")
+    if not -math.inf < alpha_scale < math.inf:
+        raise ValueError(f"alpha_scale must be finite, or 'lsq', got {alpha_scale}")
+    return float(alpha_scale)
+
+
+def _wrong_argument(x: Tensor, alpha: Tensor, bits: int, rounding: str, channel_dim: int | None) -> Exception | None:
+    """What is wrong with the arguments of a call that failed, if they are what is wrong."""
+    try:
+        check_arguments(x, alpha, bits, rounding, channel_dim)
+        checked_values(alpha, wide_dtype(x.dtype))
+    except (TypeError, ValueError) as error:
+        return error
+    except RuntimeError:  # under vmap alpha's values cannot be read
+        return None
+    return None
+
+
+def qrelu(
+    x: Tensor,
+    alpha: Tensor | float,
+    bits: int = 4,
+    *,
+    ste: str = "clipped_relu",
+    rounding: str = "ceil",
+    alpha_grad: str = "three_valued",
+    alpha_scale: float | str = 1.0,
+    channel_dim: int | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """The staircase ReLU with 2**bits levels, and its coarse gradients.
+
+        y = alpha * clamp(ceil(x / alpha), 0, q),   q = 2**bits - 1          (rounding="ceil")
+        dx = dy * g'(x / alpha),   dalpha = alpha_scale * sum(dy * A)
+
+    Levels are L[k] = k * alpha rounded to x's dtype; y = L[c] for the code c = #{k in 1..q : x > T[k]}, exactly, on
+    every backend. NaN gives NaN, and its gradient passes.
+
+    x: float32, bfloat16, float16 or float64, any shape, any strides.
+    alpha: the height and width of a stair, finite and > 0: a number, or a tensor of shape [1], or [C] with
+        C = x.size(channel_dim); of any floating dtype, on x's device. A bad value in a tensor is an error on a CPU,
+        and makes the output NaN on a GPU, where finding it would cost a sync.
+    bits: 1..8.
+    ste: which g', a name in `stes()`: "identity", "relu", "clipped_relu", "log_tailed_relu", "reverse_exponential",
+        or one of your own (`register_ste`).
+    rounding: the thresholds T. "ceil": T[k] = L[k-1], so that every x > 0 gives at least alpha; "nearest": the middles
+        between levels; "hwgq": as nearest, but T[1] = 0.
+    alpha_grad: A, where alpha requires grad; 0 for x <= 0 and q for x > L[q]. Inside: "exact": c; "three_valued":
+        2**(bits-1); "two_valued": 0. "chain": c - (x / alpha) * g'(x / alpha) everywhere.
+    alpha_scale: a factor of dalpha; "lsq" is 1 / sqrt(n * q), n the elements of x per sample (x.size(0) samples).
+    channel_dim: the dimension of x that has one alpha for each index; negative counts from the end.
+    inplace: write y into x.
+
+    Returns y, in x's dtype and memory format (contiguous or channels-last).
+
+    Kept for the backward, in bits an element, where only x requires grad: identity 0, relu and clipped_relu 1,
+    the others x itself. Where alpha requires grad: "exact" the codes (bits rounded up to 1, 2, 4 or 8) and 1 for
+    clipped_relu, or for relu under "nearest"; "two_valued" and "three_valued" 2; "chain", x itself; and x itself for an
+    STE that needs it. Nothing where no gradient is wanted. There is a second derivative where alpha is fixed and x is
+    not kept, and no forward-mode one.
+
+    Raises TypeError or ValueError, which name the argument, what was got and what was wanted; ValueError for
+    inplace=True where x would be kept. Nothing is computed or changed then.
+
+    Sources: Yin et al. 2019, arXiv 1903.05662, and Long, Yin, Xin 2021, arXiv 2011.11256 (coarse gradients); Yin et
+    al. 2018, arXiv 1808.05240 ("exact", "three_valued"); Choi et al. 2018, arXiv 1805.06085 ("two_valued"); Esser et
+    al. 2020, arXiv 1902.08153 ("lsq", and "chain" with "nearest" and clipped_relu); Cai et al. 2017, arXiv 1702.00953
+    ("hwgq").
+    """
+    if (
+        not isinstance(alpha, Tensor)
+        or type(bits) is not int
+        or type(channel_dim) not in _INT_OR_NONE
+        or type(alpha_scale) is not float
+        or alpha_scale != 1.0
+    ):
+        alpha, channel_dim = check_arguments(x, alpha, bits, rounding, channel_dim)
+        alpha_scale = _scale(alpha_scale, x, bits)
+    if alpha_grad not in ALPHA_GRADS:
+        raise ValueError(one_of("alpha_grad", alpha_grad, ALPHA_GRADS))
+    if ste in BUILT_IN:
+        op = _qrelu_ if inplace else _qrelu
+    else:
+        get_ste(ste)
+        op = _ops.qrelu_autograd_ if inplace else _ops.qrelu_autograd
+    try:
+        return op(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
+    except Exception:
+        if wrong := _wrong_argument(x, alpha, bits, rounding, channel_dim):
+            raise wrong from None
+        raise
+
+
+def qrelu_codes(
+    x: Tensor, alpha: Tensor | float, bits: int = 4, *, rounding: str = "ceil", channel_dim: int | None = None
+) -> Tensor:
+    """The codes of `qrelu(x, alpha, bits)`, packed: c = #{k in 1..q : x > T[k]}; q for NaN.
+
+    Arguments, their ranges and errors are those of `qrelu`.
+
+    Returns a 1-d uint8 tensor of ceil(n * w / 8) bytes for n elements, w = 1, 2, 4, 4, 8, 8, 8, 8 for bits = 1..8.
+    Element i sits in byte i*w // 8 at shift (i*w) % 8; elements are in the memory order of qrelu's output
+    (channels-last where x is), and the last byte is padded with zeros. There is no gradient. `dequantize` is the way
+    back.
+    """
+    alpha, channel_dim = check_arguments(x, alpha, bits, rounding, channel_dim)
+    return _qrelu_codes(x, alpha, bits, rounding, channel_dim)
+
+
+def dequantize(
+    codes: Tensor,
+    alpha: Tensor | float,
+    bits: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    channel_dim: int | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    """The output of `qrelu` from its packed codes, bit for bit: y = L[c] = round_to_dtype(c * alpha).
+
+    codes: what `qrelu_codes` returned, 1-d uint8.
+    alpha, bits, channel_dim: as they were there (the rounding does not matter here). There is no gradient.
+    shape, dtype: those of x there.
+    memory_format: that of qrelu's output there: torch.contiguous_format, channels_last or channels_last_3d.
+
+    Returns a tensor of that shape, dtype and format. A NaN of x comes back as L[q], as its code is q.
+    Raises TypeError or ValueError, which name the argument, what was got and what was wanted.
+    """
+    if not isinstance(codes, Tensor):
+        raise TypeError(f"codes must be a Tensor, got {type(codes).__name__}")
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"codes must be uint8, got {codes.dtype}")
+    if codes.dim() != 1:
+        raise ValueError(f"codes must be 1-d, got shape {list(codes.shape)}")
+    check_bits(bits)
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    if not isinstance(shape, Sequence) or not all(isinstance(n, (int, torch.SymInt)) and n >= 0 for n in shape):
+        raise ValueError(f"shape must be a sequence of ints >= 0, got {shape!r}")
+    count, width = math.prod(shape), CODE_WIDTH[bits]
+    size = (count * width + 7) // 8
+    if codes.numel() != size:
+        raise ValueError(f"codes must have {size} bytes for {count} elements of {width} bits, got {codes.numel()}")
+    dims = {torch.contiguous_format: len(shape), torch.channels_last: 4, torch.channels_last_3d: 5}
+    if dims.get(memory_format) != len(shape):
+        raise ValueError(
+            "memory_format must be torch.contiguous_format, channels_last (4 dimensions) or channels_last_3d (5), "
+            f"got {memory_format} for {len(shape)} dimensions"
+        )
+    alpha, channel_dim = check_alpha(alpha, channel_dim, shape, dtype, codes.device)
+    return _dequantize(codes, alpha, bits, shape, dtype, channel_dim, memory_format)

@@ -1,0 +1,146 @@
+"""The module: `QReLU`, nn.ReLU with low-bit outputs."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from .functional import qrelu
+from .reference import check_bits, check_number, check_word, checked_values, wide_dtype
+from .ste import ALPHA_GRADS, ROUNDINGS, check_inplace, get_ste
+
+
+@functools.cache
+def half_gaussian_alpha(bits: int, rounding: str = "ceil") -> float:
+    """The alpha of least mean squared error E[(x - Q(x))**2] for x = max(z, 0), z a unit Gaussian, to 6 decimals.
+
+    That is what a BatchNorm without affine hands to the activation. It is found by minimising in the one unknown,
+    alpha; the error is a sum of closed forms, one for each stair. bits: 1..8. rounding: "ceil", "nearest" or "hwgq".
+    """
+    check_bits(bits)
+    check_word("rounding", rounding, ROUNDINGS)
+    q = 2**bits - 1
+
+    def error(alpha: float) -> float:
+        edges = [(k - 1 if rounding == "ceil" else k - 0.5) * alpha for k in range(1, q + 1)]
+        if rounding == "hwgq":
+            edges[0] = 0.0
+        total = 0.0
+        # A stair from `low` to `high` at height y: (x - y)**2 phi(x) integrated, from phi, x phi and x**2 phi integrated.
+        for k, (low, high) in enumerate(zip([0.0, *edges], [*edges, 40.0])):
+            y = k * alpha
+            density = [math.exp(-t * t / 2) / math.sqrt(2 * math.pi) for t in (low, high)]
+            mass = (math.erfc(low / math.sqrt(2)) - math.erfc(high / math.sqrt(2))) / 2
+            first = density[0] - density[1]
+            second = mass + low * density[0] - high * density[1]
+            total += second - 2 * y * first + y * y * mass
+        return total
+
+    # Golden section. The error has one minimum; the top level there is between 0.7 and 5 standard deviations.
+    low, high, ratio = 0.5 / q, 6.0 / q, (math.sqrt(5) - 1) / 2
+    while high - low > 1e-9:
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        low, high = (low, right) if error(left) < error(right) else (left, high)
+    return round((low + high) / 2, 6)
+
+
+class QReLU(torch.nn.Module):
+    """nn.ReLU with 2**bits output levels: y = alpha * clamp(ceil(x / alpha), 0, q), q = 2**bits - 1.
+
+    Forward, gradients, what is kept for the backward, and the papers are those of `coarsegrad.qrelu`.
+
+    bits: 1..8.
+    ste: the coarse gradient, a name in `coarsegrad.stes()`.
+    rounding: "ceil", "nearest" or "hwgq".
+    alpha: the height of a stair, finite and > 0: a number, or a tensor of shape [1], or [num_channels] where that is
+        given. None (default): the one of least mean squared error for a unit Gaussian input, as BatchNorm without
+        affine makes it (`half_gaussian_alpha`).
+    learn_alpha: alpha is a Parameter; else it is a buffer. Both are of shape [1] or [num_channels], float32 or of the
+        dtype of the tensor given, and in the state_dict.
+    alpha_grad: "exact", "three_valued", "two_valued" or "chain": the gradient of a learned alpha.
+    num_channels: None: one alpha; else one for each channel.
+    channel_dim: the dimension of the channels, where num_channels is given; negative counts from the end.
+    inplace: write y into x, as nn.ReLU(inplace=True) does.
+
+    Kept for the backward with the defaults: 1 bit an element.
+
+    Raises TypeError or ValueError here for whatever of these is wrong, inplace=True with an STE or rule whose backward
+    keeps x itself included.
+    """
+
+    def __init__(
+        self,
+        bits: int = 4,
+        *,
+        ste: str = "clipped_relu",
+        rounding: str = "ceil",
+        alpha: float | Tensor | None = None,
+        learn_alpha: bool = False,
+        alpha_grad: str = "three_valued",
+        num_channels: int | None = None,
+        channel_dim: int = 1,
+        inplace: bool = False,
+    ) -> None:
+        super().__init__()
+        check_bits(bits)
+        check_word("rounding", rounding, ROUNDINGS)
+        check_word("alpha_grad", alpha_grad, ALPHA_GRADS)
+        if num_channels is not None and (type(num_channels) is not int or num_channels < 1):
+            raise ValueError(f"num_channels must be None or an int >= 1, got {num_channels!r}")
+        if type(channel_dim) is not int:
+            raise TypeError(f"channel_dim must be an int, got {channel_dim!r}")
+        get_ste(ste)
+        if inplace:
+            check_inplace(ste, rounding, alpha_grad if learn_alpha else None)
+        self.bits = bits
+        self.ste = ste
+        self.rounding = rounding
+        self.alpha_grad = alpha_grad
+        self.channel_dim = None if num_channels is None else channel_dim
+        self.inplace = inplace
+        alpha = _initial_alpha(half_gaussian_alpha(bits, rounding) if alpha is None else alpha, num_channels or 1)
+        if learn_alpha:
+            self.alpha = torch.nn.Parameter(alpha)
+        else:
+            self.register_buffer("alpha", alpha)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return qrelu(
+            x,
+            self.alpha,
+            self.bits,
+            ste=self.ste,
+            rounding=self.rounding,
+            alpha_grad=self.alpha_grad,
+            channel_dim=self.channel_dim,
+            inplace=self.inplace,
+        )
+
+    def extra_repr(self) -> str:
+        words = [f"bits={self.bits}", f"ste={self.ste!r}", f"rounding={self.rounding!r}"]
+        if self.channel_dim is not None:
+            words += [f"num_channels={self.alpha.numel()}", f"channel_dim={self.channel_dim}"]
+        elif self.alpha.device.type != "meta":
+            words.append(f"alpha={self.alpha.item():.6g}")
+        if isinstance(self.alpha, torch.nn.Parameter):
+            words += ["learn_alpha=True", f"alpha_grad={self.alpha_grad!r}"]
+        if self.inplace:
+            words.append("inplace=True")
+        return ", ".join(words)
+
+
+def _initial_alpha(alpha: float | Tensor, size: int) -> Tensor:
+    """A new tensor of shape [size], checked."""
+    if not isinstance(alpha, Tensor):
+        check_number("alpha", alpha)
+        return torch.full((size,), float(alpha), dtype=torch.float32)
+    if not alpha.is_floating_point():
+        raise TypeError(f"alpha must be of a floating dtype, got {alpha.dtype}")
+    if alpha.shape != (size,):
+        raise ValueError(f"alpha must have shape [{size}], got {list(alpha.shape)}")
+    if alpha.device.type != "meta":
+        checked_values(alpha.cpu(), wide_dtype(alpha.dtype))
+    return alpha.detach().clone()
