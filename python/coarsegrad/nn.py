@@ -29,7 +29,7 @@ def half_gaussian_alpha(bits: int, rounding: str = "ceil") -> float:
         if rounding == "hwgq":
             edges[0] = 0.0
         total = 0.0
-        # A stair from `low` to `high` at height y: (x - y)**2 phi(x) integrated, from phi, x phi and x**2 phi integrated.
+        # A stair from `low` to `high` at height y: the integral of (x - y)**2 phi, from those of phi, x phi, x**2 phi.
         for k, (low, high) in enumerate(zip([0.0, *edges], [*edges, 40.0])):
             y = k * alpha
             density = [math.exp(-t * t / 2) / math.sqrt(2 * math.pi) for t in (low, high)]

@@ -282,7 +282,7 @@ def _check_gprime(name: str, gprime: GPrime, needs: str) -> None:
             if bool((g[part] != g[part][:1]).any()):
                 i, j = g[part].argmin(), g[part].argmax()
                 raise ValueError(
-                    f"needs={needs!r} is too little: where what it keeps of x is the same, gprime of ste {name!r} differs: "
+                    f"needs={needs!r} is too little for gprime of ste {name!r}, which differs where that is the same: "
                     f"g'({u[part][i]:.6g}) = {g[part][i]:.6g}, g'({u[part][j]:.6g}) = {g[part][j]:.6g} at q = {q}"
                 )
 

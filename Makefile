@@ -1,0 +1,41 @@
+# From a bare machine with python3 and g++: `make demo`, `make test`. What is up to date is not made again.
+PYTHON ?= python3
+VENV   ?= .venv
+
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+export CMAKE_GENERATOR ?= Ninja
+
+.PHONY: help setup build test demo bench lint clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+	@echo
+	@echo 'TEST_ARGS, DEMO_ARGS and BENCH_ARGS are passed on: make demo DEMO_ARGS="--subset 2000"'
+
+setup: $(VENV)/.done  ## .venv with the pinned development environment
+$(VENV)/.done: pyproject.toml requirements-dev.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	COARSEGRAD_NATIVE=0 $(VENV)/bin/pip install -r requirements-dev.txt
+	touch $@
+
+# Built into the working copy, where the editable install of .venv finds it.
+build: setup  ## the native library and the C++ tests
+	cmake -S . -B build -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python
+	cmake --build build
+	cmake --install build --prefix python
+
+test: build  ## all tests, C++ and Python
+	ctest --test-dir build --output-on-failure
+	python -m pytest $(TEST_ARGS)
+
+demo: build  ## trains LeNet-5 on MNIST, float and then with 2-bit activations
+	python -m coarsegrad mnist --bits 2 $(DEMO_ARGS)
+
+bench: build  ## times the kernels beside torch's own
+	python -m bench.kernels $(BENCH_ARGS)
+
+lint: setup  ## ruff
+	ruff check .
+
+clean:  ## removes .venv and what was built
+	rm -rf build dist $(VENV) python/coarsegrad.egg-info python/coarsegrad/_C.* python/coarsegrad/_build.py
