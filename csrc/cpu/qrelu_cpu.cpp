@@ -18,7 +18,7 @@ namespace {
 using at::Tensor;
 
 // Output at least this large leaves the caches anyway: store past them.
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
 // Blocks a thread takes at least; the same 32768 elements as torch's own elementwise loops.
 constexpr int64_t kGrainBlocks = 512;
 // Sums are made per chunk, then over chunks: at least this many blocks each, and at most kMaxChunks of them.
