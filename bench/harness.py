@@ -1,0 +1,189 @@
+"""What the benchmarks share: taking turns, clocks, allocators, and what a time depends on."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import os
+import platform
+import random
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from coarsegrad.experiments.files import replacing
+from coarsegrad.experiments.measure import environment
+
+T = TypeVar("T")
+
+
+class BenchError(Exception):
+    """Why there is no report."""
+
+
+# ----------------------------------------------------------------------------------------- timing
+
+
+class CpuTimer:
+    """Times calls by the wall clock, or by the CPU time of this thread, which other programs disturb less."""
+
+    def __init__(self, cpu_time: bool) -> None:
+        self._clock = time.thread_time if cpu_time else time.perf_counter
+
+    def sample(self, job: Callable[[], object], calls: int) -> tuple[float, float]:
+        """(seconds, page faults) of one call, the mean of `calls` calls."""
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        start = self._clock()
+        for _ in range(calls):
+            job()
+        seconds = self._clock() - start
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+        return seconds / calls, faults / calls
+
+
+@dataclass
+class Times:
+    """Seconds and page faults of one call, round by round; each is the mean of `calls` calls."""
+
+    calls: int
+    seconds: list[float] = field(default_factory=list)
+    page_faults: list[float] = field(default_factory=list)
+
+    def speeds_over(self, other: Times) -> list[float]:
+        """Round by round, how many times as fast as the other."""
+        return [theirs / ours for ours, theirs in zip(self.seconds, other.seconds)]
+
+
+# A sample of a short job is this long, far above the clock's grain. Rounds before the first that counts let
+# the allocator find its steady state.
+_SAMPLE_SECONDS = 2e-3
+_WARM_UP_ROUNDS = 2
+
+
+def interleaved(
+    jobs: dict[str, Callable[[], object]], timer: CpuTimer, rounds: int, after_round: Callable[[], object]
+) -> dict[str, Times]:
+    """The times of jobs that take turns, in a new order each round, so that a slow moment meets all alike."""
+    times = {}
+    for name, job in jobs.items():
+        shortest = min(timer.sample(job, 1)[0] for _ in range(3))
+        times[name] = Times(calls=max(1, round(_SAMPLE_SECONDS / shortest)))
+    order, shuffle = list(jobs), random.Random(0).shuffle
+    for number in range(_WARM_UP_ROUNDS + rounds):
+        shuffle(order)
+        for name in order:
+            seconds, page_faults = timer.sample(jobs[name], times[name].calls)
+            if number >= _WARM_UP_ROUNDS:
+                times[name].seconds.append(seconds)
+                times[name].page_faults.append(page_faults)
+        if number >= _WARM_UP_ROUNDS:
+            after_round()
+    return times
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    """(20%, median, 80%)."""
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return tenths[1], tenths[4], tenths[7]
+
+
+# --------------------------------------------------------------------------- processes and allocators
+
+ALLOCATORS = ("keep", "default")
+
+# Larger than any tensor of a benchmark; an int, as older versions of glibc read it.
+_KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**31 - 1), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+
+
+def in_new_process(allocator: str, function: Callable[..., T], *arguments: object) -> T:
+    """function(*arguments) in a new process, since malloc reads its settings only as a process starts.
+
+    allocator: "keep": glibc's malloc keeps what is freed; "default": the environment stays as it is.
+    """
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run_and_send, args=(sender, function, arguments), daemon=True)
+    before = dict(os.environ)
+    if allocator == "keep":
+        os.environ.update(_KEEP)
+    try:
+        process.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    sender.close()  # so that the end of the process ends the wait
+    try:
+        result, error = receiver.recv()
+    except EOFError:
+        raise BenchError("the measuring process was killed; is there too little memory?") from None
+    process.join()
+    if error:
+        raise error
+    return result
+
+
+def _run_and_send(sender: Connection, function: Callable[..., object], arguments: tuple) -> None:
+    """Sends (what the function returned, None), or (None, the BenchError that it raised)."""
+    try:
+        sender.send((function(*arguments), None))
+    except BenchError as error:
+        sender.send((None, error))
+    except KeyboardInterrupt:
+        pass  # whoever waits for it has been told as well
+
+
+def _other_malloc() -> str | None:
+    """tcmalloc and the like, where one serves this process in place of the C library's malloc."""
+    libraries = Path("/proc/self/maps")
+    loaded = libraries.read_text() if libraries.exists() else ""
+    return next((name for name in ("tcmalloc", "jemalloc", "mimalloc") if f"lib{name}" in loaded), None)
+
+
+def _caches() -> str:
+    """The first core's caches, as "L1d 32K, L2 1024K, L3 32768K"; empty where the system does not say."""
+    found = []
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+        if kind != "Instruction":
+            found.append(f"L{level}{'d' if kind == 'Data' else ''} {size}")
+    return ", ".join(found)
+
+
+def facts(allocator: str, cpu_time: bool) -> dict[str, object]:
+    """What the times of this process depend on besides what is timed, in the words of the CSV files.
+
+    "allocator" is "keep", "default", or the name of another malloc that was preloaded.
+    """
+    other = _other_malloc()
+    settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **environment(torch.device("cpu")),
+        "caches": _caches(),
+        "allocator": other or allocator,
+        "malloc": other or " ".join([*platform.libc_ver(), *settings]).strip() or "the system's",
+        "clock": "thread CPU time" if cpu_time else "wall",
+    }
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def write_csv(rows: Iterable[dict[str, object]], path: Path) -> None:
+    rows = list(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
