@@ -33,6 +33,6 @@ def training_curves(history: dict[str, list[dict]], title: str, path: Path) -> N
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        axes.legend()
+    loss.legend()
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=150)
