@@ -6,9 +6,11 @@
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <type_traits>
 
 #include "checks.h"
 #include "register.h"
@@ -20,6 +22,14 @@ using at::Tensor;
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
+
+// torch 2.13 counts the owners of a node in the node, torch before it beside the node. There deleteNode, found through
+// the base class, takes a long graph apart without recursion.
+template <class N>
+auto new_node(auto&&... args) {
+  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, N>) return c10::make_intrusive<N>(args...);
+  else return std::shared_ptr<N>(new N(args...), [](N* node) { deleteNode(node); });
+}
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find_op(const char* name) {
@@ -154,9 +164,9 @@ Settings settings_of(const Tensor& x, const Tensor& alpha, int64_t bits, std::st
           grad && x.requires_grad(), grad && alpha.requires_grad()};
 }
 
-c10::intrusive_ptr<QReluBackward> make_node(const Settings& settings, const Tensor& x, const Tensor& alpha) {
+decltype(new_node<QReluBackward>()) make_node(const Settings& settings, const Tensor& x, const Tensor& alpha) {
   if (!settings.need_grad_x && !settings.need_grad_alpha) return nullptr;
-  auto node = c10::make_intrusive<QReluBackward>();
+  auto node = new_node<QReluBackward>();
   node->settings = settings;
   node->set_next_edges(torch::autograd::collect_next_edges(x, alpha));
   return node;
@@ -221,7 +231,7 @@ std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const OptionalTe
   if (!twice) return out;
   auto& [grad_x, grad_alpha] = out;
   if (!need_grad_alpha && !x) {
-    auto node = c10::make_intrusive<QReluBackwardBackward>();
+    auto node = new_node<QReluBackwardBackward>();
     node->settings = {bits, parse("ste", ste, kStes), parse("rounding", rounding, kRoundings),
                       parse("alpha_grad", alpha_grad, kAlphaGrads), alpha_scale, channel_dim, need_grad_x, false};
     node->memory_format = grad_y.suggest_memory_format();
@@ -229,7 +239,7 @@ std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const OptionalTe
     node->set_next_edges(torch::autograd::collect_next_edges(grad_y));
     torch::autograd::set_history(grad_x, node);
   } else {
-    auto node = c10::make_intrusive<torch::autograd::Error>(
+    auto node = new_node<torch::autograd::Error>(
         "qrelu can be differentiated twice only where alpha is fixed and the backward keeps no x (ste '" +
         std::string(ste) + "', alpha_grad '" + std::string(alpha_grad) + "')");
     node->set_next_edges(torch::autograd::collect_next_edges(grad_y, alpha ? *alpha : Tensor(), x ? *x : Tensor()));

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 
@@ -11,20 +13,26 @@ from coarsegrad.testing import backend_ids, serving
 IDS = backend_ids() if _ops.native is not None else [*backend_ids(), "native"]
 
 
+def _fill_new_memory(on):
+    """Has malloc set every bit of what it hands out; in the C library that is mallopt's M_PERTURB, where it has one."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-6, 0x100 if on else 0)
+
+
 def _serve(request):
     """One backend serves, on one thread: as quick on a busy machine. test_determinism.py is about more.
 
-    torch.empty is filled with NaN, or the largest integer: an element that no kernel wrote stands out.
+    New memory is filled with ones, NaN in every float dtype, so that an element that no kernel wrote stands out.
     """
     if request.param == "native":
         pytest.skip(f"native library not in use: {_ops.native_why_not}")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    _fill_new_memory(True)
     with serving(request.param):
         yield request.param
-    torch.use_deterministic_algorithms(False)
+    _fill_new_memory(False)
     torch.set_num_threads(threads)
 
 

@@ -42,6 +42,12 @@ LAYOUTS = {
     "one pixel": lambda x: x[:, :, :1, :1],
     "one pixel, channels_last": lambda x: x[:, :, :1, :1].contiguous(memory_format=torch.channels_last),
     "one row": lambda x: x[:, :, :1],
+    "one channel of stride 1": lambda x: x.as_strided((3, 1, 6, 5), (30, 1, 5, 1)),
+    "one sample of stride 0": lambda x: x.as_strided((1, 4, 6, 5), (0, 30, 5, 1)),
+    "one column of stride 0": lambda x: x.as_strided((3, 4, 6, 1), (24, 6, 1, 0)),
+    "one pixel of odd strides": lambda x: x.as_strided((3, 4, 1, 1), (4, 1, 7, 9)),
+    "two channels at one address": lambda x: x.as_strided((3, 2, 6, 5), (30, 0, 5, 1)),
+    "overlapping windows": lambda x: x.as_strided((20, 9), (1, 1)),
     "one sample, channels_last": lambda x: x[:1].contiguous(memory_format=torch.channels_last),
     "5-d": lambda x: x.unsqueeze(2),
     "channels_last_3d": lambda x: (

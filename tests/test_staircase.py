@@ -217,3 +217,14 @@ def test_any_input_any_alpha(backend, values, alpha, bits, rounding, dtype):
         unpacked_codes(x, alpha, bits, rounding).long(), oracle.codes(x, alpha, bits, rounding)
     )
     assert torch.isin(y[~y.isnan()], oracle.levels(alpha, bits, dtype)).all()
+
+
+def test_a_level_is_rounded_to_float32_before_the_dtype(backend):
+    # 3 * alpha lies 2**-24 above the middle of two bfloat16 numbers. The product in float32 rounds to that middle,
+    # and from there to the even neighbour below; rounded once it would be the neighbour above.
+    alpha = torch.tensor([(2**25 + 2**17 + 2) / 3 * 2**-25], dtype=torch.float64)
+    assert alpha.float().double() == alpha and (3 * alpha).item() == 1 + 2**-8 + 2**-24
+    x = torch.tensor([10.0], dtype=torch.bfloat16)
+    for a in (alpha.float(), alpha):
+        assert cg.qrelu(x, a, 2).item() == 1.0
+        assert cg.dequantize(cg.qrelu_codes(x, a, 2), a, 2, [1], torch.bfloat16).item() == 1.0

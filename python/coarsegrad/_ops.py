@@ -339,7 +339,7 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
         # Loading it could crash the process.
         why_not = (
             f"built for torch {built_for}, but this is torch {torch.__version__}; rebuild it in the folder of"
-            " coarsegrad's sources: pip install --force-reinstall --no-deps --no-build-isolation ."
+            " coarsegrad's sources: pip install --force-reinstall --no-deps ."
             " (with -e before the dot for an editable install)"
         )
     else:

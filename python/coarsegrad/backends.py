@@ -158,8 +158,9 @@ def info() -> str:
     else:
         usable = ", ".join(_ops.native.isas())
         lines.append(("native library", f"in use, instruction set {_ops.native.isa()} (usable here: {usable})"))
-    for fact, value in _ops.build_facts.items():
-        text = ", ".join(value) if isinstance(value, list) else str(value)
-        lines.append((f"  built: {fact.replace('_', ' ')}", text))
+    if _ops.build_facts.get("torch_version") is not None:
+        for fact, value in _ops.build_facts.items():
+            text = ", ".join(value) if isinstance(value, list) else str(value)
+            lines.append((f"  built: {fact.replace('_', ' ')}", text))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in lines) + f"\n\n{backends()!r}"
