@@ -184,15 +184,15 @@ void backward_x(const Backward& args, int64_t begin, int64_t end) {
       const P alpha = source.at(i).alpha;
       const Point<P> p{Io<T>::load(x + i), alpha, q, level<T>(q, alpha)};
       const P dy = Io<T>::load(grad_y + i);
-      const P g = SteT::g(p);
-      const P dx = round_to<T>(gated<SteT>(p, mul(dy, g)));
+      const P g = slope<SteT>(p);
+      const P dx = round_to<T>(times_slope(dy, g));
       if (stream) Io<T>::stream(dx_block + i, dx);
       else Io<T>::store(dx_block + i, dx);
       if (!a.partial) continue;
       P value;
       if (by_code) {
         value = Lanes<P>::load_codes(codes + i);
-        if (a.rule == AlphaGrad::chain) value = chain_value<SteT>(p, value);
+        if (a.rule == AlphaGrad::chain) value = chain_value(p, value, g);
       } else {
         value = select(p.x > p.top, q, select(is_positive(p.x), inside_factor, zero));
       }

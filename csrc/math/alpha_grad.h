@@ -24,10 +24,10 @@ CG_HD A inside_value(AlphaGrad rule, A q) {
   return rule == AlphaGrad::three_valued ? (q + A(1)) / A(2) : A(0);
 }
 
-// A under `chain`. Where the gate is shut u g' is 0 whatever u is.
-template <class Ste, class F>
-CG_HD F chain_value(const Point<F>& p, F code) {
-  return code - gated<Ste>(p, mul(p.x / p.alpha, Ste::g(p)));
+// A under `chain`.
+template <class F>
+CG_HD F chain_value(const Point<F>& p, F code, F slope) {
+  return code - times_slope(p.x / p.alpha, slope);
 }
 
 }  // namespace cg

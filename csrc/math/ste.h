@@ -18,6 +18,12 @@ namespace cg {
   X(log_tailed_relu, LogTailedRelu) \
   X(reverse_exponential, ReverseExponential)
 
+enum class Ste {
+#define CG_NAME(name, Struct) name,
+  CG_FOR_EACH_STE(CG_NAME)
+#undef CG_NAME
+};
+
 enum class Needs { nothing, positive, inside, x };
 
 template <class F>
@@ -127,11 +133,17 @@ struct ReverseExponential {
   }
 };
 
-// A masked value is a select, never a product: inf * 0 must not arise.
+// g'(u), 0 where the gate is shut.
 template <class Ste, class F>
-CG_HD F gated(const Point<F>& p, F value) {
-  if constexpr (Ste::kNeeds == Needs::nothing) return value;
-  else return select(Ste::gate(p), value, F(0));
+CG_HD F slope(const Point<F>& p) {
+  if constexpr (Ste::kNeeds == Needs::nothing) return Ste::g(p);
+  else return select(Ste::gate(p), Ste::g(p), F(0));
+}
+
+// v * slope. Where the slope is 0 that is a select, never a product: inf * 0 must not arise.
+template <class F>
+CG_HD F times_slope(F v, F slope) {
+  return select(slope != F(0), mul(v, slope), F(0));
 }
 
 }  // namespace cg

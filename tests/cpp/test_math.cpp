@@ -134,7 +134,11 @@ Point<A> at(A x) {
 }
 template <class Ste, class A>
 A slope(A x) {
-  return gated<Ste>(at(x), Ste::g(at(x)));
+  return slope<Ste>(at(x));
+}
+template <class Ste, class A>
+A chain(A x, A code) {
+  return chain_value(at(x), code, slope<Ste>(x));
 }
 
 template <class A>
@@ -185,11 +189,15 @@ void test_alpha_grads() {
   CHECK(inside_value(AlphaGrad::three_valued, A(3)) == 2);
   CHECK(inside_value(AlphaGrad::three_valued, A(255)) == 128);
   CHECK(inside_value(AlphaGrad::two_valued, A(255)) == 0);
-  CHECK(chain_value<Relu>(at(A(3)), A(2)) == A(0.5));            // 2 - 1.5
-  CHECK(chain_value<Relu>(at(A(-1)), A(0)) == 0);
-  CHECK(chain_value<Identity>(at(A(-1)), A(0)) == A(0.5));       // 0 + 0.5
-  CHECK(chain_value<LogTailedRelu>(at(A(8)), A(3)) == 1);        // 3 - 4/2
-  CHECK(chain_value<ClippedRelu>(at(kInf<A>), A(3)) == 3);       // the gate is shut: no inf * 0
+  CHECK(chain<Relu>(A(3), A(2)) == A(0.5));        // 2 - 1.5
+  CHECK(chain<Relu>(A(-1), A(0)) == 0);
+  CHECK(chain<Identity>(A(-1), A(0)) == A(0.5));   // 0 + 0.5
+  CHECK(chain<LogTailedRelu>(A(8), A(3)) == 1);    // 3 - 4/2
+  for (const A x : {kInf<A>, -kInf<A>}) {          // the slope is 0: no inf * 0
+    CHECK(chain<ClippedRelu>(x, A(3)) == 3);
+    CHECK(chain<ReverseExponential>(x, A(3)) == 3);
+  }
+  CHECK(times_slope(kInf<A>, A(0)) == 0 && times_slope(A(3), A(0.5)) == A(1.5));
 }
 
 template <int kWidth>
