@@ -126,10 +126,7 @@ __global__ void __launch_bounds__(kThreads) qrelu_backward_kept_kernel(const Bac
           if (a.partial) total += times_slope(A(widen(dy)), kept.factor(i, inside, q));
         }
       });
-  if (a.partial) {
-    total = block_sum(total);
-    if (threadIdx.x == 0) static_cast<A*>(a.partial)[blockIdx.x] = total;
-  }
+  if (a.partial) sum_blocks(total, static_cast<A*>(a.partial));
 }
 
 // The same sums, of many alphas.
@@ -221,10 +218,7 @@ __global__ void __launch_bounds__(kThreads) qrelu_backward_x_kernel(const Backwa
           total += g.term;
         }
       });
-  if (a.partial) {
-    total = block_sum(total);
-    if (threadIdx.x == 0) static_cast<A*>(a.partial)[blockIdx.x] = total;
-  }
+  if (a.partial) sum_blocks(total, static_cast<A*>(a.partial));
 }
 
 // The same sums, of many alphas.

@@ -11,12 +11,11 @@ struct KeptBits {
   uint64_t codes = 0;
 };
 
-// The mask bits of one element.
+// The mask bits of element i of a pack.
 template <class A>
-CG_D uint32_t mask_of(MaskKind kind, A x, A top) {
-  const bool positive = is_positive(x), above = x > top;
-  if (kind == MaskKind::state) return above ? 2 : positive;
-  return kind == MaskKind::inside ? positive && !above : positive;
+CG_D uint32_t mask_of(MaskKind kind, A x, A top, int i) {
+  if (kind == MaskKind::state) return (is_positive(x) ? 1u << 2 * i : 0) + (x > top ? 1u << 2 * i : 0);
+  return (kind == MaskKind::inside ? is_positive(x) & !(x > top) : is_positive(x)) ? 1u << i : 0;
 }
 
 // The codes of a pack, `width` bits each. They are taken from the low bits of code + 2^23.
@@ -40,16 +39,12 @@ CG_D KeptBits forward_pack(const Forward& a, int64_t pack, const Words& words, c
                            MaskKind kind, bool codes) {
   float x[kPack<T>], code[kPack<T>], y[kPack<T>];
   unpack<T>(words, x);
-  codes_of<T, R>(x, step, q, code);
-  if (a.y) {
-#pragma unroll
-    for (int i = 0; i < kPack<T>; ++i) y[i] = mul(code[i], step(i).alpha);
-    store_words<T>(a.y, pack, round_all<T>(y));
-  }
+  quantize_pack<T, R>(x, step, q, code, y);
+  if (!codes || a.y) store_words<T>(a.y, pack, round_all<T>(y));
   KeptBits kept;
   if (kind != MaskKind::nothing) {
 #pragma unroll
-    for (int i = 0; i < kPack<T>; ++i) kept.mask |= mask_of(kind, x[i], step(i).top) << (i * mask_width(kind));
+    for (int i = 0; i < kPack<T>; ++i) kept.mask |= mask_of(kind, x[i], step(i).top(q), i);
   }
   if (codes) kept.codes = join_codes(code, q, packed_width(a.bits));
   return kept;
@@ -65,11 +60,11 @@ CG_D KeptBits forward_one_by_one(const Forward& a, int64_t pack, int count, Mask
   KeptBits kept;
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
-    const Step<T> step(alphas.next(), q, R);
+    const Step<T> step(alphas.next(), R);
     const A x = widen(static_cast<const T*>(a.x)[start + i]);
     const Quantized<A> result = quantize_one<T, R>(x, step, q);
     if (a.y) static_cast<T*>(a.y)[start + i] = narrow<T>(result.y);
-    kept.mask |= mask_of(kind, x, step.top) << (i * mask_width(kind));
+    kept.mask |= mask_of(kind, x, step.top(q), i);
     if (codes) kept.codes |= static_cast<uint64_t>(result.code) << (i * packed_width(a.bits));
   }
   return kept;
@@ -90,49 +85,60 @@ CG_D void write_kept(const Forward& a, int64_t pack, int count, bool whole, Mask
   }
 }
 
-// kKind alone is kept, of one alpha; under kAny, whatever is asked for, and under kChannels of many alphas.
-template <class T, Rounding R, MaskKind kKind, bool kAny, bool kChannels>
-__global__ void __launch_bounds__(kThreads) qrelu_forward_kernel(const Forward a, bool aligned) {
-  using A = compute_t<T>;
-  const A q = A((1 << a.bits) - 1);
-  const MaskKind kind = kAny ? a.kind : kKind;
-  const bool codes = kAny && a.codes;
-  const Step<T> only = kChannels ? Step<T>() : Step<T>(static_cast<const A*>(a.steps.alpha)[0], q, R);
+// pack_of(pack, words) quantizes a whole pack; what is left is done one by one.
+template <class T, Rounding R, class PackOf>
+CG_D void forward(const Forward& a, bool aligned, bool vector, MaskKind kind, bool codes, const PackOf& pack_of) {
   for_each_pack<T>(
-      a.count, aligned && (kChannels || only.regular),
+      a.count, aligned && vector,
       [&](int64_t first) {
-        if constexpr (kVector<T>) {
-          Words words[kUnroll];
+        Words words[kUnroll];
 #pragma unroll
-          for (int u = 0; u < kUnroll; ++u) words[u] = load_words<T>(a.x, first + u * kThreads);
+        for (int u = 0; u < kUnroll; ++u) words[u] = load_words<T>(a.x, first + u * kThreads);
 #pragma unroll
-          for (int u = 0; u < kUnroll; ++u) {
-            const int64_t pack = first + u * kThreads;
-            KeptBits kept;
-            if constexpr (kChannels) {
-              Step<T> steps[kPack<T>];
-              Run<A> alphas(a.steps, pack * kPack<T>);
-              bool regular = true;
-#pragma unroll
-              for (int i = 0; i < kPack<T>; ++i) {
-                steps[i] = Step<T>(alphas.next(), q, R);
-                regular &= steps[i].regular;
-              }
-              const auto step = [&](int i) { return steps[i]; };
-              if (regular) kept = forward_pack<T, R>(a, pack, words[u], step, q, kind, codes);
-              else kept = forward_one_by_one<T, R>(a, pack, kPack<T>, kind, codes);
-            } else {
-              const auto step = [&](int) { return only; };
-              kept = forward_pack<T, R>(a, pack, words[u], step, q, kind, codes);
-            }
-            write_kept<T>(a, pack, kPack<T>, true, kind, codes, kept);
-          }
+        for (int u = 0; u < kUnroll; ++u) {
+          const int64_t pack = first + u * kThreads;
+          write_kept<T>(a, pack, kPack<T>, true, kind, codes, pack_of(pack, words[u]));
         }
       },
       [&](int64_t pack, int count) {
         const KeptBits kept = forward_one_by_one<T, R>(a, pack, count, kind, codes);
         write_kept<T>(a, pack, count, aligned && count == kPack<T>, kind, codes, kept);
       });
+}
+
+// Of one alpha.
+template <class T, Rounding R, MaskKind kKind, bool kCodes>
+__global__ void __launch_bounds__(kThreads) qrelu_forward_kernel(const Forward a, bool aligned) {
+  const float q = static_cast<float>((1 << a.bits) - 1);
+  const Step<T> only(static_cast<const float*>(a.steps.alpha)[0], R);
+  const auto step = [&](int) { return only; };
+  forward<T, R>(a, aligned, only.simple(q, R), kKind, kCodes, [&](int64_t pack, const Words& words) {
+    return forward_pack<T, R>(a, pack, words, step, q, kKind, kCodes);
+  });
+}
+
+// Of many alphas.
+template <class T, Rounding R>
+__global__ void __launch_bounds__(kThreads) qrelu_forward_channels_kernel(const Forward a, bool aligned) {
+  const MaskKind kind = a.kind;
+  const bool codes = a.codes;
+  if constexpr (kVector<T>) {
+    const float q = static_cast<float>((1 << a.bits) - 1);
+    forward<T, R>(a, aligned, true, kind, codes, [&](int64_t pack, const Words& words) {
+      Step<T> steps[kPack<T>];
+      Run<float> alphas(a.steps, pack * kPack<T>);
+      bool simple = true;
+#pragma unroll
+      for (int i = 0; i < kPack<T>; ++i) {
+        steps[i] = Step<T>(alphas.next(), R);
+        simple &= steps[i].simple(q, R);
+      }
+      if (!simple) return forward_one_by_one<T, R>(a, pack, kPack<T>, kind, codes);
+      return forward_pack<T, R>(a, pack, words, [&](int i) { return steps[i]; }, q, kind, codes);
+    });
+  } else {
+    forward<T, R>(a, aligned, false, kind, codes, [](int64_t, const Words&) { return KeptBits(); });
+  }
 }
 
 }  // namespace cg::cuda

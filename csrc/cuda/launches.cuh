@@ -54,30 +54,26 @@ void with_dtype(Dtype dtype, const Body& body) {
   }
 }
 
-template <Rounding R>
-struct RoundingTag {
-  static constexpr Rounding value = R;
+template <auto kValue>
+struct Constant {
+  static constexpr auto value = kValue;
 };
 template <class Body>
 void with_rounding(Rounding rounding, const Body& body) {
   switch (rounding) {
-    case Rounding::ceil: return body(RoundingTag<Rounding::ceil>{});
-    case Rounding::nearest: return body(RoundingTag<Rounding::nearest>{});
-    case Rounding::hwgq: return body(RoundingTag<Rounding::hwgq>{});
+    case Rounding::ceil: return body(Constant<Rounding::ceil>{});
+    case Rounding::nearest: return body(Constant<Rounding::nearest>{});
+    case Rounding::hwgq: return body(Constant<Rounding::hwgq>{});
   }
 }
 
-template <int kWidth>
-struct Width {
-  static constexpr int value = kWidth;
-};
 template <class Body>
 void with_width(int width, const Body& body) {
   switch (width) {
-    case 1: return body(Width<1>{});
-    case 2: return body(Width<2>{});
-    case 4: return body(Width<4>{});
-    default: return body(Width<8>{});
+    case 1: return body(Constant<1>{});
+    case 2: return body(Constant<2>{});
+    case 4: return body(Constant<4>{});
+    default: return body(Constant<8>{});
   }
 }
 
@@ -92,17 +88,20 @@ void launch_forward(const Forward& a, Stream stream) {
     with_rounding(a.rounding, [&](auto rounding) {
       constexpr Rounding R = rounding.value;
       if constexpr (kVector<T>) {
+        const auto run_kind = [&](auto kind) {
+          if (a.codes) run(qrelu_forward_kernel<T, R, kind.value, true>);
+          else run(qrelu_forward_kernel<T, R, kind.value, false>);
+        };
         if (a.steps.channels == 1) {
-          if (a.codes) return run(qrelu_forward_kernel<T, R, MaskKind::nothing, true, false>);
           switch (a.kind) {
-            case MaskKind::nothing: return run(qrelu_forward_kernel<T, R, MaskKind::nothing, false, false>);
-            case MaskKind::positive: return run(qrelu_forward_kernel<T, R, MaskKind::positive, false, false>);
-            case MaskKind::inside: return run(qrelu_forward_kernel<T, R, MaskKind::inside, false, false>);
-            case MaskKind::state: return run(qrelu_forward_kernel<T, R, MaskKind::state, false, false>);
+            case MaskKind::nothing: return run_kind(Constant<MaskKind::nothing>{});
+            case MaskKind::positive: return run_kind(Constant<MaskKind::positive>{});
+            case MaskKind::inside: return run_kind(Constant<MaskKind::inside>{});
+            case MaskKind::state: return run_kind(Constant<MaskKind::state>{});
           }
         }
       }
-      run(qrelu_forward_kernel<T, R, MaskKind::nothing, true, true>);
+      run(qrelu_forward_channels_kernel<T, R>);
     });
   });
 }

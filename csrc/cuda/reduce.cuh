@@ -30,6 +30,13 @@ CG_D A block_sum(A v) {
   return v;
 }
 
+// partial[block] = the sum over the block.
+template <class A>
+CG_D void sum_blocks(A total, A* partial) {
+  total = block_sum(total);
+  if (threadIdx.x == 0) partial[blockIdx.x] = total;
+}
+
 // How the elements of many channels are shared out for their sums: blockIdx.y is the slice. Where the channel is the
 // innermost dimension a lane has a channel and a warp a row; else a block has one channel.
 struct ChannelShare {

@@ -1,4 +1,4 @@
-// alpha where the kernels read it, and the code of x in few GPU instructions.
+// alpha where the kernels read it, and the staircase in few GPU instructions.
 #pragma once
 
 #include "vec.cuh"
@@ -14,16 +14,21 @@ CG_D A checked(A alpha) {
 template <class T>
 struct Step {
   using A = compute_t<T>;
-  A alpha = A(0), inverse = A(0), top = A(0);
-  bool regular = false;
+  A alpha = A(0), inverse = A(0);
 
-  CG_D Step(A value, A q, Rounding rounding) {
-    alpha = checked(value);
-    inverse = reciprocal(alpha, rounding);
-    top = level<T>(q, alpha);
-    regular = cg::regular<T>(alpha, q);
-  }
   Step() = default;
+  CG_D Step(A value, Rounding rounding) : alpha(checked(value)), inverse(reciprocal(alpha, rounding)) {}
+
+  CG_D A top(A q) const { return level<T>(q, alpha); }
+
+  // Whether `quantize_pack` may be used. Under nearest and hwgq rounding to T must move levels by less than half a step:
+  // bfloat16 moves the 8-bit ones by more, float16 those near its smallest number.
+  CG_D bool simple(A q, Rounding rounding) const {
+    if (!regular<T>(alpha, q)) return false;
+    if (rounding == Rounding::ceil) return true;
+    if (std::is_same_v<T, bf16>) return q < A(255);
+    return !std::is_same_v<T, f16> || alpha >= A(0x1p-22);
+  }
 };
 
 // The alphas of consecutive elements, from element `start` on.
@@ -78,30 +83,44 @@ CG_D void round_levels(float (&v)[kCount]) {
   }
 }
 
-// The codes of a pack, NaN for NaN, all of regular steps: `quantize` of the staircase, with the guess from one fma.
-// step(i) is the step of element i.
+// The codes of a pack, NaN for NaN, and its outputs, to be rounded to T: the staircase for `simple` steps, by one fma
+// and one comparison. step(i) is the step of element i.
 template <class T, Rounding R, class StepOf, int kCount>
-CG_D void codes_of(const float (&x)[kCount], const StepOf& step, float q, float (&codes)[kCount]) {
+CG_D void quantize_pack(const float (&x)[kCount], const StepOf& step, float q, float (&code)[kCount],
+                        float (&y)[kCount]) {
+  // Numbers from kMagic to 2 kMagic are integers: the sum is rounded to one, upwards or downwards.
+  constexpr float kMagic = 0x1p23f;
   if constexpr (R == Rounding::ceil) {
-    // Numbers from kMagic up to 2 kMagic are the integers: rounding upwards there is ceil.
-    constexpr float kMagic = 0x1p23f;
+    // The guess is the code or one more, as in `quantize`; here code is one less than it at first.
     float below[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const float guess = bounded(__fmaf_ru(x[i], step(i).inverse, kMagic), kMagic + 1, kMagic + q);
-      codes[i] = guess - (kMagic + 1);
-      below[i] = mul(codes[i], step(i).alpha);
+      code[i] = bounded(__fmaf_ru(x[i], step(i).inverse, kMagic), kMagic + 1, kMagic + q) - (kMagic + 1);
+      below[i] = mul(code[i], step(i).alpha);
     }
     round_levels<T>(below);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (!(x[i] <= below[i])) codes[i] += 1;
+      if (!(x[i] <= below[i])) code[i] += 1;
+      y[i] = mul(code[i], step(i).alpha);
     }
   } else {
+    // x lies between L[k] and L[k + 1], give or take less than half a step: the threshold between them settles it.
+    float upper[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const float code = quantize<T, R>(x[i], step(i).alpha, step(i).inverse, q).code;
-      codes[i] = x[i] != x[i] ? NAN : code;
+      code[i] = bounded(__fmaf_rd(x[i], step(i).inverse, kMagic), kMagic, kMagic + (q - 1)) - kMagic;
+      y[i] = mul(code[i], step(i).alpha);
+      upper[i] = mul(code[i] + 1, step(i).alpha);
+    }
+    round_levels<T>(y);
+    round_levels<T>(upper);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float middle = mul(y[i] + upper[i], 0.5f);
+      const bool over = x[i] > (R == Rounding::hwgq && code[i] == 0 ? 0 : middle);
+      if (over) code[i] += 1;
+      y[i] = over ? upper[i] : y[i];
     }
   }
 }
@@ -109,7 +128,7 @@ CG_D void codes_of(const float (&x)[kCount], const StepOf& step, float q, float 
 // Of one number and any step.
 template <class T, Rounding R>
 CG_D Quantized<compute_t<T>> quantize_one(compute_t<T> x, const Step<T>& step, compute_t<T> q) {
-  if (step.regular) return quantize<T, R>(x, step.alpha, step.inverse, q);
+  if (regular<T>(step.alpha, q)) return quantize<T, R>(x, step.alpha, step.inverse, q);
   return quantize_any<T, R>(x, step.alpha, q);
 }
 

@@ -218,7 +218,7 @@ V shuffle_down(const char* site, uint32_t mask, V v, unsigned down) {
 
 }  // namespace cuda_host
 
-// a * b + c rounded once, upwards: the product is exact in double, and the sum is taken with its error.
+// a * b + c rounded once, upwards and downwards: the product is exact in double, and the sum is taken with its error.
 inline float __fmaf_ru(float a, float b, float c) {
   const double product = static_cast<double>(a) * b, sum = product + c;
   if (!std::isfinite(sum)) return static_cast<float>(sum);
@@ -227,6 +227,7 @@ inline float __fmaf_ru(float a, float b, float c) {
   const bool low = nearest < sum || (nearest == sum && error > 0);
   return low ? std::nextafterf(nearest, INFINITY) : nearest;
 }
+inline float __fmaf_rd(float a, float b, float c) { return -__fmaf_ru(-a, b, -c); }
 
 namespace cg::cuda {
 
