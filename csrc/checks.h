@@ -3,10 +3,12 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <string>
 #include <string_view>
 
-#include "cpu/kernels.h"
+#include "math/alpha_grad.h"
+#include "math/bits.h"
 
 namespace cg {
 
@@ -81,6 +83,74 @@ inline Kept kept(Ste ste, Rounding rounding, AlphaGrad rule, bool need_grad_x, b
 
 inline void check_bits(int64_t bits) {
   TORCH_CHECK_VALUE(bits >= 1 && bits <= 8, "bits must be an integer from 1 to 8, got ", bits);
+}
+
+inline Dtype dtype_of(const at::Tensor& t, const char* argument) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return Dtype::float32;
+    case at::kDouble: return Dtype::float64;
+    case at::kBFloat16: return Dtype::bfloat16;
+    case at::kHalf: return Dtype::float16;
+    default:
+      TORCH_CHECK_TYPE(false, argument, " must be float32, float64, bfloat16 or float16, got ", t.scalar_type());
+  }
+}
+
+struct Channels {
+  int64_t count = 1, inner = 1;
+};
+
+// `dense` is contiguous in its memory format, so a dim's stride is the number of elements inside it.
+inline Channels channels_of(const at::Tensor& dense, std::optional<int64_t> channel_dim) {
+  if (!channel_dim) return {};
+  const int64_t dim = *channel_dim < 0 ? *channel_dim + dense.dim() : *channel_dim;
+  TORCH_CHECK_VALUE(dim >= 0 && dim < dense.dim(), "channel_dim must be a dimension of x, which has ", dense.dim(),
+                    ", got ", *channel_dim);
+  const int64_t count = dense.size(dim);
+  return count <= 1 ? Channels{} : Channels{count, dense.stride(dim)};  // none at all: then there are no elements
+}
+
+// All but alpha's values; returns how many there must be.
+inline int64_t check_alpha(const at::Tensor& alpha, const at::Tensor& x, std::optional<int64_t> channel_dim) {
+  const int64_t expected = channel_dim ? x.size(*channel_dim) : 1;
+  TORCH_CHECK_VALUE(alpha.dim() == 1 && alpha.size(0) == expected, "alpha must have shape [", expected, "]",
+                    channel_dim ? " (the channels of x)" : "", ", got ", alpha.sizes());
+  TORCH_CHECK_VALUE(alpha.device() == x.device(), "alpha must be on the device of x, ", x.device(), ", got ",
+                    alpha.device());
+  TORCH_CHECK_TYPE(at::isFloatingType(alpha.scalar_type()), "alpha must be a floating-point tensor, got ",
+                   alpha.scalar_type());
+  return expected;
+}
+
+inline void check_packed(const at::Tensor& packed, const char* argument, int64_t count, int width,
+                         at::Device device) {
+  TORCH_CHECK_TYPE(packed.scalar_type() == at::kByte, argument, " must be uint8, got ", packed.scalar_type());
+  TORCH_CHECK_VALUE(packed.is_contiguous() && packed.numel() == packed_bytes(count, width), argument, " must hold ",
+                    packed_bytes(count, width), " bytes for ", count, " elements of ", width, " bits, got ",
+                    packed.numel());
+  TORCH_CHECK_VALUE(packed.device() == device, argument, " must be on ", device, ", got ", packed.device());
+}
+
+// That what a backward needs is given, and fits grad_y.
+inline void check_kept(const Kept& kept, const at::Tensor& grad_y, const std::optional<at::Tensor>& alpha,
+                       const std::optional<at::Tensor>& x, const std::optional<at::Tensor>& mask,
+                       const std::optional<at::Tensor>& codes, int64_t bits, std::string_view ste,
+                       std::string_view alpha_grad) {
+  const int64_t count = grad_y.numel();
+  if (kept.x) {
+    TORCH_CHECK_VALUE(x && alpha, "x and alpha must be given for ste '", ste, "' with alpha_grad '", alpha_grad, "'");
+    TORCH_CHECK_VALUE(x->sizes() == grad_y.sizes() && x->scalar_type() == grad_y.scalar_type(),
+                      "x must have the shape and dtype of grad_y, got ", x->sizes(), " ", x->scalar_type());
+    TORCH_CHECK_VALUE(x->device() == grad_y.device(), "x must be on ", grad_y.device(), ", got ", x->device());
+  }
+  if (kept.mask != MaskKind::nothing) {
+    TORCH_CHECK_VALUE(mask, "mask must be given for ste '", ste, "' with alpha_grad '", alpha_grad, "'");
+    check_packed(*mask, "mask", count, mask_width(kept.mask), grad_y.device());
+  }
+  if (kept.codes) {
+    TORCH_CHECK_VALUE(codes, "codes must be given for alpha_grad '", alpha_grad, "'");
+    check_packed(*codes, "codes", count, packed_width(static_cast<int>(bits)), grad_y.device());
+  }
 }
 
 }  // namespace cg

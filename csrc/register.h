@@ -6,6 +6,7 @@
 namespace cg {
 
 void register_cpu(torch::Library& library);
+void register_cuda(torch::Library& library);  // csrc/cuda, where it is built
 void register_autograd(torch::Library& library);
 
 }  // namespace cg

@@ -11,17 +11,6 @@ namespace cg {
 // of every packed width.
 constexpr int kBlock = 64;
 
-enum class Dtype { float32, float64, bfloat16, float16 };
-
-enum class Ste {
-#define CG_NAME(name, Struct) name,
-  CG_FOR_EACH_STE(CG_NAME)
-#undef CG_NAME
-};
-
-// The bits kept for the backward: x > 0; 0 < x <= L[q]; or two bits, 0 / inside / above.
-enum class MaskKind { nothing, positive, inside, state };
-
 // alpha and its reciprocal in the compute type. Element i has channel (i / inner) % channels. Where inner is 1 the
 // arrays go on for kBlock more entries, wrapping round, so that a block reads its own run of them. They are null for a
 // backward from kept bits, which asks for no value of alpha.

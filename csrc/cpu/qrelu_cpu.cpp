@@ -24,17 +24,6 @@ constexpr int64_t kGrainBlocks = 512;
 // Sums are made per chunk, then over chunks: at least this many blocks each, and at most kMaxChunks of them.
 constexpr int64_t kChunkBlocks = 256, kMaxChunks = 64;
 
-Dtype dtype_of(const Tensor& t, const char* argument) {
-  switch (t.scalar_type()) {
-    case at::kFloat: return Dtype::float32;
-    case at::kDouble: return Dtype::float64;
-    case at::kBFloat16: return Dtype::bfloat16;
-    case at::kHalf: return Dtype::float16;
-    default:
-      TORCH_CHECK_TYPE(false, argument, " must be float32, float64, bfloat16 or float16, got ", t.scalar_type());
-  }
-}
-
 int64_t block_total(int64_t count) { return (count + kBlock - 1) / kBlock; }
 
 bool streams(const Tensor& out) {
@@ -44,20 +33,6 @@ bool streams(const Tensor& out) {
 Tensor empty_bytes(int64_t bytes) { return at::detail::empty_cpu({bytes}, at::kByte); }
 Tensor empty_as(const Tensor& t) {
   return at::detail::empty_cpu(t.sizes(), t.scalar_type(), /*pin_memory=*/false, t.suggest_memory_format());
-}
-
-struct Channels {
-  int64_t count = 1, inner = 1;
-};
-
-// `dense` is contiguous in its memory format, so a dim's stride is the number of elements inside it.
-Channels channels_of(const Tensor& dense, std::optional<int64_t> channel_dim) {
-  if (!channel_dim) return {};
-  const int64_t dim = *channel_dim < 0 ? *channel_dim + dense.dim() : *channel_dim;
-  TORCH_CHECK_VALUE(dim >= 0 && dim < dense.dim(), "channel_dim must be a dimension of x, which has ", dense.dim(),
-                    ", got ", *channel_dim);
-  const int64_t count = dense.size(dim);
-  return count <= 1 ? Channels{} : Channels{count, dense.stride(dim)};  // none at all: then there are no elements
 }
 
 // alpha, checked, in the compute type, with what the kernels need beside it.
@@ -92,15 +67,8 @@ struct PreparedSteps {
 template <class Body>
 void with_steps(const Tensor& dense, Dtype dtype, const Tensor& alpha, int bits, Rounding rounding,
                 std::optional<int64_t> channel_dim, const Body& body) {
-  check_bits(bits);
   const Channels channels = channels_of(dense, channel_dim);
-  const int64_t expected = channel_dim ? dense.size(*channel_dim < 0 ? *channel_dim + dense.dim() : *channel_dim) : 1;
-  TORCH_CHECK_VALUE(alpha.dim() == 1 && alpha.size(0) == expected, "alpha must have shape [", expected, "]",
-                    channel_dim ? " (the channels of x)" : "", ", got ", alpha.sizes());
-  TORCH_CHECK_VALUE(alpha.device() == dense.device(), "alpha must be on the device of x, ", dense.device(), ", got ",
-                    alpha.device());
-  TORCH_CHECK_TYPE(at::isFloatingType(alpha.scalar_type()), "alpha must be a floating-point tensor, got ",
-                   alpha.scalar_type());
+  const int64_t expected = check_alpha(alpha, dense, channel_dim);
   const auto run = [&](auto zero, at::ScalarType compute) {
     using A = decltype(zero);
     Tensor converted = alpha;
@@ -132,6 +100,7 @@ Outputs run_forward(const Tensor& x, void* y, bool stream, const Tensor& alpha, 
   a.dtype = dtype_of(x, "x");
   a.rounding = parse("rounding", rounding, kRoundings);
   a.kind = parse("mask", mask, kMaskKinds);
+  check_bits(bits);
   a.bits = static_cast<int>(bits);
   a.count = x.numel();
   a.x = x.const_data_ptr();
@@ -140,10 +109,9 @@ Outputs run_forward(const Tensor& x, void* y, bool stream, const Tensor& alpha, 
   Outputs out;
   with_steps(x, a.dtype, alpha, a.bits, a.rounding, channel_dim, [&](const Steps& steps) {
     a.steps = steps;
-    const int mask_width = a.kind == MaskKind::nothing ? 0 : a.kind == MaskKind::state ? 2 : 1;
-    out.mask = empty_bytes(packed_bytes(a.count, mask_width));
+    out.mask = empty_bytes(packed_bytes(a.count, mask_width(a.kind)));
     out.codes = empty_bytes(codes ? packed_bytes(a.count, packed_width(a.bits)) : 0);
-    if (mask_width) a.mask = out.mask.mutable_data_ptr<uint8_t>();
+    if (a.kind != MaskKind::nothing) a.mask = out.mask.mutable_data_ptr<uint8_t>();
     if (codes) a.codes = out.codes.mutable_data_ptr<uint8_t>();
     const auto run = kernels_for(steps).forward;
     at::parallel_for(0, block_total(a.count), kGrainBlocks, [&](int64_t begin, int64_t end) { run(a, begin, end); });
@@ -176,13 +144,6 @@ Tensor qrelu_codes(const Tensor& x, const Tensor& alpha, int64_t bits, std::stri
   return run_forward(dense, nullptr, false, alpha, bits, rounding, "nothing", true, channel_dim).codes;
 }
 
-void check_packed(const Tensor& packed, const char* argument, int64_t count, int width) {
-  TORCH_CHECK_TYPE(packed.scalar_type() == at::kByte, argument, " must be uint8, got ", packed.scalar_type());
-  TORCH_CHECK_VALUE(packed.is_contiguous() && packed.numel() == packed_bytes(count, width), argument, " must hold ",
-                    packed_bytes(count, width), " bytes for ", count, " elements of ", width, " bits, got ",
-                    packed.numel());
-}
-
 std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const std::optional<Tensor>& alpha,
                                           const std::optional<Tensor>& x, const std::optional<Tensor>& mask,
                                           const std::optional<Tensor>& codes, int64_t bits, std::string_view ste,
@@ -201,23 +162,13 @@ std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const std::optio
   const Tensor dense = grad_y.contiguous(grad_y.suggest_memory_format());
   a.grad_y = dense.const_data_ptr();
   Tensor x_dense;
+  check_kept(kept, grad_y, alpha, x, mask, codes, bits, ste, alpha_grad);
   if (kept.x) {
-    TORCH_CHECK_VALUE(x && alpha, "x and alpha must be given for ste '", ste, "' with alpha_grad '", alpha_grad, "'");
-    TORCH_CHECK_VALUE(x->sizes() == grad_y.sizes() && x->scalar_type() == grad_y.scalar_type(),
-                      "x must have the shape and dtype of grad_y, got ", x->sizes(), " ", x->scalar_type());
     x_dense = x->contiguous(dense.suggest_memory_format());
     a.x = x_dense.const_data_ptr();
   }
-  if (kept.mask != MaskKind::nothing) {
-    TORCH_CHECK_VALUE(mask, "mask must be given for ste '", ste, "' with alpha_grad '", alpha_grad, "'");
-    check_packed(*mask, "mask", a.count, kept.mask == MaskKind::state ? 2 : 1);
-    a.mask = mask->const_data_ptr<uint8_t>();
-  }
-  if (kept.codes) {
-    TORCH_CHECK_VALUE(codes, "codes must be given for alpha_grad '", alpha_grad, "'");
-    check_packed(*codes, "codes", a.count, packed_width(a.bits));
-    a.codes = codes->const_data_ptr<uint8_t>();
-  }
+  if (kept.mask != MaskKind::nothing) a.mask = mask->const_data_ptr<uint8_t>();
+  if (kept.codes) a.codes = codes->const_data_ptr<uint8_t>();
   Tensor grad_x = need_grad_x ? empty_as(dense) : at::detail::empty_cpu({0}, grad_y.scalar_type());
   if (need_grad_x) {
     a.grad_x = grad_x.mutable_data_ptr();
@@ -270,7 +221,7 @@ Tensor dequantize(const Tensor& codes, const Tensor& alpha, int64_t bits, at::In
   a.dtype = dtype_of(y, "dtype");
   a.bits = static_cast<int>(bits);
   a.count = y.numel();
-  check_packed(codes, "codes", a.count, packed_width(a.bits));
+  check_packed(codes, "codes", a.count, packed_width(a.bits), y.device());
   a.codes = codes.const_data_ptr<uint8_t>();
   a.y = y.mutable_data_ptr();
   a.stream = streams(y);

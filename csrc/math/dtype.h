@@ -5,6 +5,8 @@
 
 namespace cg {
 
+enum class Dtype { float32, float64, bfloat16, float16 };
+
 struct bf16 {
   uint16_t bits;
 };
@@ -38,14 +40,26 @@ struct Limits<double> {
   static constexpr double kMinStep = 0x1p-1022, kMaxLevel = 0x1p1022;
 };
 
+// On the GPU these are its own instructions: the same bits, but for the NaN that a NaN is rounded to.
 CG_HD float to_float(bf16 a) { return bit_cast<float>(static_cast<uint32_t>(a.bits) << 16); }
 CG_HD bf16 to_bf16(float a) {
+#if defined(__CUDA_ARCH__)
+  bf16 rounded;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(a));
+  return rounded;
+#else
   const uint32_t u = bit_cast<uint32_t>(a);
   if (a != a) return {static_cast<uint16_t>((u >> 16) | 0x40u)};  // quiet, sign and payload kept
   return {static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
+#endif
 }
 
 CG_HD float to_float(f16 a) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(a.bits));
+  return wide;
+#else
   const uint32_t sign = static_cast<uint32_t>(a.bits & 0x8000u) << 16;
   const uint32_t exponent = a.bits & 0x7c00u, mantissa = a.bits & 0x3ffu;
   if (exponent == 0x7c00u) return bit_cast<float>(sign | 0x7f800000u | (mantissa << 13));
@@ -54,8 +68,14 @@ CG_HD float to_float(f16 a) {
     return bit_cast<float>(sign | bit_cast<uint32_t>(magnitude));
   }
   return bit_cast<float>(sign | ((static_cast<uint32_t>(a.bits & 0x7fffu) << 13) + (112u << 23)));
+#endif
 }
 CG_HD f16 to_f16(float a) {
+#if defined(__CUDA_ARCH__)
+  f16 rounded;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(a));
+  return rounded;
+#else
   const uint32_t u = bit_cast<uint32_t>(a);
   const uint32_t sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
   uint32_t h;
@@ -69,6 +89,7 @@ CG_HD f16 to_f16(float a) {
     h = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
   }
   return {static_cast<uint16_t>(sign | h)};
+#endif
 }
 
 // round_to<T>(v): the nearest number of T, as a number of the compute type. round_level<T>(v) is the same for v >= 0

@@ -18,6 +18,12 @@ namespace cg {
   X(log_tailed_relu, LogTailedRelu) \
   X(reverse_exponential, ReverseExponential)
 
+enum class Ste {
+#define CG_NAME(name, Struct) name,
+  CG_FOR_EACH_STE(CG_NAME)
+#undef CG_NAME
+};
+
 enum class Needs { nothing, positive, inside, x };
 
 template <class F>

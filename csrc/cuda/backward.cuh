@@ -1,0 +1,235 @@
+// dy to dx and to the sums of dalpha, from kept bits, codes or x.
+#pragma once
+
+#include "reduce.cuh"
+#include "steps.cuh"
+
+namespace cg::cuda {
+
+// The elements of a pack where bit i * kStride of `gate` is set; else zero.
+template <class T, int kStride>
+CG_D Words keep(Words words, uint64_t gate) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      if (!(gate >> (i * kStride) & 1)) words.w[i] = 0;
+    } else {
+      const uint32_t low = gate >> (2 * i * kStride) & 1, high = gate >> ((2 * i + 1) * kStride) & 1;
+      words.w[i] &= (low | high << 16) * 0xffffu;
+    }
+  }
+  return words;
+}
+
+// dx = dy where the 1-bit mask says so. T is any type of the size: numbers pass as they are.
+template <class T>
+__global__ void __launch_bounds__(kThreads) qrelu_backward_mask_kernel(const Backward a, bool aligned) {
+  for_each_pack<T>(
+      a.count, aligned,
+      [&](int64_t first) {
+        if constexpr (kVector<T>) {
+          Words dy[kUnroll];
+          uint64_t gate[kUnroll];
+#pragma unroll
+          for (int u = 0; u < kUnroll; ++u) {
+            dy[u] = load_words<T>(a.grad_y, first + u * kThreads);
+            gate[u] = read_bits<kPack<T>, 1>(a.mask, first + u * kThreads, kPack<T>, true);
+          }
+#pragma unroll
+          for (int u = 0; u < kUnroll; ++u) {
+            store_words<T>(a.grad_x, first + u * kThreads, keep<T, 1>(dy[u], gate[u]));
+          }
+        }
+      },
+      [&](int64_t pack, int count) {
+        const int64_t start = pack * kPack<T>;
+        const uint64_t gate = read_bits<kPack<T>, 1>(a.mask, pack, count, aligned && count == kPack<T>);
+#pragma unroll 1
+        for (int i = 0; i < count; ++i) {
+          static_cast<T*>(a.grad_x)[start + i] = gate >> i & 1 ? static_cast<const T*>(a.grad_y)[start + i] : T{};
+        }
+      });
+}
+
+// What is kept of x in kWidth bits: the state, or the codes.
+template <bool kState, int kWidth>
+struct KeptValues {
+  uint64_t bits;
+
+  // The gate of dx, from these bits, at every kWidth-th bit.
+  CG_D uint64_t gate(Ste ste) const {
+    if (ste == Ste::identity) return ~uint64_t{0};
+    uint64_t any = bits;
+    if (kState && ste == Ste::clipped_relu) return any;  // 1 is inside
+    if (kWidth >= 2) any |= any >> 1;
+    if (kWidth >= 4) any |= any >> 2;
+    if (kWidth >= 8) any |= any >> 4;
+    return any;
+  }
+  // A of dalpha.
+  template <class A>
+  CG_D A factor(int i, A inside, A q) const {
+    const uint32_t value = static_cast<uint32_t>(bits >> (i * kWidth)) & ((1u << kWidth) - 1);
+    if constexpr (kState) return value == 2 ? q : value == 1 ? inside : A(0);
+    else return A(value);
+  }
+};
+
+// dx and the partial sum of dalpha, of one alpha, from the state or the codes. The gate of dx is the mask's where there
+// is one beside the codes; else it follows from the codes, as rounding is ceil or hwgq: x > 0 is c > 0.
+template <class T, bool kState, int kWidth>
+__global__ void __launch_bounds__(kThreads) qrelu_backward_kept_kernel(const Backward a, bool aligned) {
+  using A = compute_t<T>;
+  using Values = KeptValues<kState, kWidth>;
+  const A q = A((1 << a.bits) - 1), inside = inside_value(a.rule, q);
+  const uint8_t* values = kState ? a.mask : a.codes;
+  const bool masked = !kState && a.kind != MaskKind::nothing;
+  A total = A(0);
+  for_each_pack<T>(
+      a.count, aligned,
+      [&](int64_t first) {
+        if constexpr (kVector<T>) {
+          Words words[kUnroll];
+          Values kept[kUnroll];
+          uint64_t mask[kUnroll];
+#pragma unroll
+          for (int u = 0; u < kUnroll; ++u) {
+            const int64_t pack = first + u * kThreads;
+            words[u] = load_words<T>(a.grad_y, pack);
+            kept[u].bits = read_bits<kPack<T>, kWidth>(values, pack, kPack<T>, true);
+            if (masked) mask[u] = read_bits<kPack<T>, 1>(a.mask, pack, kPack<T>, true);
+          }
+#pragma unroll
+          for (int u = 0; u < kUnroll; ++u) {
+            if (a.grad_x) {
+              const Words dx = masked ? keep<T, 1>(words[u], mask[u]) : keep<T, kWidth>(words[u], kept[u].gate(a.ste));
+              store_words<T>(a.grad_x, first + u * kThreads, dx);
+            }
+            if (a.partial) {
+              float dy[kPack<T>];
+              unpack<T>(words[u], dy);
+#pragma unroll
+              for (int i = 0; i < kPack<T>; ++i) total += times_slope(dy[i], kept[u].factor(i, inside, q));
+            }
+          }
+        }
+      },
+      [&](int64_t pack, int count) {
+        const int64_t start = pack * kPack<T>;
+        const bool whole = aligned && count == kPack<T>;
+        const Values kept{read_bits<kPack<T>, kWidth>(values, pack, count, whole)};
+        const uint64_t gate = masked ? read_bits<kPack<T>, 1>(a.mask, pack, count, whole) : kept.gate(a.ste);
+#pragma unroll 1
+        for (int i = 0; i < count; ++i) {
+          const T dy = static_cast<const T*>(a.grad_y)[start + i];
+          if (a.grad_x) static_cast<T*>(a.grad_x)[start + i] = gate >> (i * (masked ? 1 : kWidth)) & 1 ? dy : T{};
+          if (a.partial) total += times_slope(A(widen(dy)), kept.factor(i, inside, q));
+        }
+      });
+  if (a.partial) sum_blocks(total, static_cast<A*>(a.partial));
+}
+
+// The same sums, of many alphas.
+template <class T, bool kState, int kWidth>
+__global__ void __launch_bounds__(kThreads) qrelu_backward_kept_channels_kernel(const Backward a) {
+  using A = compute_t<T>;
+  const A q = A((1 << a.bits) - 1), inside = inside_value(a.rule, q);
+  const uint8_t* values = kState ? a.mask : a.codes;
+  sum_channel<A>(a.steps, a.count, static_cast<A*>(a.partial), [&](int64_t i, int64_t) {
+    const uint32_t shift = i * kWidth % 8;
+    const KeptValues<kState, kWidth> kept{static_cast<uint64_t>(values[i * kWidth / 8] >> shift)};
+    return times_slope(A(widen(static_cast<const T*>(a.grad_y)[i])), kept.factor(0, inside, q));
+  });
+}
+
+template <class T>
+CG_D compute_t<T> code_by_bisection(Rounding rounding, compute_t<T> x, compute_t<T> alpha, compute_t<T> q) {
+  switch (rounding) {
+    case Rounding::ceil: return quantize_any<T, Rounding::ceil>(x, alpha, q).code;
+    case Rounding::nearest: return quantize_any<T, Rounding::nearest>(x, alpha, q).code;
+    default: return quantize_any<T, Rounding::hwgq>(x, alpha, q).code;
+  }
+}
+
+// One element of a backward from x: dx before rounding, and the term of dalpha where `sum` asks for it.
+template <class A>
+struct Gradients {
+  A dx, term;
+};
+template <class T, class SteT>
+CG_D Gradients<compute_t<T>> gradients(const Backward& a, compute_t<T> x, compute_t<T> dy, compute_t<T> alpha,
+                                       bool sum) {
+  using A = compute_t<T>;
+  const A q = A((1 << a.bits) - 1);
+  const Point<A> p{x, alpha, q, level<T>(q, alpha)};
+  const A g = slope<SteT>(p);
+  A factor = A(0);
+  if (sum) {
+    if (a.rule == AlphaGrad::exact || a.rule == AlphaGrad::chain) {
+      factor = code_by_bisection<T>(a.rounding, x, alpha, q);
+      if (a.rule == AlphaGrad::chain) factor = chain_value(p, factor, g);
+    } else {
+      factor = select(x > p.top, q, select(is_positive(x), inside_value(a.rule, q), A(0)));
+    }
+  }
+  return {times_slope(dy, g), times_slope(dy, factor)};
+}
+
+// dx, and the partial sum where there is one alpha.
+template <class T, class SteT>
+__global__ void __launch_bounds__(kThreads) qrelu_backward_x_kernel(const Backward a, bool aligned) {
+  using A = compute_t<T>;
+  A total = A(0);
+  for_each_pack<T>(
+      a.count, aligned,
+      [&](int64_t first) {
+        if constexpr (kVector<T>) {
+          Words x[kUnroll], dy[kUnroll];
+#pragma unroll
+          for (int u = 0; u < kUnroll; ++u) {
+            x[u] = load_words<T>(a.x, first + u * kThreads);
+            dy[u] = load_words<T>(a.grad_y, first + u * kThreads);
+          }
+#pragma unroll
+          for (int u = 0; u < kUnroll; ++u) {
+            const int64_t pack = first + u * kThreads;
+            Run<A> alphas(a.steps, pack * kPack<T>);
+            Words dx = {};
+#pragma unroll 1
+            for (int i = 0; i < kPack<T>; ++i) {
+              const Gradients<A> g = gradients<T, SteT>(a, widen(take<T>(x[u])), widen(take<T>(dy[u])),
+                                                        checked(alphas.next()), a.partial);
+              put<T>(dx, narrow<T>(g.dx));
+              total += g.term;
+            }
+            if (a.grad_x) store_words<T>(a.grad_x, pack, dx);
+          }
+        }
+      },
+      [&](int64_t pack, int count) {
+        const int64_t start = pack * kPack<T>;
+        Run<A> alphas(a.steps, start);
+#pragma unroll 1
+        for (int i = 0; i < count; ++i) {
+          const Gradients<A> g =
+              gradients<T, SteT>(a, widen(static_cast<const T*>(a.x)[start + i]),
+                                 widen(static_cast<const T*>(a.grad_y)[start + i]), checked(alphas.next()), a.partial);
+          if (a.grad_x) static_cast<T*>(a.grad_x)[start + i] = narrow<T>(g.dx);
+          total += g.term;
+        }
+      });
+  if (a.partial) sum_blocks(total, static_cast<A*>(a.partial));
+}
+
+// The same sums, of many alphas.
+template <class T, class SteT>
+__global__ void __launch_bounds__(kThreads) qrelu_backward_x_channels_kernel(const Backward a) {
+  using A = compute_t<T>;
+  sum_channel<A>(a.steps, a.count, static_cast<A*>(a.partial), [&](int64_t i, int64_t channel) {
+    return gradients<T, SteT>(a, widen(static_cast<const T*>(a.x)[i]), widen(static_cast<const T*>(a.grad_y)[i]),
+                              checked(static_cast<const A*>(a.steps.alpha)[channel]), true)
+        .term;
+  });
+}
+
+}  // namespace cg::cuda

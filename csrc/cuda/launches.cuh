@@ -1,0 +1,197 @@
+// Which kernel runs, and on how many blocks. Sizes of grids are functions of the shape alone, so that sums come out
+// alike on every device. The file that includes this has brought
+//   launch(kernel, grid, block, dynamic shared bytes, stream, arguments...)
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "backward.cuh"
+#include "dequantize.cuh"
+#include "forward.cuh"
+
+namespace cg::cuda {
+
+// Blocks of an elementwise kernel at most: some waves of any GPU, so that what a thread does once is little.
+constexpr int64_t kMaxBlocks = 4096;
+// Partial sums: of one alpha at most, and blocks to aim for where there are many.
+constexpr int64_t kMaxSums = 1024, kSumBlocks = 2048;
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t pack_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float32: return kPack<float>;
+    case Dtype::float64: return kPack<double>;
+    default: return kPack<bf16>;
+  }
+}
+
+// Blocks for `count` elements, a tile of whole packs each, at most `most`.
+inline int64_t pack_blocks(Dtype dtype, int64_t count, int64_t most) {
+  return std::min(divide_up(count, pack_of(dtype) * kThreads * kUnroll), most);
+}
+
+// Whether a kernel may move whole packs: of elements by 16 bytes, of packed bits by up to 8.
+inline bool aligned(std::initializer_list<const void*> elements, std::initializer_list<const void*> bits) {
+  uintptr_t low = 0;
+  for (const void* p : elements) low |= reinterpret_cast<uintptr_t>(p);
+  for (const void* p : bits) low |= reinterpret_cast<uintptr_t>(p) << 1;
+  return low % 16 == 0;
+}
+
+template <class T>
+struct Tag {
+  using type = T;
+};
+template <class Body>
+void with_dtype(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::float32: return body(Tag<float>{});
+    case Dtype::float64: return body(Tag<double>{});
+    case Dtype::bfloat16: return body(Tag<bf16>{});
+    case Dtype::float16: return body(Tag<f16>{});
+  }
+}
+
+template <auto kValue>
+struct Constant {
+  static constexpr auto value = kValue;
+};
+template <class Body>
+void with_rounding(Rounding rounding, const Body& body) {
+  switch (rounding) {
+    case Rounding::ceil: return body(Constant<Rounding::ceil>{});
+    case Rounding::nearest: return body(Constant<Rounding::nearest>{});
+    case Rounding::hwgq: return body(Constant<Rounding::hwgq>{});
+  }
+}
+
+template <class Body>
+void with_width(int width, const Body& body) {
+  switch (width) {
+    case 1: return body(Constant<1>{});
+    case 2: return body(Constant<2>{});
+    case 4: return body(Constant<4>{});
+    default: return body(Constant<8>{});
+  }
+}
+
+template <class Stream>
+void launch_forward(const Forward& a, Stream stream) {
+  if (a.count == 0) return;
+  const unsigned blocks = static_cast<unsigned>(pack_blocks(a.dtype, a.count, kMaxBlocks));
+  const bool whole = aligned({a.x, a.y}, {a.mask, a.codes});
+  const auto run = [&](auto kernel) { launch(kernel, dim3(blocks), dim3(kThreads), 0, stream, a, whole); };
+  with_dtype(a.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    with_rounding(a.rounding, [&](auto rounding) {
+      constexpr Rounding R = rounding.value;
+      if constexpr (kVector<T>) {
+        const auto run_kind = [&](auto kind) {
+          if (a.codes) run(qrelu_forward_kernel<T, R, kind.value, true>);
+          else run(qrelu_forward_kernel<T, R, kind.value, false>);
+        };
+        if (a.steps.channels == 1) {
+          switch (a.kind) {
+            case MaskKind::nothing: return run_kind(Constant<MaskKind::nothing>{});
+            case MaskKind::positive: return run_kind(Constant<MaskKind::positive>{});
+            case MaskKind::inside: return run_kind(Constant<MaskKind::inside>{});
+            case MaskKind::state: return run_kind(Constant<MaskKind::state>{});
+          }
+        }
+      }
+      run(qrelu_forward_channels_kernel<T, R>);
+    });
+  });
+}
+
+template <class Stream>
+void launch_dequantize(const Dequantize& a, Stream stream) {
+  if (a.count == 0) return;
+  const unsigned blocks = static_cast<unsigned>(pack_blocks(a.dtype, a.count, kMaxBlocks));
+  const bool whole = aligned({a.y}, {a.codes});
+  with_dtype(a.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    with_width(packed_width(a.bits), [&](auto width) {
+      launch(dequantize_kernel<T, width.value>, dim3(blocks), dim3(kThreads), 0, stream, a, whole);
+    });
+  });
+}
+
+// The grid of the sums per channel: groups of channels by slices of their elements.
+inline dim3 channel_grid(const Backward& a) {
+  const int64_t groups = a.steps.inner == 1 ? divide_up(a.steps.channels, kWarp) : a.steps.channels;
+  const int64_t each = a.count / a.steps.channels, threads = a.steps.inner == 1 ? kThreads / kWarp : kThreads;
+  const int64_t slices = std::clamp<int64_t>(kSumBlocks / groups, 1, divide_up(each, 8 * threads));
+  return dim3(static_cast<unsigned>(groups), static_cast<unsigned>(slices));
+}
+
+// Slices of the first stage of the sums of dalpha.
+inline int64_t sum_slices(const Backward& a) {
+  if (a.count == 0) return 0;
+  return a.steps.channels == 1 ? pack_blocks(a.dtype, a.count, kMaxSums) : channel_grid(a).y;
+}
+
+// Numbers of the compute type that Backward::partial must have room for.
+inline int64_t partial_count(const Backward& a) { return sum_slices(a) * a.steps.channels; }
+
+template <class T, class Stream>
+void launch_backward_x(const Backward& a, Stream stream, dim3 grid, bool whole) {
+  const auto run = [&](auto ste) {
+    using SteT = typename decltype(ste)::type;
+    if (a.grad_alpha && a.steps.channels > 1) {
+      launch(qrelu_backward_x_channels_kernel<T, SteT>, channel_grid(a), dim3(kThreads), 0, stream, a);
+      if (!a.grad_x) return;
+    }
+    Backward rest = a;
+    if (a.steps.channels > 1) rest.partial = nullptr;
+    launch(qrelu_backward_x_kernel<T, SteT>, grid, dim3(kThreads), 0, stream, rest, whole);
+  };
+  switch (a.ste) {
+#define CG_CASE(name, Struct) \
+  case Ste::name: return run(Tag<Struct>{});
+    CG_FOR_EACH_STE(CG_CASE)
+#undef CG_CASE
+  }
+}
+
+template <class T, bool kState, int kWidth, class Stream>
+void launch_backward_kept(const Backward& a, Stream stream, dim3 grid, bool whole) {
+  if (a.grad_alpha && a.steps.channels > 1) {
+    launch(qrelu_backward_kept_channels_kernel<T, kState, kWidth>, channel_grid(a), dim3(kThreads), 0, stream, a);
+    if (!a.grad_x) return;
+  }
+  Backward rest = a;
+  if (a.steps.channels > 1) rest.partial = nullptr;
+  launch(qrelu_backward_kept_kernel<T, kState, kWidth>, grid, dim3(kThreads), 0, stream, rest, whole);
+}
+
+template <class Stream>
+void launch_backward(const Backward& a, Stream stream) {
+  const int64_t most = a.grad_alpha && a.steps.channels == 1 ? kMaxSums : kMaxBlocks;
+  const dim3 grid(static_cast<unsigned>(pack_blocks(a.dtype, a.count, most)));
+  const bool whole = aligned({a.grad_y, a.grad_x, a.x}, {a.mask, a.codes});
+  with_dtype(a.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (a.count == 0) {
+    } else if (a.x) {
+      launch_backward_x<T>(a, stream, grid, whole);
+    } else if (a.codes) {
+      with_width(packed_width(a.bits),
+                 [&](auto width) { launch_backward_kept<T, false, width.value>(a, stream, grid, whole); });
+    } else if (a.kind == MaskKind::state) {
+      launch_backward_kept<T, true, 2>(a, stream, grid, whole);
+    } else if (a.kind != MaskKind::nothing) {
+      launch(qrelu_backward_mask_kernel<bytes_t<sizeof(T)>>, grid, dim3(kThreads), 0, stream, a, whole);
+    }
+    if (a.grad_alpha) {
+      using A = compute_t<T>;
+      launch(sum_slices_kernel<A>, dim3(static_cast<unsigned>(divide_up(a.steps.channels, kThreads / kWarp))),
+             dim3(kThreads), 0, stream, static_cast<const A*>(a.partial), sum_slices(a), a.steps.channels, a.scale,
+             static_cast<A*>(a.grad_alpha));
+    }
+  });
+}
+
+}  // namespace cg::cuda

@@ -1,0 +1,172 @@
+// The ops on CUDA tensors: checks, allocation, and the launches. Nothing here waits for the device or reads from it, so
+// that all of it can be captured in a CUDA graph.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <optional>
+
+#include "../checks.h"
+#include "../register.h"
+#include "launch.cuh"
+#include "launches.cuh"
+
+namespace cg::cuda {
+namespace {
+
+using at::Tensor;
+using c10::cuda::CUDAGuard;
+using c10::cuda::getCurrentCUDAStream;
+
+at::ScalarType compute_type(Dtype dtype) { return dtype == Dtype::float64 ? at::kDouble : at::kFloat; }
+
+Tensor empty_bytes(const Tensor& like, int64_t bytes) { return at::empty({bytes}, like.options().dtype(at::kByte)); }
+
+// What the kernels are told of alpha, and the tensor that holds it.
+struct PreparedSteps {
+  Tensor alpha;
+  Steps steps;
+
+  PreparedSteps(const Tensor& dense, Dtype dtype, const Tensor& given, std::optional<int64_t> channel_dim) {
+    const Channels channels = channels_of(dense, channel_dim);
+    check_alpha(given, dense, channel_dim);
+    alpha = given.to(compute_type(dtype)).contiguous();
+    steps = {alpha.const_data_ptr(), channels.count, channels.inner};
+  }
+};
+
+struct Outputs {
+  Tensor mask, codes;
+};
+
+// Runs the forward from dense x into y (null: codes alone), allocating what is kept.
+Outputs run_forward(const Tensor& x, void* y, const Tensor& alpha, int64_t bits, std::string_view rounding,
+                    std::string_view mask, bool codes, std::optional<int64_t> channel_dim) {
+  check_bits(bits);
+  Forward a{};
+  a.dtype = dtype_of(x, "x");
+  a.rounding = parse("rounding", rounding, kRoundings);
+  a.kind = parse("mask", mask, kMaskKinds);
+  a.bits = static_cast<int>(bits);
+  a.count = x.numel();
+  a.x = x.const_data_ptr();
+  a.y = y;
+  const PreparedSteps prepared(x, a.dtype, alpha, channel_dim);
+  a.steps = prepared.steps;
+  Outputs out{empty_bytes(x, packed_bytes(a.count, mask_width(a.kind))),
+              empty_bytes(x, codes ? packed_bytes(a.count, packed_width(a.bits)) : 0)};
+  if (a.kind != MaskKind::nothing) a.mask = out.mask.mutable_data_ptr<uint8_t>();
+  if (codes) a.codes = out.codes.mutable_data_ptr<uint8_t>();
+  launch_forward(a, getCurrentCUDAStream().stream());
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> qrelu_forward(const Tensor& x, const Tensor& alpha, int64_t bits,
+                                                 std::string_view rounding, std::string_view mask, bool codes,
+                                                 std::optional<int64_t> channel_dim) {
+  const CUDAGuard guard(x.device());
+  const Tensor dense = x.contiguous(x.suggest_memory_format());
+  Tensor y = at::empty_like(dense, dense.options(), x.suggest_memory_format());
+  Outputs out = run_forward(dense, y.mutable_data_ptr(), alpha, bits, rounding, mask, codes, channel_dim);
+  return {std::move(y), std::move(out.mask), std::move(out.codes)};
+}
+
+std::tuple<Tensor, Tensor> qrelu_forward_(Tensor& x, const Tensor& alpha, int64_t bits, std::string_view rounding,
+                                          std::string_view mask, bool codes, std::optional<int64_t> channel_dim) {
+  const CUDAGuard guard(x.device());
+  Tensor dense = x.contiguous(x.suggest_memory_format());
+  Outputs out = run_forward(dense, dense.mutable_data_ptr(), alpha, bits, rounding, mask, codes, channel_dim);
+  if (!dense.is_same(x)) x.copy_(dense);
+  return {std::move(out.mask), std::move(out.codes)};
+}
+
+Tensor qrelu_codes(const Tensor& x, const Tensor& alpha, int64_t bits, std::string_view rounding,
+                   std::optional<int64_t> channel_dim) {
+  const CUDAGuard guard(x.device());
+  const Tensor dense = x.contiguous(x.suggest_memory_format());
+  return run_forward(dense, nullptr, alpha, bits, rounding, "nothing", true, channel_dim).codes;
+}
+
+std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const std::optional<Tensor>& alpha,
+                                          const std::optional<Tensor>& x, const std::optional<Tensor>& mask,
+                                          const std::optional<Tensor>& codes, int64_t bits, std::string_view ste,
+                                          std::string_view rounding, std::string_view alpha_grad, double alpha_scale,
+                                          std::optional<int64_t> channel_dim, bool need_grad_x, bool need_grad_alpha) {
+  check_bits(bits);
+  const CUDAGuard guard(grad_y.device());
+  Backward a{};
+  a.dtype = dtype_of(grad_y, "grad_y");
+  a.ste = parse("ste", ste, kStes);
+  a.rounding = parse("rounding", rounding, kRoundings);
+  a.rule = parse("alpha_grad", alpha_grad, kAlphaGrads);
+  a.bits = static_cast<int>(bits);
+  a.count = grad_y.numel();
+  a.scale = alpha_scale;
+  const Kept kept = cg::kept(a.ste, a.rounding, a.rule, need_grad_x, need_grad_alpha);
+  a.kind = kept.mask;
+  check_kept(kept, grad_y, alpha, x, mask, codes, bits, ste, alpha_grad);
+  const at::MemoryFormat format = grad_y.suggest_memory_format();
+  const Tensor dense = grad_y.contiguous(format);
+  a.grad_y = dense.const_data_ptr();
+  const Channels channels = channels_of(dense, channel_dim);
+  a.steps = {nullptr, channels.count, channels.inner};
+  Tensor x_dense;
+  std::optional<PreparedSteps> prepared;
+  if (kept.x) {
+    x_dense = x->contiguous(format);
+    a.x = x_dense.const_data_ptr();
+    a.steps = prepared.emplace(dense, a.dtype, *alpha, channel_dim).steps;
+  }
+  if (kept.mask != MaskKind::nothing) a.mask = mask->const_data_ptr<uint8_t>();
+  if (kept.codes) a.codes = codes->const_data_ptr<uint8_t>();
+
+  Tensor grad_x = need_grad_x ? at::empty_like(dense, dense.options(), format) : at::empty({0}, dense.options());
+  if (need_grad_x) a.grad_x = grad_x.mutable_data_ptr();
+  const auto sums = dense.options().dtype(compute_type(a.dtype));
+  const int64_t wanted = !need_grad_alpha ? 0 : channel_dim ? grad_y.size(*channel_dim) : 1;
+  Tensor grad_alpha = at::empty({wanted}, sums), partial;
+  if (wanted > 0) {
+    a.grad_alpha = grad_alpha.mutable_data_ptr();
+    partial = at::empty({partial_count(a)}, sums);
+    a.partial = partial.mutable_data_ptr();
+  }
+  launch_backward(a, getCurrentCUDAStream().stream());
+  const bool copies = need_grad_x && !kept.x && !kept.codes && kept.mask == MaskKind::nothing;  // identity
+  if (copies) grad_x.copy_(dense);
+  return {std::move(grad_x), std::move(grad_alpha)};
+}
+
+Tensor dequantize(const Tensor& codes, const Tensor& alpha, int64_t bits, at::IntArrayRef shape, at::ScalarType dtype,
+                  std::optional<int64_t> channel_dim, at::MemoryFormat memory_format) {
+  check_bits(bits);
+  const CUDAGuard guard(codes.device());
+  Tensor y = at::empty(shape, codes.options().dtype(dtype), memory_format);
+  Dequantize a{};
+  a.dtype = dtype_of(y, "dtype");
+  a.bits = static_cast<int>(bits);
+  a.count = y.numel();
+  check_packed(codes, "codes", a.count, packed_width(a.bits), y.device());
+  a.codes = codes.const_data_ptr<uint8_t>();
+  a.y = y.mutable_data_ptr();
+  const PreparedSteps prepared(y, a.dtype, alpha, channel_dim);
+  a.steps = prepared.steps;
+  launch_dequantize(a, getCurrentCUDAStream().stream());
+  return y;
+}
+
+}  // namespace
+}  // namespace cg::cuda
+
+namespace cg {
+
+void register_cuda(torch::Library& library) {
+  library.impl("qrelu_forward", cuda::qrelu_forward);
+  library.impl("qrelu_forward_", cuda::qrelu_forward_);
+  library.impl("qrelu_backward", cuda::qrelu_backward);
+  library.impl("qrelu_codes", cuda::qrelu_codes);
+  library.impl("dequantize", cuda::dequantize);
+}
+
+}  // namespace cg

@@ -1,0 +1,129 @@
+"""Runs the CUDA kernels' own source on the CPU, through the program that tests/cpp/cuda_host.cpp makes."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# In the order of the enumerators in csrc/math and of the operations in tests/cpp/cuda_host.cpp.
+OPS = ("forward", "backward", "dequantize")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ROUNDINGS = ("ceil", "nearest", "hwgq")
+MASKS = ("nothing", "positive", "inside", "state")
+STES = ("identity", "relu", "clipped_relu", "log_tailed_relu", "reverse_exponential")
+ALPHA_GRADS = ("exact", "three_valued", "two_valued", "chain")
+BUFFERS = ("alpha", "x", "y", "mask", "codes", "grad_y", "grad_x", "grad_alpha")
+
+_NULL, _READ, _WRITE, _READ_WRITE = range(4)
+
+
+@dataclass
+class Case:
+    """One call of an op. `inputs` are read, `outputs` are written: a dense tensor of the output's size and dtype for
+    each; an input that is an output too is written in place. `offset`: elements by which all the pointers are off a
+    16-byte boundary (bytes for what is packed)."""
+
+    op: str
+    dtype: torch.dtype
+    bits: int
+    count: int
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    channels: int = 1
+    inner: int = 1
+    rounding: str = "ceil"
+    mask: str = "nothing"
+    ste: str = "identity"
+    alpha_grad: str = "exact"
+    scale: float = 1.0
+    offset: int = 0
+    seed: int = 0
+    expected: dict[str, Tensor] = field(default_factory=dict)
+
+    def encode(self) -> bytes:
+        header = (
+            OPS.index(self.op),
+            self.seed,
+            DTYPES.index(self.dtype),
+            ROUNDINGS.index(self.rounding),
+            self.bits,
+            self.count,
+            self.channels,
+            self.inner,
+            MASKS.index(self.mask),
+            STES.index(self.ste),
+            ALPHA_GRADS.index(self.alpha_grad),
+            "x" in self.outputs,
+        )
+        parts = [struct.pack("12qd", *header, self.scale)]
+        for name in BUFFERS:
+            given, wanted = self.inputs.get(name), self.outputs.get(name)
+            tensor = wanted if given is None else given
+            if tensor is None:
+                parts.append(struct.pack("3q", _NULL, 0, 0))
+                continue
+            mode = _READ_WRITE if wanted is not None and given is not None else _WRITE if given is None else _READ
+            parts.append(struct.pack("3q", mode, tensor.nbytes, self.offset * tensor.element_size()))
+            if mode != _WRITE:
+                parts.append(_bytes_of(tensor))
+        return b"".join(parts)
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+class HostRunnerError(Exception):
+    """What the program said when it stopped."""
+
+
+def run(program: Path, cases: list[Case]) -> list[dict[str, Tensor]]:
+    """The outputs of each case."""
+    done = subprocess.run([program], input=b"".join(case.encode() for case in cases), capture_output=True, timeout=600)
+    if done.returncode:
+        raise HostRunnerError(done.stderr.decode(errors="replace").strip() or f"exit status {done.returncode}")
+    results, at = [], 0
+    for case in cases:
+        result = {}
+        for name in BUFFERS:
+            if name in case.outputs:
+                like = case.outputs[name]
+                raw = bytearray(done.stdout[at : at + like.nbytes])
+                at += like.nbytes
+                result[name] = torch.frombuffer(raw, dtype=like.dtype) if raw else torch.empty(0, dtype=like.dtype)
+        results.append(result)
+    assert at == len(done.stdout)
+    return results
+
+
+def why_not() -> str | None:
+    """Why the program cannot be built on this machine, or None."""
+    missing = [tool for tool in ("cmake", "c++") if shutil.which(tool) is None]
+    return f"no {' and no '.join(missing)} found" if missing else None
+
+
+def configure(source: Path, build: Path, flags: str) -> None:
+    """Prepares a build of the program from a tree of sources, with more flags for the compiler."""
+    # The program needs no Python and no torch; without them the rest of the description is not looked at.
+    settings = {"CMAKE_BUILD_TYPE": "None", "CMAKE_CXX_FLAGS": flags, "CMAKE_DISABLE_FIND_PACKAGE_Python": "ON"}
+    _check(["cmake", "-S", source, "-B", build, *(f"-D{name}={value}" for name, value in settings.items())])
+
+
+def build(build: Path) -> Path:
+    """The program, made anew where its sources have changed."""
+    _check(["cmake", "--build", build, "--target", "cuda_host"])
+    return build / "cuda_host"
+
+
+def _check(command: list) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise HostRunnerError(done.stdout)

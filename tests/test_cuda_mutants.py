@@ -1,0 +1,136 @@
+"""Mistakes put into a copy of the CUDA kernels, one at a time: the tests of test_cuda_host.py must notice each."""
+
+from __future__ import annotations
+
+import shutil
+
+import cuda_host
+import pytest
+import test_cuda_host as tests
+import torch
+
+pytestmark = pytest.mark.skipif(cuda_host.why_not() is not None, reason=str(cuda_host.why_not()))
+
+# Few blocks, so that the loops over the grid turn more than once; no mistake by itself.
+SMALL_GRID = (
+    ("launches.cuh", "kMaxBlocks = 4096", "kMaxBlocks = 3"),
+    ("launches.cuh", "kMaxSums = 1024, kSumBlocks = 2048", "kMaxSums = 2, kSumBlocks = 7"),
+)
+
+# name: (file, what it says, what it says instead). The text must be there once.
+MUTANTS = {
+    "no barrier in the sum of a block": ("reduce.cuh", "__syncthreads();\n  if (warp == 0)", "if (warp == 0)"),
+    "no barrier in the sum of channels": ("reduce.cuh", "__syncthreads();\n    if (threadIdx.x < kWarp", "if (threadIdx.x < kWarp"),
+    "half a warp in the mask of a sum": ("reduce.cuh", "__shfl_down_sync(0xffffffffu, v", "__shfl_down_sync(0xffffu, v"),
+    "half a warp in the mask of the bits": ("vec.cuh", "__shfl_down_sync(0xffffffffu, own", "__shfl_down_sync(0xffffu, own"),
+    "a return before the shuffle": ("vec.cuh", "const uint32_t own =", "if (count == 0) return;\n    const uint32_t own ="),
+    "a sum of slices that some lanes skip": ("reduce.cuh", "  total = warp_sum(total);\n  if (lane", "  if (lane >= slices) return;\n  total = warp_sum(total);\n  if (lane"),
+    "half of the levels of a warp's sum": ("reduce.cuh", "down > 0; down /= 2", "down > 1; down /= 2"),
+    "the last short pack is left out": ("vec.cuh", "(count + kPack<T> - 1) / kPack<T>", "count / kPack<T>"),
+    "the last element is left out": ("vec.cuh", "left = count - pack * kPack<T>", "left = count - 1 - pack * kPack<T>"),
+    "tiles that are done again": ("vec.cuh", "tile += gridDim.x * kTile", "tile += kTile"),
+    "tiles that are left out": ("vec.cuh", "tile += gridDim.x * kTile", "tile += 2 * gridDim.x * kTile"),
+    "misaligned packs moved at once": ("launches.cuh", "return low % 16 == 0;", "return low < ~uintptr_t{0};"),
+    "floor for ceil": ("../math/staircase.h", "ceil(clamp_to_codes(mul(x, inverse), q))", "::floor(clamp_to_codes(mul(x, inverse), q))"),
+    "the fma of ceil rounds downwards": ("steps.cuh", "__fmaf_ru", "__fmaf_rd"),
+    "the fma of nearest rounds upwards": ("steps.cuh", "__fmaf_rd(", "__fmaf_ru("),
+    "< for <= at a threshold of ceil": ("steps.cuh", "!(x[i] <= below[i])", "!(x[i] < below[i])"),
+    ">= for > at a threshold of nearest": ("steps.cuh", "over = x[i] > (", "over = x[i] >= ("),
+    "the dead zone of nearest under hwgq": ("steps.cuh", "R == Rounding::hwgq && code[i] == 0", "false"),
+    "levels that are not rounded": ("steps.cuh", "round_levels<T>(below);", ""),
+    "no code above the guess's bound": ("steps.cuh", "kMagic + 1, kMagic + q)", "kMagic + 1, kMagic + q - 1)"),
+    "a guess from 0 up": ("steps.cuh", "kMagic + 1, kMagic + q)", "kMagic, kMagic + q)"),
+    "8-bit bfloat16 taken for simple": ("steps.cuh", "return q < A(255);", "return true;"),
+    "illegal alpha not noticed": ("steps.cuh", "return alpha > A(0) && alpha < A(INFINITY) ? alpha : A(NAN);", "return alpha;"),
+    "alphas of the wrong channels": ("steps.cuh", "segment % steps.channels", "start % steps.channels"),
+    "channels that do not start again": ("steps.cuh", "if (++at_ == end_) at_ = first_;", "++at_;\n      if (at_ == end_) --at_;"),
+    "the top level outside": ("forward.cuh", "is_positive(x) & !(x > top)", "is_positive(x) & !(x >= top)"),
+    "the gate of NaN shut": ("../math/ste.h", "return !(x <= F(0));", "return x > F(0);"),
+    "halves of a word swapped": ("vec.cuh", "narrow<T>(low).bits | static_cast<uint32_t>(narrow<T>(high).bits) << 16", "narrow<T>(high).bits | static_cast<uint32_t>(narrow<T>(low).bits) << 16"),
+    "nibbles of a byte swapped": ("vec.cuh", "static_cast<uint8_t>(own | next << 4)", "static_cast<uint8_t>(next | own << 4)"),
+    "mask bits in reverse": ("forward.cuh", "? 1u << i : 0;", "? 1u << (7 - i) : 0;"),
+    "codes in reverse": ("forward.cuh", "for (int i = 3; i >= 0; --i) four", "for (int i = 0; i < 4; ++i) four"),
+    "codes of the second half on the first": ("forward.cuh", "<< (first * width)", "<< (first / 2 * width)"),
+    "wrong half of a mask word": ("backward.cuh", "(low | high << 16) * 0xffffu", "(high | low << 16) * 0xffffu"),
+    "a product for a select": ("../math/ste.h", "return select(slope != F(0), mul(v, slope), F(0));", "return mul(v, slope);"),
+    "above taken for inside": ("backward.cuh", "value == 2 ? q : value == 1 ? inside", "value == 2 ? inside : value == 1 ? q"),
+    "codes of which the low bits are looked at": ("backward.cuh", "if (kWidth >= 4) any |= any >> 2;", ""),
+    "a mask beside the codes that is not read": ("backward.cuh", "masked = !kState && a.kind != MaskKind::nothing", "masked = false"),
+    "one partial sum for all blocks": ("reduce.cuh", "partial[blockIdx.x] = total", "partial[0] = total"),
+    "slices for channels": ("reduce.cuh", "partial[slice * channels + channel]", "partial[slice + channel * slices]"),
+    "elements of the wrong channel": ("reduce.cuh", "(outer * steps.channels + share.channel) * steps.inner + at", "(outer * steps.inner + at) * steps.channels + share.channel"),
+    "a step over the rows too far": ("reduce.cuh", "at -= steps.inner, ++outer", "at -= steps.inner, outer += 2"),
+}  # fmt: skip
+
+
+def make_cases():
+    """Some of every kind of case, more than a tile and less than the grid of SMALL_GRID takes at once."""
+    cases = []
+    for dtype in (torch.float32, torch.bfloat16):
+        cases += tests.forward_cases(dtype, (33, 4097), (2, 8))
+        cases += tests.dequantize_cases(dtype, (33, 4097))
+        cases += tests.backward_cases(dtype, (33, 4097), (2, 4))
+        cases += list(tests.channel_cases(dtype))[::3]
+        cases += tests.forward_cases(dtype, (30_000,), (3,))
+        cases += tests.backward_cases(dtype, (30_000,), (2,))
+        cases += tests.illegal_alpha_cases(dtype) + tests.select_cases(dtype)
+    return cases
+
+
+class Copy:
+    """A copy of the sources, built with what is put into it."""
+
+    def __init__(self, root):
+        self.root, self.build = root / "source", root / "build"
+        for name in ("csrc", "tests/cpp"):
+            shutil.copytree(cuda_host.ROOT / name, self.root / name)
+        for name in ("CMakeLists.txt", "pyproject.toml"):
+            shutil.copy(cuda_host.ROOT / name, self.root)
+        for edit in SMALL_GRID:
+            self.replace(*edit)
+        # Misaligned moves work on a CPU: the sanitizer tells.
+        cuda_host.configure(self.root, self.build, "-O0 -fsanitize=alignment -fno-sanitize-recover=all")
+
+    def replace(self, name, old, new):
+        path = self.root / "csrc" / "cuda" / name
+        text = path.read_text()
+        assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {name}"
+        path.write_text(text.replace(old, new))
+        return path, text
+
+    def fails(self, cases) -> str | None:
+        """What the tests notice: an output, or a message of the program; None where all is well."""
+        program = cuda_host.build(self.build)
+        try:
+            results = cuda_host.run(program, cases)
+        except cuda_host.HostRunnerError as error:
+            return str(error)
+        for case, result in zip(cases, results, strict=True):
+            if wrong := tests.wrong_outputs(case, result):
+                return f"{wrong[0]} of {case.op}"
+        return None
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    return Copy(tmp_path_factory.mktemp("mutants"))
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return make_cases()
+
+
+def test_a_small_grid_is_no_mistake(copy, cases):
+    assert copy.fails(cases) is None
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(copy, cases, name):
+    path, text = copy.replace(*MUTANTS[name])
+    try:
+        noticed = copy.fails(cases)
+    finally:
+        path.write_text(text)
+    assert noticed is not None
+    print(f"{name}: {noticed}")
