@@ -58,11 +58,15 @@ CG_D void sum_channel(const Steps& steps, int64_t count, A* partial, const Term&
   const ChannelShare share(steps);
   A total = A(0);
   if (share.channel < steps.channels) {
-    const int64_t each = count / steps.channels, step_outer = share.step / steps.inner,
+    // first and step are below 2^32, as a grid has fewer threads: no 64-bit division, which is a call and spills.
+    const auto runs = [&](int64_t elements) {
+      return steps.inner > elements ? 0u : static_cast<uint32_t>(elements) / static_cast<uint32_t>(steps.inner);
+    };
+    const int64_t row = steps.channels * steps.inner, step_outer = runs(share.step),
                   step_at = share.step - step_outer * steps.inner;
-    int64_t outer = share.first / steps.inner, at = share.first - outer * steps.inner;
-    for (int64_t i = share.first; i < each; i += share.step) {
-      total += term((outer * steps.channels + share.channel) * steps.inner + at, share.channel);
+    int64_t outer = runs(share.first), at = share.first - outer * steps.inner;
+    while (outer * row < count) {
+      total += term(outer * row + share.channel * steps.inner + at, share.channel);
       outer += step_outer;
       at += step_at;
       if (at >= steps.inner) at -= steps.inner, ++outer;
