@@ -159,10 +159,10 @@ def check(program, cases):
 
 
 def forward_cases(dtype, sizes=SIZES[:-1], all_bits=range(1, 9)):
-    """Every instance of the forward, and of what follows from codes, at every size, aligned and not."""
-    numbers = itertools.count()
-    for rounding, bits, mask, codes in itertools.product(ROUNDINGS, all_bits, MASKS, (False, True)):
-        for size in sizes:
+    """Every kernel of the forward at every number of bits, and at every size, aligned and not."""
+    sizes, numbers = itertools.cycle(sizes), itertools.count()
+    for rounding, mask, codes, bits in itertools.product(ROUNDINGS, MASKS, (False, True), all_bits):
+        for size in (next(sizes), next(sizes)):
             n = next(numbers)
             alpha = alpha_tensor([ALPHAS[n % len(ALPHAS)]], dtype)
             x = make_x(dtype, alpha.item(), bits, rounding, size, n)
@@ -182,10 +182,10 @@ def dequantize_cases(dtype, sizes=SIZES[:-1]):
         yield dequantize_case(codes, alpha, bits, (size,), dtype, None, offset=n % 2, seed=n)
 
 
-def backward_cases(dtype, sizes=SIZES[:-1], all_bits=range(1, 9)):
+def backward_cases(dtype, sizes=SIZES[:-1], all_bits=range(1, 9), roundings=ROUNDINGS):
     """Every STE with every rule for alpha, and without; all widths of codes; grad_alpha alone too."""
     numbers = itertools.count()
-    for ste, rounding, alpha_grad in itertools.product(STES, ROUNDINGS, (None, *ALPHA_GRADS)):
+    for ste, rounding, alpha_grad in itertools.product(STES, roundings, (None, *ALPHA_GRADS)):
         if ste == "identity" and alpha_grad is None:
             continue  # nothing is kept and dx is dy
         for bits in all_bits:
@@ -201,7 +201,7 @@ def backward_cases(dtype, sizes=SIZES[:-1], all_bits=range(1, 9)):
 
 def channel_cases(dtype):
     numbers = itertools.count()
-    for (channels, inner, rows), bits, rounding in itertools.product(CHANNELS, (1, 2, 3, 8), ROUNDINGS):
+    for (channels, inner, rows), bits, rounding in itertools.product(CHANNELS, (2, 8), ROUNDINGS):
         n = next(numbers)
         alpha = alpha_tensor([ALPHAS[(n + i) % 5] for i in range(channels)], dtype)
         shape, count = (rows, channels, inner), rows * channels * inner
@@ -241,9 +241,9 @@ def test_channels(program, dtype):
 @by_dtype
 def test_many_blocks(program, dtype):
     cases = [
-        *forward_cases(dtype, SIZES[-1:], (2, 4)),
+        *forward_cases(dtype, SIZES[-1:], (2,)),
         *dequantize_cases(dtype, SIZES[-1:]),
-        *backward_cases(dtype, SIZES[-1:], (2,)),
+        *backward_cases(dtype, SIZES[-1:], (2,), ROUNDINGS[:1]),
     ]
     check(program, cases)
 
@@ -253,7 +253,7 @@ def test_every_number_of_16_bits(program, dtype):
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     cases = []
     for n, (bits, rounding) in enumerate(itertools.product(range(1, 9), ROUNDINGS)):
-        for value in torch.logspace(-6, 4, 5, base=math.e).tolist():
+        for value in torch.logspace(-6, 4, 3, base=math.e).tolist():
             cases.append(forward_case(x, alpha_tensor([value], dtype), bits, rounding, MASKS[n % 4], True))
     check(program, cases)
 
@@ -344,5 +344,5 @@ def test_sanitizers_find_nothing(tmp_path):
     program = cuda_host.build(tmp_path)
     for dtype in DTYPES:
         cases = [*forward_cases(dtype, (33, 4097), (3,)), *dequantize_cases(dtype, (0, 33, 4097))]
-        cases += [*backward_cases(dtype, (33, 4097), (1, 2, 3, 5)), *channel_cases(dtype)]
+        cases += [*backward_cases(dtype, (33, 4097), (1, 2, 3, 5), ROUNDINGS[:1]), *list(channel_cases(dtype))[::2]]
         check(program, cases)
