@@ -99,7 +99,8 @@ EXTREME_ALPHAS = {
 @pytest.mark.parametrize("rounding", oracle.ROUNDINGS)
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 def test_levels_that_collapse_or_overflow(backend, dtype, rounding, bits):
-    alpha = torch.tensor(EXTREME_ALPHAS[dtype])
+    low, high = (1e-10, 1e6) if dtype == torch.float16 else (1e-44, 3e38)
+    alpha = torch.cat([torch.tensor(EXTREME_ALPHAS[dtype]), oracle.log_uniform(16, low, high, seed=bits)])
     points = oracle.threshold_points(alpha, bits, dtype, rounding)
     special = oracle.special_values(dtype).expand(len(alpha), -1)
     ladder = torch.logspace(-46, 38, 169, dtype=torch.float64).to(dtype).expand(len(alpha), -1)
