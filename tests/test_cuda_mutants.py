@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 
 import cuda_host
@@ -40,7 +41,6 @@ MUTANTS = {
     "levels that are not rounded": ("steps.cuh", "round_levels<T>(below);", ""),
     "no code above the guess's bound": ("steps.cuh", "kMagic + 1, kMagic + q)", "kMagic + 1, kMagic + q - 1)"),
     "a guess from 0 up": ("steps.cuh", "kMagic + 1, kMagic + q)", "kMagic, kMagic + q)"),
-    "8-bit bfloat16 taken for simple": ("steps.cuh", "return q < A(255);", "return true;"),
     "illegal alpha not noticed": ("steps.cuh", "return alpha > A(0) && alpha < A(INFINITY) ? alpha : A(NAN);", "return alpha;"),
     "alphas of the wrong channels": ("steps.cuh", "segment % steps.channels", "start % steps.channels"),
     "channels that do not start again": ("steps.cuh", "if (++at_ == end_) at_ = first_;", "++at_;\n      if (at_ == end_) --at_;"),
@@ -58,7 +58,7 @@ MUTANTS = {
     "a mask beside the codes that is not read": ("backward.cuh", "masked = !kState && a.kind != MaskKind::nothing", "masked = false"),
     "one partial sum for all blocks": ("reduce.cuh", "partial[blockIdx.x] = total", "partial[0] = total"),
     "slices for channels": ("reduce.cuh", "partial[slice * channels + channel]", "partial[slice + channel * slices]"),
-    "elements of the wrong channel": ("reduce.cuh", "(outer * steps.channels + share.channel) * steps.inner + at", "(outer * steps.inner + at) * steps.channels + share.channel"),
+    "elements of the wrong channel": ("reduce.cuh", "outer * row + share.channel * steps.inner + at", "(outer * steps.inner + at) * steps.channels + share.channel"),
     "a step over the rows too far": ("reduce.cuh", "at -= steps.inner, ++outer", "at -= steps.inner, outer += 2"),
 }  # fmt: skip
 
@@ -74,6 +74,11 @@ def make_cases():
         cases += tests.forward_cases(dtype, (30_000,), (3,))
         cases += tests.backward_cases(dtype, (30_000,), (2,), ("ceil",))
         cases += tests.illegal_alpha_cases(dtype) + tests.select_cases(dtype)
+    # Codes whose low bits are zero, with a gate read from them.
+    for dtype, bits in itertools.product((torch.float32, torch.bfloat16), (3, 4, 8)):
+        alpha = tests.alpha_tensor([0.5], dtype)
+        x = tests.make_x(dtype, 0.5, bits, "ceil", 4097, bits)
+        cases.append(tests.backward_case(x, tests.make_grad(dtype, 4097, bits), alpha, bits, "relu", "ceil", "exact"))
     return cases
 
 
