@@ -21,7 +21,12 @@ ALPHAS = (0.5, 0.3, 1.7, 0.0154, 41.0, 3e-5)
 # (channels, inner, rows): the innermost dimension, short runs, runs of whole packs and blocks, one row.
 CHANNELS = ((5, 1, 67), (70, 1, 9), (3, 5, 61), (2, 49, 7), (4, 64, 9), (2, 3000, 2), (40, 8, 1), (1, 3, 20))
 # Not regular in these dtypes: levels that collapse or overflow, or a reciprocal that does.
-IRREGULAR = {torch.float32: (1e-40, 1e38), torch.bfloat16: (1e-40, 1e38), torch.float16: (4e-8, 3e4), torch.float64: (1e-310, 1e307)}
+IRREGULAR = {
+    torch.float32: (1e-40, 1e38),
+    torch.bfloat16: (1e-40, 1e38),
+    torch.float16: (4e-8, 3e4),
+    torch.float64: (1e-310, 1e307),
+}
 # g' of these has a quotient or an exponential, which are not rounded alike everywhere.
 X_STES = ("log_tailed_relu", "reverse_exponential")
 ULPS = {torch.float32: 6, torch.float64: 12, torch.bfloat16: 1, torch.float16: 1}
@@ -155,7 +160,7 @@ def check(program, cases):
     for case, result in zip(cases, cuda_host.run(program, cases), strict=True):
         wrong = wrong_outputs(case, result)
         assert not wrong, (wrong, case.op, case.dtype, case.bits, case.count, case.rounding, case.mask, case.ste,
-                           case.alpha_grad, case.channels, case.inner, case.offset, case.inputs.get("alpha"))  # fmt: skip
+                           case.alpha_grad, case.channels, case.inner, case.offset, case.inputs.get("alpha"))
 
 
 def forward_cases(dtype, sizes=SIZES[:-1], all_bits=range(1, 9)):
