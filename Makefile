@@ -20,7 +20,7 @@ $(VENV)/.done: pyproject.toml requirements-dev.txt
 
 # Built into the working copy, where the editable install of .venv finds it.
 build: setup  ## the native library and the C++ tests
-	cmake -S . -B build -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python
+	cmake -S . -B build -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python -DCOARSEGRAD_CUDA=$(or $(COARSEGRAD_CUDA),auto)
 	cmake --build build
 	cmake --install build --prefix python
 

@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parent
 _FIND_TORCH = "import importlib.util as u; s = u.find_spec('torch'); print(*s.submodule_search_locations if s else '')"
 
 
-def native_mode() -> str:
-    """COARSEGRAD_NATIVE: "auto" (build if possible), "0" (build nothing) or "1" (build or fail)."""
-    mode = os.environ.get("COARSEGRAD_NATIVE", "auto")
+def build_mode(name: str) -> str:
+    """COARSEGRAD_NATIVE, or COARSEGRAD_CUDA: "auto" (build if possible), "0" (do not build) or "1" (build or fail)."""
+    mode = os.environ.get(name, "auto")
     if mode not in ("auto", "0", "1"):
-        raise SystemExit(f"COARSEGRAD_NATIVE: got {mode!r}, wanted auto, 0 or 1")
+        raise SystemExit(f"{name}: got {mode!r}, wanted auto, 0 or 1")
     return mode
 
 
@@ -74,7 +74,7 @@ def find_cmake() -> str | None:
 
 
 def _native_requirements() -> list[str]:
-    if native_mode() == "0" or find_compiler() is None:
+    if build_mode("COARSEGRAD_NATIVE") == "0" or find_compiler() is None:
         return []
     missing = []
     if find_torch() is None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from build_backend import ROOT, find_cmake, find_compiler, find_tool, find_torch, native_mode
+from build_backend import ROOT, build_mode, find_cmake, find_compiler, find_tool, find_torch
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -33,7 +33,7 @@ def run(command: list[str], env: dict[str, str]) -> None:
 
 def build_native(build_dir: Path, prefix: Path) -> None:
     """Builds coarsegrad/_C and coarsegrad/_build.py under `prefix`."""
-    if native_mode() == "0":
+    if build_mode("COARSEGRAD_NATIVE") == "0":
         raise NativeBuildError("COARSEGRAD_NATIVE=0 was set at build time")
     compiler, cmake, torch_dir = find_compiler(), find_cmake(), find_torch()
     if compiler is None:
@@ -48,7 +48,7 @@ def build_native(build_dir: Path, prefix: Path) -> None:
     if find_tool("ninja"):
         env.setdefault("CMAKE_GENERATOR", "Ninja")
     configure = [cmake, "-S", str(ROOT), "-B", str(build_dir), f"-DPython_EXECUTABLE={sys.executable}"]
-    run([*configure, f"-DCOARSEGRAD_TORCH_DIR={torch_dir}"], env)
+    run([*configure, f"-DCOARSEGRAD_TORCH_DIR={torch_dir}", f"-DCOARSEGRAD_CUDA={build_mode('COARSEGRAD_CUDA')}"], env)
     run([cmake, "--build", str(build_dir), "--target", "_C"], env)
     run([cmake, "--install", str(build_dir), "--prefix", str(prefix)], env)
 
@@ -62,8 +62,9 @@ class CMakeBuild(build_ext):
         try:
             build_native(Path(self.build_temp), prefix)
         except NativeBuildError as error:
-            if native_mode() == "1":
-                raise SystemExit(f"COARSEGRAD_NATIVE=1, but the native library was not built: {error}") from None
+            for demand in ("COARSEGRAD_NATIVE", "COARSEGRAD_CUDA"):
+                if build_mode(demand) == "1":
+                    raise SystemExit(f"{demand}=1, but the native library was not built: {error}") from None
             print(f"\nWARNING: coarsegrad is installed without its native library: {error}", file=sys.stderr)
             package.mkdir(parents=True, exist_ok=True)
             facts = f"TORCH_VERSION = None\nREASON = {str(error)!r}\n"

@@ -170,7 +170,7 @@ class Instance:
     shares: dict[str, float] = field(default_factory=dict)  # of the bandwidth, by architecture
 
 
-FLAGS = ("-std=c++20", f"-I{ROOT / 'csrc'}")
+FLAGS = ("-std=c++20", "-fmad=false", f"-I{ROOT / 'csrc'}")
 _THREADS, _PACK_BYTES, _PACKS = 256, 16, 2
 PREAMBLE = f"""\
 #include "cuda/backward.cuh"

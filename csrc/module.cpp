@@ -26,6 +26,9 @@ PYBIND11_MODULE(_C, m) {
   // alone, are then an ImportError and not the end of the process. All of them are registered or none.
   std::vector<torch::Library> libraries;
   cg::register_cpu(libraries.emplace_back(MAKE_TORCH_LIBRARY_IMPL(coarsegrad, CPU)));
+#ifdef CG_HAVE_CUDA
+  cg::register_cuda(libraries.emplace_back(MAKE_TORCH_LIBRARY_IMPL(coarsegrad, CUDA)));
+#endif
   cg::register_autograd(libraries.emplace_back(MAKE_TORCH_LIBRARY_IMPL(coarsegrad, Autograd)));
   static const std::vector<torch::Library> registered = std::move(libraries);
 

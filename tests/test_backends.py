@@ -189,6 +189,18 @@ def test_an_extension_for_another_torch_is_refused(without_native):
         assert word in done.stderr
 
 
+def test_an_extension_with_kernels_for_another_cuda_is_refused(without_native):
+    (without_native / "coarsegrad" / "_build.py").write_text(
+        f'TORCH_VERSION = "{torch.__version__}"\nCUDA_VERSION = "1.0"\n'
+    )
+    (without_native / "coarsegrad" / "_C.py").write_text("raise SystemExit('it was opened')\n")
+    done = run_python(USE_IT, None, without_native)
+    assert done.returncode == 0, done.stderr
+    assert RESULT in done.stdout
+    for word in ("CUDA 1.0", f"CUDA: {torch.version.cuda}", "pip install"):
+        assert word in done.stdout
+
+
 def test_an_extension_that_does_not_load_is_told(without_native):
     (without_native / "coarsegrad" / "_build.py").write_text(
         f'TORCH_VERSION = "{torch.__version__}"\nREASON = None\n'

@@ -72,10 +72,20 @@ def test_demanded_native_library_fails_loudly(sources, tmp_path, compiler):
     assert not list(tmp_path.glob("*.whl"))
 
 
-def test_unknown_native_mode_is_refused(sources, tmp_path):
-    done = build(sources, tmp_path, COARSEGRAD_NATIVE="yes")
+def test_demanded_cuda_kernels_fail_loudly(sources, tmp_path):
+    done = build(sources, tmp_path, COARSEGRAD_CUDA="1", CUDACXX="no-such-compiler")
     assert done.returncode != 0
-    assert "COARSEGRAD_NATIVE: got 'yes', wanted auto, 0 or 1" in done.stderr
+    assert "COARSEGRAD_CUDA=1, but the native library was not built" in done.stderr
+    why = "no CUDA compiler that works" if torch.version.cuda else f"torch {torch.__version__} is no CUDA build"
+    assert why in " ".join(done.stderr.split())
+    assert not list(tmp_path.glob("*.whl"))
+
+
+@pytest.mark.parametrize("name", ["COARSEGRAD_NATIVE", "COARSEGRAD_CUDA"])
+def test_unknown_modes_are_refused(sources, tmp_path, name):
+    done = build(sources, tmp_path, **{"COARSEGRAD_CUDA": "auto", name: "yes"})
+    assert done.returncode != 0
+    assert f"{name}: got 'yes', wanted auto, 0 or 1" in done.stderr
 
 
 def test_source_distribution_can_build_the_native_library(sources, tmp_path):

@@ -312,8 +312,18 @@ torch.library.register_vmap("coarsegrad::qrelu_", _vmap(ops.qrelu_.default), lib
 
 
 def _public(version: str) -> str:
-    """A version without its local label: the +cpu and +cu builds of one torch fit the same extension."""
+    """A version without its local label: a library without CUDA kernels fits the +cpu and +cu builds of one torch."""
     return version.split("+")[0]
+
+
+def _misfit(built_for: str) -> str | None:
+    """What the native library was built for and does not find here. Loading it then could crash the process."""
+    if _public(built_for) != _public(torch.__version__):
+        return f"built for torch {built_for}, but this is torch {torch.__version__}"
+    cuda = build_facts.get("cuda_version")
+    if cuda is not None and cuda.split(".")[0] != (torch.version.cuda or "none").split(".")[0]:
+        return f"built for a torch with CUDA {cuda}, but this is torch {torch.__version__}, CUDA: {torch.version.cuda}"
+    return None
 
 
 def _build_facts() -> dict[str, object]:
@@ -335,11 +345,9 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
     built_for = build_facts.get("torch_version")
     if built_for is None:
         why_not = f"not built: {build_facts['reason']}" if build_facts else "not built"
-    elif _public(built_for) != _public(torch.__version__):
-        # Loading it could crash the process.
+    elif misfit := _misfit(built_for):
         why_not = (
-            f"built for torch {built_for}, but this is torch {torch.__version__}; rebuild it in the folder of"
-            " coarsegrad's sources: pip install --force-reinstall --no-deps ."
+            f"{misfit}; rebuild it in the folder of coarsegrad's sources: pip install --force-reinstall --no-deps ."
             " (with -e before the dot for an editable install)"
         )
     else:

@@ -20,29 +20,35 @@ from .ste import format_table, one_of
 
 @dataclass(frozen=True)
 class _Backend:
-    """why_not(device type): why it cannot serve it, or None if it can. detail(): what there is to say of it.
+    """why_not(device type): why it cannot serve it, or None if it can. detail(device type): what there is to say of it.
 
     kernels: a module with a function for each of _ops.KERNELS; None: its kernels were registered as it was loaded.
     """
 
     name: str
     why_not: Callable[[str], str | None]
-    detail: Callable[[], str]
+    detail: Callable[[str], str]
     kernels: ModuleType | None
 
 
 def _native_why_not(device: str) -> str | None:
     if _ops.native is None:
         return _ops.native_why_not
-    return None if device == "cpu" else f"has no kernels for {device}"
+    if device == "cuda" and "without_cuda" in _ops.build_facts:
+        return f"built without CUDA kernels: {_ops.build_facts['without_cuda']}"
+    return None if device in ("cpu", "cuda") else f"has no kernels for {device}"
+
+
+def _native_detail(device: str) -> str:
+    return _ops.native.isa() if device == "cpu" else f"compiled for {', '.join(_ops.build_facts['cuda_archs'])}"
 
 
 # In order of preference.
 _BACKENDS = {
     backend.name: backend
     for backend in (
-        _Backend("native", _native_why_not, lambda: _ops.native.isa(), None),
-        _Backend("reference", lambda device: None, lambda: "plain torch", reference),
+        _Backend("native", _native_why_not, _native_detail, None),
+        _Backend("reference", lambda device: None, lambda device: "plain torch", reference),
     )
 }
 
@@ -87,7 +93,7 @@ def _serving(device: str) -> Serving:
         for name, backend in _BACKENDS.items()
         if name != serving
     }
-    return Serving(serving, _BACKENDS[serving].detail(), why_not)
+    return Serving(serving, _BACKENDS[serving].detail(device), why_not)
 
 
 def backends() -> BackendTable:
