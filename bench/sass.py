@@ -50,9 +50,9 @@ Needs nvcc and nvdisasm, on the PATH, in $CUDA_HOME/bin or, for nvdisasm, from
 build/sass until the kernels change. The exit status is 1 when a promise is broken
 (the last lines say which), 2 when nothing could be compiled.
 
-Promised: no spills, no stack; all numbers in 128-bit accesses (but for the sums
-of dalpha per channel); for forward and backward with a 1-bit mask the whole
-bandwidth on sm_80 and sm_90 and 90% of it on sm_100.
+Promised: no spills, no stack; all numbers in 128-bit accesses; for forward and
+backward with a 1-bit mask the whole bandwidth on sm_80 and sm_90 and 90% of it on
+sm_100.
 """
 
 # ---------------------------------------------------------------------------------------- the tools
@@ -166,7 +166,6 @@ class Instance:
     data: Data
     step: int  # elements of one thread that belong together
     trips: int = 1  # of each loop within the bulk path
-    wide: bool = True  # whether all numbers travel in 128-bit accesses
     shares: dict[str, float] = field(default_factory=dict)  # of the bandwidth, by architecture
 
 
@@ -192,13 +191,16 @@ _KERNELS = (
     ("forward, state, codes", _FORWARD("ceil", "state", "true"), 1, 1, 10, ""),
     ("forward, mask, nearest", _FORWARD("nearest", "inside", "false"), 1, 1, 1, ""),
     ("forward, mask, hwgq", _FORWARD("hwgq", "inside", "false"), 1, 1, 1, ""),
-    ("forward, channels", "qrelu_forward_channels_kernel<{T}, Rounding::ceil>", 1, 1, 10, ""),
+    ("forward, channels", "qrelu_forward_channels_kernel<{T}, Rounding::ceil, true>", 1, 1, 10, ""),
+    ("forward, channels innermost", "qrelu_forward_channels_kernel<{T}, Rounding::ceil, false>", 1, 1, 10, ""),
     ("backward, mask", "qrelu_backward_mask_kernel<uint{bits}_t>", 1, 1, 1, "shares"),
     ("backward, state, dalpha", "qrelu_backward_kept_kernel<{T}, true, 2>", 1, 1, 2, ""),
     ("backward, codes, dalpha", "qrelu_backward_kept_kernel<{T}, false, 2>", 1, 1, 3, ""),
     ("backward, x", "qrelu_backward_x_kernel<{T}, ReverseExponential>", 2, 1, 0, "loops over a pack"),
-    ("dalpha, channels", "qrelu_backward_kept_channels_kernel<{T}, true, 2>", 1, 0, 2, "one by one"),
-    ("dequantize", "dequantize_kernel<{T}, 2>", 0, 1, 2, ""),
+    ("dalpha, channels", "qrelu_backward_kept_channels_kernel<{T}, true, 2, kPack<{T}>>", 1, 0, 2, "a pack at a time"),
+    ("dequantize", "dequantize_kernel<{T}, 2, Alphas::one>", 0, 1, 2, ""),
+    ("dequantize, channels", "dequantize_kernel<{T}, 2, Alphas::by_pack>", 0, 1, 2, ""),
+    ("dequantize, channels innermost", "dequantize_kernel<{T}, 2, Alphas::by_element>", 0, 1, 2, ""),
 )
 
 INSTANCES = [
@@ -208,9 +210,8 @@ INSTANCES = [
         kernel.format(T=T, bits=8 * item),
         _THREADS,
         Data(item, reads, writes, bits),
-        step=1 if special == "one by one" else _PACKS * _PACK_BYTES // item,
+        step=(1 if special == "a pack at a time" else _PACKS) * _PACK_BYTES // item,
         trips=_PACK_BYTES // item if special == "loops over a pack" else 1,
-        wide=special != "one by one",
         shares=_PROMISED if special == "shares" else {},
     )
     for name, kernel, reads, writes, bits, special in _KERNELS
@@ -291,7 +292,7 @@ class Report:
         used, path, model = self.kernel.resources, self.model.path, self.model
         if used.spills or used.stack:
             yield f"{used.spills} bytes spilled and {used.stack} bytes of stack, promised none"
-        if self.instance.wide and not model.all_wide:
+        if not model.all_wide:
             yield (
                 f"loads of {path.accesses('load')} and stores of {path.accesses('store')} bytes for {model.elements} "
                 "elements, promised 128-bit ones for all numbers"
@@ -314,9 +315,8 @@ _ABOUT = f"""\
 Written by `python -m bench.sass --write docs/sass.md` from the machine code of {{compiler}}. No GPU was used:
 **this is a model, and no timing.**
 
-Promised, and asserted by `tests/test_sass.py`: no spills and no stack; all numbers in 128-bit accesses, but for the sums of
-dalpha per channel; for `forward, mask` and `backward, mask` the whole bandwidth on sm_80 and sm_90 and 90% of it on
-sm_100.
+Promised, and asserted by `tests/test_sass.py`: no spills and no stack; all numbers in 128-bit accesses; for
+`forward, mask` and `backward, mask` the whole bandwidth on sm_80 and sm_90 and 90% of it on sm_100.
 
 A row is a kernel template. Its bulk path is the loop that moves the data in 128-bit accesses, with all that is in it:
 addresses and the branch back too. Where a kernel has several such loops, as it decides at run time what it does, the

@@ -18,8 +18,12 @@ pytestmark = pytest.mark.skipif(cuda_host.why_not() is not None, reason=str(cuda
 
 SIZES = (0, 1, 31, 32, 33, 255, 4097, 100_003)
 ALPHAS = (0.5, 0.3, 1.7, 0.0154, 41.0, 3e-5)
-# (channels, inner, rows): the innermost dimension, short runs, runs of whole packs and blocks, one row.
-CHANNELS = ((5, 1, 67), (70, 1, 9), (3, 5, 61), (2, 49, 7), (4, 64, 9), (2, 3000, 2), (40, 8, 1), (1, 3, 20))
+# (channels, inner, rows): the innermost dimension, by element and by pack; short runs, runs of whole packs and blocks;
+# one row; one channel.
+CHANNELS = (
+    *((5, 1, 67), (70, 1, 9), (8, 1, 67), (264, 1, 9)),
+    *((3, 5, 61), (2, 49, 7), (4, 64, 9), (2, 3000, 2), (40, 8, 1), (1, 3, 20)),
+)
 # Not regular in these dtypes: levels that collapse or overflow, or a reciprocal that does.
 IRREGULAR = {
     torch.float32: (1e-40, 1e38),
@@ -258,7 +262,9 @@ def test_every_number_of_16_bits(program, dtype):
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     cases = []
     for n, (bits, rounding) in enumerate(itertools.product(range(1, 9), ROUNDINGS)):
-        for value in torch.logspace(-6, 4, 3, base=math.e).tolist():
+        # The last two: where the distance of numbers is largest beside alpha, at the 8-bit levels of bfloat16; and in
+        # float16, alpha at its least.
+        for value in (*torch.logspace(-6, 4, 3, base=math.e).tolist(), 256 / 129, 2.0**-24):
             cases.append(forward_case(x, alpha_tensor([value], dtype), bits, rounding, MASKS[n % 4], True))
     check(program, cases)
 

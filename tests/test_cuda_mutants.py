@@ -58,8 +58,14 @@ MUTANTS = {
     "a mask beside the codes that is not read": ("backward.cuh", "masked = !kState && a.kind != MaskKind::nothing", "masked = false"),
     "one partial sum for all blocks": ("reduce.cuh", "partial[blockIdx.x] = total", "partial[0] = total"),
     "slices for channels": ("reduce.cuh", "partial[slice * channels + channel]", "partial[slice + channel * slices]"),
-    "elements of the wrong channel": ("reduce.cuh", "outer * row + share.channel * steps.inner + at", "(outer * steps.inner + at) * steps.channels + share.channel"),
-    "a step over the rows too far": ("reduce.cuh", "at -= steps.inner, ++outer", "at -= steps.inner, outer += 2"),
+    "elements of the wrong channel": ("reduce.cuh", "terms(outer * row + start + at", "terms((outer * inner + at) * steps.channels / kUnit + share.channel"),
+    "channels of a pack that are one": ("backward.cuh", "innermost ? channel + k : channel", "channel"),
+    "totals that stay where they are": ("backward.cuh", "total[kUnit - 1] = first;", "total[kUnit - 1] = first * 0 + total[0];"),
+    "sums of the wrong part of a pack": ("reduce.cuh", "to[k] = sum", "to[kUnit - 1 - k] = sum"),
+    "alpha of the next run": ("steps.cuh", "static_cast<uint32_t>(pack) / run", "static_cast<uint32_t>(pack + 1) / run"),
+    "packs that straddle channels moved at once": ("launches.cuh", "a.steps.inner % kPack<T> == 0", "a.steps.inner > 1"),
+    "rows of channels that are no packs": ("launches.cuh", "run % pack == 0", "run >= pack"),
+    "a step over the rows too far": ("reduce.cuh", "at -= inner, ++outer", "at -= inner, outer += 2"),
 }  # fmt: skip
 
 

@@ -129,16 +129,25 @@ __global__ void __launch_bounds__(kThreads) qrelu_backward_kept_kernel(const Bac
   if (a.partial) sum_blocks(total, static_cast<A*>(a.partial));
 }
 
-// The same sums, of many alphas.
-template <class T, bool kState, int kWidth>
+// The same sums, of many alphas. kUnit: 1, or a pack.
+template <class T, bool kState, int kWidth, int kUnit>
 __global__ void __launch_bounds__(kThreads) qrelu_backward_kept_channels_kernel(const Backward a) {
   using A = compute_t<T>;
+  using Values = KeptValues<kState, kWidth>;
   const A q = A((1 << a.bits) - 1), inside = inside_value(a.rule, q);
   const uint8_t* values = kState ? a.mask : a.codes;
-  sum_channel<A>(a.steps, a.count, static_cast<A*>(a.partial), [&](int64_t i, int64_t) {
-    const uint32_t shift = i * kWidth % 8;
-    const KeptValues<kState, kWidth> kept{static_cast<uint64_t>(values[i * kWidth / 8] >> shift)};
-    return times_slope(A(widen(static_cast<const T*>(a.grad_y)[i])), kept.factor(0, inside, q));
+  sum_channel<kUnit>(a.steps, a.count, static_cast<A*>(a.partial), [&](int64_t unit, int64_t, A(&total)[kUnit]) {
+    if constexpr (kUnit == 1) {
+      const uint32_t shift = unit * kWidth % 8;
+      const Values kept{static_cast<uint64_t>(values[unit * kWidth / 8] >> shift)};
+      total[0] += times_slope(A(widen(static_cast<const T*>(a.grad_y)[unit])), kept.factor(0, inside, q));
+    } else {
+      const Values kept{read_bits<kUnit, kWidth>(values, unit, kUnit, true)};
+      float dy[kUnit];
+      unpack<T>(load_words<T>(a.grad_y, unit), dy);
+#pragma unroll
+      for (int k = 0; k < kUnit; ++k) total[k] += times_slope(dy[k], kept.factor(k, inside, q));
+    }
   });
 }
 
@@ -221,14 +230,29 @@ __global__ void __launch_bounds__(kThreads) qrelu_backward_x_kernel(const Backwa
   if (a.partial) sum_blocks(total, static_cast<A*>(a.partial));
 }
 
-// The same sums, of many alphas.
-template <class T, class SteT>
+// The same sums, of many alphas. kUnit: 1, or a pack.
+template <class T, class SteT, int kUnit>
 __global__ void __launch_bounds__(kThreads) qrelu_backward_x_channels_kernel(const Backward a) {
   using A = compute_t<T>;
-  sum_channel<A>(a.steps, a.count, static_cast<A*>(a.partial), [&](int64_t i, int64_t channel) {
-    return gradients<T, SteT>(a, widen(static_cast<const T*>(a.x)[i]), widen(static_cast<const T*>(a.grad_y)[i]),
-                              checked(static_cast<const A*>(a.steps.alpha)[channel]), true)
-        .term;
+  const A* alphas = static_cast<const A*>(a.steps.alpha);
+  const bool innermost = a.steps.inner == 1;
+  sum_channel<kUnit>(a.steps, a.count, static_cast<A*>(a.partial), [&](int64_t unit, int64_t channel, A(&total)[kUnit]) {
+    const auto term = [&](T x, T dy, int64_t own) {
+      return gradients<T, SteT>(a, widen(x), widen(dy), checked(alphas[own]), true).term;
+    };
+    if constexpr (kUnit == 1) {
+      total[0] += term(static_cast<const T*>(a.x)[unit], static_cast<const T*>(a.grad_y)[unit], channel);
+    } else {
+      Words x = load_words<T>(a.x, unit), dy = load_words<T>(a.grad_y, unit);
+#pragma unroll 1
+      for (int k = 0; k < kUnit; ++k) {
+        // The totals go round, so that each is in a register though the loop is not unrolled.
+        const A first = total[0] + term(take<T>(x), take<T>(dy), innermost ? channel + k : channel);
+#pragma unroll
+        for (int i = 1; i < kUnit; ++i) total[i - 1] = total[i];
+        total[kUnit - 1] = first;
+      }
+    }
   });
 }
 

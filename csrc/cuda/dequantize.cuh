@@ -5,13 +5,12 @@
 
 namespace cg::cuda {
 
-template <class T, int kWidth>
+template <class T, int kWidth, Alphas kAlphas>
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(const Dequantize a, bool aligned) {
   using A = compute_t<T>;
   constexpr uint32_t kLow = (1u << kWidth) - 1;
-  const bool one_channel = a.steps.channels == 1;
   A only = A(0);
-  if (one_channel) only = checked(static_cast<const A*>(a.steps.alpha)[0]);
+  if constexpr (kAlphas == Alphas::one) only = checked(static_cast<const A*>(a.steps.alpha)[0]);
   for_each_pack<T>(
       a.count, aligned,
       [&](int64_t first) {
@@ -24,16 +23,13 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const Dequantize a
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) {
             const int64_t pack = first + u * kThreads;
+            if constexpr (kAlphas == Alphas::by_pack) only = checked(alpha_of_pack<T>(a.steps, pack));
+            Run<A> alphas(a.steps, kAlphas == Alphas::by_element ? pack * kPack<T> : 0);
             float y[kPack<T>];
 #pragma unroll
-            for (int i = 0; i < kPack<T>; ++i) y[i] = static_cast<float>(static_cast<uint32_t>(codes[u] >> (i * kWidth)) & kLow);
-            if (one_channel) {
-#pragma unroll
-              for (int i = 0; i < kPack<T>; ++i) y[i] = mul(y[i], only);
-            } else {
-              Run<A> alphas(a.steps, pack * kPack<T>);
-#pragma unroll
-              for (int i = 0; i < kPack<T>; ++i) y[i] = mul(y[i], checked(alphas.next()));
+            for (int i = 0; i < kPack<T>; ++i) {
+              const float code = static_cast<float>(static_cast<uint32_t>(codes[u] >> (i * kWidth)) & kLow);
+              y[i] = mul(code, kAlphas == Alphas::by_element ? checked(alphas.next()) : only);
             }
             store_words<T>(a.y, pack, round_all<T>(y));
           }

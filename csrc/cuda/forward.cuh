@@ -112,29 +112,37 @@ __global__ void __launch_bounds__(kThreads) qrelu_forward_kernel(const Forward a
   const float q = static_cast<float>((1 << a.bits) - 1);
   const Step<T> only(static_cast<const float*>(a.steps.alpha)[0], R);
   const auto step = [&](int) { return only; };
-  forward<T, R>(a, aligned, only.simple(q, R), kKind, kCodes, [&](int64_t pack, const Words& words) {
+  forward<T, R>(a, aligned, only.simple(q), kKind, kCodes, [&](int64_t pack, const Words& words) {
     return forward_pack<T, R>(a, pack, words, step, q, kKind, kCodes);
   });
 }
 
-// Of many alphas.
-template <class T, Rounding R>
+// Of many alphas. kByPack: a pack has one of them.
+template <class T, Rounding R, bool kByPack>
 __global__ void __launch_bounds__(kThreads) qrelu_forward_channels_kernel(const Forward a, bool aligned) {
   const MaskKind kind = a.kind;
   const bool codes = a.codes;
   if constexpr (kVector<T>) {
     const float q = static_cast<float>((1 << a.bits) - 1);
     forward<T, R>(a, aligned, true, kind, codes, [&](int64_t pack, const Words& words) {
-      Step<T> steps[kPack<T>];
-      Run<float> alphas(a.steps, pack * kPack<T>);
-      bool simple = true;
+      const auto quantized = [&](bool simple, const auto& step) {
+        if (!simple) return forward_one_by_one<T, R>(a, pack, kPack<T>, kind, codes);
+        return forward_pack<T, R>(a, pack, words, step, q, kind, codes);
+      };
+      if constexpr (kByPack) {
+        const Step<T> own(alpha_of_pack<T>(a.steps, pack), R);
+        return quantized(own.simple(q), [&](int) { return own; });
+      } else {
+        Step<T> steps[kPack<T>];
+        Run<float> alphas(a.steps, pack * kPack<T>);
+        bool simple = true;
 #pragma unroll
-      for (int i = 0; i < kPack<T>; ++i) {
-        steps[i] = Step<T>(alphas.next(), R);
-        simple &= steps[i].simple(q, R);
+        for (int i = 0; i < kPack<T>; ++i) {
+          steps[i] = Step<T>(alphas.next(), R);
+          simple &= steps[i].simple(q);
+        }
+        return quantized(simple, [&](int i) { return steps[i]; });
       }
-      if (!simple) return forward_one_by_one<T, R>(a, pack, kPack<T>, kind, codes);
-      return forward_pack<T, R>(a, pack, words, [&](int i) { return steps[i]; }, q, kind, codes);
     });
   } else {
     forward<T, R>(a, aligned, false, kind, codes, [](int64_t, const Words&) { return KeptBits(); });

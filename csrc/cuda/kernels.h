@@ -13,6 +13,9 @@ struct Steps {
   int64_t channels = 1, inner = 1;
 };
 
+// Which elements have an alpha in common: all, those of each pack, or none for certain.
+enum class Alphas { one, by_pack, by_element };
+
 struct Forward {
   Dtype dtype;
   Rounding rounding;

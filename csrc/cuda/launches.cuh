@@ -77,6 +77,13 @@ void with_width(int width, const Body& body) {
   }
 }
 
+template <class T, class Params>
+Alphas alphas_of(const Params& a) {
+  if (a.steps.channels == 1) return Alphas::one;
+  const bool whole = kVector<T> && a.steps.inner % kPack<T> == 0 && a.count / kPack<T> <= UINT32_MAX;
+  return whole ? Alphas::by_pack : Alphas::by_element;
+}
+
 template <class Stream>
 void launch_forward(const Forward& a, Stream stream) {
   if (a.count == 0) return;
@@ -101,7 +108,10 @@ void launch_forward(const Forward& a, Stream stream) {
           }
         }
       }
-      run(qrelu_forward_channels_kernel<T, R>);
+      if constexpr (kVector<T>) {
+        if (alphas_of<T>(a) == Alphas::by_pack) return run(qrelu_forward_channels_kernel<T, R, true>);
+      }
+      run(qrelu_forward_channels_kernel<T, R, false>);
     });
   });
 }
@@ -114,15 +124,30 @@ void launch_dequantize(const Dequantize& a, Stream stream) {
   with_dtype(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     with_width(packed_width(a.bits), [&](auto width) {
-      launch(dequantize_kernel<T, width.value>, dim3(blocks), dim3(kThreads), 0, stream, a, whole);
+      const auto run = [&](auto alphas) {
+        launch(dequantize_kernel<T, width.value, alphas.value>, dim3(blocks), dim3(kThreads), 0, stream, a, whole);
+      };
+      switch (alphas_of<T>(a)) {
+        case Alphas::one: return run(Constant<Alphas::one>{});
+        case Alphas::by_pack: if constexpr (kVector<T>) return run(Constant<Alphas::by_pack>{});
+        case Alphas::by_element: return run(Constant<Alphas::by_element>{});
+      }
     });
   });
 }
 
+// Elements that the sums per channel read at once: a pack where each lies within a channel, or within a row of channels.
+inline int64_t channel_unit(const Backward& a) {
+  const int64_t pack = pack_of(a.dtype), run = a.steps.inner == 1 ? a.steps.channels : a.steps.inner;
+  const bool whole = a.dtype != Dtype::float64 && run % pack == 0 && aligned({a.grad_y, a.x}, {a.mask, a.codes});
+  return whole ? pack : 1;
+}
+
 // The grid of the sums per channel: groups of channels by slices of their elements.
 inline dim3 channel_grid(const Backward& a) {
-  const int64_t groups = a.steps.inner == 1 ? divide_up(a.steps.channels, kWarp) : a.steps.channels;
-  const int64_t each = a.count / a.steps.channels, threads = a.steps.inner == 1 ? kThreads / kWarp : kThreads;
+  const bool innermost = a.steps.inner == 1;
+  const int64_t unit = channel_unit(a), groups = innermost ? divide_up(a.steps.channels, kWarp * unit) : a.steps.channels;
+  const int64_t each = a.count / a.steps.channels / (innermost ? 1 : unit), threads = innermost ? kThreads / kWarp : kThreads;
   const int64_t slices = std::clamp<int64_t>(kSumBlocks / groups, 1, divide_up(each, 8 * threads));
   return dim3(static_cast<unsigned>(groups), static_cast<unsigned>(slices));
 }
@@ -136,12 +161,22 @@ inline int64_t sum_slices(const Backward& a) {
 // Numbers of the compute type that Backward::partial must have room for.
 inline int64_t partial_count(const Backward& a) { return sum_slices(a) * a.steps.channels; }
 
+template <class T, class Body>
+void with_unit(const Backward& a, const Body& body) {
+  if constexpr (kVector<T>) {
+    if (channel_unit(a) > 1) return body(Constant<kPack<T>>{});
+  }
+  body(Constant<1>{});
+}
+
 template <class T, class Stream>
 void launch_backward_x(const Backward& a, Stream stream, dim3 grid, bool whole) {
   const auto run = [&](auto ste) {
     using SteT = typename decltype(ste)::type;
     if (a.grad_alpha && a.steps.channels > 1) {
-      launch(qrelu_backward_x_channels_kernel<T, SteT>, channel_grid(a), dim3(kThreads), 0, stream, a);
+      with_unit<T>(a, [&](auto unit) {
+        launch(qrelu_backward_x_channels_kernel<T, SteT, unit.value>, channel_grid(a), dim3(kThreads), 0, stream, a);
+      });
       if (!a.grad_x) return;
     }
     Backward rest = a;
@@ -159,7 +194,10 @@ void launch_backward_x(const Backward& a, Stream stream, dim3 grid, bool whole) 
 template <class T, bool kState, int kWidth, class Stream>
 void launch_backward_kept(const Backward& a, Stream stream, dim3 grid, bool whole) {
   if (a.grad_alpha && a.steps.channels > 1) {
-    launch(qrelu_backward_kept_channels_kernel<T, kState, kWidth>, channel_grid(a), dim3(kThreads), 0, stream, a);
+    with_unit<T>(a, [&](auto unit) {
+      launch(qrelu_backward_kept_channels_kernel<T, kState, kWidth, unit.value>, channel_grid(a), dim3(kThreads), 0,
+             stream, a);
+    });
     if (!a.grad_x) return;
   }
   Backward rest = a;

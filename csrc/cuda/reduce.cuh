@@ -38,53 +38,65 @@ CG_D void sum_blocks(A total, A* partial) {
 }
 
 // How the elements of many channels are shared out for their sums: blockIdx.y is the slice. Where the channel is the
-// innermost dimension a lane has a channel and a warp a row; else a block has one channel.
+// innermost dimension a lane has kUnit channels, from `channel` on, and a warp a row; else a block has one channel.
+template <int kUnit>
 struct ChannelShare {
-  bool inner_most;
+  bool innermost;
   int64_t channel, first, step;
 
-  CG_D explicit ChannelShare(const Steps& steps) : inner_most(steps.inner == 1) {
-    const int each = inner_most ? kThreads / kWarp : kThreads;
-    const int mine = inner_most ? threadIdx.x / kWarp : threadIdx.x;
-    channel = inner_most ? int64_t{blockIdx.x} * kWarp + threadIdx.x % kWarp : blockIdx.x;
+  CG_D explicit ChannelShare(const Steps& steps) : innermost(steps.inner == 1) {
+    const int each = innermost ? kThreads / kWarp : kThreads;
+    const int mine = innermost ? threadIdx.x / kWarp : threadIdx.x;
+    channel = innermost ? (int64_t{blockIdx.x} * kWarp + threadIdx.x % kWarp) * kUnit : blockIdx.x;
     first = int64_t{blockIdx.y} * each + mine;
     step = int64_t{gridDim.y} * each;
   }
 };
 
-// partial[slice, channel] = the sum of term(i, channel) over the slice's elements i of the channel.
-template <class A, class Term>
-CG_D void sum_channel(const Steps& steps, int64_t count, A* partial, const Term& term) {
-  const ChannelShare share(steps);
-  A total = A(0);
+// partial[slice, channel] = the sum over the slice's elements of the channel. They are read in units of kUnit consecutive
+// ones: terms(unit, channel, total) adds to total[k] the term of the unit's element k, which is of `channel`, or of
+// channel + k where the channel is the innermost dimension.
+template <int kUnit, class A, class Terms>
+CG_D void sum_channel(const Steps& steps, int64_t count, A* partial, const Terms& terms) {
+  const ChannelShare<kUnit> share(steps);
+  A total[kUnit] = {};
   if (share.channel < steps.channels) {
+    const int64_t inner = share.innermost ? 1 : steps.inner / kUnit;
+    const int64_t row = share.innermost ? steps.channels / kUnit : steps.channels * inner;
+    const int64_t start = share.innermost ? share.channel / kUnit : share.channel * inner;
     // first and step are below 2^32, as a grid has fewer threads: no 64-bit division, which is a call and spills.
-    const auto runs = [&](int64_t elements) {
-      return steps.inner > elements ? 0u : static_cast<uint32_t>(elements) / static_cast<uint32_t>(steps.inner);
+    const auto runs = [&](int64_t units) {
+      return inner > units ? 0u : static_cast<uint32_t>(units) / static_cast<uint32_t>(inner);
     };
-    const int64_t row = steps.channels * steps.inner, step_outer = runs(share.step),
-                  step_at = share.step - step_outer * steps.inner;
-    int64_t outer = runs(share.first), at = share.first - outer * steps.inner;
-    while (outer * row < count) {
-      total += term(outer * row + share.channel * steps.inner + at, share.channel);
+    const int64_t step_outer = runs(share.step), step_at = share.step - step_outer * inner, end = count / kUnit;
+    int64_t outer = runs(share.first), at = share.first - outer * inner;
+    while (outer * row < end) {
+      terms(outer * row + start + at, share.channel, total);
       outer += step_outer;
       at += step_at;
-      if (at >= steps.inner) at -= steps.inner, ++outer;
+      if (at >= inner) at -= inner, ++outer;
     }
   }
   A* to = partial + blockIdx.y * steps.channels + share.channel;
-  if (share.inner_most) {
-    CG_SHARED(A, sums, kThreads);
-    sums[threadIdx.x] = total;
+  if (share.innermost) {
+    CG_SHARED(A, sums, kUnit * kThreads);
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) sums[k * kThreads + threadIdx.x] = total[k];
     __syncthreads();
     if (threadIdx.x < kWarp && share.channel < steps.channels) {
-      total = A(0);
-      for (int warp = 0; warp < kThreads / kWarp; ++warp) total += sums[warp * kWarp + threadIdx.x];
-      *to = total;
+#pragma unroll 1
+      for (int k = 0; k < kUnit; ++k) {
+        A sum = A(0);
+        for (int warp = 0; warp < kThreads / kWarp; ++warp) sum += sums[k * kThreads + warp * kWarp + threadIdx.x];
+        to[k] = sum;
+      }
     }
   } else {
-    total = block_sum(total);
-    if (threadIdx.x == 0) *to = total;
+    A sum = A(0);
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) sum += total[k];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) *to = sum;
   }
 }
 

@@ -21,14 +21,8 @@ struct Step {
 
   CG_D A top(A q) const { return level<T>(q, alpha); }
 
-  // Whether `quantize_pack` may be used. Under nearest and hwgq rounding to T must move levels by less than half a step:
-  // bfloat16 moves the 8-bit ones by more, float16 those near its smallest number.
-  CG_D bool simple(A q, Rounding rounding) const {
-    if (!regular<T>(alpha, q)) return false;
-    if (rounding == Rounding::ceil) return true;
-    if (std::is_same_v<T, bf16>) return q < A(255);
-    return !std::is_same_v<T, f16> || alpha >= A(0x1p-22);
-  }
+  // Whether `quantize_pack` may be used.
+  CG_D bool simple(A q) const { return regular<T>(alpha, q); }
 };
 
 // The alphas of consecutive elements, from element `start` on.
@@ -58,6 +52,14 @@ class Run {
   const A *first_, *end_, *at_;
   int64_t inner_, left_;
 };
+
+// The one alpha of a pack, where runs are whole packs. 32 bits: a 64-bit division is a call.
+template <class T>
+CG_D compute_t<T> alpha_of_pack(const Steps& steps, int64_t pack) {
+  const uint32_t run = static_cast<uint32_t>(steps.inner / kPack<T>);
+  const uint32_t channel = static_cast<uint32_t>(pack) / run % static_cast<uint32_t>(steps.channels);
+  return static_cast<const compute_t<T>*>(steps.alpha)[channel];
+}
 
 // Into [low, high]; NaN stays.
 CG_D float bounded(float v, float low, float high) {
@@ -105,7 +107,9 @@ CG_D void quantize_pack(const float (&x)[kCount], const StepOf& step, float q, f
       y[i] = mul(code[i], step(i).alpha);
     }
   } else {
-    // x lies between L[k] and L[k + 1], give or take less than half a step: the threshold between them settles it.
+    // The code is k = floor(x / alpha) or k + 1, and T[k + 1] says which. Rounding to T moves a level by at most half
+    // the distance u of the numbers of T, and u < 2 alpha where `regular`: then x > T[k], or x = T[k] = L[k] where
+    // L[k - 1] is that too, and x <= T[k + 2] likewise.
     float upper[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
