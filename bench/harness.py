@@ -50,6 +50,48 @@ class CpuTimer:
         return seconds / calls, faults / calls
 
 
+class GpuTimer:
+    """Times calls on a GPU by its events, each with cold caches: a buffer larger than the L2 is written before it.
+
+    Writing it also takes the GPU longer than the CPU needs to launch what is timed. Small jobs, which would measure the
+    launches all the same, are to be captured in a graph (`in_graph`).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        l2 = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(max(4 * l2, 2**28), dtype=torch.int8, device=device)
+
+    def sample(self, job: Callable[[], object], calls: int) -> tuple[float, float]:
+        """(seconds, page faults: none) of one call, the mean of `calls` calls."""
+        seconds = 0.0
+        for _ in range(calls):
+            self._flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            job()
+            end.record()
+            end.synchronize()
+            seconds += start.elapsed_time(end) / 1e3
+        return seconds / calls, 0.0
+
+
+def in_graph(job: Callable[[], object]) -> Callable[[], object]:
+    """The job captured in a CUDA graph after some calls to warm up: what is timed is then what the GPU does."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            job()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        job()
+    return graph.replay
+
+
+Timer = CpuTimer | GpuTimer
+
+
 @dataclass
 class Times:
     """Seconds and page faults of one call, round by round; each is the mean of `calls` calls."""
@@ -70,7 +112,7 @@ _WARM_UP_ROUNDS = 2
 
 
 def interleaved(
-    jobs: dict[str, Callable[[], object]], timer: CpuTimer, rounds: int, after_round: Callable[[], object]
+    jobs: dict[str, Callable[[], object]], timer: Timer, rounds: int, after_round: Callable[[], object]
 ) -> dict[str, Times]:
     """The times of jobs that take turns, in a new order each round, so that a slow moment meets all alike."""
     times = {}
@@ -158,16 +200,27 @@ def _caches() -> str:
     return ", ".join(found)
 
 
-def facts(allocator: str, cpu_time: bool) -> dict[str, object]:
+def facts(device: torch.device, allocator: str, cpu_time: bool) -> dict[str, object]:
     """What the times of this process depend on besides what is timed, in the words of the CSV files.
 
-    "allocator" is "keep", "default", or the name of another malloc that was preloaded.
+    "allocator" is "keep", "default", or the name of another malloc that was preloaded; on a GPU, torch's own.
     """
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    if device.type != "cpu":
+        gpu = torch.cuda.get_device_properties(device)
+        return {
+            "date": date,
+            **environment(device),
+            "caches": f"L2 {gpu.L2_cache_size // 1024}K, flushed before each call",
+            "allocator": "torch",
+            "malloc": torch.cuda.get_allocator_backend(),
+            "clock": "CUDA events",
+        }
     other = _other_malloc()
     settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        **environment(torch.device("cpu")),
+        "date": date,
+        **environment(device),
         "caches": _caches(),
         "allocator": other or allocator,
         "malloc": other or " ".join([*platform.libc_ver(), *settings]).strip() or "the system's",

@@ -23,8 +23,10 @@ from .harness import (
     ALLOCATORS,
     BenchError,
     CpuTimer,
+    GpuTimer,
     Times,
     facts,
+    in_graph,
     in_new_process,
     interleaved,
     quantiles,
@@ -32,6 +34,7 @@ from .harness import (
 )
 
 RESULTS = Path(__file__).parent / "results" / "kernels.csv"
+GPU_RESULTS = RESULTS.with_name("kernels-cuda.csv")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PASSES = ("forward", "forward+backward")
 
@@ -56,6 +59,11 @@ dy and dx, and one bit an element written and read for the backward.
 and MALLOC_TRIM_THRESHOLD_ set in a new process). With the default it gives large
 blocks back to the system, and each fresh output pays for its pages again: the
 last column counts them. A preloaded tcmalloc or jemalloc is recognised.
+
+--device cuda times by CUDA events, each call with a flushed L2, and jobs of up to
+2^20 elements as a CUDA graph, so that launches are not what is measured. A copy of
+the same tensors takes its turns too, and the last column is its time over each
+one's: the share of the measured copy bandwidth.
 """
 
 # ------------------------------------------------------------------------------ the implementations
@@ -112,10 +120,10 @@ def _compiled() -> Activation:
 
 @dataclass(frozen=True)
 class Implementation:
-    """make(): a new activation. staircase: whether it computes QReLU's function, and not nn.ReLU's."""
+    """make(): a new activation; None for a mere copy. staircase: whether it computes QReLU's function."""
 
     label: str
-    make: Callable[[], Activation]
+    make: Callable[[], Activation] | None
     staircase: bool = True
     inplace: bool = False
 
@@ -131,6 +139,7 @@ IMPLEMENTATIONS = {
     ),
     "eager": Implementation("eager", lambda: _Eager.apply),
     "compile": Implementation("torch.compile", _compiled),
+    "copy": Implementation("copy", None, staircase=False),
 }
 _IN_PLACE_STUDY = ("relu", "relu_inplace", "qrelu", "qrelu_inplace")
 
@@ -170,6 +179,7 @@ FLOORS = [
 class Part:
     """What one process measures; allocator is one of ALLOCATORS."""
 
+    device: str
     allocator: str
     sizes: tuple[int, ...]
     dtypes: tuple[str, ...]
@@ -222,10 +232,18 @@ _fresh = torch.ops.aten._unsafe_view.default
 
 Job = Callable[[], tuple[Tensor, ...]]
 
+# On a GPU jobs of at most as many elements are timed as a graph.
+_GRAPH_SIZE = 2**20
+
 
 def _set_up(implementation: Implementation, x: Tensor, dy: Tensor, passes: str) -> Job:
     """A job that returns (y,) or (y, dx). In place it has a copy of x, which is y from the second call on."""
+    if implementation.make is None:
+        copies = [(torch.empty_like(t), t) for t in ((x,) if passes == "forward" else (x, dy))]
+        return lambda: tuple(to.copy_(t) for to, t in copies)
     activation = implementation.make()
+    if isinstance(activation, nn.Module):
+        activation.to(x.device)
     x = (x.clone() if implementation.inplace else x.detach()).requires_grad_()
     if passes == "forward":
         return lambda: (activation(x),)
@@ -271,9 +289,11 @@ def _measure(part: Part) -> list[Result]:
     sys.stdout.reconfigure(line_buffering=True)  # each result at once, into a pipe as well
     if part.threads:
         torch.set_num_threads(part.threads)
-    here = facts(part.allocator, part.cpu_time)
+    device = torch.device(part.device)
+    here = facts(device, part.allocator, part.cpu_time)
     print(*(f"{name.ljust(10)}  {value}" for name, value in here.items()), "", _HEADER, sep="\n")
-    timer, results = CpuTimer(part.cpu_time), []
+    timer = CpuTimer(part.cpu_time) if part.device == "cpu" else GpuTimer(device)
+    results = []
     inputs = list(itertools.product(part.dtypes, part.sizes))
     total = len(inputs) * len(PASSES) * part.rounds
     with tqdm(total=total, disable=None, leave=False, unit="round") as progress:
@@ -282,11 +302,14 @@ def _measure(part: Part) -> list[Result]:
             progress.set_description(f"{case}: reference")
             torch._dynamo.reset()  # else a new size or dtype is a recompilation, and after some all is eager
             x, dy = _inputs(DTYPES[dtype], size)
-            expected = _expected(x, dy)
+            expected = tuple(t.to(device) for t in _expected(x, dy))
+            x, dy = x.to(device), dy.to(device)
             for passes in PASSES:
                 with torch.set_grad_enabled(passes != "forward"):
                     progress.set_description(f"{case} {passes}: set up and check")
                     jobs = _checked_jobs(part.implementations, x, dy, passes, expected)
+                    if part.device != "cpu" and size <= _GRAPH_SIZE:
+                        jobs = {name: in_graph(job) for name, job in jobs.items()}
                     progress.set_description(f"{case} {passes}: time")
                     times = interleaved(jobs, timer, part.rounds, progress.update)
                 results.append(Result(dtype, size, passes, times, here))
@@ -315,6 +338,7 @@ def _rows(results: Iterable[Result]) -> Iterator[dict[str, object]]:
         for name, times in result.times.items():
             low, median, high = quantiles(times.seconds)
             slow, speed, fast = quantiles(times.speeds_over(result.times["relu"]))
+            copy = result.times.get("copy")
             yield {
                 "dtype": result.dtype,
                 "size": result.size,
@@ -327,6 +351,7 @@ def _rows(results: Iterable[Result]) -> Iterator[dict[str, object]]:
                 "speed_over_relu_q20": f"{slow:.4g}",
                 "speed_over_relu_q80": f"{fast:.4g}",
                 "gb_per_second": f"{_minimal_bytes(result) / median / 1e9:.4g}",
+                "share_of_copy": f"{quantiles(times.speeds_over(copy))[1]:.3f}" if copy else "",
                 "page_faults": f"{statistics.median(times.page_faults):.6g}",
                 "rounds": len(times.seconds),
                 "calls_per_round": times.calls,
@@ -334,10 +359,10 @@ def _rows(results: Iterable[Result]) -> Iterator[dict[str, object]]:
             }
 
 
-_COLUMNS = "{:<9}{:>5}  {:<17}{:<17}{:>10}  {:<22}{:>5}  {:<15}{:>6}{:>8}"
+_COLUMNS = "{:<9}{:>5}  {:<17}{:<17}{:>10}  {:<22}{:>5}  {:<15}{:>6}{:>8}{:>9}"
 _HEADER = _COLUMNS.format(
     *("dtype", "size", "pass", "implementation", "us", "(20% to 80%)"),
-    *("speed", "(over nn.ReLU)", "GB/s", "faults"),
+    *("speed", "(over nn.ReLU)", "GB/s", "faults", "of copy"),
 )
 
 
@@ -350,7 +375,8 @@ def _lines(result: Result) -> Iterator[str]:
             row["dtype"], size_label(row["size"]), row["pass"], IMPLEMENTATIONS[row["implementation"]].label,
             f"{median:.1f}", f"({low:.1f} to {high:.1f})", f"{speed:.2f}", f"({slow:.2f} to {fast:.2f})",
             f"{float(row['gb_per_second']):.1f}", f"{float(row['page_faults']):.0f}",
-        )
+            row["share_of_copy"],
+        ).rstrip()
     yield ""
 
 
@@ -411,21 +437,23 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where (default cpu)")
     add("--quick", action="store_true", help="4, 2^16 and 2^22 elements and fewer rounds: under two minutes")
     add("--sizes", nargs="+", type=_elements, metavar="N",
         help="these numbers of elements alone, as 65536 or 2^16")
     add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE",
         help=f"{' and/or '.join(DTYPES)} (default: both)")
-    add("--only", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS), metavar="NAME",
-        help=f"some of {', '.join(IMPLEMENTATIONS)}; relu is always there, as the measure (default: all)")
+    names = [name for name in IMPLEMENTATIONS if name != "copy"]
+    add("--only", nargs="+", choices=names, default=names, metavar="NAME",
+        help=f"some of {', '.join(names)}; relu is always there, as the measure (default: all)")
     add("--rounds", type=_at_least(5), metavar="N",
         help="rounds that count, at least 5 (default 31; with --quick 11)")
     add("--threads", type=_at_least(1), metavar="N", help="threads (default: torch's choice)")
     add("--allocator", choices=ALLOCATORS, default="keep",
         help="whether freed memory is kept, or the environment stays as it is (default keep)")
     add("--cpu-time", action="store_true", help="CPU time, for a busy machine; only with --threads 1")
-    add("--out", type=Path, default=RESULTS, metavar="CSV",
-        help=f"the results (default {os.path.relpath(RESULTS)})")
+    add("--out", type=Path, metavar="CSV",
+        help=f"the results (default {os.path.relpath(RESULTS)}; of a GPU, {os.path.relpath(GPU_RESULTS)})")
     return parser
 
 
@@ -434,18 +462,24 @@ def main() -> None:
     args = parser.parse_args()
     if args.cpu_time and args.threads != 1:
         parser.error("--cpu-time needs --threads 1: the clock is that of one thread")
-    if args.allocator == "keep" and platform.libc_ver()[0] != "glibc":
+    on_cpu = args.device == "cpu"
+    if not on_cpu and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here; `python -m bench.sass` tells what a model says")
+    args.out = args.out or (RESULTS if on_cpu else GPU_RESULTS)
+    if on_cpu and args.allocator == "keep" and platform.libc_ver()[0] != "glibc":
         print("--allocator keep knows how to ask glibc alone; measuring with the allocator as it is")
         args.allocator = "default"
 
     def part(allocator: str, sizes: Iterable[int], names: Iterable[str]) -> Part:
-        chosen = tuple(name for name in names if name == "relu" or name in args.only)
+        always = ("relu",) if on_cpu else ("relu", "copy")
+        chosen = tuple(name for name in names if name in always or name in args.only)
         rounds = args.rounds or (11 if args.quick else 31)
-        return Part(allocator, tuple(sizes), tuple(args.dtypes), chosen, rounds, args.threads, args.cpu_time)
+        settings = (tuple(sizes), tuple(args.dtypes), chosen, rounds, args.threads, args.cpu_time)
+        return Part(args.device, allocator, *settings)
 
-    sizes = args.sizes or [4, 2**16, 2**22] + ([] if args.quick else [2**24])
-    parts = [part(args.allocator, sizes, IMPLEMENTATIONS)]
-    if not args.quick and not args.sizes:
+    sizes = args.sizes or [4, 2**16, 2**22] + ([] if args.quick else [2**24] if on_cpu else [2**24, 2**27])
+    parts = [part(args.allocator if on_cpu else "default", sizes, IMPLEMENTATIONS)]
+    if on_cpu and not args.quick and not args.sizes:
         parts.append(part("default", [2**26], _IN_PLACE_STUDY))
     results = []
     try:
@@ -457,6 +491,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\nStopped.", f"{args.out} has what was finished." if results else "Nothing was written.")
         raise SystemExit(130) from None
+    if not on_cpu:
+        print(f"\nWritten: {args.out}. No promise is made for GPUs yet; the last column is what to look at.")
+        return
     print("Floors: forward+backward, how many times as fast by the medians (0.67x is 1.5 times the time)")
     print("\n".join(_verdicts(results)))
     print(f"\nWritten: {args.out}. `python -m bench.plot` draws it.")
