@@ -82,7 +82,8 @@ def kernels_figure(source: Path) -> Figure:
     facts = rows[0]
     figure.suptitle(
         "Speed over nn.ReLU (black line): median and 20% to 80% of the rounds\n"
-        f"{facts['cpu'] if facts['device'] == 'cpu' else facts['device']}, threads: {facts['threads']}, {facts['backend']}, allocator: {facts['allocator']}, "
+        f"{facts['cpu' if facts['device'] == 'cpu' else 'device']}, threads: {facts['threads']}, {facts['backend']}, "
+        f"allocator: {facts['allocator']}, "
         f"{facts['clock']} clock, torch {facts['torch']}, {facts['date'][:10]}",
         fontsize=10,
     )
