@@ -51,6 +51,7 @@ class STE:
     formula: str
     points: tuple[tuple[float, int, float], ...] = ()
     paper: str = ""
+    triton: Callable | None = None
 
 
 def _identity(u: Tensor, q: int) -> Tensor:
