@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .staircase import code_of, divide, level, narrow, state_of, widen
+from .staircase import code_of, divide, narrow, state_of, widen
 
 # ------------------------------------------------------------------------------------------ memory
 
@@ -171,7 +171,7 @@ def _slope_and_factor(
     DTYPE: tl.constexpr, BITS: tl.constexpr, GPRIME: tl.constexpr, NEEDS: tl.constexpr, ROUNDING: tl.constexpr,
     MASK: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
-    """g'(u), 1 for NaN, and A, of which the unused one is never computed; kept: mask bits of the kind MASK."""
+    """g'(u), 1 for NaN, and A, unless RULE is None. kept: mask bits of the kind MASK."""
     q: tl.constexpr = 2**BITS - 1
     half = tl.full(dy.shape, 0.5, dy.dtype)
     state, u = kept, half
@@ -197,7 +197,10 @@ def _slope_and_factor(
         else:
             bit = state != 0
         g = GPRIME(tl.where(bit, half, -half), q)
-    return g, RULE(state, code, u, g, q).to(dy.dtype)
+    if RULE is None:
+        return g, g
+    else:
+        return g, RULE(state, code, u, g, q).to(dy.dtype)
 
 
 @triton.jit

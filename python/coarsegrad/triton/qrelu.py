@@ -14,7 +14,8 @@ from torch._prims_common import suggest_memory_format
 
 from .. import reference
 from ..ste import ALPHA_GRADS, BUILT_IN, get_ste, kept
-from . import kernels, ste as mirror
+from . import kernels
+from . import ste as mirror
 
 # Elements of a program by the bytes of one: two 16-byte packs for each thread of 4 warps.
 BLOCK = {2: 2048, 4: 1024, 8: 512}
@@ -164,6 +165,8 @@ def qrelu_backward(
     reference.check_word("alpha_grad", alpha_grad, ALPHA_GRADS)
     row, memory_format = get_ste(ste), suggest_memory_format(grad_y)
     gprime = mirror.STES[ste] if ste in BUILT_IN else row.triton
+    if gprime is None:
+        raise ValueError(f"ste {ste!r} has no Triton form")
     mask_kind, keeps_codes, keeps_x = kept(ste, rounding, alpha_grad if need_grad_alpha else None, need_grad_x)
     dense = grad_y.contiguous(memory_format=memory_format)
     count, width = dense.numel(), reference.CODE_WIDTH[bits]
@@ -185,8 +188,9 @@ def qrelu_backward(
         codes if keeps_codes else None,
     )
     switches = {
-        "BITS": bits, "CODE_WIDTH": width, "GPRIME": gprime, "NEEDS": row.needs if need_grad_x or keeps_x else "nothing",
-        "ROUNDING": rounding, "MASK": mask_kind, "RULE": mirror.ALPHA_GRADS[alpha_grad],
+        "BITS": bits, "CODE_WIDTH": width, "GPRIME": gprime, "ROUNDING": rounding, "MASK": mask_kind,
+        "NEEDS": row.needs if need_grad_x or keeps_x else "nothing",
+        "RULE": mirror.ALPHA_GRADS[alpha_grad] if need_grad_alpha else None,
     }  # fmt: skip
 
     dx = torch.empty_like(dense, memory_format=memory_format) if need_grad_x else None
@@ -220,6 +224,3 @@ def qrelu_backward(
         if alpha_scale != 1:
             grad_alpha.mul_(alpha_scale)
     return dense.new_empty(0) if dx is None else dx, grad_alpha
-
-
-qrelu_backward_own = qrelu_backward

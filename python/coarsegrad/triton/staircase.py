@@ -16,8 +16,11 @@ import triton.language as tl
 
 @triton.jit
 def divide(a, b):
-    """a / b rounded once; Triton's own float32 quotient is an approximation."""
-    return tl.div_rn(a, b)
+    """a / b rounded once, for a tensor a; of float32, Triton's own quotient is an approximation."""
+    if a.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
 
 
 @triton.jit

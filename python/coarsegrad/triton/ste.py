@@ -68,8 +68,8 @@ def clipped_relu(u, q):
 
 @triton.jit
 def log_tailed_relu(u, q):
-    tail = tl.where(u > q, (u - q) + 1, 1.0)
-    return tl.where(u > 0, divide(1.0, tail), 0.0)
+    tail = divide(tl.full(u.shape, 1.0, u.dtype), (u - q) + 1)
+    return tl.where(u > 0, tl.where(u > q, tail, 1.0), 0.0)
 
 
 @triton.jit
