@@ -144,7 +144,8 @@ def test_sizes(count):
     for dtype in (torch.float32, torch.bfloat16):
         for bits in (1, 2, 4, 8):
             assert_forward(x.to(dtype), alpha, bits, "ceil", "state")
-        for ste, rule in (("clipped_relu", None), ("relu", "exact"), ("clipped_relu", "three_valued"), ("relu", "chain")):
+        for case in (("clipped_relu", None), ("relu", "exact"), ("clipped_relu", "three_valued"), ("relu", "chain")):
+            ste, rule = case
             assert_backward(backward_arguments(x.to(dtype), alpha, dy.to(dtype), 2, ste, "ceil", rule, None))
 
 
@@ -212,7 +213,8 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="mask must be a uint8 tensor of 5 bytes"):
         qrelu.qrelu_backward(*arguments[:3], arguments[3][:4], *arguments[4:])
     with pytest.raises(ValueError, match="codes must be a uint8 tensor of 10 bytes"):
-        qrelu.dequantize(torch.zeros(9, dtype=torch.uint8), alpha, 2, [40], torch.float32, None, torch.contiguous_format)
+        short = torch.zeros(9, dtype=torch.uint8)
+        qrelu.dequantize(short, alpha, 2, [40], torch.float32, None, torch.contiguous_format)
     with pytest.raises(ValueError, match="x, of grad_y's shape and dtype, and alpha must be given"):
         qrelu.qrelu_backward(x, None, None, None, None, 2, "relu", "ceil", "chain", 1.0, None, True, True)
 
