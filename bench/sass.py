@@ -295,7 +295,8 @@ class Report:
         """The promises that do not hold."""
         used, path, model = self.kernel.resources, self.model.path, self.model
         if used.spills or used.stack > self.instance.stack:
-            yield f"{used.spills} bytes spilled and {used.stack} bytes of stack, promised {self.instance.stack or 'none'}"
+            promised = self.instance.stack or "none"
+            yield f"{used.spills} bytes spilled and {used.stack} bytes of stack, promised {promised}"
         if self.instance.wide and not model.all_wide:
             yield (
                 f"loads of {path.accesses('load')} and stores of {path.accesses('store')} bytes for {model.elements} "

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import coarsegrad as cg
-from coarsegrad import _ops, backends
+from coarsegrad import _ops
+from coarsegrad.backends import _native_why_not, _serving
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -42,8 +43,8 @@ def test_in_the_interpreter():
 
 @needs_triton
 def test_a_gpu_is_served_by_triton_where_there_is_nothing_native():
-    table = backends._serving("cuda")
-    if backends._native_why_not("cuda") is None:
+    table = _serving("cuda")
+    if _native_why_not("cuda") is None:
         assert table.backend == "native" and table.why_not["triton"] == "native comes first"
     else:
         assert table.backend == "triton"
@@ -96,8 +97,8 @@ def test_a_gpu_without_triton_runs_on_the_reference_and_is_told_why(tmp_path):
     """The kernel that a GPU tensor comes to, called with CPU tensors."""
     code = """
 import warnings, torch
-from coarsegrad import backends
-kernel = backends._triton_kernel("qrelu_codes")
+from coarsegrad.backends import _triton_kernel
+kernel = _triton_kernel("qrelu_codes")
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(2):
