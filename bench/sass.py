@@ -1,4 +1,4 @@
-"""`python -m bench.sass`: the machine code of the CUDA and Triton kernels, and what a model makes of it. Needs no GPU."""
+"""`python -m bench.sass`: the machine code of the CUDA and Triton kernels, and a model of its speed. Needs no GPU."""
 
 from __future__ import annotations
 
