@@ -209,21 +209,23 @@ class Function:
 
     def _heaviest(self, head: int, body: set[int], within: set[int], is_loop: bool) -> BulkPath:
         """From `head` through `body` and back, or out of the kernel if it is no loop: the way that moves most, outside
-        of loops within. Of equal ones that with the fewest blocks of such loops, then with the fewest calls (both are
-        for rare cases, where there is another way), then with the most instructions."""
-        best: dict[int, tuple[tuple[int, int, int, int], int | None]] = {head: ((0, 0, 0, 0), None)}
+        of loops within. Of equal ones that with the most in 128-bit accesses (the other is for a last, partial block),
+        then with the fewest blocks of such loops, then with the fewest calls (both are for rare cases, where there is
+        another way), then with the most instructions."""
+        best: dict[int, tuple[tuple[int, int, int, int, int], int | None]] = {head: ((0, 0, 0, 0, 0), None)}
         finished = []
         for block in self._order[self._rank[head] :]:
             if block not in best or block not in body:
                 continue
-            (moved, inner, calls, count), previous = best[block]
+            (moved, wide, inner, calls, count), previous = best[block]
             code = self.blocks[block].instructions
             if block in within:
                 inner -= 1
             else:
                 moved += sum(each.bytes for each in code if each.access)
+                wide += sum(each.bytes for each in code if each.access and each.bytes >= WIDE)
             calls -= sum(each.called for each in code)
-            weight = (moved, inner, calls, count + len(code))
+            weight = (moved, wide, inner, calls, count + len(code))
             best[block] = weight, previous
             following = self.blocks[block].next
             if head in following if is_loop else not following:

@@ -39,7 +39,10 @@ def _serve(request):
 # Every backend and instruction set, for what the kernels compute; the reference and the best instruction set,
 # for what is the same code whatever the kernel.
 backend = pytest.fixture(_serve, scope="module", params=IDS, name="backend")
-reference_or_native = pytest.fixture(_serve, scope="module", params=IDS[:2], name="reference_or_native")
+reference_or_native = pytest.fixture(
+    _serve, scope="module", params=list(dict.fromkeys([*IDS[:2], *IDS[-1:]])) if "triton" in IDS else IDS[:2],
+    name="reference_or_native",
+)  # fmt: skip
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -94,6 +94,7 @@ SAMPLES = {
     "qrelu_forward": kept_samples,
     "qrelu_forward_": kept_samples,
     "qrelu_backward": backward_samples,
+    "qrelu_backward_own": backward_samples,
     "qrelu_codes": lambda: forward_samples(lambda channel_dim: ("ceil", channel_dim)),
     "dequantize": dequantize_samples,
 }

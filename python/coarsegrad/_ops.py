@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -34,6 +35,10 @@ _SCHEMAS = (
     "qrelu_backward(Tensor grad_y, Tensor? alpha, Tensor? x, Tensor? mask, Tensor? codes, int bits, str ste,"
     " str rounding, str alpha_grad, float alpha_scale, int? channel_dim, bool need_grad_x, bool need_grad_alpha)"
     " -> (Tensor grad_x, Tensor grad_alpha)",
+    # The same for an STE of the user's that has a Triton form: that runs where Triton can, whoever has qrelu_backward.
+    "qrelu_backward_own(Tensor grad_y, Tensor? alpha, Tensor? x, Tensor? mask, Tensor? codes, int bits, str ste,"
+    " str rounding, str alpha_grad, float alpha_scale, int? channel_dim, bool need_grad_x, bool need_grad_alpha)"
+    " -> (Tensor grad_x, Tensor grad_alpha)",
     "qrelu_codes(Tensor x, Tensor alpha, int bits, str rounding, int? channel_dim) -> Tensor",
     "dequantize(Tensor codes, Tensor alpha, int bits, SymInt[] shape, ScalarType dtype, int? channel_dim,"
     " MemoryFormat memory_format) -> Tensor",
@@ -44,8 +49,16 @@ for _schema in _SCHEMAS:
     _library.define(_schema, tags=torch.Tag.pt2_compliant_tag)
 ops = torch.ops.coarsegrad
 
-# The ops with a kernel for each device; qrelu and qrelu_ are made of them.
-KERNELS = ("qrelu_forward", "qrelu_forward_", "qrelu_backward", "qrelu_codes", "dequantize")
+# The ops with a kernel for each device, and the function of a backend's module that is the kernel; qrelu and qrelu_ are
+# made of them.
+KERNELS = {
+    "qrelu_forward": "qrelu_forward",
+    "qrelu_forward_": "qrelu_forward_",
+    "qrelu_backward": "qrelu_backward",
+    "qrelu_backward_own": "qrelu_backward",
+    "qrelu_codes": "qrelu_codes",
+    "dequantize": "dequantize",
+}
 
 # ---------------------------------------------------------------------------------------------- shapes
 
@@ -95,6 +108,7 @@ def _(x, alpha, bits, rounding, mask, codes, channel_dim):
 
 
 @_fake("qrelu_backward")
+@_fake("qrelu_backward_own")
 def _(
     grad_y,
     alpha,
@@ -133,18 +147,21 @@ def _(codes, alpha, bits, shape, dtype, channel_dim, memory_format):
 _warned_devices = set()
 
 
-def _default_kernel(name: str):
-    kernel = getattr(reference, name)
+def reference_kernel(op: str, why_not_triton: Callable[[], str | None] = lambda: None):
+    """The reference's kernel, with a warning at the first call on a device: why it is not a faster backend's."""
+    kernel = getattr(reference, KERNELS[op])
 
     def call(*args):
         result = kernel(*args)
         device = args[0].device.type
         if not native_switched_off and device not in _warned_devices:
             _warned_devices.add(device)
-            why_not = native_why_not or f"no kernels for {device}"
+            why_not = f"its native library: {why_not_native(device)}"
+            if triton := why_not_triton():
+                why_not += f"; Triton: {triton}"
             warnings.warn(
-                f"on {device} coarsegrad runs on its plain-torch reference, which is slow; its native library:"
-                f" {why_not}. `python -m coarsegrad info` says more.",
+                f"on {device} coarsegrad runs on its plain-torch reference, which is slow; {why_not}."
+                " `python -m coarsegrad info` says more.",
                 stacklevel=3,
             )
         return result
@@ -153,7 +170,9 @@ def _default_kernel(name: str):
 
 
 for _name in KERNELS:
-    _library.impl(_name, _default_kernel(_name), "CompositeExplicitAutograd")
+    # An STE of the user's runs on the reference by its own nature: nothing to warn of.
+    _kernel = reference.qrelu_backward if _name == "qrelu_backward_own" else reference_kernel(_name)
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
 
 
 def _qrelu_without_grad(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
@@ -238,10 +257,13 @@ def _backward_autograd(memory_format, grad_y, alpha, x, mask, codes, *config):
     tensors = (grad_y, alpha, x, mask, codes)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _QReLUBackward.apply(memory_format, *tensors, config)
+    op = ops.qrelu_backward.default
     if config[1] not in BUILT_IN:
-        return reference.qrelu_backward(*tensors, *config, memory_format=memory_format)
+        if get_ste(config[1]).triton is None:
+            return reference.qrelu_backward(*tensors, *config, memory_format=memory_format)
+        op = ops.qrelu_backward_own.default
     with torch._C._AutoDispatchBelowAutograd():
-        return ops.qrelu_backward.default(*tensors, *config)
+        return op(*tensors, *config)
 
 
 class _QReLUBackward(torch.autograd.Function):
@@ -273,7 +295,7 @@ class _QReLUBackward(torch.autograd.Function):
         return None, grad_grad_y, *(None,) * 5
 
 
-for _name in ("qrelu_forward", "qrelu_forward_", "qrelu_codes", "dequantize"):
+for _name in ("qrelu_forward", "qrelu_forward_", "qrelu_backward_own", "qrelu_codes", "dequantize"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
@@ -365,6 +387,17 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
 
 build_facts = _build_facts()
 native, native_why_not = _load_native()
+
+
+def why_not_native(device: str) -> str | None:
+    """Why the native library does not serve a device type; None if it does."""
+    if native is None:
+        return native_why_not
+    if device == "cuda" and "without_cuda" in build_facts:
+        return f"built without CUDA kernels: {build_facts['without_cuda']}"
+    return None if device in ("cpu", "cuda") else f"has no kernels for {device}"
+
+
 native_switched_off = os.environ.get("COARSEGRAD_NATIVE") == "0"
 
 if native is None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
+import importlib.util
 import os
 import platform
 import textwrap
@@ -22,33 +25,61 @@ from .ste import format_table, one_of
 class _Backend:
     """why_not(device type): why it cannot serve it, or None if it can. detail(device type): what there is to say of it.
 
-    kernels: a module with a function for each of _ops.KERNELS; None: its kernels were registered as it was loaded.
+    kernels(): a module with the functions that _ops.KERNELS names; None: its kernels were registered as it was loaded.
+    asked(device type): whether it serves it only where `use_backend` asks for it.
     """
 
     name: str
     why_not: Callable[[str], str | None]
     detail: Callable[[str], str]
-    kernels: ModuleType | None
-
-
-def _native_why_not(device: str) -> str | None:
-    if _ops.native is None:
-        return _ops.native_why_not
-    if device == "cuda" and "without_cuda" in _ops.build_facts:
-        return f"built without CUDA kernels: {_ops.build_facts['without_cuda']}"
-    return None if device in ("cpu", "cuda") else f"has no kernels for {device}"
+    kernels: Callable[[], ModuleType] | None
+    asked: Callable[[str], bool] = lambda device: False
 
 
 def _native_detail(device: str) -> str:
     return _ops.native.isa() if device == "cpu" else f"compiled for {', '.join(_ops.build_facts['cuda_archs'])}"
 
 
+_TRITON_DEVICES = ("cuda", "xpu")
+
+
+_no_triton = None if importlib.util.find_spec("triton") else "not installed (pip install triton)"
+
+
+@functools.cache
+def _load_triton() -> ModuleType | None:
+    """coarsegrad.triton; None if it cannot be had, and _no_triton says why. Importing triton takes long: not before it
+    is wanted."""
+    global _no_triton
+    if _no_triton is None:
+        try:
+            return importlib.import_module(f"{__package__}.triton")
+        except ImportError as error:
+            _no_triton = f"its import failed: {error}"
+    return None
+
+
+def _triton_why_not(device: str) -> str | None:
+    if _no_triton is not None:
+        return _no_triton
+    if device == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "runs on GPUs; on a CPU only its interpreter does, with TRITON_INTERPRET=1 in the environment"
+    return None if device in _TRITON_DEVICES else f"has no kernels for {device}"
+
+
+def _triton_detail(device: str) -> str:
+    return "its interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled at the first call"
+
+
 # In order of preference.
 _BACKENDS = {
     backend.name: backend
     for backend in (
-        _Backend("native", _native_why_not, _native_detail, None),
-        _Backend("reference", lambda device: None, lambda device: "plain torch", reference),
+        _Backend("native", _ops.why_not_native, _native_detail, None),
+        _Backend("triton", _triton_why_not, _triton_detail, _load_triton, lambda device: device == "cpu"),
+        _Backend("reference", lambda device: None, lambda device: "plain torch", lambda: reference),
     )
 }
 
@@ -87,11 +118,15 @@ def _device_types() -> list[str]:
 def _serving(device: str) -> Serving:
     able = [name for name, backend in _BACKENDS.items() if backend.why_not(device) is None]
     asked = [name for name in _open_blocks[-1:] if name in able]
-    serving = (asked or able)[0]
+    serving = (asked or [name for name in able if not _BACKENDS[name].asked(device)])[0]
+
+    def passed_over(name: str) -> str:
+        if not asked and _BACKENDS[name].asked(device):
+            return f"only where use_backend({name!r}) asks for it"
+        return f"use_backend({serving!r})" if asked else f"{serving} comes first"
+
     why_not = {
-        name: backend.why_not(device) or (f"use_backend({serving!r})" if asked else f"{serving} comes first")
-        for name, backend in _BACKENDS.items()
-        if name != serving
+        name: backend.why_not(device) or passed_over(name) for name, backend in _BACKENDS.items() if name != serving
     }
     return Serving(serving, _BACKENDS[serving].detail(device), why_not)
 
@@ -110,14 +145,15 @@ def _put_in_kernels() -> None:
     backend = _BACKENDS[_open_blocks[-1]] if _open_blocks else None
     if backend is None or backend.kernels is None:
         return
+    kernels = backend.kernels()
     _override = torch.library.Library("coarsegrad", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")  # that is what it is for
         for device in _device_types():
             if backend.why_not(device) is None:
                 key = torch._C._dispatch_key_for_device(device)
-                for name in _ops.KERNELS:
-                    _override.impl(name, getattr(backend.kernels, name), key, allow_override=True)
+                for op, name in _ops.KERNELS.items():
+                    _override.impl(op, getattr(kernels, name), key, allow_override=True)
 
 
 @contextlib.contextmanager
@@ -134,11 +170,13 @@ def _block(name: str) -> Iterator[None]:
 def use_backend(name: str) -> AbstractContextManager[None]:
     """`with use_backend("reference"):` lets one backend serve every device that it can, in the whole process.
 
-    name: "native" (compiled) or "reference" (plain torch). Blocks nest; the innermost one counts. All backends give
-    the same codes and outputs, bit for bit.
+    name: "native" (compiled), "triton" or "reference" (plain torch). Blocks nest; the innermost one counts. All
+    backends give the same codes and outputs, bit for bit.
 
     Raises ValueError if there is no such backend, RuntimeError if it serves no device here; both list the ones that do.
     """
+    if name == "triton":
+        _load_triton()  # whether it can be imported shows now
     reasons = {backend: [_BACKENDS[backend].why_not(device) for device in _device_types()] for backend in _BACKENDS}
     usable = ", ".join(repr(backend) for backend, why_not in reasons.items() if None in why_not)
     if name not in _BACKENDS:
@@ -146,6 +184,24 @@ def use_backend(name: str) -> AbstractContextManager[None]:
     if None not in reasons[name]:
         raise RuntimeError(f"backend {name!r} is not usable here: {reasons[name][0]}; usable here: {usable}")
     return _block(name)
+
+
+def _triton_kernel(op: str):
+    """Triton's kernel, imported at the first call; the reference's where there is no Triton."""
+    on_reference = _ops.reference_kernel(op, lambda: _no_triton)
+
+    def call(*args):
+        triton = _load_triton()
+        return on_reference(*args) if triton is None else getattr(triton, _ops.KERNELS[op])(*args)
+
+    return call
+
+
+_triton_library = torch.library.Library("coarsegrad", "IMPL")
+for _device in _TRITON_DEVICES:
+    for _op in _ops.KERNELS:
+        if _ops.why_not_native(_device) is not None or _op == "qrelu_backward_own":
+            _triton_library.impl(_op, _triton_kernel(_op), torch._C._dispatch_key_for_device(_device))
 
 
 def info() -> str:

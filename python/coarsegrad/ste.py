@@ -42,6 +42,7 @@ class STE:
     formula: g' in one line.
     points: triples (u, q, g'(u)) worked by hand.
     paper: where it comes from.
+    triton: of a user's own: g' once more, as a @triton.jit function.
     """
 
     name: str
@@ -51,6 +52,7 @@ class STE:
     formula: str
     points: tuple[tuple[float, int, float], ...] = ()
     paper: str = ""
+    triton: Callable | None = None
 
 
 def _identity(u: Tensor, q: int) -> Tensor:
@@ -288,7 +290,13 @@ def _check_gprime(name: str, gprime: GPrime, needs: str) -> None:
 
 
 def register_ste(
-    name: str, gprime: GPrime, *, needs: str = "x", formula: str = "", paper: str = ""
+    name: str,
+    gprime: GPrime,
+    *,
+    needs: str = "x",
+    formula: str = "",
+    paper: str = "",
+    triton: Callable | None = None,
 ) -> contextlib.ExitStack:
     """Add an STE of your own: dx = dy * g'(x / alpha). From then on `ste=name` works wherever a name does.
 
@@ -299,12 +307,16 @@ def register_ste(
         less: "nothing" (constant), "positive" (depends on u > 0 alone, 1 bit an element), "inside" (depends on
         0 < u <= q alone, 1 bit an element).
     formula, paper: text for the table that `stes` prints.
+    triton: the same g' as a @triton.jit function (u, q): u is a float32 or float64 block, q an int known as the kernel
+        is compiled. It is not called for NaN's sake, and where needs is not "x" it sees u = 0.5 and u = -0.5 alone.
+        Nothing compares it with gprime here: `coarsegrad.testing.triton_ulps_apart` does, in Triton's interpreter.
 
-    The forward is the same compiled kernel as for every other STE; the backward runs in plain torch.
+    The forward is the same kernel as for every other STE. The backward is a Triton kernel where there is `triton` and
+    Triton can serve the device (see `backends`), also beside compiled CUDA kernels; else it runs in plain torch.
     Returns a handle: its `close()` removes the STE again, and so does the end of a `with` block around it.
 
     Raises ValueError if the name is taken or no identifier, needs is unknown, or g' does not do what needs says;
-    TypeError if gprime is not callable.
+    TypeError if gprime is not callable or triton is no @triton.jit function.
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name must be an identifier, got {name!r}")
@@ -315,9 +327,11 @@ def register_ste(
         raise TypeError(f"gprime must be a function g'(u, q) -> Tensor, got {type(gprime).__name__}")
     if needs not in NEEDS:
         raise ValueError(one_of("needs", needs, NEEDS))
+    if triton is not None and len(getattr(triton, "arg_names", ())) != 2:
+        raise TypeError(f"triton must be a @triton.jit function (u, q) -> g', got {triton!r}")
     _check_gprime(name, gprime, needs)
     in_class = all(check_ste(gprime, bits) for bits in range(1, 9))
-    _registry[name] = STE(name, needs, gprime, in_class, formula, paper=paper)
+    _registry[name] = STE(name, needs, gprime, in_class, formula, paper=paper, triton=triton)
     handle = contextlib.ExitStack()
     handle.callback(_registry.pop, name, None)
     return handle

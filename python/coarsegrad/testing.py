@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from . import _ops, reference
-from .backends import use_backend
+from .backends import _triton_why_not, use_backend
+from .ste import get_ste
 
 
 def backend_ids() -> list[str]:
-    """The ids: "reference", and "native-" with each instruction set that this machine can use, best first."""
+    """The ids: "reference", "native-" with each instruction set that this machine can use, best first, and "triton"
+    where its interpreter runs."""
     native = [] if _ops.native is None else [f"native-{isa}" for isa in _ops.native.isas()]
-    return ["reference", *native]
+    return ["reference", *native, *(["triton"] if _triton_why_not("cpu") is None else [])]
 
 
 @contextlib.contextmanager
@@ -60,3 +62,21 @@ def ulps_apart(a: Tensor, b: Tensor) -> Tensor:
 
     apart = torch.where(a.isnan() & b.isnan(), 0, (rank(a) - rank(b)).abs())
     return torch.where(a.isnan() ^ b.isnan(), 2**62, apart)
+
+
+def triton_ulps_apart(ste: str, bits: int = 4, dtype: torch.dtype = torch.float32) -> int:
+    """How many ulps apart g' of an STE with a Triton form is at most in Triton and in plain torch, around every level.
+
+    It needs TRITON_INTERPRET=1 in the environment before the start. dtype: float32 or float64.
+    """
+    x = hard_inputs(0.5, bits, "ceil", dtype)
+    x = x[x.isfinite() & (x.abs() < 2.0**40)]
+    # The op itself, whatever the STE keeps: x and alpha, from which both find what they need.
+    config = (bits, ste, "ceil", "chain", 1.0, None, True, True)
+    arguments = (torch.ones_like(x), torch.tensor([0.5], dtype=dtype), x, None, None, *config)
+    if get_ste(ste).triton is None:
+        raise ValueError(f"ste {ste!r} has no Triton form")
+    with use_backend("triton"):
+        by_triton, _ = _ops.ops.qrelu_backward_own.default(*arguments)
+    by_torch, _ = reference.qrelu_backward(*arguments)
+    return int(ulps_apart(by_triton, by_torch).max())

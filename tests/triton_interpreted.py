@@ -1,0 +1,298 @@
+"""Every Triton kernel against the reference, in Triton's interpreter; test_triton.py runs this.
+
+Outputs, codes, mask bits and dx are bit-equal, but for reverse_exponential: its exp is another one than torch's, and dx
+within 4 ulps in float32 and float64, 1 in the half dtypes. dalpha differs by the order of its sum: by 1e-5 of the sum
+of magnitudes (1e-12 in float64).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import coarsegrad as cg
+from coarsegrad import reference
+from coarsegrad.reference import DTYPES
+from coarsegrad.ste import ALPHA_GRADS, BUILT_IN, ROUNDINGS, kept
+from coarsegrad.testing import hard_inputs, triton_ulps_apart, ulps_apart
+from coarsegrad.triton import kernels, qrelu
+from coarsegrad.triton.ste import exp_minus
+
+assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
+
+# The second has levels half-way between two numbers of bfloat16; those of the last ones collapse or overflow somewhere.
+ALPHAS = (0.3, 1.01171875, 7e-8, 1e-39, 2e4, 3e38)
+
+
+def same(a, b):
+    assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(7.0, 1e4, -1e4), b.nan_to_num(7.0, 1e4, -1e4))
+
+
+def channels_of_hard_inputs(dtype, bits, rounding, alphas=ALPHAS):
+    """alpha [C], x [C, m]."""
+    alpha = torch.tensor(alphas, dtype=reference.wide_dtype(dtype))
+    return alpha, torch.stack([hard_inputs(a, bits, rounding, dtype) for a in alpha.tolist()])
+
+
+def ordinary(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_forward(x, alpha, bits, rounding, mask, channel_dim=None):
+    arguments = (alpha, bits, rounding, mask, True, channel_dim)
+    for got, want in zip(qrelu.qrelu_forward(x, *arguments), reference.qrelu_forward(x, *arguments), strict=True):
+        assert same(got, want)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward(dtype, rounding, bits):
+    """Per channel and per tensor; the kind of mask goes round."""
+    alpha, x = channels_of_hard_inputs(dtype, bits, rounding, ALPHAS if bits < 6 else ALPHAS[bits - 6 :: 3])
+    assert_forward(x, alpha, bits, rounding, ("nothing", "positive", "inside", "state")[bits % 4], 0)
+    for i in range(0, len(alpha), 2 if bits < 5 else len(alpha)):
+        assert_forward(x[i], alpha[i : i + 1], bits, rounding, "state")
+
+
+@pytest.mark.parametrize("mask", ("positive", "inside", "state"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_mask_codes_alone_in_place_and_back(dtype, mask):
+    alpha, x = channels_of_hard_inputs(dtype, 3, "nearest")
+    assert_forward(x, alpha, 3, "nearest", mask, 0)
+    y, bits, codes = reference.qrelu_forward(x, alpha, 3, "nearest", mask, True, 0)
+    assert same(qrelu.qrelu_codes(x, alpha, 3, "nearest", 0), codes)
+    written = x.clone()
+    for got, want in zip(qrelu.qrelu_forward_(written, alpha, 3, "nearest", mask, False, 0), (bits, codes[:0])):
+        assert same(got, want)
+    assert same(written, y)
+    back = (codes, alpha, 3, list(x.shape), dtype, 0, torch.contiguous_format)
+    assert same(qrelu.dequantize(*back), reference.dequantize(*back))
+
+
+@pytest.mark.parametrize("bits", (1, 2, 4, 8))
+def test_dequantize_every_width(bits):
+    alpha, x = channels_of_hard_inputs(torch.bfloat16, bits, "ceil", ALPHAS[:2])
+    codes = reference.qrelu_codes(x, alpha, bits, "ceil", 0)
+    back = (codes, alpha, bits, list(x.shape), torch.bfloat16, 0, torch.contiguous_format)
+    assert same(qrelu.dequantize(*back), reference.dequantize(*back))
+
+
+def backward_arguments(x, alpha, dy, bits, ste, rounding, rule, channel_dim, need_x=True, scale=1.0):
+    mask, codes, keeps_x = kept(ste, rounding, rule, need_x)
+    _, kept_mask, kept_codes = reference.qrelu_forward(x, alpha, bits, rounding, mask, codes, channel_dim)
+    tensors = (
+        dy,
+        alpha if keeps_x else None,
+        x if keeps_x else None,
+        kept_mask if mask != "nothing" else None,
+        kept_codes if codes else None,
+    )
+    return (*tensors, bits, ste, rounding, rule or "exact", scale, channel_dim, need_x, rule is not None)
+
+
+def assert_backward(arguments):
+    dy, ste = arguments[0], arguments[6]
+    dx, dalpha = qrelu.qrelu_backward(*arguments)
+    want_dx, want_dalpha = reference.qrelu_backward(*arguments)
+    if ste == "reverse_exponential":
+        assert ulps_apart(dx, want_dx).max() <= (1 if dx.element_size() == 2 else 4)
+    else:
+        assert same(dx, want_dx)
+    assert (dalpha.shape, dalpha.dtype) == (want_dalpha.shape, want_dalpha.dtype)
+    magnitude = dy.double().abs().sum() * 2 ** (arguments[5] + 3)
+    if dalpha.numel():
+        error = (dalpha - want_dalpha).abs().double()
+        assert (error <= (1e-12 if dalpha.dtype == torch.float64 else 1e-5) * magnitude).all()
+        assert dalpha.abs().max() > 0 or magnitude == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", (None, *ALPHA_GRADS))
+@pytest.mark.parametrize("ste", BUILT_IN)
+def test_backward(ste, rule, dtype):
+    for rounding, bits in zip(ROUNDINGS, (1, 2, 5)):
+        alpha, x = channels_of_hard_inputs(dtype, bits, rounding, (0.3, 0.5, 20.0))
+        # Where u * g'(u) or a wide NaN would swallow the sum, there is nothing to compare.
+        x = torch.where(x.isfinite() & (x.abs() < 30 * 2**bits), x, 0.25).to(dtype)
+        dy = ordinary(*x.shape, dtype=dtype)
+        for channel_dim, some in ((0, (x, alpha, dy)), (None, (x[0], alpha[:1], dy[0]))):
+            assert_backward(backward_arguments(*some, bits, ste, rounding, rule, channel_dim))
+
+
+@pytest.mark.parametrize("ste", BUILT_IN)
+def test_dx_of_special_values(ste):
+    """A select, never a product: dy of inf and NaN; x of every special value."""
+    for dtype in DTYPES:
+        alpha, x = channels_of_hard_inputs(dtype, 2, "ceil", (0.3, 0.5))
+        for value in (float("inf"), float("nan"), -1.0):
+            dy = torch.full_like(x, value)
+            dx, _ = qrelu.qrelu_backward(*(arguments := backward_arguments(x, alpha, dy, 2, ste, "ceil", None, 0)))
+            want, _ = reference.qrelu_backward(*arguments)
+            if ste == "reverse_exponential":
+                assert ulps_apart(dx, want).max() <= 4
+            else:
+                assert same(dx, want)
+
+
+@pytest.mark.parametrize("count", (0, 1, 7, 31, 33, 255, 1024, 2048, 4097))
+def test_sizes(count):
+    x, dy, alpha = ordinary(count), ordinary(count, seed=1), torch.tensor([0.4])
+    for dtype in (torch.float32, torch.bfloat16):
+        for bits in (1, 2, 4, 8):
+            assert_forward(x.to(dtype), alpha, bits, "ceil", "state")
+        for case in (("clipped_relu", None), ("relu", "exact"), ("clipped_relu", "three_valued"), ("relu", "chain")):
+            ste, rule = case
+            assert_backward(backward_arguments(x.to(dtype), alpha, dy.to(dtype), 2, ste, "ceil", rule, None))
+
+
+SHAPES = (
+    ((2, 3, 5, 7), 1, torch.channels_last),
+    ((2, 3, 5, 7), 1, torch.contiguous_format),
+    ((2, 67, 3, 3), 1, torch.channels_last),
+    ((3, 5, 4, 2), 2, torch.channels_last),
+    ((5, 1300), 0, torch.contiguous_format),
+    ((70, 70), 1, torch.contiguous_format),
+    ((3000, 2), 1, torch.contiguous_format),
+    ((2, 1, 9), 1, torch.contiguous_format),
+    ((0, 3), 1, torch.contiguous_format),
+)
+
+
+@pytest.mark.parametrize("shape, channel_dim, memory_format", SHAPES)
+def test_channels(shape, channel_dim, memory_format):
+    x = ordinary(*shape).contiguous(memory_format=memory_format)
+    dy = ordinary(*shape, seed=1).contiguous(memory_format=memory_format)
+    alpha = torch.linspace(0.2, 0.9, shape[channel_dim])
+    assert_forward(x, alpha, 3, "ceil", "inside", channel_dim)
+    for ste, rule in (("relu", "exact"), ("clipped_relu", "two_valued"), ("log_tailed_relu", "chain")):
+        for need_x in (True, False):
+            assert_backward(backward_arguments(x, alpha, dy, 3, ste, "nearest", rule, channel_dim, need_x, scale=0.25))
+
+
+def test_slices_and_views():
+    whole, alpha = ordinary(40, 60), torch.tensor([0.4])
+    for x in (whole[:, 1:], whole[3:, ::2], whole.t(), whole[0, 1:], ordinary(1).expand(50), ordinary(1)[0]):
+        assert_forward(x, alpha, 2, "ceil", "state")
+    copy, view = whole.clone(), whole[:, ::3]
+    qrelu.qrelu_forward_(copy[:, ::3], alpha, 2, "ceil", "nothing", False, None)
+    assert torch.equal(copy[:, ::3], reference.qrelu_forward(view, alpha, 2, "ceil", "nothing", False, None)[0])
+    assert torch.equal(copy[:, 1::3], whole[:, 1::3]), "and nothing else is written"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_bad_alpha_on_a_gpu_makes_nan(dtype, monkeypatch):
+    """On a CPU it is an error before; the kernels get it here as a GPU's would."""
+    x = ordinary(40, dtype=dtype)
+    with pytest.raises(ValueError, match="alpha must be finite and > 0"):
+        qrelu.qrelu_forward(x, torch.tensor([-1.0]), 2, "ceil", "nothing", False, None)
+    monkeypatch.setattr(reference, "checked_values", lambda alpha, wide: alpha.to(wide))
+    for bad in (0.0, -1.0, float("inf"), float("nan")):
+        for rounding in ROUNDINGS:
+            y = qrelu.qrelu_forward(x, torch.tensor([bad]), 2, rounding, "inside", True, None)[0]
+            assert y.isnan().all()
+    alpha = torch.tensor([0.5, float("nan")])
+    y, *_ = qrelu.qrelu_forward(x.view(2, 20), alpha, 2, "ceil", "nothing", False, 0)
+    assert not y[0].isnan().any() and y[1].isnan().all()
+
+
+def test_two_runs_give_the_same_bits():
+    x, dy = ordinary(3, 5, 700), ordinary(3, 5, 700, seed=1)
+    for alpha, channel_dim in ((torch.tensor([0.4]), None), (torch.linspace(0.2, 0.9, 5), 1)):
+        arguments = backward_arguments(x, alpha, dy, 3, "log_tailed_relu", "ceil", "chain", channel_dim)
+        one, two = (qrelu.qrelu_backward(*arguments) for _ in range(2))
+        assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+
+
+def test_what_does_not_fit_is_refused():
+    x, alpha = ordinary(40), torch.tensor([0.4])
+    arguments = backward_arguments(x, alpha, x, 2, "clipped_relu", "ceil", None, None)
+    with pytest.raises(ValueError, match="mask must be a uint8 tensor of 5 bytes"):
+        qrelu.qrelu_backward(*arguments[:3], arguments[3][:4], *arguments[4:])
+    with pytest.raises(ValueError, match="codes must be a uint8 tensor of 10 bytes"):
+        short = torch.zeros(9, dtype=torch.uint8)
+        qrelu.dequantize(short, alpha, 2, [40], torch.float32, None, torch.contiguous_format)
+    with pytest.raises(ValueError, match="x, of grad_y's shape and dtype, and alpha must be given"):
+        qrelu.qrelu_backward(x, None, None, None, None, 2, "relu", "ceil", "chain", 1.0, None, True, True)
+
+
+@triton.jit
+def _exp_minus_kernel(t_ptr, out_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, exp_minus(tl.load(t_ptr + at)))
+
+
+@pytest.mark.parametrize("dtype, most", ((torch.float32, 2), (torch.float64, 3)))
+def test_exp_minus(dtype, most):
+    end = 110 if dtype == torch.float32 else 760
+    t = torch.cat([torch.linspace(0, end, 6144), torch.logspace(-30, 2, 2047), torch.tensor([float("inf")])]).to(dtype)
+    out = torch.empty_like(t)
+    _exp_minus_kernel[(1,)](t, out, BLOCK=8192)
+    want = torch.exp(-t.double()).to(dtype)
+    assert ulps_apart(out, want).max() <= most
+
+
+@triton.jit
+def soft_tail(u, q):
+    return tl.where(u > 0, 1 / (1 + u / q), 0.0)
+
+
+@triton.jit
+def half_slope(u, q):
+    return tl.where(u > 0, 0.5, 0.0)
+
+
+@triton.jit
+def wrong(u, q):
+    return tl.where(u > 0, 0.25, 0.0)
+
+
+OWN = (
+    (soft_tail, lambda u, q: torch.where(u <= 0, 0.0, 1 / (1 + u / q)), "x"),
+    (half_slope, lambda u, q: torch.where(u > 0, 0.5, 0.0).to(u.dtype), "positive"),
+)
+
+
+@pytest.mark.parametrize("rule", (None, *ALPHA_GRADS))
+@pytest.mark.parametrize("function, gprime, needs", OWN, ids=("soft_tail", "half_slope"))
+def test_an_own_ste_runs_in_triton(function, gprime, needs, rule, monkeypatch):
+    x, dy = ordinary(60), ordinary(60, seed=1)
+    results = []
+    with cg.register_ste("own", gprime, needs=needs, triton=function):
+        assert triton_ulps_apart("own") <= 2
+        assert triton_ulps_apart("own", 8, torch.float64) <= 2
+        for backend in ("reference", "triton"):
+            leaf, alpha = x.clone().requires_grad_(), torch.tensor([0.4], requires_grad=rule is not None)
+            with cg.use_backend(backend), monkeypatch.context() as patch:
+                if backend == "triton":
+                    patch.setattr(reference, "qrelu_backward", None)
+                cg.qrelu(leaf, alpha, 2, ste="own", alpha_grad=rule or "exact").backward(dy)
+            results.append((leaf.grad, alpha.grad))
+    (dx, dalpha), (dx_triton, dalpha_triton) = results
+    assert ulps_apart(dx, dx_triton).max() <= 2
+    if rule is not None:
+        assert dalpha_triton.item() == pytest.approx(dalpha.item(), rel=1e-5, abs=1e-5)
+
+
+def test_a_wrong_triton_form_is_seen():
+    with cg.register_ste("own", OWN[1][1], triton=wrong):
+        assert triton_ulps_apart("own") > 1000
+
+
+def test_an_own_ste_without_a_triton_form_runs_on_the_reference():
+    leaf = ordinary(20).requires_grad_()
+    with cg.register_ste("own", OWN[1][1]), cg.use_backend("triton"):
+        cg.qrelu(leaf, torch.tensor([0.4]), 2, ste="own").sum().backward()
+        assert torch.equal(leaf.grad, 0.5 * (leaf > 0))
+        with pytest.raises(ValueError, match="has no Triton form"):
+            triton_ulps_apart("own")
+
+
+def test_every_kernel_is_used():
+    """A kernel that no launch needs would be tested by nothing."""
+    source = open(qrelu.__file__).read()
+    for name in vars(kernels):
+        assert not name.endswith("_kernel") or f"kernels.{name}[" in source, name
