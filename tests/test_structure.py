@@ -14,7 +14,7 @@ CSRC = ROOT / "csrc"
 
 # A file imports only from files above it.
 ORDER = (
-    "ste", "reference", "_build", "_C", "_ops", "backends", "functional", "nn", "experiments", "testing",
+    "ste", "reference", "_build", "_C", "_ops", "packed", "backends", "functional", "nn", "experiments", "testing",
     "__init__", "__main__",
 )
 

@@ -9,6 +9,7 @@ from . import nn
 from .backends import backends, use_backend
 from .functional import dequantize, qrelu, qrelu_codes
 from .nn import QReLU
+from .packed import pack_activations_, packed_activations
 from .ste import check_ste, register_ste, stes
 
 try:
@@ -22,6 +23,8 @@ __all__ = [
     "check_ste",
     "dequantize",
     "nn",
+    "pack_activations_",
+    "packed_activations",
     "qrelu",
     "qrelu_codes",
     "register_ste",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
+from .packed import active_packing
 from .reference import CODE_WIDTH, DTYPES, check_alpha, check_arguments, check_bits, checked_values, wide_dtype
 from .ste import ALPHA_GRADS, BUILT_IN, get_ste, one_of
 
@@ -116,7 +117,10 @@ def qrelu(
     else:
         get_ste(ste)
         op = _ops.qrelu_autograd_ if inplace else _ops.qrelu_autograd
+    packing = active_packing()
     try:
+        if packing is not None:
+            return packing.qrelu(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim, inplace)
         return op(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
     except Exception:
         if wrong := _wrong_argument(x, alpha, bits, rounding, channel_dim):
