@@ -224,13 +224,28 @@ class _QReLU(torch.autograd.Function):
     def backward(ctx, grad_y):
         if grad_y is None:
             return None, None, None
-        grad_y = grad_y.contiguous(memory_format=ctx.memory_format)
-        if ctx.config[1] in BUILT_IN:
-            grad_x, grad_alpha = ops.qrelu_backward.default(grad_y, *ctx.saved_tensors, *ctx.config)
-        else:  # an STE of the user, which the op does not know on every backend
-            grad_x, grad_alpha = _backward_autograd(ctx.memory_format, grad_y, *ctx.saved_tensors, *ctx.config)
-        *_, need_grad_x, need_grad_alpha = ctx.config
-        return grad_x if need_grad_x else None, grad_alpha if need_grad_alpha else None, None
+        return *backward_from_kept(grad_y, *ctx.saved_tensors, ctx.config, ctx.memory_format), None
+
+
+def backward_from_kept(
+    grad_y: Tensor,
+    alpha: Tensor | None,
+    x: Tensor | None,
+    mask: Tensor | None,
+    codes: Tensor | None,
+    config: tuple,
+    memory_format: torch.memory_format,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(grad_x, grad_alpha), None for the one not needed, by the op, with its own derivative; config is _QReLU's."""
+    ste, need_grad_x, need_grad_alpha = config[1], *config[-2:]
+    if ste == "identity" and not need_grad_alpha:
+        return grad_y, None
+    grad_y = grad_y.contiguous(memory_format=memory_format)
+    if ste in BUILT_IN:
+        grad_x, grad_alpha = ops.qrelu_backward.default(grad_y, alpha, x, mask, codes, *config)
+    else:  # an STE of the user, which the op does not know on every backend
+        grad_x, grad_alpha = _backward_autograd(memory_format, grad_y, alpha, x, mask, codes, *config)
+    return grad_x if need_grad_x else None, grad_alpha if need_grad_alpha else None
 
 
 def _backward_autograd(memory_format, grad_y, alpha, x, mask, codes, *config):

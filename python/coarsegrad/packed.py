@@ -18,7 +18,7 @@ from torch._prims_common import suggest_memory_format
 from torch.autograd.graph import saved_tensors_hooks
 
 from . import _ops, reference
-from .ste import BUILT_IN, check_inplace, kept
+from .ste import check_inplace, kept
 
 Hooks = tuple[Callable[[Tensor], object], Callable[[object], Tensor]]
 
@@ -215,9 +215,7 @@ class _PackedQReLU(torch.autograd.Function):
         alpha, x, mask, codes = ctx.saved_tensors
         if grad_y is None:
             return (None,) * 5
-        grad_y = grad_y.contiguous(memory_format=ctx.memory_format)
         config = ctx.config
-        *_, need_grad_x, need_grad_alpha = config
         if gate is not None and gate.by_codes:
             bits, ste, rounding = config[:3]
             if torch.is_grad_enabled() and grad_y.requires_grad:  # the op has a second derivative with a mask only
@@ -226,11 +224,8 @@ class _PackedQReLU(torch.autograd.Function):
             else:
                 # For "exact" the op reads the gate from the codes. The sum that it makes then is of no use here.
                 mask, codes, config = None, mask, (bits, ste, rounding, "exact", 1.0, None, True, True)
-        if config[1] in BUILT_IN:
-            grad_x, grad_alpha = _ops.ops.qrelu_backward.default(grad_y, alpha, x, mask, codes, *config)
-        else:
-            grad_x, grad_alpha = _ops._backward_autograd(ctx.memory_format, grad_y, alpha, x, mask, codes, *config)
-        return grad_x if need_grad_x else None, grad_alpha if need_grad_alpha else None, None, None, None
+        grad_x, grad_alpha = _ops.backward_from_kept(grad_y, alpha, x, mask, codes, config, ctx.memory_format)
+        return grad_x, grad_alpha if ctx.config[-1] else None, None, None, None
 
 
 @contextlib.contextmanager
