@@ -1,8 +1,7 @@
-"""What a forward keeps, counted apart from the package: hooks around everything, and what they handed out still alive."""
+"""What a forward keeps, counted apart from the package: what hooks around it handed out and is still alive."""
 
 from __future__ import annotations
 
-import gc
 import weakref
 
 import torch
@@ -35,6 +34,5 @@ class Kept:
 
     @property
     def bytes(self):
-        gc.collect()
         storages = {h.tensor.untyped_storage()._cdata: h.tensor.untyped_storage() for h in self._handles}
         return sum(s.nbytes() for address, s in storages.items() if address not in self._not_counted)

@@ -37,6 +37,14 @@ _SCHEMAS = (
     "qrelu_codes(Tensor x, Tensor alpha, int bits, str rounding, int? channel_dim) -> Tensor",
     "dequantize(Tensor codes, Tensor alpha, int bits, SymInt[] shape, ScalarType dtype, int? channel_dim,"
     " MemoryFormat memory_format) -> Tensor",
+    # The backward of a Linear or Conv2d whose input y is kept as codes; grads not wanted are [0]. shape, dtype and
+    # memory_format are y's. Opaque on purpose: a compiler must not rebuild y in the forward, and keep it.
+    "linear_backward_from_codes(Tensor grad_out, Tensor weight, Tensor? codes, Tensor alpha, int bits, SymInt[] shape,"
+    " ScalarType dtype, int? channel_dim, MemoryFormat memory_format, bool[3] output_mask)"
+    " -> (Tensor grad_y, Tensor grad_weight, Tensor grad_bias)",
+    "conv2d_backward_from_codes(Tensor grad_out, Tensor weight, Tensor? codes, Tensor alpha, int bits, SymInt[] shape,"
+    " ScalarType dtype, int? channel_dim, MemoryFormat memory_format, bool[3] output_mask, SymInt[2] stride,"
+    " SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> (Tensor grad_y, Tensor grad_weight, Tensor grad_bias)",
 )
 
 _library = torch.library.Library("coarsegrad", "DEF")

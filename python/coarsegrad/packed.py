@@ -1,7 +1,7 @@
 """Saved activations as packed codes: whoever keeps the output of a qrelu for its backward keeps the output's codes.
 
 Inside of `packed_activations` a pair of saved-tensor hooks sees each tensor that autograd is about to keep. Those that
-it knows carry a note that says what to keep instead: for an output y its codes, from which y is rebuilt bit for bit.
+it knows carry a note, which says what to keep instead: for an output y its codes, from which y is rebuilt bit for bit.
 y's note is an attribute of its storage: every view of y has it, and it is gone when the storage is.
 """
 
@@ -67,66 +67,64 @@ class _Gate:
         return self._kept.unpack()
 
 
+class _Rebuilding:
+    """How y is made from its codes. Views that are asked for while another is in use share one storage."""
+
+    def __init__(self, y: Tensor, bits: int, channel_dim: int | None, memory_format: torch.memory_format) -> None:
+        self._shape, self._dtype = y.shape, y.dtype
+        self._bits, self._channel_dim, self._memory_format = bits, channel_dim, memory_format
+        self._storage: weakref.ref[torch.UntypedStorage] | None = None
+
+    def view(self, codes: _Kept, alpha: _Kept, size: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
+        storage = self._storage and self._storage()
+        if storage is None:
+            y = _ops.ops.dequantize.default(
+                codes.unpack(), alpha.unpack(), self._bits, self._shape, self._dtype, self._channel_dim,
+                self._memory_format,
+            )  # fmt: skip
+            storage = y.untyped_storage()
+            self._storage = weakref.ref(storage)
+        return torch.empty(0, dtype=self._dtype, device=storage.device).set_(storage, offset, size, stride)
+
+
+class _View:
+    """A view of an output, kept as the output's codes."""
+
+    def __init__(self, rebuilding: _Rebuilding, *arguments: object) -> None:
+        self._rebuilding, self._arguments = rebuilding, arguments
+
+    def unpack(self) -> Tensor:
+        return self._rebuilding.view(*self._arguments)
+
+
 class _Output:
-    """y as its codes. It lives with y's storage, so that the codes of a y that nobody keeps are gone with it.
+    """What is known of an output y. It lives with y's storage, so that the codes of a y that nobody keeps go with it.
 
     gate: that of the node which made y, where the codes can stand in for its mask.
     version: y's own; a y written to since is another tensor. None: y is not handed out yet.
     """
 
     def __init__(
-        self,
-        y: Tensor,
-        codes: _Kept,
-        alpha: _Kept,
-        bits: int,
-        channel_dim: int | None,
-        memory_format: torch.memory_format,
-        gate: _Gate | None,
+        self, y: Tensor, codes: Tensor, alpha: Tensor, gate: _Gate | None, rebuilding: _Rebuilding
     ) -> None:
         self.version: int | None = None
-        self._codes, self._alpha, self._gate = codes, alpha, gate
-        self._bits, self._channel_dim, self._memory_format = bits, channel_dim, memory_format
-        self._shape, self._dtype = y.shape, y.dtype
-        self._offset, self._count = y.storage_offset(), y.numel()
-        self._rebuilt: weakref.ref[torch.UntypedStorage] | None = None
+        self._codes, self._alpha, self._gate, self._rebuilding = codes, alpha, gate, rebuilding
+        self._dtype, self._offset, self._count = y.dtype, y.storage_offset(), y.numel()
 
-    def keep_instead_of(self, t: Tensor) -> _View | None:
+    def keep_instead_of(self, t: Tensor, below: Hooks | None) -> _View | None:
         """What to keep in place of t, which shares y's storage; None where t itself must be kept."""
-        first = t.storage_offset() - self._offset
-        last = first + sum((size - 1) * stride for size, stride in zip(t.size(), t.stride()))
         if t._version != self.version:  # for good: let go of the codes
             delattr(t.untyped_storage(), _NOTE)
             return None
-        if t.dtype != self._dtype or t.is_neg() or t.numel() == 0:
+        first = t.storage_offset() - self._offset
+        last = first + sum((size - 1) * stride for size, stride in zip(t.size(), t.stride()))
+        if first < 0 or last >= self._count or t.dtype != self._dtype or t.is_neg() or t.numel() == 0:
             return None
-        if first < 0 or last >= self._count:
-            return None
-        if self._gate is not None:
-            self._gate.switch_to(self._codes)
-        return _View(self, t.size(), t.stride(), first)
-
-    def rebuild(self, size: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
-        """The view of y. Views that are asked for while another is in use share one storage."""
-        storage = self._rebuilt and self._rebuilt()
-        if storage is None:
-            y = _ops.ops.dequantize.default(
-                self._codes.unpack(), self._alpha.unpack(), self._bits, self._shape, self._dtype, self._channel_dim,
-                self._memory_format,
-            )  # fmt: skip
-            storage = y.untyped_storage()
-            self._rebuilt = weakref.ref(storage)
-        return torch.empty(0, dtype=self._dtype, device=storage.device).set_(storage, offset, size, stride)
-
-
-class _View:
-    """A view of an output that is kept as codes."""
-
-    def __init__(self, output: _Output, size: torch.Size, stride: tuple[int, ...], offset: int) -> None:
-        self._output, self._geometry = output, (size, stride, offset)
-
-    def unpack(self) -> Tensor:
-        return self._output.rebuild(*self._geometry)
+        # Handed down anew each time: hooks may give back what they took just once, as a checkpoint's do.
+        if self._gate is not None and not self._gate.by_codes:
+            self._gate.switch_to(_Kept(self._codes, below))
+        kept_codes, kept_alpha = _Kept(self._codes, below), _Kept(self._alpha, below)
+        return _View(self._rebuilding, kept_codes, kept_alpha, t.size(), t.stride(), first)
 
 
 class Packing:
@@ -139,7 +137,7 @@ class Packing:
         instead = getattr(t, _NOTE, None)
         if instead is None and t.layout is torch.strided:
             note = getattr(t.untyped_storage(), _NOTE, None)
-            instead = note and note.keep_instead_of(t)
+            instead = note and note.keep_instead_of(t, self.below)
         return instead or _Kept(t, self.below)
 
     @staticmethod
@@ -188,18 +186,16 @@ class _PackedQReLU(torch.autograd.Function):
             ctx.mark_dirty(x)
         else:
             y, mask, codes = _ops.ops.qrelu_forward.default(*arguments)
-        # Kept detached, so that what carries a note is not what the note keeps.
-        kept_codes, gate = _Kept(codes.detach(), below), None
-        setattr(codes, _NOTE, kept_codes)
+        gate = None
         if kind != "nothing":
-            gate = _Gate(_Kept(mask.detach(), below))
+            gate = _Gate(_Kept(mask.detach(), below))  # detached: what the note keeps must not carry the note
             setattr(mask, _NOTE, gate)
         if y.is_contiguous(memory_format=memory_format):
             # Under ceil and hwgq T[1] = 0, so that x > 0 is c > 0.
             codes_suffice = kind == "positive" and rounding != "nearest"
-            kept_alpha = _Kept(alpha.detach().clone(), below)  # its value now, whatever an optimizer makes of it
-            replaceable = gate if codes_suffice else None
-            output = _Output(y, kept_codes, kept_alpha, bits, channel_dim, memory_format, replaceable)
+            alpha_now = alpha.detach().clone()  # whatever an optimizer makes of it
+            rebuilding = _Rebuilding(y, bits, channel_dim, memory_format)
+            output = _Output(y, codes.detach(), alpha_now, gate if codes_suffice else None, rebuilding)
             setattr(y.untyped_storage(), _NOTE, output)
         ctx.config = (*config, need_grad_x, need_grad_alpha)
         ctx.gate = gate and weakref.ref(gate)  # what autograd keeps holds it, and lets it go after the backward
