@@ -7,7 +7,7 @@ import importlib.metadata
 
 from . import nn
 from .backends import backends, use_backend
-from .functional import dequantize, qrelu, qrelu_codes
+from .functional import dequantize, qrelu, qrelu_codes, qrelu_conv2d, qrelu_linear
 from .nn import QReLU
 from .packed import pack_activations_, packed_activations
 from .ste import check_ste, register_ste, stes
@@ -27,6 +27,8 @@ __all__ = [
     "packed_activations",
     "qrelu",
     "qrelu_codes",
+    "qrelu_conv2d",
+    "qrelu_linear",
     "register_ste",
     "stes",
     "use_backend",

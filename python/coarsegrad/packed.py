@@ -213,13 +213,11 @@ class _PackedQReLU(torch.autograd.Function):
             return (None,) * 5
         config = ctx.config
         if gate is not None and gate.by_codes:
-            bits, ste, rounding = config[:3]
             if torch.is_grad_enabled() and grad_y.requires_grad:  # the op has a second derivative with a mask only
-                mask = reference.unpack(mask, reference.CODE_WIDTH[bits], grad_y.numel()).ne(0)
+                mask = reference.unpack(mask, reference.CODE_WIDTH[config[0]], grad_y.numel()).ne(0)
                 mask = reference.pack(mask.to(torch.uint8), 1)
             else:
-                # For "exact" the op reads the gate from the codes. The sum that it makes then is of no use here.
-                mask, codes, config = None, mask, (bits, ste, rounding, "exact", 1.0, None, True, True)
+                mask, codes, config = None, mask, _ops.by_codes(config)
         grad_x, grad_alpha = _ops.backward_from_kept(grad_y, alpha, x, mask, codes, config, ctx.memory_format)
         return grad_x, grad_alpha if ctx.config[-1] else None, None, None, None
 
