@@ -14,7 +14,7 @@ CSRC = ROOT / "csrc"
 
 # A file imports only from files above it.
 ORDER = (
-    "ste", "reference", "_build", "_C", "_ops", "_fused", "packed", "backends", "functional", "nn",
+    "ste", "reference", "_build", "_C", "_ops", "_fused", "packed", "backends", "functional", "nn", "memory",
     "experiments", "testing", "__init__", "__main__",
 )
 

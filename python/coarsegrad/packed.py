@@ -161,14 +161,18 @@ class Packing:
         return y
 
 
+def packing_of(hooks: Hooks | None) -> Packing | None:
+    """The packing that these hooks are of, if they are of one."""
+    packing = getattr(hooks[0], "__self__", None) if hooks else None
+    return packing if isinstance(packing, Packing) else None
+
+
 def active_packing() -> Packing | None:
     """The packing whose hooks are the innermost ones. Where others are, such as a checkpoint's, they see what is kept,
     and see it as it is without a packing."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
         return None
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    packing = getattr(hooks[0], "__self__", None) if hooks else None
-    return packing if isinstance(packing, Packing) else None
+    return packing_of(torch._C._autograd._top_saved_tensors_default_hooks(False))
 
 
 class _PackedQReLU(torch.autograd.Function):
@@ -249,7 +253,7 @@ def packed_activations() -> Iterator[None]:
     Source of the levels and the coarse gradients: see `qrelu`.
     """
     hooks = None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if torch.compiler.is_compiling() or (hooks and isinstance(getattr(hooks[0], "__self__", None), Packing)):
+    if torch.compiler.is_compiling() or packing_of(hooks) is not None:
         yield
         return
     packing = Packing(hooks)

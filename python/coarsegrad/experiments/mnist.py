@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..memory import saved_memory
 from ..nn import QReLU
 from ..ste import ALPHA_GRADS, ROUNDINGS, format_table, stes
 from .data import Mnist, Split, cache_folder, load_mnist
 from .files import ExperimentError, replacing
-from .measure import environment, interleaved_times, kept_by_layers, kept_bytes
+from .measure import environment, interleaved_times
 from .models import lenet5, quantized_lenet5
 from .training import ALPHA_LR, ALPHA_MIN, fit, make_optimizer, train_step
 
@@ -153,11 +154,11 @@ def _measure(models: dict[str, nn.Module], batch: Split, lr: float) -> dict[str,
     for name, trained in models.items():
         model = copy.deepcopy(trained).train()
         layers = {layer: m for layer, m in model.named_modules() if isinstance(m, QReLU)}
+        activations = [layer for layer, m in model.named_modules() if isinstance(m, (nn.ReLU, QReLU))]
+        kept = saved_memory(lambda m=model: F.cross_entropy(m(batch.x), batch.y))
         results[name] = {
-            "kept_bytes_activations": kept_by_layers(model, (nn.ReLU, QReLU), batch.x),
-            "kept_bytes_network": kept_bytes(
-                lambda m=model: F.cross_entropy(m(batch.x), batch.y), model
-            ),
+            "kept_bytes_activations": sum(kept.by_module.get(layer, 0) for layer in activations),
+            "kept_bytes_network": kept.total,
             "alpha": {layer: m.alpha.tolist() for layer, m in layers.items()},
         }
         optimizer = make_optimizer(model, lr)
