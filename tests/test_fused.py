@@ -155,22 +155,6 @@ def test_compiled_by_the_default_backend(dynamic):
         assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_the_ops():
-    x, _, weight, bias = tensors("linear")
-    codes = cg.qrelu_codes(x, 0.3, 2)
-    alpha, plain = torch.tensor([0.3]), torch.contiguous_format
-    grad = torch.randn(3, 7, 10)
-    for mask in ([True] * 3, [False, True, False], [True, False, True]):
-        arguments = (grad, weight.detach(), codes if mask[1] else None, alpha, 2, x.shape, x.dtype, None, plain, mask)
-        torch.library.opcheck(torch.ops.coarsegrad.linear_backward_from_codes.default, arguments)
-    x, _, weight, bias = tensors("conv2d", channels_last=True)
-    codes, form = cg.qrelu_codes(x, 0.3, 2), torch.channels_last
-    settings = ([2, 1], [1, 1], [1, 2], 2)
-    grad = torch.randn_like(pair("conv2d", x, alpha, weight, bias))
-    arguments = (grad, weight.detach(), codes, alpha, 2, x.shape, x.dtype, None, form, [True] * 3, *settings)
-    torch.library.opcheck(torch.ops.coarsegrad.conv2d_backward_from_codes.default, arguments)
-
-
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 def test_autocast(kind):
     for dtype in (torch.float32, torch.bfloat16):

@@ -40,7 +40,7 @@ def _conv2d_backward(
     grads = torch.ops.aten.convolution_backward.default(
         grad_out, y, weight, [weight.size(0)], stride, padding, dilation, False, [0, 0], groups, output_mask
     )
-    return tuple(grad_out.new_empty(0) if grad is None else grad for grad in grads)
+    return tuple(grad if wanted else grad_out.new_empty(0) for grad, wanted in zip(grads, output_mask))
 
 
 def _fake_linear_backward(grad_out, weight, codes, alpha, bits, shape, *settings):

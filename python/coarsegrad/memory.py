@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -210,13 +211,16 @@ def saved_memory(fn_or_model: Callable[..., object], *inputs: object) -> SavedMe
     """
     meter = _Meter()
     meter._leave_out(*(t for t in tree_leaves(inputs) if isinstance(t, Tensor)))
-    inside = packing_of(torch._C._autograd._top_saved_tensors_default_hooks(False)) is not None
+    packed = packing_of(torch._C._autograd._top_saved_tensors_default_hooks(False)) is not None
+    block = packed_activations if packed else nullcontext
     handles = (
         register_module_forward_pre_hook(meter.enter),
         register_module_forward_hook(meter.leave, always_call=True),
     )
     try:
-        with saved_tensors_hooks(meter.pack, meter.unpack), packed_activations() if inside else nullcontext():
+        with warnings.catch_warnings(), saved_tensors_hooks(meter.pack, meter.unpack), block():
+            # A compiled module then fires them twice, of which the one is enough.
+            warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
             outputs = fn_or_model(*inputs)
     finally:
         for handle in handles:

@@ -6,7 +6,6 @@ import argparse
 import copy
 import json
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 from ..memory import saved_memory
 from ..nn import QReLU
 from ..ste import ALPHA_GRADS, ROUNDINGS, format_table, stes
+from .arguments import positive
 from .data import Mnist, Split, cache_folder, load_mnist
 from .files import ExperimentError, replacing
 from .measure import environment, interleaved_times
@@ -53,15 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"learn the height of a stair by one of the rules {', '.join(ALPHA_GRADS)} (three_valued if "
              f"none is named), at {ALPHA_LR} of the learning rate, never below {ALPHA_MIN}; "
              "else it stays at the best for half-Gaussian inputs")
-    add("--epochs", type=_positive(int), default=3, help="epochs with low-bit activations (default 3)")
-    add("--float-epochs", type=_positive(int), default=2, help="epochs in float before that (default 2)")
-    add("--lr", type=_positive(float), default=0.05,
+    add("--epochs", type=positive(int), default=3, help="epochs with low-bit activations (default 3)")
+    add("--float-epochs", type=positive(int), default=2, help="epochs in float before that (default 2)")
+    add("--lr", type=positive(float), default=0.05,
         help="learning rate at the start of each phase; half a cosine takes it to 0 (default 0.05)")
-    add("--batch-size", type=_positive(int), default=64, help="images a step (default 64)")
-    add("--subset", type=_positive(int), metavar="N", help="train on the first N images only")
+    add("--batch-size", type=positive(int), default=64, help="images a step (default 64)")
+    add("--subset", type=positive(int), metavar="N", help="train on the first N images only")
     add("--seed", type=int, default=0, help="of the weights and the order of the images (default 0)")
     add("--device", default="cpu", help="as torch names it: cpu, cuda, cuda:1 (default cpu)")
-    add("--threads", type=_positive(int), metavar="N", help="threads on a CPU (default: torch's choice)")
+    add("--threads", type=positive(int), metavar="N", help="threads on a CPU (default: torch's choice)")
     add("--data", type=Path, metavar="FOLDER", help="the four IDX files of MNIST, gzipped or not")
     add("--out", type=Path, default=Path("runs/mnist"), metavar="FOLDER",
         help="checkpoints and results (default runs/mnist)")
@@ -76,17 +76,6 @@ def main(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         print(f"\nStopped. Finished epochs are kept in {args.out}; the same command goes on from there.")
         raise SystemExit(130) from None
-
-
-def _positive(kind: type) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise ValueError
-        return value
-
-    parse.__name__ = f"positive {kind.__name__}"  # what argparse calls it in its message
-    return parse
 
 
 def _run(args: argparse.Namespace) -> None:
