@@ -70,6 +70,7 @@ class _QReLUAndLayer(torch.autograd.Function):
         ctx.by_codes = needs[0] and not need_grad_alpha and mask == "positive" and rounding != "nearest"
         if ctx.by_codes:
             mask = "nothing"
+        ctx.gives_codes = codes or ctx.by_codes  # to qrelu's own backward
         y, bits_kept, codes_kept = _ops.ops.qrelu_forward.default(
             x, alpha, bits, rounding, mask, need_codes, channel_dim
         )
@@ -103,11 +104,9 @@ class _QReLUAndLayer(torch.autograd.Function):
         grad_x = grad_alpha = None
         if need_grad_x or need_grad_alpha:
             config = _ops.by_codes(ctx.config) if ctx.by_codes else ctx.config
-            codes = codes if config[3] == "exact" and config[-1] else None
-            keep_x = x is not None
-            grad_x, grad_alpha = _ops.backward_from_kept(
-                grad_y.to(ctx.y[2]), alpha if keep_x else None, x, mask, codes, config, ctx.memory_format
-            )
+            alpha, codes = alpha if x is not None else None, codes if ctx.gives_codes else None
+            grad_y = grad_y.to(ctx.y[2])
+            grad_x, grad_alpha = _ops.backward_from_kept(grad_y, alpha, x, mask, codes, config, ctx.memory_format)
         return (
             grad_x if need_grad_x else None,
             grad_alpha if need_grad_alpha else None,

@@ -282,7 +282,7 @@ class _QReLUBackward(torch.autograd.Function):
         ctx.memory_format, ctx.config = memory_format, config
         ctx.linear = x is None and not config[-1]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(mask)
+        ctx.save_for_backward(mask, codes)
         if ctx.linear:
             ctx.mark_non_differentiable(grad_alpha)
         return grad_x, grad_alpha
@@ -296,9 +296,9 @@ class _QReLUBackward(torch.autograd.Function):
             )
         if grad_grad_x is None:
             return (None,) * 7
-        (mask,) = ctx.saved_tensors
+        mask, codes = ctx.saved_tensors
         grad_grad_x = grad_grad_x.contiguous(memory_format=ctx.memory_format)
-        grad_grad_y, _ = _backward_autograd(ctx.memory_format, grad_grad_x, None, None, mask, None, *ctx.config)
+        grad_grad_y, _ = _backward_autograd(ctx.memory_format, grad_grad_x, None, None, mask, codes, *ctx.config)
         return None, grad_grad_y, *(None,) * 5
 
 

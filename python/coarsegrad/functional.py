@@ -104,7 +104,8 @@ def qrelu(
         and makes the output NaN on a GPU, where finding it would cost a sync.
     bits: 1..8.
     ste: which g', a name in `stes()`: "identity", "relu", "clipped_relu", "log_tailed_relu", "reverse_exponential",
-        or one of your own (`register_ste`).
+        "reverse_exponential_step" (g' at the code instead of at u: constant on a stair), or one of your
+        own (`register_ste`).
     rounding: the thresholds T. "ceil": T[k] = L[k-1], so that every x > 0 gives at least alpha; "nearest": the middles
         between levels; "hwgq": as nearest, but T[1] = 0.
     alpha_grad: A, where alpha requires grad; 0 for x <= 0 and q for x > L[q]. Inside: "exact": c; "three_valued":
@@ -116,10 +117,11 @@ def qrelu(
     Returns y, in x's dtype and memory format (contiguous or channels-last).
 
     Kept for the backward, in bits an element, where only x requires grad: identity 0, relu and clipped_relu 1,
-    the others x itself. Where alpha requires grad: "exact" the codes (bits rounded up to 1, 2, 4 or 8) and 1 for
-    clipped_relu, or for relu under "nearest"; "two_valued" and "three_valued" 2; "chain", x itself; and x itself for an
-    STE that needs it. Nothing where no gradient is wanted. There is a second derivative where alpha is fixed and x is
-    not kept, and no forward-mode one.
+    reverse_exponential_step the codes (bits rounded up to 1, 2, 4 or 8), the others x itself. Where alpha requires
+    grad: "exact" the codes, and 1 for clipped_relu, or for relu under "nearest"; "two_valued" and "three_valued" 2,
+    and the codes for reverse_exponential_step; "chain", x itself; and x itself for an STE that needs it. Nothing
+    where no gradient is wanted. There is a second derivative where alpha is fixed and x is not kept, and no
+    forward-mode one. `packed_activations` has what the next layer keeps of y kept as its codes.
 
     Raises TypeError or ValueError, which name the argument, what was got and what was wanted; ValueError for
     inplace=True where x would be kept. Nothing is computed or changed then.
