@@ -30,7 +30,8 @@ checkpointed networks, with relu and torch.fake_quantize, and with QReLU
 _EPILOG = """
 kept: bytes that autograd holds on to after the forward, counted by
 coarsegrad.saved_memory. peak: how far the resident memory of a process of its
-own rises above what it was before the step, gradients of the weights in place.
+own rises above what it was before the step, gradients of the weights in place;
+malloc gives large blocks back there, else it is malloc's holes that are measured.
 time: the median over rounds in which all take turns in one process, and the
 median of this time over that of QReLU with its outputs kept whole, round by
 round. Before anything is timed, the gradients of QReLU packed and not are
@@ -163,7 +164,7 @@ def _rows(network: str, dtype: str, args: argparse.Namespace) -> list[dict[str, 
     times = in_new_process("default", _times, network, dtype, args.threads, args.rounds)
     rows = []
     for activation in ACTIVATIONS:
-        peak, kept = in_new_process("default", _peak, network, activation, dtype, args.threads)
+        peak, kept = in_new_process("return", _peak, network, activation, dtype, args.threads)
         seconds, ratio = times[activation]
         rows.append({
             "network": network, "dtype": dtype, "activation": activation, "kept_bytes": "" if kept is None else kept,
