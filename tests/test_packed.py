@@ -430,22 +430,32 @@ def test_inplace_activation(ste):
     assert_same(gradients(model, x, cg.packed_activations()), want)
 
 
-def test_inplace_activation_of_a_part():
-    """The codes are of the part alone; what is around it in the storage is kept whole."""
-    alpha, weight = torch.tensor([0.3]), torch.randn(8, 6, requires_grad=True)
+PARTS = {
+    "rows": (lambda h: h[2:5], lambda h: h),
+    "its own rows": (lambda h: h[2:5], lambda h: h[2:5]),
+    "rows and some after": (lambda h: h[2:5], lambda h: h[3:]),
+    "rows and some before": (lambda h: h[2:5], lambda h: h[:4]),
+    "one of its rows": (lambda h: h[2:5], lambda h: h[2:3]),
+    "a column, which is not dense": (lambda h: h[:, 5], lambda h: h),
+    "the top of a column": (lambda h: h[:, 5], lambda h: h[:2, 5]),
+}
 
-    def forward(x):
-        h = x + 0
-        cg.qrelu(h[2:5], alpha, 2, inplace=True)
-        cg.qrelu(h[:, 5], alpha, 2, inplace=True)  # not dense
-        return h * weight + (h[2:5] * weight[2:5]).sum()
 
+@pytest.mark.parametrize("case", PARTS)
+def test_inplace_activation_of_a_part(case):
+    """The codes are of the part alone; what reaches beyond it in the storage is kept whole."""
+    part, kept = PARTS[case]
+    alpha = torch.tensor([0.3])
     found = []
     for block in (contextlib.nullcontext(), cg.packed_activations()):
         x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        weight = torch.ones_like(kept(x)).requires_grad_()
         with block:
-            z = forward(x)
+            h = x + 0
+            cg.qrelu(part(h), alpha, 2, inplace=True)
+            z = kept(h) * weight
         found.append(torch.autograd.grad(z.sum(), [x, weight]))
+        assert torch.equal(found[-1][1], kept(h).detach())
     for got, want in zip(*found):
         assert torch.equal(got, want)
 
@@ -578,6 +588,9 @@ def test_nested_blocks_are_one():
     model, x = build("mlp", ste="relu")
     want = gradients(model, x)
     with cg.packed_activations():
+        outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        with cg.packed_activations():
+            assert torch._C._autograd._top_saved_tensors_default_hooks(False) == outer
         assert_same(gradients(model, x, cg.packed_activations()), want)
         got, _ = kept_bytes(lambda: gradients_off(model, x), x, *model.parameters())
     once, _ = kept_bytes(lambda: gradients_off(model, x), x, *model.parameters())
@@ -774,13 +787,13 @@ def test_a_forward_that_fails_leaves_no_block_open():
             before = top(False)
             with pytest.raises(KeyError, match="before"):
                 self.inner(x)
-            outer_top.append(top(False) == before is not None)
+            outer_top.append(before is not None and top(False) == before)
             return x
 
     outer = Outer()
     cg.pack_activations_(outer)
     outer(torch.randn(4))
-    assert outer_top and top(False) is None
+    assert outer_top == [True] and top(False) is None
     with pytest.raises(KeyError), cg.packed_activations():
         raise KeyError
     assert top(False) is None
@@ -808,7 +821,14 @@ def test_nothing_survives(ste, around):
     gc.disable()
     try:
         model, x = build("mlp", ste=ste)
-        outer = torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t)
+
+        def pack(t):
+            if t.dtype != torch.uint8:
+                return t.detach()
+            refs.append(weakref.ref(t.untyped_storage()))
+            return t  # as it is: whoever keeps it must not be what it leads to
+
+        outer = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
 
         def watch(module, args, output):
             storage = output.untyped_storage()
@@ -834,6 +854,19 @@ def test_nothing_survives(ste, around):
     finally:
         if reachable:
             gc.enable()
+
+
+def test_an_output_that_its_own_node_keeps_does_not_survive():
+    x = torch.randn(8, requires_grad=True)
+    with cg.packed_activations():
+        y = x.exp()
+    ref = weakref.ref(y.untyped_storage())
+    gc.disable()
+    try:
+        del y
+        assert ref() is None
+    finally:
+        gc.enable()
 
 
 def test_codes_of_an_output_that_nobody_keeps_die_with_it():
