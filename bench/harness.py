@@ -144,19 +144,22 @@ ALLOCATORS = ("keep", "default")
 
 # Larger than any tensor of a benchmark; an int, as older versions of glibc read it.
 _KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**31 - 1), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+# A block of this size or more has pages of its own, which go back to the system as it is freed.
+_RETURN = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+_MALLOC = {"keep": _KEEP, "default": {}, "return": _RETURN}
 
 
 def in_new_process(allocator: str, function: Callable[..., T], *arguments: object) -> T:
     """function(*arguments) in a new process, since malloc reads its settings only as a process starts.
 
-    allocator: "keep": glibc's malloc keeps what is freed; "default": the environment stays as it is.
+    allocator: "keep": glibc's malloc keeps what is freed; "return": it gives large blocks back at once; "default": the
+        environment stays as it is.
     """
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run_and_send, args=(sender, function, arguments), daemon=True)
     before = dict(os.environ)
-    if allocator == "keep":
-        os.environ.update(_KEEP)
+    os.environ.update(_MALLOC[allocator])
     try:
         process.start()
     finally:

@@ -182,11 +182,11 @@ def _draw_staircases(figure: SubFigure) -> None:
 
 
 def _draw_gradients(figure: SubFigure) -> None:
-    table = cg.stes()
+    table = [ste for ste in cg.stes().values() if ste.needs != "codes"]
     panels = figure.subplots(len(table), 1, sharex=True, sharey=True)
     u = torch.linspace(-1.5, 3 * _TOP_CODE, 4201, dtype=torch.float64)
     colors = itertools.cycle((_VERMILION, _GREEN, _BLUE, _PURPLE, _ORANGE))
-    for axes, ste, color in zip(panels, table.values(), colors):
+    for axes, ste, color in zip(panels, table, colors):
         g = ste.gprime(u, _TOP_CODE)
         axes.fill_between(u, g, color=color, alpha=0.2, linewidth=0)
         axes.plot(*_pieces(u, g), color=color, linewidth=2.2, solid_capstyle="butt")

@@ -88,6 +88,18 @@ def dequantize_samples():
             yield (codes, CHANNEL_ALPHA, bits, [2, 3, 4, 5], dtype, 1, memory_format)
 
 
+def layer_backward_samples(*settings):
+    """A Linear over the last dimension, or a Conv2d where there are settings, with and without the codes."""
+    for memory_format in FORMATS:
+        x = sample(2, 4, 6, 5).contiguous(memory_format=memory_format)
+        weight = sample(8, 2, 3, 3) if settings else sample(8, 5)
+        out = nn.functional.conv2d(x, weight, None, *settings) if settings else nn.functional.linear(x, weight)
+        codes = cg.qrelu_codes(x, ALPHA, 2)
+        for mask in ([True, True, True], [False, True, False], [True, False, True]):
+            y = (2, [2, 4, 6, 5], x.dtype, None, memory_format)
+            yield (torch.randn_like(out), weight, codes if mask[1] else None, ALPHA, *y, mask, *settings)
+
+
 SAMPLES = {
     "qrelu": qrelu_samples,
     "qrelu_": lambda: qrelu_samples(inplace=True),
@@ -97,6 +109,8 @@ SAMPLES = {
     "qrelu_backward_own": backward_samples,
     "qrelu_codes": lambda: forward_samples(lambda channel_dim: ("ceil", channel_dim)),
     "dequantize": dequantize_samples,
+    "linear_backward_from_codes": layer_backward_samples,
+    "conv2d_backward_from_codes": lambda: layer_backward_samples([2, 1], [1, 1], [1, 2], 2),
 }
 
 

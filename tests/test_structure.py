@@ -14,8 +14,8 @@ CSRC = ROOT / "csrc"
 
 # A file imports only from files above it.
 ORDER = (
-    "ste", "reference", "_build", "_C", "_ops", "triton", "backends", "functional", "nn", "experiments", "testing",
-    "__init__", "__main__",
+    "ste", "reference", "_build", "_C", "_ops", "_fused", "packed", "triton", "backends", "functional", "nn", "memory",
+    "experiments", "testing", "__init__", "__main__",
 )
 
 TORCH_HEADER = re.compile(r"(torch|ATen|c10)/")

@@ -253,11 +253,12 @@ def wrong(u, q):
 OWN = (
     (soft_tail, lambda u, q: torch.where(u <= 0, 0.0, 1 / (1 + u / q)), "x"),
     (half_slope, lambda u, q: torch.where(u > 0, 0.5, 0.0).to(u.dtype), "positive"),
+    (soft_tail, lambda u, q: torch.where(u <= 0, 0.0, 1 / (1 + u / q)), "codes"),
 )
 
 
 @pytest.mark.parametrize("rule", (None, *ALPHA_GRADS))
-@pytest.mark.parametrize("function, gprime, needs", OWN, ids=("soft_tail", "half_slope"))
+@pytest.mark.parametrize("function, gprime, needs", OWN, ids=("soft_tail", "half_slope", "by_codes"))
 def test_an_own_ste_runs_in_triton(function, gprime, needs, rule, monkeypatch):
     x, dy = ordinary(60), ordinary(60, seed=1)
     results = []

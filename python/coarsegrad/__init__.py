@@ -7,8 +7,10 @@ import importlib.metadata
 
 from . import nn
 from .backends import backends, use_backend
-from .functional import dequantize, qrelu, qrelu_codes
+from .functional import dequantize, qrelu, qrelu_codes, qrelu_conv2d, qrelu_linear
+from .memory import saved_memory
 from .nn import QReLU
+from .packed import pack_activations_, packed_activations
 from .ste import check_ste, register_ste, stes
 
 try:
@@ -22,9 +24,14 @@ __all__ = [
     "check_ste",
     "dequantize",
     "nn",
+    "pack_activations_",
+    "packed_activations",
     "qrelu",
     "qrelu_codes",
+    "qrelu_conv2d",
+    "qrelu_linear",
     "register_ste",
+    "saved_memory",
     "stes",
     "use_backend",
 ]

@@ -42,6 +42,14 @@ _SCHEMAS = (
     "qrelu_codes(Tensor x, Tensor alpha, int bits, str rounding, int? channel_dim) -> Tensor",
     "dequantize(Tensor codes, Tensor alpha, int bits, SymInt[] shape, ScalarType dtype, int? channel_dim,"
     " MemoryFormat memory_format) -> Tensor",
+    # The backward of a Linear or Conv2d whose input y is kept as codes; grads not wanted are [0]. shape, dtype and
+    # memory_format are y's. Opaque on purpose: a compiler must not rebuild y in the forward, and keep it.
+    "linear_backward_from_codes(Tensor grad_out, Tensor weight, Tensor? codes, Tensor alpha, int bits, SymInt[] shape,"
+    " ScalarType dtype, int? channel_dim, MemoryFormat memory_format, bool[3] output_mask)"
+    " -> (Tensor grad_y, Tensor grad_weight, Tensor grad_bias)",
+    "conv2d_backward_from_codes(Tensor grad_out, Tensor weight, Tensor? codes, Tensor alpha, int bits, SymInt[] shape,"
+    " ScalarType dtype, int? channel_dim, MemoryFormat memory_format, bool[3] output_mask, SymInt[2] stride,"
+    " SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> (Tensor grad_y, Tensor grad_weight, Tensor grad_bias)",
 )
 
 _library = torch.library.Library("coarsegrad", "DEF")
@@ -243,13 +251,34 @@ class _QReLU(torch.autograd.Function):
     def backward(ctx, grad_y):
         if grad_y is None:
             return None, None, None
-        grad_y = grad_y.contiguous(memory_format=ctx.memory_format)
-        if ctx.config[1] in BUILT_IN:
-            grad_x, grad_alpha = ops.qrelu_backward.default(grad_y, *ctx.saved_tensors, *ctx.config)
-        else:  # an STE of the user, which the op does not know on every backend
-            grad_x, grad_alpha = _backward_autograd(ctx.memory_format, grad_y, *ctx.saved_tensors, *ctx.config)
-        *_, need_grad_x, need_grad_alpha = ctx.config
-        return grad_x if need_grad_x else None, grad_alpha if need_grad_alpha else None, None
+        return *backward_from_kept(grad_y, *ctx.saved_tensors, ctx.config, ctx.memory_format), None
+
+
+def by_codes(config: tuple) -> tuple:
+    """The config with which qrelu_backward reads the gate from the codes alone: that of "exact". The sum for alpha that
+    comes with it is of no use."""
+    return (*config[:3], "exact", 1.0, None, True, True)
+
+
+def backward_from_kept(
+    grad_y: Tensor,
+    alpha: Tensor | None,
+    x: Tensor | None,
+    mask: Tensor | None,
+    codes: Tensor | None,
+    config: tuple,
+    memory_format: torch.memory_format,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(grad_x, grad_alpha), None for the one not needed, by the op, with its own derivative; config is _QReLU's."""
+    ste, need_grad_x, need_grad_alpha = config[1], *config[-2:]
+    if ste == "identity" and not need_grad_alpha:
+        return grad_y, None
+    grad_y = grad_y.contiguous(memory_format=memory_format)
+    if ste in BUILT_IN:
+        grad_x, grad_alpha = ops.qrelu_backward.default(grad_y, alpha, x, mask, codes, *config)
+    else:  # an STE of the user, which the op does not know on every backend
+        grad_x, grad_alpha = _backward_autograd(memory_format, grad_y, alpha, x, mask, codes, *config)
+    return grad_x if need_grad_x else None, grad_alpha if need_grad_alpha else None
 
 
 def _backward_autograd(memory_format, grad_y, alpha, x, mask, codes, *config):
@@ -275,7 +304,7 @@ class _QReLUBackward(torch.autograd.Function):
         ctx.memory_format, ctx.config = memory_format, config
         ctx.linear = x is None and not config[-1]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(mask)
+        ctx.save_for_backward(mask, codes)
         if ctx.linear:
             ctx.mark_non_differentiable(grad_alpha)
         return grad_x, grad_alpha
@@ -289,9 +318,9 @@ class _QReLUBackward(torch.autograd.Function):
             )
         if grad_grad_x is None:
             return (None,) * 7
-        (mask,) = ctx.saved_tensors
+        mask, codes = ctx.saved_tensors
         grad_grad_x = grad_grad_x.contiguous(memory_format=ctx.memory_format)
-        grad_grad_y, _ = _backward_autograd(ctx.memory_format, grad_grad_x, None, None, mask, None, *ctx.config)
+        grad_grad_y, _ = _backward_autograd(ctx.memory_format, grad_grad_x, None, None, mask, codes, *ctx.config)
         return None, grad_grad_y, *(None,) * 5
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from . import _ops
+from ._fused import qrelu_and_layer
+from .packed import active_packing
 from .reference import CODE_WIDTH, DTYPES, check_alpha, check_arguments, check_bits, checked_values, wide_dtype
 from .ste import ALPHA_GRADS, BUILT_IN, get_ste, one_of
 
@@ -49,6 +51,33 @@ def _wrong_argument(x: Tensor, alpha: Tensor, bits: int, rounding: str, channel_
     return None
 
 
+def _checked(
+    x: Tensor,
+    alpha: Tensor | float,
+    bits: int,
+    ste: str,
+    rounding: str,
+    alpha_grad: str,
+    alpha_scale: float | str,
+    channel_dim: int | None,
+) -> tuple[Tensor, tuple]:
+    """(alpha as a tensor, the ops' arguments after it), with what the ops do not check themselves checked."""
+    if (
+        not isinstance(alpha, Tensor)
+        or type(bits) is not int
+        or type(channel_dim) not in _INT_OR_NONE
+        or type(alpha_scale) is not float
+        or alpha_scale != 1.0
+    ):
+        alpha, channel_dim = check_arguments(x, alpha, bits, rounding, channel_dim)
+        alpha_scale = _scale(alpha_scale, x, bits)
+    if alpha_grad not in ALPHA_GRADS:
+        raise ValueError(one_of("alpha_grad", alpha_grad, ALPHA_GRADS))
+    if ste not in BUILT_IN:
+        get_ste(ste)
+    return alpha, (bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
+
+
 def qrelu(
     x: Tensor,
     alpha: Tensor | float,
@@ -75,7 +104,8 @@ def qrelu(
         and makes the output NaN on a GPU, where finding it would cost a sync.
     bits: 1..8.
     ste: which g', a name in `stes()`: "identity", "relu", "clipped_relu", "log_tailed_relu", "reverse_exponential",
-        or one of your own (`register_ste`).
+        "reverse_exponential_step" (g' at the code instead of at u: constant on a stair), or one of your
+        own (`register_ste`).
     rounding: the thresholds T. "ceil": T[k] = L[k-1], so that every x > 0 gives at least alpha; "nearest": the middles
         between levels; "hwgq": as nearest, but T[1] = 0.
     alpha_grad: A, where alpha requires grad; 0 for x <= 0 and q for x > L[q]. Inside: "exact": c; "three_valued":
@@ -87,10 +117,11 @@ def qrelu(
     Returns y, in x's dtype and memory format (contiguous or channels-last).
 
     Kept for the backward, in bits an element, where only x requires grad: identity 0, relu and clipped_relu 1,
-    the others x itself. Where alpha requires grad: "exact" the codes (bits rounded up to 1, 2, 4 or 8) and 1 for
-    clipped_relu, or for relu under "nearest"; "two_valued" and "three_valued" 2; "chain", x itself; and x itself for an
-    STE that needs it. Nothing where no gradient is wanted. There is a second derivative where alpha is fixed and x is
-    not kept, and no forward-mode one.
+    reverse_exponential_step the codes (bits rounded up to 1, 2, 4 or 8), the others x itself. Where alpha requires
+    grad: "exact" the codes, and 1 for clipped_relu, or for relu under "nearest"; "two_valued" and "three_valued" 2,
+    and the codes for reverse_exponential_step; "chain", x itself; and x itself for an STE that needs it. Nothing
+    where no gradient is wanted. There is a second derivative where alpha is fixed and x is not kept, and no
+    forward-mode one. `packed_activations` has what the next layer keeps of y kept as its codes.
 
     Raises TypeError or ValueError, which name the argument, what was got and what was wanted; ValueError for
     inplace=True where x would be kept. Nothing is computed or changed then.
@@ -100,24 +131,96 @@ def qrelu(
     al. 2020, arXiv 1902.08153 ("lsq", and "chain" with "nearest" and clipped_relu); Cai et al. 2017, arXiv 1702.00953
     ("hwgq").
     """
-    if (
-        not isinstance(alpha, Tensor)
-        or type(bits) is not int
-        or type(channel_dim) not in _INT_OR_NONE
-        or type(alpha_scale) is not float
-        or alpha_scale != 1.0
-    ):
-        alpha, channel_dim = check_arguments(x, alpha, bits, rounding, channel_dim)
-        alpha_scale = _scale(alpha_scale, x, bits)
-    if alpha_grad not in ALPHA_GRADS:
-        raise ValueError(one_of("alpha_grad", alpha_grad, ALPHA_GRADS))
+    alpha, config = _checked(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
     if ste in BUILT_IN:
         op = _qrelu_ if inplace else _qrelu
     else:
-        get_ste(ste)
         op = _ops.qrelu_autograd_ if inplace else _ops.qrelu_autograd
+    packing = active_packing()
     try:
-        return op(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
+        if packing is not None:
+            return packing.qrelu(x, alpha, *config, inplace)
+        return op(x, alpha, *config)
+    except Exception:
+        if wrong := _wrong_argument(x, alpha, bits, rounding, channel_dim):
+            raise wrong from None
+        raise
+
+
+def qrelu_linear(
+    x: Tensor,
+    alpha: Tensor | float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    bits: int = 4,
+    *,
+    ste: str = "clipped_relu",
+    rounding: str = "ceil",
+    alpha_grad: str = "three_valued",
+    alpha_scale: float | str = 1.0,
+    channel_dim: int | None = None,
+) -> Tensor:
+    """A Linear on the output of a qrelu, out = qrelu(x) @ weight.T + bias, that keeps that output as its codes.
+
+    x: [..., in_features], of at least one dimension.
+    weight, bias: those of `torch.nn.functional.linear`, [out_features, in_features] and [out_features], in x's dtype,
+        or of any that autocast converts.
+    The other arguments, their ranges and the papers are those of `qrelu`.
+
+    Returns out, [..., out_features]. It and all gradients are the same to the bit as from `qrelu` and then
+    `torch.nn.functional.linear` (for x of one dimension, but for rounding).
+
+    Kept for the backward: where the weight requires grad, the packed codes, and of what `qrelu` keeps that which the
+    codes do not say (for relu under "ceil" and "hwgq" nothing); else what `qrelu` keeps. The same under torch.compile,
+    where `packed_activations` does nothing. There is no second derivative.
+
+    Raises TypeError or ValueError for an argument of `qrelu`, and what F.linear raises.
+    """
+    alpha, config = _checked(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
+    try:
+        return qrelu_and_layer(x, alpha, weight, bias, config)
+    except Exception:
+        if wrong := _wrong_argument(x, alpha, bits, rounding, channel_dim):
+            raise wrong from None
+        raise
+
+
+def qrelu_conv2d(
+    x: Tensor,
+    alpha: Tensor | float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    bits: int = 4,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    ste: str = "clipped_relu",
+    rounding: str = "ceil",
+    alpha_grad: str = "three_valued",
+    alpha_scale: float | str = 1.0,
+    channel_dim: int | None = None,
+) -> Tensor:
+    """A Conv2d on the output of a qrelu, out = conv2d(qrelu(x), weight, bias), that keeps that output as its codes.
+
+    x: [N, C, H, W], contiguous or channels-last.
+    weight, bias, stride, padding, dilation, groups: those of `torch.nn.functional.conv2d`; padding as numbers.
+    The other arguments, what is kept, and the equality of all gradients are those of `qrelu_linear`.
+
+    Raises TypeError or ValueError for an argument of `qrelu`, ValueError for x that is not 4-d or a padding in words,
+    and what F.conv2d raises.
+    """
+    alpha, config = _checked(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
+    if x.dim() != 4:
+        raise ValueError(f"x must be [N, C, H, W], got shape {list(x.shape)}")
+    pairs = {"stride": stride, "padding": padding, "dilation": dilation}
+    for name, value in pairs.items():
+        pairs[name] = (value, value) if isinstance(value, int) else value
+        if isinstance(value, str) or len(pairs[name]) != 2:
+            raise ValueError(f"{name} must be an int or two of them, got {value!r}")
+    try:
+        return qrelu_and_layer(x, alpha, weight, bias, config, (*map(tuple, pairs.values()), groups))
     except Exception:
         if wrong := _wrong_argument(x, alpha, bits, rounding, channel_dim):
             raise wrong from None

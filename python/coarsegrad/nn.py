@@ -1,4 +1,4 @@
-"""The module: `QReLU`, nn.ReLU with low-bit outputs."""
+"""The modules: `QReLU`, nn.ReLU with low-bit outputs; and `QReLULinear` and `QReLUConv2d`, it and the next layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from .functional import qrelu
+from .functional import qrelu, qrelu_conv2d, qrelu_linear
+from .packed import packed_activations
 from .reference import check_bits, check_number, check_word, checked_values, wide_dtype
 from .ste import ALPHA_GRADS, ROUNDINGS, check_inplace, get_ste
 
@@ -108,16 +109,11 @@ class QReLU(torch.nn.Module):
             self.register_buffer("alpha", alpha)
 
     def forward(self, x: Tensor) -> Tensor:
-        return qrelu(
-            x,
-            self.alpha,
-            self.bits,
-            ste=self.ste,
-            rounding=self.rounding,
-            alpha_grad=self.alpha_grad,
-            channel_dim=self.channel_dim,
-            inplace=self.inplace,
-        )
+        return qrelu(x, self.alpha, self.bits, inplace=self.inplace, **self.settings())
+
+    def settings(self) -> dict[str, str | int | None]:
+        """The keywords of `coarsegrad.qrelu` that say what is computed."""
+        return {name: getattr(self, name) for name in ("ste", "rounding", "alpha_grad", "channel_dim")}
 
     def extra_repr(self) -> str:
         words = [f"bits={self.bits}", f"ste={self.ste!r}", f"rounding={self.rounding!r}"]
@@ -144,3 +140,71 @@ def _initial_alpha(alpha: float | Tensor, size: int) -> Tensor:
     if alpha.device.type != "meta":
         checked_values(alpha.cpu(), wide_dtype(alpha.dtype))
     return alpha.detach().clone()
+
+
+class _QReLUAndLayer(torch.nn.Module):
+    """Shared by the two below. `layer` may be anything in the place of a `_fusable`; only that itself is fused."""
+
+    _fusable: type[torch.nn.Module]
+
+    def __init__(self, activation: QReLU, layer: torch.nn.Module) -> None:
+        super().__init__()
+        if not isinstance(activation, QReLU):
+            raise TypeError(f"activation must be a QReLU, got {type(activation).__name__}")
+        if not isinstance(layer, torch.nn.Module):
+            raise TypeError(f"layer must be an nn.Module, got {type(layer).__name__}")
+        self.activation = activation
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._fuses():
+            return self._fused(x)
+        with packed_activations():
+            return self.layer(self.activation(x))
+
+    def _fuses(self) -> bool:
+        """Whether nothing would be skipped: no subclass's or wrapper's forward, and nobody's hook."""
+        return type(self.activation) is QReLU and type(self.layer) is self._fusable and not any(
+            getattr(module, hooks)
+            for module in (self.activation, self.layer)
+            for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+        )
+
+
+class QReLULinear(_QReLUAndLayer):
+    """A QReLU and the Linear after it, layer(activation(x)), as `coarsegrad.qrelu_linear` computes it.
+
+    activation: a `QReLU`; its `inplace` has no effect.
+    layer: an nn.Linear. Both stay modules of their own, with their parameters, and may be replaced: where `layer` is
+        something else (a subclass, an adapter around it, such as LoRA's), or one of the two has hooks, they run one
+        after the other inside of `packed_activations`.
+
+    Kept for the backward: what `qrelu_linear` keeps. Raises TypeError for anything but a QReLU and a module.
+    """
+
+    _fusable = torch.nn.Linear
+
+    def _fused(self, x: Tensor) -> Tensor:
+        activation, layer = self.activation, self.layer
+        return qrelu_linear(x, activation.alpha, layer.weight, layer.bias, activation.bits, **activation.settings())
+
+
+class QReLUConv2d(_QReLUAndLayer):
+    """A QReLU and the Conv2d after it, layer(activation(x)), as `coarsegrad.qrelu_conv2d` computes it.
+
+    activation: a `QReLU`; its `inplace` has no effect.
+    layer: an nn.Conv2d; one with padding in words or a padding_mode other than "zeros" is not fused. All else is as
+        for `QReLULinear`.
+    """
+
+    _fusable = torch.nn.Conv2d
+
+    def _fuses(self) -> bool:
+        return super()._fuses() and self.layer.padding_mode == "zeros" and not isinstance(self.layer.padding, str)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        activation, layer = self.activation, self.layer
+        settings = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+        return qrelu_conv2d(
+            x, activation.alpha, layer.weight, layer.bias, activation.bits, **settings, **activation.settings()
+        )

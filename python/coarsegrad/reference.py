@@ -316,6 +316,8 @@ def qrelu_backward(
         """g'(u), and 1 for NaN."""
         if row.needs == "x":
             return torch.where(u.isnan(), 1.0, row.gprime(u, q))
+        if row.needs == "codes":
+            return row.gprime(code.to(dy.dtype), q)
         if row.needs == "nothing":
             return row.gprime(torch.full_like(dy, 0.5), q)
         # g' is constant where the bit is the same, so that any u with that bit will do.

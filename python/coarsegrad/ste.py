@@ -19,8 +19,8 @@ from torch import Tensor
 ROUNDINGS = ("ceil", "nearest", "hwgq")
 ALPHA_GRADS = ("exact", "three_valued", "two_valued", "chain")
 
-# What dx has to know of x: nothing, the bit x > 0, the bit 0 < x <= L[q], or x itself.
-NEEDS = ("nothing", "positive", "inside", "x")
+# What dx has to know of x: nothing, the bit x > 0, the bit 0 < x <= L[q], its code, or x itself.
+NEEDS = ("nothing", "positive", "inside", "codes", "x")
 
 _BENGIO = "Bengio et al. 2013, arXiv 1308.3432"
 _CAI = "Cai et al. 2017, arXiv 1702.00953"
@@ -35,7 +35,8 @@ class STE:
     """One straight-through estimator.
 
     name: the word used everywhere for it.
-    needs: what dx has to know of x, one of NEEDS. Unless it is "x", g' is constant where that bit is the same.
+    needs: what dx has to know of x, one of NEEDS. Where it is a bit, g' is constant where that bit is the same. Where
+        it is "codes", u is the code c, the level of x in stairs: g'(c) on the whole stair.
     gprime: g'(u, q) -> Tensor of u's shape and dtype; u is never NaN.
     in_class: whether it is in the convergence class: g'(u) = 0 for u <= 0, 0 < delta <= g'(u) <= delta~ for u > 0
         (on bounded inputs).
@@ -137,8 +138,20 @@ _BUILT_IN = (
         paper=_LONG,
     ),
 )
+# Without kernels of its own: the backward is the reference's. Derived in docs/step-constant.md.
+_IN_PLAIN_TORCH = (
+    STE(
+        name="reverse_exponential_step",
+        needs="codes",
+        gprime=_reverse_exponential,
+        in_class=True,
+        formula="exp(-c / q) if c > 0 else 0, c the code",
+        points=((0.0, 3, 0.0), (1.0, 3, 0.7165313105737893), (3.0, 3, 0.36787944117144233)),
+        paper=_LONG,
+    ),
+)
 BUILT_IN = tuple(ste.name for ste in _BUILT_IN)
-_registry = {ste.name: ste for ste in _BUILT_IN}
+_registry = {ste.name: ste for ste in (*_BUILT_IN, *_IN_PLAIN_TORCH)}
 
 
 def one_of(argument: str, got: object, known) -> str:
@@ -170,7 +183,7 @@ class STETable(dict):
 
 
 def stes() -> STETable:
-    """Every known STE by name: the built-in ones, then those registered by the user. Prints as a table.
+    """Every known STE by name: those with kernels, those in plain torch, then the user's own. Prints as a table.
 
     "in class" is the convergence class of Long et al. 2021 (arXiv 2011.11256), on bounded inputs; see `check_ste`.
     """
@@ -273,7 +286,7 @@ def _check_gprime(name: str, gprime: GPrime, needs: str) -> None:
                 raise ValueError(
                     f"gprime of ste {name!r} must be finite for finite u, got {g.tolist()} at {u.tolist()}"
                 )
-    if needs == "x":
+    if needs in ("codes", "x"):
         return
     for q in (2**bits - 1 for bits in range(1, 9)):
         positive = _sample_positive(q, 4.0 * q)
@@ -305,10 +318,12 @@ def register_ste(
         gradient of a NaN passes, for every STE); q = 2**bits - 1. Returns a tensor of u's shape and dtype.
     needs: what the backward has to keep of x: "x" (default) always works. A g' that is constant by pieces keeps
         less: "nothing" (constant), "positive" (depends on u > 0 alone, 1 bit an element), "inside" (depends on
-        0 < u <= q alone, 1 bit an element).
+        0 < u <= q alone, 1 bit an element). "codes" makes any g' constant on each stair, g'(c) for the code c = 0..q,
+        and keeps the packed codes.
     formula, paper: text for the table that `stes` prints.
     triton: the same g' as a @triton.jit function (u, q): u is a float32 or float64 block, q an int known as the kernel
-        is compiled. It is not called for NaN's sake, and where needs is not "x" it sees u = 0.5 and u = -0.5 alone.
+        is compiled. It is not called for NaN's sake; where needs is a bit it sees u = 0.5 and u = -0.5
+        alone, and where it is "codes" the codes.
         Nothing compares it with gprime here: `coarsegrad.testing.triton_ulps_apart` does, in Triton's interpreter.
 
     The forward is the same kernel as for every other STE. The backward is a Triton kernel where there is `triton` and
@@ -346,11 +361,13 @@ def kept(ste: str, rounding: str, alpha_grad: str | None, need_grad_x: bool = Tr
     """
     gate = get_ste(ste).needs if need_grad_x else "nothing"
     if alpha_grad is None:
-        return ("nothing", False, True) if gate == "x" else (gate, False, False)
+        return {"codes": ("nothing", True, False), "x": ("nothing", False, True)}.get(gate, (gate, False, False))
     if gate == "x" or alpha_grad == "chain":
         return "nothing", False, True
     if alpha_grad != "exact":
-        return "state", False, False
+        return "state", gate == "codes", False
+    if gate == "codes":
+        return "nothing", True, False
     # Under ceil and hwgq T[1] = 0, so that x > 0 is c > 0 and the codes say it.
     mask = "nothing" if gate == "positive" and rounding != "nearest" else gate
     return mask, True, False

@@ -1,4 +1,4 @@
-"""What a training step keeps for its backward and how long it takes, and on what machine."""
+"""How long a training step takes, and on what machine."""
 
 from __future__ import annotations
 
@@ -9,39 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from .. import __version__
 from ..backends import backends
-
-
-def kept_bytes(forward: Callable[[], object], module: nn.Module) -> int:
-    """Bytes of the storages that autograd keeps for the backward of `forward()`: each storage counts once and
-    whole, parameters and buffers of `module` do not count."""
-    kept = {}
-
-    def keep(tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage  # alive, so no later storage gets its address
-
-    with saved_tensors_hooks(keep, lambda _: None):
-        forward()
-    own = {p.untyped_storage().data_ptr() for p in (*module.parameters(), *module.buffers())}
-    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
-
-
-def kept_by_layers(model: nn.Module, types: tuple[type[nn.Module], ...], x: Tensor) -> int:
-    """Bytes kept by the layers of `types` alone, each fed with the input that `model(x)` gives it."""
-    inputs = []
-    layers = [module for module in model.modules() if isinstance(module, types)]
-    handles = [
-        m.register_forward_pre_hook(lambda m, args: inputs.append((m, args[0].detach()))) for m in layers
-    ]
-    model(x)
-    for handle in handles:
-        handle.remove()
-    return sum(kept_bytes(lambda m=m, x=x: m(x.clone().requires_grad_()), m) for m, x in inputs)
 
 
 def interleaved_times(

@@ -6,18 +6,19 @@ import argparse
 import copy
 import json
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..memory import saved_memory
 from ..nn import QReLU
 from ..ste import ALPHA_GRADS, ROUNDINGS, format_table, stes
+from .arguments import positive
 from .data import Mnist, Split, cache_folder, load_mnist
 from .files import ExperimentError, replacing
-from .measure import environment, interleaved_times, kept_by_layers, kept_bytes
+from .measure import environment, interleaved_times
 from .models import lenet5, quantized_lenet5
 from .training import ALPHA_LR, ALPHA_MIN, fit, make_optimizer, train_step
 
@@ -52,15 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"learn the height of a stair by one of the rules {', '.join(ALPHA_GRADS)} (three_valued if "
              f"none is named), at {ALPHA_LR} of the learning rate, never below {ALPHA_MIN}; "
              "else it stays at the best for half-Gaussian inputs")
-    add("--epochs", type=_positive(int), default=3, help="epochs with low-bit activations (default 3)")
-    add("--float-epochs", type=_positive(int), default=2, help="epochs in float before that (default 2)")
-    add("--lr", type=_positive(float), default=0.05,
+    add("--epochs", type=positive(int), default=3, help="epochs with low-bit activations (default 3)")
+    add("--float-epochs", type=positive(int), default=2, help="epochs in float before that (default 2)")
+    add("--lr", type=positive(float), default=0.05,
         help="learning rate at the start of each phase; half a cosine takes it to 0 (default 0.05)")
-    add("--batch-size", type=_positive(int), default=64, help="images a step (default 64)")
-    add("--subset", type=_positive(int), metavar="N", help="train on the first N images only")
+    add("--batch-size", type=positive(int), default=64, help="images a step (default 64)")
+    add("--subset", type=positive(int), metavar="N", help="train on the first N images only")
     add("--seed", type=int, default=0, help="of the weights and the order of the images (default 0)")
     add("--device", default="cpu", help="as torch names it: cpu, cuda, cuda:1 (default cpu)")
-    add("--threads", type=_positive(int), metavar="N", help="threads on a CPU (default: torch's choice)")
+    add("--threads", type=positive(int), metavar="N", help="threads on a CPU (default: torch's choice)")
     add("--data", type=Path, metavar="FOLDER", help="the four IDX files of MNIST, gzipped or not")
     add("--out", type=Path, default=Path("runs/mnist"), metavar="FOLDER",
         help="checkpoints and results (default runs/mnist)")
@@ -75,17 +76,6 @@ def main(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         print(f"\nStopped. Finished epochs are kept in {args.out}; the same command goes on from there.")
         raise SystemExit(130) from None
-
-
-def _positive(kind: type) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise ValueError
-        return value
-
-    parse.__name__ = f"positive {kind.__name__}"  # what argparse calls it in its message
-    return parse
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -153,11 +143,11 @@ def _measure(models: dict[str, nn.Module], batch: Split, lr: float) -> dict[str,
     for name, trained in models.items():
         model = copy.deepcopy(trained).train()
         layers = {layer: m for layer, m in model.named_modules() if isinstance(m, QReLU)}
+        activations = [layer for layer, m in model.named_modules() if isinstance(m, (nn.ReLU, QReLU))]
+        kept = saved_memory(lambda m=model: F.cross_entropy(m(batch.x), batch.y))
         results[name] = {
-            "kept_bytes_activations": kept_by_layers(model, (nn.ReLU, QReLU), batch.x),
-            "kept_bytes_network": kept_bytes(
-                lambda m=model: F.cross_entropy(m(batch.x), batch.y), model
-            ),
+            "kept_bytes_activations": sum(kept.by_module.get(layer, 0) for layer in activations),
+            "kept_bytes_network": kept.total,
             "alpha": {layer: m.alpha.tolist() for layer, m in layers.items()},
         }
         optimizer = make_optimizer(model, lr)

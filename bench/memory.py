@@ -1,0 +1,189 @@
+"""`python -m bench.memory`: what networks keep for the backward, their peak memory, and the time of a step."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import coarsegrad as cg
+from coarsegrad.experiments.models import lenet5
+from coarsegrad.experiments.transformers import OPT_125M, T5_SMALL, Opt, T5Encoder
+from coarsegrad.ste import format_table
+
+from .harness import BenchError, CpuTimer, facts, in_new_process, interleaved, quantiles, write_csv
+
+RESULTS = Path(__file__).parent / "results" / "memory.csv"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_DESCRIPTION = """
+Measures training steps of four networks with nn.ReLU, with nn.ReLU in
+checkpointed networks, with relu and torch.fake_quantize, and with QReLU
+(2 bits, relu), its outputs kept whole and as packed codes.
+"""
+_EPILOG = """
+kept: bytes that autograd holds on to after the forward, counted by
+coarsegrad.saved_memory. peak: how far the resident memory of a process of its
+own rises above what it was before the step, gradients of the weights in place;
+malloc gives large blocks back there, else it is malloc's holes that are measured.
+time: the median over rounds in which all take turns in one process, and the
+median of this time over that of QReLU with its outputs kept whole, round by
+round. Before anything is timed, the gradients of QReLU packed and not are
+compared, bit for bit; if one differs there is no report.
+"""
+
+
+class _FakeQuantizedReLU(nn.Module):
+    """The staircase of the same levels from torch's parts: relu, then fake_quantize (which rounds to nearest)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        alpha = cg.nn.half_gaussian_alpha(2)
+        y = torch.fake_quantize_per_tensor_affine(torch.relu(x).float(), alpha, 0, 0, 3)
+        return y.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Network:
+    """build(activation) -> a network; input() -> what it takes."""
+
+    build: Callable[[Callable[[], nn.Module]], nn.Module]
+    input: Callable[[], Tensor]
+
+
+def _mlp(activation: Callable[[], nn.Module]) -> nn.Module:
+    hidden = [part for _ in range(4) for part in (nn.Linear(512, 512), activation())]
+    return nn.Sequential(*hidden, nn.Linear(512, 10))
+
+
+def _tokens() -> Tensor:
+    return torch.randint(1024, (4, 256))
+
+
+NETWORKS = {
+    "mlp": Network(_mlp, lambda: torch.randn(16384, 512)),
+    "lenet": Network(lenet5, lambda: torch.randn(256, 1, 28, 28)),
+    "opt": Network(lambda a: Opt(OPT_125M.resized(layers=2, vocabulary=1024), a), _tokens),
+    "t5": Network(lambda a: T5Encoder(T5_SMALL.resized(layers=2, vocabulary=1024, dropout=0.0), a), _tokens),
+}
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "relu, checkpoint": nn.ReLU,
+    "relu, fake_quantize": _FakeQuantizedReLU,
+    "qrelu": lambda: cg.QReLU(2, ste="relu"),
+    "qrelu, packed": lambda: cg.QReLU(2, ste="relu"),
+}
+
+
+def _set_up(network: str, activation: str, dtype: str) -> tuple[nn.Module, Callable[[Tensor], Tensor], Tensor]:
+    """(the network, its forward as this case has it, the input)."""
+    torch.manual_seed(0)
+    x = NETWORKS[network].input()
+    model = NETWORKS[network].build(ACTIVATIONS[activation]).to(DTYPES[dtype])
+    if activation == "qrelu, packed":
+        cg.pack_activations_(model)
+    checkpointed = activation == "relu, checkpoint"
+    forward = (lambda x: checkpoint(model, x, use_reentrant=False)) if checkpointed else model
+    return model, forward, x.to(DTYPES[dtype]) if x.is_floating_point() else x
+
+
+def _step(forward: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    forward(x).float().square().mean().backward()
+
+
+def _resident(word: str) -> int:
+    """A line of /proc/self/status in bytes: VmRSS, resident now, or VmHWM, the most so far."""
+    try:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(word))
+    except (OSError, StopIteration):
+        raise BenchError("the peak of memory is read from Linux's /proc/self/status, which is not there") from None
+    return 1024 * int(line.split()[1])
+
+
+def _peak(network: str, activation: str, dtype: str, threads: int) -> tuple[int, int | None]:
+    """(bytes by which a step raises the resident memory, bytes kept after its forward; None where hooks hide it)."""
+    torch.set_num_threads(threads)
+    model, forward, x = _set_up(network, activation, dtype)
+    _step(forward, x[:2])  # what is allocated once: gradients of the weights, and the libraries' own
+    Path("/proc/self/clear_refs").write_text("5")  # the most so far is what is resident now
+    before = _resident("VmRSS")
+    _step(forward, x)
+    peak = _resident("VmHWM") - before
+    kept = cg.saved_memory(forward, x)
+    return peak, None if kept.unseen else kept.total
+
+
+def _times(network: str, dtype: str, threads: int, rounds: int) -> dict[str, tuple[float, float]]:
+    """activation -> (median seconds of a step, median of its time over that of "qrelu", round by round)."""
+    torch.set_num_threads(threads)
+    jobs, gradients = {}, {}
+    for activation in ACTIVATIONS:
+        model, forward, x = _set_up(network, activation, dtype)
+        _step(forward, x)
+        gradients[activation] = [p.grad.clone() for p in model.parameters()]
+        jobs[activation] = lambda forward=forward, x=x: _step(forward, x)
+    if not all(map(torch.equal, gradients["qrelu"], gradients["qrelu, packed"])):
+        raise BenchError(f"packing changes a gradient of {network} in {dtype}; nothing is reported")
+    times = interleaved(jobs, CpuTimer(cpu_time=False), rounds, lambda: None)
+    return {
+        name: (quantiles(own.seconds)[1], statistics.median(times["qrelu"].speeds_over(own)))
+        for name, own in times.items()
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.memory", description=_DESCRIPTION, epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), help="default: all")
+    add("--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16"], help="default: bfloat16")
+    add("--rounds", type=int, default=10, help="rounds that count (default 10)")
+    add("--threads", type=int, default=2, help="threads (default 2)")
+    add("--csv", type=Path, help=f"write all rows into this file too ({RESULTS.parent.name}/{RESULTS.name} is ours)")
+    args = parser.parse_args(argv)
+    if args.rounds < 2 or args.threads < 1:
+        parser.error("--rounds must be at least 2, --threads at least 1")
+    try:
+        rows = [row for network in args.networks for dtype in args.dtypes for row in _rows(network, dtype, args)]
+    except BenchError as error:
+        raise SystemExit(f"bench.memory: {error}") from error
+    if args.csv:
+        write_csv(({**row, **facts("default", cpu_time=False)} for row in rows), args.csv)
+        print(f"\n{args.csv}")
+
+
+def _rows(network: str, dtype: str, args: argparse.Namespace) -> list[dict[str, object]]:
+    """One network in one dtype, measured and printed."""
+    times = in_new_process("default", _times, network, dtype, args.threads, args.rounds)
+    rows = []
+    for activation in ACTIVATIONS:
+        peak, kept = in_new_process("return", _peak, network, activation, dtype, args.threads)
+        seconds, ratio = times[activation]
+        rows.append({
+            "network": network, "dtype": dtype, "activation": activation, "kept_bytes": "" if kept is None else kept,
+            "peak_bytes": peak, "seconds_median": f"{seconds:.6g}", "time_over_qrelu_median": f"{ratio:.4g}",
+        })  # fmt: skip
+    table = [
+        (
+            row["activation"],
+            f"{row['kept_bytes'] / 2**20:.2f}" if row["kept_bytes"] != "" else "hidden",
+            f"{row['peak_bytes'] / 2**20:.1f}",
+            f"{float(row['seconds_median']) * 1e3:.1f}",
+            f"{float(row['time_over_qrelu_median']):.3f}",
+        )
+        for row in rows
+    ]
+    print(f"\n{network}, {dtype}, {args.threads} threads\n")
+    print(format_table(("activation", "kept, MiB", "peak, MiB", "step, ms", "over qrelu"), table), flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""Saved activations as packed codes: whoever keeps the output of a qrelu for its backward keeps the output's codes.
+
+Inside of `packed_activations` a pair of saved-tensor hooks sees each tensor that autograd is about to keep. Those that
+it knows carry a note, which says what to keep instead: for an output y its codes, from which y is rebuilt bit for bit.
+y's note is an attribute of its storage: every view of y has it, and it is gone when the storage is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
+from torch.autograd.graph import saved_tensors_hooks
+
+from . import _ops, reference
+from .ste import check_inplace, kept
+
+Hooks = tuple[Callable[[Tensor], object], Callable[[object], Tensor]]
+
+_NOTE = "_coarsegrad_note"
+
+
+class _Kept:
+    """A tensor that is kept as it is: by the hooks around the packing where there are any, which may put it elsewhere;
+    else here, with its version, as torch checks no versions where there are hooks."""
+
+    def __init__(self, t: Tensor, below: Hooks | None) -> None:
+        self._unpack = None
+        if below is None:
+            # Detached: t may be an output of the node that keeps it, and would keep that node alive in turn.
+            self._packed, self._version = t.detach(), t._version
+        else:
+            pack, self._unpack = below
+            self._packed = pack(t)
+
+    def unpack(self) -> Tensor:
+        if self._unpack is not None:
+            return self._unpack(self._packed)
+        t = self._packed
+        if t._version != self._version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a"
+                f" {t.dtype} tensor of shape {list(t.shape)} is at version {t._version}, expected {self._version}"
+            )
+        return t
+
+
+class _Gate:
+    """The mask that a coarse gradient needs, until the codes, which say as much, are kept anyway.
+
+    by_codes: whether it has come to that; `unpack` then gives the codes.
+    """
+
+    def __init__(self, mask: _Kept) -> None:
+        self.by_codes = False
+        self._kept = mask
+
+    def switch_to(self, codes: _Kept) -> None:
+        self.by_codes, self._kept = True, codes
+
+    def unpack(self) -> Tensor:
+        return self._kept.unpack()
+
+
+class _Rebuilding:
+    """How y is made from its codes. Views that are asked for while another is in use share one storage."""
+
+    def __init__(self, y: Tensor, bits: int, channel_dim: int | None, memory_format: torch.memory_format) -> None:
+        self._shape, self._dtype = y.shape, y.dtype
+        self._bits, self._channel_dim, self._memory_format = bits, channel_dim, memory_format
+        self._storage: weakref.ref[torch.UntypedStorage] | None = None
+
+    def view(self, codes: _Kept, alpha: _Kept, size: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
+        storage = self._storage and self._storage()
+        if storage is None:
+            y = _ops.ops.dequantize.default(
+                codes.unpack(), alpha.unpack(), self._bits, self._shape, self._dtype, self._channel_dim,
+                self._memory_format,
+            )  # fmt: skip
+            storage = y.untyped_storage()
+            self._storage = weakref.ref(storage)
+        return torch.empty(0, dtype=self._dtype, device=storage.device).set_(storage, offset, size, stride)
+
+
+class _View:
+    """A view of an output, kept as the output's codes."""
+
+    def __init__(self, rebuilding: _Rebuilding, *arguments: object) -> None:
+        self._rebuilding, self._arguments = rebuilding, arguments
+
+    def unpack(self) -> Tensor:
+        return self._rebuilding.view(*self._arguments)
+
+
+class _Output:
+    """What is known of an output y. It lives with y's storage, so that the codes of a y that nobody keeps go with it.
+
+    gate: that of the node which made y, where the codes can stand in for its mask.
+    version: y's own; a y written to since is another tensor. None: y is not handed out yet.
+    """
+
+    def __init__(
+        self, y: Tensor, codes: Tensor, alpha: Tensor, gate: _Gate | None, rebuilding: _Rebuilding
+    ) -> None:
+        self.version: int | None = None
+        self._codes, self._alpha, self._gate, self._rebuilding = codes, alpha, gate, rebuilding
+        self._dtype, self._offset, self._count = y.dtype, y.storage_offset(), y.numel()
+
+    def keep_instead_of(self, t: Tensor, below: Hooks | None) -> _View | None:
+        """What to keep in place of t, which shares y's storage; None where t itself must be kept."""
+        if t._version != self.version:  # for good: let go of the codes
+            delattr(t.untyped_storage(), _NOTE)
+            return None
+        first = t.storage_offset() - self._offset
+        last = first + sum((size - 1) * stride for size, stride in zip(t.size(), t.stride()))
+        if first < 0 or last >= self._count or t.dtype != self._dtype or t.is_neg() or t.numel() == 0:
+            return None
+        # Handed down anew each time: hooks may give back what they took just once, as a checkpoint's do.
+        if self._gate is not None and not self._gate.by_codes:
+            self._gate.switch_to(_Kept(self._codes, below))
+        kept_codes, kept_alpha = _Kept(self._codes, below), _Kept(self._alpha, below)
+        return _View(self._rebuilding, kept_codes, kept_alpha, t.size(), t.stride(), first)
+
+
+class Packing:
+    """The hooks of one `packed_activations` block; `below`: those around it, through which all goes that it keeps."""
+
+    def __init__(self, below: Hooks | None) -> None:
+        self.below = below
+
+    def pack(self, t: Tensor) -> _Kept | _Gate | _View:
+        instead = getattr(t, _NOTE, None)
+        if instead is None and t.layout is torch.strided:
+            note = getattr(t.untyped_storage(), _NOTE, None)
+            instead = note and note.keep_instead_of(t, self.below)
+        return instead or _Kept(t, self.below)
+
+    @staticmethod
+    def unpack(kept: _Kept | _Gate | _View) -> Tensor:
+        return kept.unpack()
+
+    def qrelu(self, x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim, inplace) -> Tensor:
+        """qrelu, or qrelu_, with an output that can be kept as codes."""
+        _ops._refuse_forward_mode(x, alpha)
+        if inplace:
+            check_inplace(ste, rounding, alpha_grad if alpha.requires_grad else None, x.requires_grad)
+            root = x._base if x._is_view() else x
+            if root.is_leaf and root.requires_grad:
+                raise RuntimeError("inplace=True would write to a leaf that requires grad; use inplace=False")
+        y = _PackedQReLU.apply(
+            x, alpha, self.below, inplace, (bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
+        )
+        note = getattr(y.untyped_storage(), _NOTE, None)
+        if note is not None:
+            note.version = y._version
+        return y
+
+
+def packing_of(hooks: Hooks | None) -> Packing | None:
+    """The packing that these hooks are of, if they are of one."""
+    packing = getattr(hooks[0], "__self__", None) if hooks else None
+    return packing if isinstance(packing, Packing) else None
+
+
+def active_packing() -> Packing | None:
+    """The packing whose hooks are the innermost ones. Where others are, such as a checkpoint's, they see what is kept,
+    and see it as it is without a packing."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
+        return None
+    return packing_of(torch._C._autograd._top_saved_tensors_default_hooks(False))
+
+
+class _PackedQReLU(torch.autograd.Function):
+    """qrelu whose y carries a note. config: bits, ste, rounding, alpha_grad, alpha_scale, channel_dim."""
+
+    @staticmethod
+    def forward(ctx, x, alpha, below, inplace, config):
+        bits, ste, rounding, alpha_grad, _, channel_dim = config
+        need_grad_x, need_grad_alpha = ctx.needs_input_grad[:2]
+        kind, keep_codes, keep_x = kept(ste, rounding, alpha_grad if need_grad_alpha else None, need_grad_x)
+        ctx.memory_format = memory_format = suggest_memory_format(x)
+        arguments = (x, alpha, bits, rounding, kind, True, channel_dim)
+        if inplace:
+            y, (mask, codes) = x, _ops.ops.qrelu_forward_.default(*arguments)
+            ctx.mark_dirty(x)
+        else:
+            y, mask, codes = _ops.ops.qrelu_forward.default(*arguments)
+        gate = None
+        if kind != "nothing":
+            gate = _Gate(_Kept(mask.detach(), below))  # detached: what the note keeps must not carry the note
+            setattr(mask, _NOTE, gate)
+        if y.is_contiguous(memory_format=memory_format):
+            # Under ceil and hwgq T[1] = 0, so that x > 0 is c > 0.
+            codes_suffice = kind == "positive" and rounding != "nearest"
+            alpha_now = alpha.detach().clone()  # whatever an optimizer makes of it
+            rebuilding = _Rebuilding(y, bits, channel_dim, memory_format)
+            output = _Output(y, codes.detach(), alpha_now, gate if codes_suffice else None, rebuilding)
+            setattr(y.untyped_storage(), _NOTE, output)
+        ctx.config = (*config, need_grad_x, need_grad_alpha)
+        ctx.gate = gate and weakref.ref(gate)  # what autograd keeps holds it, and lets it go after the backward
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            alpha if keep_x else None, x if keep_x else None, mask if gate else None, codes if keep_codes else None
+        )
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        gate = ctx.gate and ctx.gate()
+        alpha, x, mask, codes = ctx.saved_tensors
+        if grad_y is None:
+            return (None,) * 5
+        config = ctx.config
+        if gate is not None and gate.by_codes:
+            if torch.is_grad_enabled() and grad_y.requires_grad:  # the op has a second derivative with a mask only
+                mask = reference.unpack(mask, reference.CODE_WIDTH[config[0]], grad_y.numel()).ne(0)
+                mask = reference.pack(mask.to(torch.uint8), 1)
+            else:
+                mask, codes, config = None, mask, _ops.by_codes(config)
+        grad_x, grad_alpha = _ops.backward_from_kept(grad_y, alpha, x, mask, codes, config, ctx.memory_format)
+        return grad_x, grad_alpha if ctx.config[-1] else None, None, None, None
+
+
+@contextlib.contextmanager
+def packed_activations() -> Iterator[None]:
+    """`with packed_activations():` around a forward: the outputs of `qrelu` in it are kept for the backward as codes.
+
+    What a later layer keeps of such an output y (Linear, Conv, matmul, pooling, attention; y itself or a view of it)
+    is kept as y's packed codes, of 1, 2, 4 or 8 bits an element, and rebuilt in that layer's backward, bit for bit:
+    every gradient is the same as without. Where the codes also say what the coarse gradient needs (`relu` under "ceil"
+    and "hwgq"), they replace its mask. If nobody keeps y, because the next layer is frozen, its codes go with it.
+
+    Bits an element for y and its coarse gradient together, b the bits of a packed code: relu b (b + 1 under "nearest"),
+    clipped_relu b + 1, identity b; an STE that needs x keeps x as before, and b. A learned alpha adds nothing under
+    "exact"; its 2-bit state under "two_valued" and "three_valued" (instead of the mask). Beside that one copy of alpha:
+    its value may change before the backward.
+
+    It holds for the thread that opened it, and for eager code; in a function that torch.compile compiles it does
+    nothing (`qrelu_linear` and `qrelu_conv2d` save there too). Kept whole, as without it: y after a dtype conversion
+    (autocast of a float32 y included), after a write in place before it is kept, and outside of the block; all inside
+    of a checkpointed function, which keeps nothing anyway. Around checkpointed functions, and inside of other
+    saved-tensor hooks (`torch.autograd.graph.save_on_cpu`), it works as it should: those get the codes.
+
+    A tensor that is changed in place after it was kept is an error in the backward, as ever, unless it is kept as
+    codes: those have the value of then, and the gradient is right. Like torch, it cannot see a write through `.data`.
+    A NaN of x, which makes y NaN, comes back from its code as L[q].
+
+    Source of the levels and the coarse gradients: see `qrelu`.
+    """
+    hooks = None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if torch.compiler.is_compiling() or packing_of(hooks) is not None:
+        yield
+        return
+    packing = Packing(hooks)
+    with saved_tensors_hooks(packing.pack, packing.unpack):
+        yield
+
+
+_opened = threading.local()  # .stack: (module, its open block), innermost last
+
+
+def _open(module: nn.Module, args: tuple) -> None:
+    if torch.compiler.is_compiling():
+        return
+    block = packed_activations()
+    block.__enter__()
+    _opened.__dict__.setdefault("stack", []).append((module, block))
+
+
+def _close(module: nn.Module, args: tuple, output: object) -> None:
+    if torch.compiler.is_compiling():
+        return
+    stack = _opened.__dict__.get("stack")
+    if stack and stack[-1][0] is module:  # it is not where a hook before `_open` has failed
+        stack.pop()[1].__exit__(None, None, None)
+
+
+class PackedModel:
+    """What `pack_activations_` returns: `remove()` undoes it, and so does the end of a `with` block around it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._hooks = (
+            model.register_forward_pre_hook(_open, prepend=True),
+            model.register_forward_hook(_close, always_call=True),
+        )
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def __enter__(self) -> PackedModel:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def pack_activations_(model: nn.Module) -> PackedModel:
+    """Have every forward of `model` run inside of `packed_activations`, until the handle's `remove()`.
+
+    model: any module; its parameters, state_dict and outputs stay as they are. A copy of it is packed as well.
+
+    Returns a handle, which is also a context manager. Raises TypeError if model is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    return PackedModel(model)
