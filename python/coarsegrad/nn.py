@@ -6,12 +6,13 @@ import functools
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .functional import qrelu, qrelu_conv2d, qrelu_linear
-from .packed import packed_activations
+from .packed import packed_activations, square
 from .reference import check_bits, check_number, check_word, checked_values, wide_dtype
-from .ste import ALPHA_GRADS, ROUNDINGS, check_inplace, get_ste
+from .ste import ALPHA_GRADS, ROUNDINGS, check_inplace, get_ste, kept
 
 
 @functools.cache
@@ -65,11 +66,16 @@ class QReLU(torch.nn.Module):
     num_channels: None: one alpha; else one for each channel.
     channel_dim: the dimension of the channels, where num_channels is given; negative counts from the end.
     inplace: write y into x, as nn.ReLU(inplace=True) does.
+    dropout: in 0..1 without 1: the probability p of an nn.Dropout after the activation, in training. It is done before
+        it, on x / (1 - p) with the levels of alpha / (1 - p): the same network, but for the rounding of x / (1 - p). A
+        dropped element is code 0 and has no gradient by that alone, so that no mask of dropout is kept, and the output
+        has levels, which the next layer can keep as codes.
+    squared: the output is y * y, as in models with relu(x)**2; its gradient is dy * 2 y * g'(u).
 
-    Kept for the backward with the defaults: 1 bit an element.
+    Kept for the backward with the defaults: 1 bit an element. Squared, y too (its codes, in `packed_activations`).
 
-    Raises TypeError or ValueError here for whatever of these is wrong, inplace=True with an STE or rule whose backward
-    keeps x itself included.
+    Raises TypeError or ValueError here for whatever of these is wrong: inplace=True with an STE or rule whose backward
+    keeps x itself, and dropout with an STE whose g'(0) is not 0 ("identity"), included.
     """
 
     def __init__(
@@ -84,6 +90,8 @@ class QReLU(torch.nn.Module):
         num_channels: int | None = None,
         channel_dim: int = 1,
         inplace: bool = False,
+        dropout: float = 0.0,
+        squared: bool = False,
     ) -> None:
         super().__init__()
         check_bits(bits)
@@ -96,12 +104,18 @@ class QReLU(torch.nn.Module):
         get_ste(ste)
         if inplace:
             check_inplace(ste, rounding, alpha_grad if learn_alpha else None)
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be a number in 0..1 and below 1, got {dropout!r}")
+        if dropout and get_ste(ste).gprime(torch.zeros(1), 2**bits - 1).item() != 0:
+            raise ValueError(f"dropout needs an STE without a gradient at 0, got ste={ste!r}")
         self.bits = bits
         self.ste = ste
         self.rounding = rounding
         self.alpha_grad = alpha_grad
         self.channel_dim = None if num_channels is None else channel_dim
         self.inplace = inplace
+        self.dropout = float(dropout)
+        self.squared = squared
         alpha = _initial_alpha(half_gaussian_alpha(bits, rounding) if alpha is None else alpha, num_channels or 1)
         if learn_alpha:
             self.alpha = torch.nn.Parameter(alpha)
@@ -109,7 +123,18 @@ class QReLU(torch.nn.Module):
             self.register_buffer("alpha", alpha)
 
     def forward(self, x: Tensor) -> Tensor:
-        return qrelu(x, self.alpha, self.bits, inplace=self.inplace, **self.settings())
+        dropped, alpha = self.before(x)
+        rule = self.alpha_grad if self.alpha.requires_grad else None
+        # What dropout made is nobody else's: it may be written over.
+        inplace = self.inplace or dropped is not x and not kept(self.ste, self.rounding, rule)[2]
+        y = qrelu(dropped, alpha, self.bits, inplace=inplace, **self.settings())
+        return square(y) if self.squared else y
+
+    def before(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, alpha), or in training with dropout (x with elements dropped, alpha to go with them)."""
+        if not self.training or not self.dropout:
+            return x, self.alpha
+        return _Dropout.apply(x, self.dropout), self.alpha / (1 - self.dropout)
 
     def settings(self) -> dict[str, str | int | None]:
         """The keywords of `coarsegrad.qrelu` that say what is computed."""
@@ -123,9 +148,24 @@ class QReLU(torch.nn.Module):
             words.append(f"alpha={self.alpha.item():.6g}")
         if isinstance(self.alpha, torch.nn.Parameter):
             words += ["learn_alpha=True", f"alpha_grad={self.alpha_grad!r}"]
-        if self.inplace:
-            words.append("inplace=True")
+        words += [f"{name}=True" for name in ("inplace", "squared") if getattr(self, name)]
+        if self.dropout:
+            words.append(f"dropout={self.dropout:g}")
         return ", ".join(words)
+
+
+class _Dropout(torch.autograd.Function):
+    """F.dropout(x, p), with the gradient of an element as if it was not dropped. It keeps nothing: what comes after it
+    has no gradient where an element is 0."""
+
+    @staticmethod
+    def forward(ctx, x, p):
+        ctx.scale = 1 / (1 - p)
+        return F.dropout(x, p)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        return grad_y * ctx.scale, None
 
 
 def _initial_alpha(alpha: float | Tensor, size: int) -> Tensor:
@@ -163,8 +203,9 @@ class _QReLUAndLayer(torch.nn.Module):
             return self.layer(self.activation(x))
 
     def _fuses(self) -> bool:
-        """Whether nothing would be skipped: no subclass's or wrapper's forward, and nobody's hook."""
-        return type(self.activation) is QReLU and type(self.layer) is self._fusable and not any(
+        """Whether nothing would be skipped: no square, no subclass's or wrapper's forward, and nobody's hook."""
+        plain = type(self.activation) is QReLU and type(self.layer) is self._fusable and not self.activation.squared
+        return plain and not any(
             getattr(module, hooks)
             for module in (self.activation, self.layer)
             for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -186,7 +227,8 @@ class QReLULinear(_QReLUAndLayer):
 
     def _fused(self, x: Tensor) -> Tensor:
         activation, layer = self.activation, self.layer
-        return qrelu_linear(x, activation.alpha, layer.weight, layer.bias, activation.bits, **activation.settings())
+        x, alpha = activation.before(x)
+        return qrelu_linear(x, alpha, layer.weight, layer.bias, activation.bits, **activation.settings())
 
 
 class QReLUConv2d(_QReLUAndLayer):
@@ -205,6 +247,5 @@ class QReLUConv2d(_QReLUAndLayer):
     def _fused(self, x: Tensor) -> Tensor:
         activation, layer = self.activation, self.layer
         settings = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
-        return qrelu_conv2d(
-            x, activation.alpha, layer.weight, layer.bias, activation.bits, **settings, **activation.settings()
-        )
+        x, alpha = activation.before(x)
+        return qrelu_conv2d(x, alpha, layer.weight, layer.bias, activation.bits, **settings, **activation.settings())

@@ -8,6 +8,7 @@ y's note is an attribute of its storage: every view of y has it, and it is gone 
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -68,12 +69,17 @@ class _Gate:
 
 
 class _Rebuilding:
-    """How y is made from its codes. Views that are asked for while another is in use share one storage."""
+    """How y, or its square, is made from its codes. Views asked for while another is in use share one storage."""
 
     def __init__(self, y: Tensor, bits: int, channel_dim: int | None, memory_format: torch.memory_format) -> None:
-        self._shape, self._dtype = y.shape, y.dtype
+        self._shape, self._dtype, self._square = y.shape, y.dtype, False
         self._bits, self._channel_dim, self._memory_format = bits, channel_dim, memory_format
         self._storage: weakref.ref[torch.UntypedStorage] | None = None
+
+    def of_square(self) -> _Rebuilding:
+        other = copy.copy(self)
+        other._square, other._storage = True, None
+        return other
 
     def view(self, codes: _Kept, alpha: _Kept, size: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
         storage = self._storage and self._storage()
@@ -82,7 +88,7 @@ class _Rebuilding:
                 codes.unpack(), alpha.unpack(), self._bits, self._shape, self._dtype, self._channel_dim,
                 self._memory_format,
             )  # fmt: skip
-            storage = y.untyped_storage()
+            storage = (y.square_() if self._square else y).untyped_storage()
             self._storage = weakref.ref(storage)
         return torch.empty(0, dtype=self._dtype, device=storage.device).set_(storage, offset, size, stride)
 
@@ -110,6 +116,13 @@ class _Output:
         self.version: int | None = None
         self._codes, self._alpha, self._gate, self._rebuilding = codes, alpha, gate, rebuilding
         self._dtype, self._offset, self._count = y.dtype, y.storage_offset(), y.numel()
+
+    def square(self, y: Tensor, z: Tensor) -> _Output | None:
+        """The same of z = y * y, kept as the same codes; None where y is not what this is known of."""
+        if y._version != self.version or y.numel() != self._count or y.dtype != self._dtype:
+            return None
+        rebuilding = self._rebuilding.of_square()
+        return _Output(z, self._codes, self._alpha, self._gate, rebuilding)
 
     def keep_instead_of(self, t: Tensor, below: Hooks | None) -> _View | None:
         """What to keep in place of t, which shares y's storage; None where t itself must be kept."""
@@ -224,6 +237,35 @@ class _PackedQReLU(torch.autograd.Function):
                 mask, codes, config = None, mask, _ops.by_codes(config)
         grad_x, grad_alpha = _ops.backward_from_kept(grad_y, alpha, x, mask, codes, config, ctx.memory_format)
         return grad_x, grad_alpha if ctx.config[-1] else None, None, None, None
+
+
+class _PackedSquare(torch.autograd.Function):
+    """y * y, whose output carries y's note made its own. Its gradient is torch's, to the bit."""
+
+    @staticmethod
+    def forward(ctx, y):
+        z = y.square()
+        note = getattr(y.untyped_storage(), _NOTE, None)
+        if (squared := note and note.square(y, z)) is not None:
+            setattr(z.untyped_storage(), _NOTE, squared)
+        ctx.save_for_backward(y)
+        return z
+
+    @staticmethod
+    def backward(ctx, grad_z):
+        (y,) = ctx.saved_tensors
+        return grad_z * (2 * y)
+
+
+def square(y: Tensor) -> Tensor:
+    """y * y for the output y of a qrelu; inside of `packed_activations` it is kept as y's codes, as y is."""
+    if active_packing() is None or not y.requires_grad:
+        return y.square()
+    z = _PackedSquare.apply(y)
+    note = getattr(z.untyped_storage(), _NOTE, None)
+    if note is not None:
+        note.version = z._version
+    return z
 
 
 @contextlib.contextmanager

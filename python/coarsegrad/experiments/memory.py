@@ -61,9 +61,10 @@ def main(args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace) -> MemoryComparison:
     """The two measurements that the options ask for."""
     x = _input(args)
-    low_bit = lambda: QReLU(args.bits, ste=args.ste, rounding=args.rounding)  # noqa: E731
+    dropout = _CONFIGS[args.model][1].dropout if args.model in _CONFIGS else 0.0
+    low_bit = lambda: QReLU(args.bits, ste=args.ste, rounding=args.rounding, dropout=dropout)  # noqa: E731
     before = saved_memory(_build(args, nn.ReLU), x)
-    model = _build(args, low_bit)
+    model = _build(args, low_bit, dropout=0.0)  # the activation's own is in its place
     with pack_activations_(model):
         return before.compare(saved_memory(model, x))
 
@@ -85,10 +86,10 @@ def _input(args: argparse.Namespace) -> torch.Tensor:
     return torch.randn(shape, dtype=_DTYPES[args.dtype])
 
 
-def _build(args: argparse.Namespace, activation: Activation) -> nn.Module:
+def _build(args: argparse.Namespace, activation: Activation, dropout: float | None = None) -> nn.Module:
     torch.manual_seed(0)
     if args.model in _CONFIGS:
-        model = _CONFIGS[args.model][0](_config(args), activation)
+        model = _CONFIGS[args.model][0](_config(args).resized(dropout=dropout), activation)
     elif args.model == "lenet":
         model = lenet5(activation)
     else:
