@@ -19,7 +19,6 @@ from coarsegrad.ste import format_table
 
 from .harness import BenchError, CpuTimer, facts, in_new_process, interleaved, quantiles, write_csv
 
-RESULTS = Path(__file__).parent / "results" / "memory.csv"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _DESCRIPTION = """
@@ -146,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16"], help="default: bfloat16")
     add("--rounds", type=int, default=10, help="rounds that count (default 10)")
     add("--threads", type=int, default=2, help="threads (default 2)")
-    add("--csv", type=Path, help=f"write all rows into this file too ({RESULTS.parent.name}/{RESULTS.name} is ours)")
+    add("--csv", type=Path, help="write all rows into this file too")
     args = parser.parse_args(argv)
     if args.rounds < 2 or args.threads < 1:
         parser.error("--rounds must be at least 2, --threads at least 1")
