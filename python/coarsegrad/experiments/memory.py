@@ -61,10 +61,12 @@ def main(args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace) -> MemoryComparison:
     """The two measurements that the options ask for."""
     x = _input(args)
-    dropout = _CONFIGS[args.model][1].dropout if args.model in _CONFIGS else 0.0
+    # The activation does the dropout after it, where it can, in the place of the network's own.
+    fused = args.model in _CONFIGS and args.ste != "identity"
+    dropout = _CONFIGS[args.model][1].dropout if fused else 0.0
     low_bit = lambda: QReLU(args.bits, ste=args.ste, rounding=args.rounding, dropout=dropout)  # noqa: E731
     before = saved_memory(_build(args, nn.ReLU), x)
-    model = _build(args, low_bit, dropout=0.0)  # the activation's own is in its place
+    model = _build(args, low_bit, dropout=0.0 if fused else None)
     with pack_activations_(model):
         return before.compare(saved_memory(model, x))
 
