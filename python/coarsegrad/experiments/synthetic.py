@@ -210,11 +210,13 @@ def _run(args: argparse.Namespace) -> None:
     names = ("classes", "dim", "samples", "data", "seeds", "iterations", "lr", "top")
     config = {name: getattr(args, name) for name in names}
     args.out.mkdir(parents=True, exist_ok=True)
-    results = _finished(args.out / "results.json", config)
+    results, environments = _finished(args.out / "results.json", config)
     for setting in tqdm(list(_settings(args)), unit="setting", disable=None):
         if any(result["setting"] == asdict(setting) for result in results):
             continue
         data = Data(args.classes, args.dim, args.samples, setting.angle, args.data == "half")
+        if (here := environment(torch.device("cpu"))) not in environments:
+            environments.append(here)
         runs, curve = train(setting, data, args.seeds, args.iterations, args.lr, args.top)
         # A point of the curve for each of about 500 steps is all that a figure shows.
         stride = max(1, len(curve) // 500)
@@ -222,31 +224,32 @@ def _run(args: argparse.Namespace) -> None:
             "setting": asdict(setting), "runs": [asdict(run) for run in runs],
             "curve": {"stride": stride, "loss": [float(f"{loss:.4g}") for loss in curve[::stride]]},
         })  # fmt: skip
-        _save(results, config, args.out)
-    wanted = [asdict(setting) for setting in _settings(args)]
-    results = [result for result in results if result["setting"] in wanted]
-    _save(results, config, args.out)
+        _save(results, config, environments, args.out)
+    by_setting = {tuple(result["setting"].values()): result for result in results}
+    results = [by_setting[tuple(asdict(setting).values())] for setting in _settings(args)]
+    _save(results, config, environments, args.out)
     print("\n".join(summary(results)))
     figures = synthetic_figures.draw(results, args.hidden[0], args.angles[0], args.out)
     print("", *figures, args.out / "runs.csv", args.out / "results.json", sep="\n")
 
 
-def _finished(path: Path, config: dict) -> list[dict]:
+def _finished(path: Path, config: dict) -> tuple[list[dict], list[dict]]:
+    """(the results that are there, the environments that they came from)."""
     if not path.exists():
-        return []
+        return [], []
     try:
         kept = json.loads(path.read_text())
-        results, other = kept["results"], kept["config"]
+        results, other, environments = kept["results"], kept["config"], kept["environments"]
     except (ValueError, KeyError, TypeError) as error:
         raise ExperimentError(f"{path} is no results file of this command ({error}); choose another --out") from error
     for name, value in config.items():
         if other.get(name) != value:
             raise ExperimentError(f"{path} has {name} {other.get(name)!r}, now it is {value!r}; choose another --out")
-    return results
+    return results, environments
 
 
-def _save(results: list[dict], config: dict, folder: Path) -> None:
-    report = {"config": config, "environment": environment(torch.device("cpu")), "results": results}
+def _save(results: list[dict], config: dict, environments: list[dict], folder: Path) -> None:
+    report = {"config": config, "environments": environments, "results": results}
     with replacing(folder / "results.json") as file:
         file.write(json.dumps(report).encode() + b"\n")
     text = io.StringIO()
