@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import statistics
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +22,15 @@ from coarsegrad.ste import format_table
 
 from .harness import BenchError, CpuTimer, facts, in_new_process, interleaved, quantiles, write_csv
 
+RESULTS = Path(__file__).parent / "results" / "memory.csv"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _DESCRIPTION = """
 Measures training steps of four networks with nn.ReLU, with nn.ReLU in
-checkpointed networks, with relu and torch.fake_quantize, and with QReLU
-(2 bits, relu), its outputs kept whole and as packed codes.
+checkpointed networks, with relu and torch.fake_quantize, with the 2-bit
+activations of brevitas and torchao where they are installed, and with QReLU
+(2 bits, relu), its outputs kept whole and as packed codes. The T5 has its
+dropout, which QReLU does itself.
 """
 _EPILOG = """
 kept: bytes that autograd holds on to after the forward, counted by
@@ -47,15 +53,30 @@ class _FakeQuantizedReLU(nn.Module):
         return y.to(x.dtype)
 
 
+def _brevitas() -> nn.Module:
+    from brevitas.nn import QuantReLU
+
+    return QuantReLU(bit_width=2)
+
+
+def _torchao() -> nn.Module:
+    from torchao.quantization.qat import IntxFakeQuantizeConfig
+    from torchao.quantization.qat.fake_quantizer import IntxFakeQuantizer
+
+    config = IntxFakeQuantizeConfig(torch.uint2, "per_token", is_symmetric=False)
+    return nn.Sequential(nn.ReLU(), IntxFakeQuantizer(config))
+
+
 @dataclass(frozen=True)
 class Network:
-    """build(activation) -> a network; input() -> what it takes."""
+    """build(activation, dropout after it) -> a network; input() -> what it takes; dropout: that of the network."""
 
-    build: Callable[[Callable[[], nn.Module]], nn.Module]
+    build: Callable[[Callable[[], nn.Module], float], nn.Module]
     input: Callable[[], Tensor]
+    dropout: float = 0.0
 
 
-def _mlp(activation: Callable[[], nn.Module]) -> nn.Module:
+def _mlp(activation: Callable[[], nn.Module], dropout: float) -> nn.Module:
     hidden = [part for _ in range(4) for part in (nn.Linear(512, 512), activation())]
     return nn.Sequential(*hidden, nn.Linear(512, 10))
 
@@ -64,26 +85,46 @@ def _tokens() -> Tensor:
     return torch.randint(1024, (4, 256))
 
 
+def _opt(activation: Callable[[], nn.Module], dropout: float) -> nn.Module:
+    return Opt(OPT_125M.resized(layers=2, vocabulary=1024), activation)
+
+
+def _t5(activation: Callable[[], nn.Module], dropout: float) -> nn.Module:
+    return T5Encoder(T5_SMALL.resized(layers=2, vocabulary=1024, dropout=dropout), activation)
+
+
 NETWORKS = {
     "mlp": Network(_mlp, lambda: torch.randn(16384, 512)),
-    "lenet": Network(lenet5, lambda: torch.randn(256, 1, 28, 28)),
-    "opt": Network(lambda a: Opt(OPT_125M.resized(layers=2, vocabulary=1024), a), _tokens),
-    "t5": Network(lambda a: T5Encoder(T5_SMALL.resized(layers=2, vocabulary=1024, dropout=0.0), a), _tokens),
+    "lenet": Network(lambda activation, _: lenet5(activation), lambda: torch.randn(256, 1, 28, 28)),
+    "opt": Network(_opt, _tokens),
+    "t5": Network(_t5, _tokens, T5_SMALL.dropout),
 }
-ACTIVATIONS = {
-    "relu": nn.ReLU,
-    "relu, checkpoint": nn.ReLU,
-    "relu, fake_quantize": _FakeQuantizedReLU,
-    "qrelu": lambda: cg.QReLU(2, ste="relu"),
-    "qrelu, packed": lambda: cg.QReLU(2, ste="relu"),
-}
+_PEERS = {"brevitas": _brevitas, "relu, torchao": _torchao}
+
+
+def _activations() -> dict[str, Callable[[], nn.Module]]:
+    """All of them by name; a peer that is not installed is left out."""
+    peers = {name: make for name, make in _PEERS.items() if importlib.util.find_spec(name.split(", ")[-1])}
+    return {
+        "relu": nn.ReLU,
+        "relu, checkpoint": nn.ReLU,
+        "relu, fake_quantize": _FakeQuantizedReLU,
+        **peers,
+        "qrelu": cg.QReLU,
+        "qrelu, packed": cg.QReLU,
+    }
 
 
 def _set_up(network: str, activation: str, dtype: str) -> tuple[nn.Module, Callable[[Tensor], Tensor], Tensor]:
     """(the network, its forward as this case has it, the input)."""
     torch.manual_seed(0)
-    x = NETWORKS[network].input()
-    model = NETWORKS[network].build(ACTIVATIONS[activation]).to(DTYPES[dtype])
+    plan = NETWORKS[network]
+    x, make, dropout = plan.input(), _activations()[activation], plan.dropout
+    if make is cg.QReLU:
+        make, dropout = (lambda: cg.QReLU(2, ste="relu", dropout=plan.dropout)), 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peers deprecate things of their own
+        model = plan.build(make, dropout).to(DTYPES[dtype])
     if activation == "qrelu, packed":
         cg.pack_activations_(model)
     checkpointed = activation == "relu, checkpoint"
@@ -121,8 +162,9 @@ def _times(network: str, dtype: str, threads: int, rounds: int) -> dict[str, tup
     """activation -> (median seconds of a step, median of its time over that of "qrelu", round by round)."""
     torch.set_num_threads(threads)
     jobs, gradients = {}, {}
-    for activation in ACTIVATIONS:
+    for activation in _activations():
         model, forward, x = _set_up(network, activation, dtype)
+        torch.manual_seed(0)  # for dropout
         _step(forward, x)
         gradients[activation] = [p.grad.clone() for p in model.parameters()]
         jobs[activation] = lambda forward=forward, x=x: _step(forward, x)
@@ -145,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16"], help="default: bfloat16")
     add("--rounds", type=int, default=10, help="rounds that count (default 10)")
     add("--threads", type=int, default=2, help="threads (default 2)")
-    add("--csv", type=Path, help="write all rows into this file too")
+    add("--out", type=Path, default=RESULTS, metavar="CSV", help=f"the results (default {os.path.relpath(RESULTS)})")
     args = parser.parse_args(argv)
     if args.rounds < 2 or args.threads < 1:
         parser.error("--rounds must be at least 2, --threads at least 1")
@@ -153,16 +195,18 @@ def main(argv: list[str] | None = None) -> None:
         rows = [row for network in args.networks for dtype in args.dtypes for row in _rows(network, dtype, args)]
     except BenchError as error:
         raise SystemExit(f"bench.memory: {error}") from error
-    if args.csv:
-        write_csv(({**row, **facts("default", cpu_time=False)} for row in rows), args.csv)
-        print(f"\n{args.csv}")
+    here = facts(torch.device("cpu"), "default", cpu_time=False)
+    write_csv(({**row, **here, "threads": args.threads} for row in rows), args.out)
+    for name in sorted(_PEERS.keys() - _activations().keys()):
+        print(f"\nLeft out, as it is not installed: {name.split(', ')[-1]}")
+    print(f"\nWritten: {args.out}. `python -m bench.plot --memory` draws it.")
 
 
 def _rows(network: str, dtype: str, args: argparse.Namespace) -> list[dict[str, object]]:
     """One network in one dtype, measured and printed."""
     times = in_new_process("default", _times, network, dtype, args.threads, args.rounds)
     rows = []
-    for activation in ACTIVATIONS:
+    for activation in _activations():
         peak, kept = in_new_process("return", _peak, network, activation, dtype, args.threads)
         seconds, ratio = times[activation]
         rows.append({

@@ -20,6 +20,7 @@ import coarsegrad as cg
 from coarsegrad.experiments.files import replacing
 from coarsegrad.ste import ROUNDINGS
 
+from . import memory
 from .kernels import DTYPES, IMPLEMENTATIONS, PASSES, RESULTS, size_label
 
 STAIRCASE = Path(__file__).parent.parent / "docs" / "staircase.png"
@@ -201,17 +202,56 @@ def _draw_gradients(figure: SubFigure) -> None:
     panels[-1].set_xlabel(rf"$u = x\,/\,\alpha$;  $q = 2^{{bits}} - 1$, here {_TOP_CODE}")
 
 
+# -------------------------------------------------------------------------------------------- memory
+
+_MEMORY_COLORS = {"kept_bytes": _BLUE, "peak_bytes": _SKY}
+
+
+def memory_figure(source: Path) -> Figure:
+    """Bytes kept, peak memory, and the time of a step, for each activation; a row of panels for each network."""
+    with open(source, newline="") as file:
+        rows = list(csv.DictReader(file))
+    cases = list(dict.fromkeys((row["network"], row["dtype"]) for row in rows))
+    figure = Figure(figsize=(10, 0.9 + 2.1 * len(cases)), layout="constrained")
+    panels = figure.subplots(len(cases), 2, squeeze=False)
+    for (network, dtype), (sizes, times) in zip(cases, panels):
+        mine = [row for row in rows if (row["network"], row["dtype"]) == (network, dtype)]
+        places, names = range(len(mine)), [row["activation"] for row in mine]
+        for number, (column, color) in enumerate(_MEMORY_COLORS.items()):
+            lengths = [int(row[column] or 0) / 2**20 for row in mine]
+            sizes.barh([i + 0.4 * number - 0.2 for i in places], lengths, 0.4, color=color, label=column[:4])
+        sizes.set(title=f"{network}, {dtype}: MiB", yticks=places, yticklabels=names)
+        seconds = [1e3 * float(row["seconds_median"]) for row in mine]
+        times.barh(places, seconds, 0.6, color=_GREEN)
+        times.set(title="ms a step", yticks=places, yticklabels=[])
+        for axes in (sizes, times):
+            axes.invert_yaxis()
+            axes.grid(axis="x", color="0.9")
+            axes.set_axisbelow(True)
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    facts = rows[0]
+    figure.suptitle(
+        "Kept for the backward, peak memory of a step (no kept bar: hidden by a checkpoint), and time\n"
+        f"{facts['cpu']}, threads: {facts['threads']}, {facts['backend']}, torch {facts['torch']}, "
+        f"{facts['date'][:10]}",
+        fontsize=10,
+    )
+    return figure
+
+
 # ------------------------------------------------------------------------------------ the command
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.plot",
-        description="Draws what python -m bench.kernels measured, from its CSV; or the README's picture.",
+        description="Draws what bench.kernels or bench.memory measured, from its CSV; or the README's picture.",
     )
     add = parser.add_argument
+    add("--memory", action="store_true", help="draw what bench.memory measured")
     add("--staircase", action="store_true", help="draw the staircase and its coarse gradients, and no times")
-    add("--csv", type=Path, default=RESULTS, help=f"the times (default {os.path.relpath(RESULTS)})")
+    add("--csv", type=Path, metavar="CSV",
+        help=f"the results (default {os.path.relpath(RESULTS)}, or {os.path.relpath(memory.RESULTS)})")
     add("--out", type=Path, metavar="PNG",
         help=f"the picture (default: the CSV's name with .png, or {os.path.relpath(STAIRCASE)})")
     args = parser.parse_args()
@@ -219,9 +259,12 @@ def main() -> None:
         if args.staircase:
             _save(staircase_figure(), args.out or STAIRCASE)
         else:
-            _save(kernels_figure(args.csv), args.out or args.csv.with_suffix(".png"))
+            source = args.csv or (memory.RESULTS if args.memory else RESULTS)
+            figure = memory_figure(source) if args.memory else kernels_figure(source)
+            _save(figure, args.out or source.with_suffix(".png"))
     except FileNotFoundError as error:
-        raise SystemExit(f"bench.plot: {error}; `python -m bench.kernels` measures the times") from error
+        command = "bench.memory" if args.memory else "bench.kernels"
+        raise SystemExit(f"bench.plot: {error}; `python -m {command}` writes it") from error
 
 
 if __name__ == "__main__":

@@ -45,6 +45,15 @@ reference_or_native = pytest.fixture(
 )  # fmt: skip
 
 
+def pytest_collection_modifyitems(config, items):
+    """For `-n auto --dist loadgroup`: a file goes to one process, as its fixtures cost something. The mutants, of which
+    each is a compilation, go one by one to whichever has time."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if item.path.name != "test_cuda_mutants.py":
+                item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"backends tested: {', '.join(backend_ids())}")
     if _ops.native is None:
