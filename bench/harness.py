@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import io
@@ -231,7 +232,18 @@ def facts(device: torch.device, allocator: str, cpu_time: bool) -> dict[str, obj
     }
 
 
-# ------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------- options and files
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The `type` of an option that takes a whole number."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    return parse
 
 
 def write_csv(rows: Iterable[dict[str, object]], path: Path) -> None:

@@ -25,6 +25,7 @@ from .harness import (
     CpuTimer,
     GpuTimer,
     Times,
+    at_least,
     facts,
     in_graph,
     in_new_process,
@@ -420,15 +421,6 @@ def _elements(text: str) -> int:
     return size
 
 
-def _at_least(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
-        return int(text)
-
-    return parse
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.kernels",
@@ -446,9 +438,9 @@ def _parser() -> argparse.ArgumentParser:
     names = [name for name in IMPLEMENTATIONS if name != "copy"]
     add("--only", nargs="+", choices=names, default=names, metavar="NAME",
         help=f"some of {', '.join(names)}; relu is always there, as the measure (default: all)")
-    add("--rounds", type=_at_least(5), metavar="N",
+    add("--rounds", type=at_least(5), metavar="N",
         help="rounds that count, at least 5 (default 31; with --quick 11)")
-    add("--threads", type=_at_least(1), metavar="N", help="threads (default: torch's choice)")
+    add("--threads", type=at_least(1), metavar="N", help="threads (default: torch's choice)")
     add("--allocator", choices=ALLOCATORS, default="keep",
         help="whether freed memory is kept, or the environment stays as it is (default keep)")
     add("--cpu-time", action="store_true", help="CPU time, for a busy machine; only with --threads 1")

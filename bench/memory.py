@@ -20,7 +20,7 @@ from coarsegrad.experiments.models import lenet5
 from coarsegrad.experiments.transformers import OPT_125M, T5_SMALL, Opt, T5Encoder
 from coarsegrad.ste import format_table
 
-from .harness import BenchError, CpuTimer, facts, in_new_process, interleaved, quantiles, write_csv
+from .harness import BenchError, CpuTimer, at_least, facts, in_new_process, interleaved, quantiles, write_csv
 
 RESULTS = Path(__file__).parent / "results" / "memory.csv"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -185,12 +185,10 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), help="default: all")
     add("--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16"], help="default: bfloat16")
-    add("--rounds", type=int, default=10, help="rounds that count (default 10)")
-    add("--threads", type=int, default=2, help="threads (default 2)")
+    add("--rounds", type=at_least(2), default=10, help="rounds that count (default 10)")
+    add("--threads", type=at_least(1), default=2, help="threads (default 2)")
     add("--out", type=Path, default=RESULTS, metavar="CSV", help=f"the results (default {os.path.relpath(RESULTS)})")
     args = parser.parse_args(argv)
-    if args.rounds < 2 or args.threads < 1:
-        parser.error("--rounds must be at least 2, --threads at least 1")
     try:
         rows = [row for network in args.networks for dtype in args.dtypes for row in _rows(network, dtype, args)]
     except BenchError as error:
