@@ -133,6 +133,10 @@ def test_samples_lie_in_their_subspace_with_the_norms_asked_for():
     other, _ = synthetic.sample(data, 1)
     assert torch.equal(x, again) and not torch.equal(x, other)
     assert y.tolist() == [0] * 20 + [1] * 20 + [2] * 20
+    half, _ = synthetic.sample(synthetic.Data(samples=500, half=True), 0)
+    first = torch.stack([half[:500] @ synthetic.subspaces(2, 2, 90.0)[0, 0].float(),
+                         half[500:] @ synthetic.subspaces(2, 2, 90.0)[1, 0].float()])  # fmt: skip
+    assert (first >= 0.28 * half.norm(dim=-1).view(2, 500)).all()
     norms = x.norm(dim=-1)
     assert (norms > 0.499).all() and (norms < 1.001).all()
     for i, basis in enumerate(synthetic.subspaces(3, 2, 50.0).float()):

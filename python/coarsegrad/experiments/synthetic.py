@@ -42,7 +42,7 @@ loss curves, and the figures are OUT/neurons.png, angles.png and loss.png. The s
 command again goes on where it was stopped.
 
 --data half takes from each class only the half of its subspace where the first
-coordinate is at least 0.3 of the norm. On data that is symmetric about the origin
+coordinate is at least 0.28 of the norm. On data that is symmetric about the origin
 1 bit cannot succeed: a neuron fires on exactly one of x and -x, so that the classes'
 counts cannot both win. On half of it, it can.
 """
