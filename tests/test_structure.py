@@ -14,7 +14,8 @@ CSRC = ROOT / "csrc"
 
 # A file imports only from files above it.
 ORDER = (
-    "ste", "reference", "_build", "_C", "_ops", "_fused", "packed", "triton", "backends", "functional", "nn", "memory",
+    "ste", "reference", "_build", "_C", "_ops", "_fused", "packed", "triton", "backends", "functional", "nn", "rewriting",
+    "surgery", "calibrate", "memory",
     "experiments", "testing", "__init__", "__main__",
 )
 

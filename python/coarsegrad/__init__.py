@@ -12,6 +12,7 @@ from .memory import saved_memory
 from .nn import QReLU
 from .packed import pack_activations_, packed_activations
 from .ste import check_ste, register_ste, stes
+from .surgery import quantize_
 
 try:
     __version__ = importlib.metadata.version("coarsegrad")
@@ -30,6 +31,7 @@ __all__ = [
     "qrelu_codes",
     "qrelu_conv2d",
     "qrelu_linear",
+    "quantize_",
     "register_ste",
     "saved_memory",
     "stes",
