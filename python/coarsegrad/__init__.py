@@ -7,10 +7,13 @@ import importlib.metadata
 
 from . import nn
 from .backends import backends, use_backend
+from .calibrate import calibrate
 from .functional import dequantize, qrelu, qrelu_codes, qrelu_conv2d, qrelu_linear
 from .memory import saved_memory
 from .nn import QReLU
+from .optim import keep_positive, param_groups
 from .packed import pack_activations_, packed_activations
+from .stats import stats
 from .ste import check_ste, register_ste, stes
 from .surgery import quantize_
 
@@ -22,11 +25,14 @@ except importlib.metadata.PackageNotFoundError:  # run from the sources, not ins
 __all__ = [
     "QReLU",
     "backends",
+    "calibrate",
     "check_ste",
     "dequantize",
+    "keep_positive",
     "nn",
     "pack_activations_",
     "packed_activations",
+    "param_groups",
     "qrelu",
     "qrelu_codes",
     "qrelu_conv2d",
@@ -34,6 +40,7 @@ __all__ = [
     "quantize_",
     "register_ste",
     "saved_memory",
+    "stats",
     "stes",
     "use_backend",
 ]

@@ -5,7 +5,6 @@ given it as its class. Control flow, torch.compile, checkpointing and pickling t
 """
 
 from __future__ import annotations
-
 import __future__
 
 import ast
@@ -20,7 +19,6 @@ from types import FunctionType, ModuleType
 
 import torch
 from torch import nn
-
 
 # Where a call stands in its method's own source: first line and column, last line and column.
 Span = tuple[int, int, int, int]
@@ -255,7 +253,8 @@ class _Source:
         """The tree, with self.site(argument) in place of the calls, or of their squares, at the spans of `sites`."""
         wanted = {call.span: call.squared for call in self.calls if call.span in sites}
         if missing := sites.keys() - wanted.keys():
-            raise ValueError(f"{self._name} of {self.function.__module__} has no call at {missing}: its source has changed")
+            where = f"{self._name} of {self.function.__module__}"
+            raise ValueError(f"{where} has no call at {missing}: its source has changed")
 
         def visit(node: ast.AST) -> ast.AST:
             base = self._square_of(node)

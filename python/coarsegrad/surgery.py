@@ -106,22 +106,22 @@ def quantize_(
     - submodules: nn.ReLU (also a module that is shared, under each of its names; one with inplace=True stays in place
       where the STE allows it), nn.ReLU6 (its top level is 6), and modules of any class that compute relu(x) or its
       square (then `squared=True`);
-    - `self.relu(x)` in several places of the methods of a module: the first keeps the name, the others are `relu_1`, ...;
+    - `self.relu(x)` in several places of a module's methods: the first keeps the name, the others are `relu_1`, ...;
     - calls of torch.relu, F.relu, x.relu() and their in-place forms in the methods of a module, with or without a
       square around them: submodules `qrelu`, `qrelu_1`, ... of that module;
     - attributes that hold such a function, as nn.TransformerEncoderLayer has.
 
     Calls in methods are found in the source. An instance whose methods have some gets a subclass of its class, of the
     same name, with those methods compiled anew; the class itself and its other instances stay as they are. What cannot
-    be found or changed so (functions outside of classes, scripted modules, modules with hooks, calls through super()) is
-    in `report.skipped` where it is seen; `calibrate` names the lines in which a relu is still called.
+    be found or changed so (functions outside of classes, scripted modules, modules with hooks, calls through super())
+    is in `report.skipped` where it is seen; `calibrate` names the lines in which a relu is still called.
 
     model: any nn.Module, not yet compiled or wrapped (DDP, FSDP): do that to the result.
     bits: 1..8.
     replace: the classes to replace, and with them the functions of their names in lower case in torch.nn.functional:
         with nn.GELU or nn.SiLU the network computes something else afterwards, and must be trained.
-    filter_fn: filter_fn(module, name) says whether to replace: of a submodule it and its name; of a call in a method the
-        module that has the method, and the name that the new QReLU would have.
+    filter_fn: filter_fn(module, name) says whether to replace: of a submodule it and its name; of a call in a method
+        the module that has the method, and the name that the new QReLU would have.
     settings: keywords of `QReLU`, the same for all. alpha is a placeholder, the best for unit Gaussian inputs, until it
         is given, or found by `calibrate`.
 
@@ -152,7 +152,7 @@ def quantize_(
     if not report.replaced and not report.already:
         skipped = "; ".join(f"{s.name} ({s.what}): {s.why}" for s in report.skipped)
         wanted = ", ".join(c.__name__ for c in replace)
-        raise ValueError(f"model has nothing to replace: no {wanted} and no call of one. Skipped: {skipped or 'nothing'}")
+        raise ValueError(f"model has no {wanted} and no call of one to replace. Skipped: {skipped or 'nothing'}")
     return report
 
 
@@ -220,8 +220,9 @@ class _Surgery:
         return self._computes(module)
 
     def _computes(self, module: nn.Module) -> str | None:
-        """"ReLU" or "ReLU squared", if that is what a module without parts and with a relu in it makes of numbers."""
-        if nn.ReLU not in self._replace or isinstance(module, QReLU) or any(True for _ in (*module.children(), *module.parameters(), *module.buffers())):
+        """ReLU or ReLU squared, if that is what a module without parts and with a relu in it makes of numbers."""
+        parts = [*module.children(), *module.parameters(), *module.buffers()]
+        if nn.ReLU not in self._replace or isinstance(module, QReLU) or parts:
             return None
         if not any(call.function for call in find_calls(original(type(module))[0], self._functions).calls):
             return None
@@ -252,7 +253,8 @@ class _Surgery:
         if len(sites) > 1 or any(call.squared for call in sites):
             places = [
                 _Place(attribute if i == 0 else _free_name(owner, f"{attribute}_", i),
-                       f"{was} (self.{attribute} in {call.method}, line {call.line})", inplace, squared or call.squared, limit)
+                       f"{was} (self.{attribute} in {call.method}, line {call.line})",
+                       inplace, squared or call.squared, limit)
                 for i, call in enumerate(sites)
             ]  # fmt: skip
             note = self._rewrite(name, owner, list(zip(sites, places)))
