@@ -431,8 +431,8 @@ class TestWhatIsSkipped:
     def test_a_name_that_is_assigned_is_not_torchs(self):
         class Assigns(nn.Module):
             def forward(self, x):
-                relu = torch.tanh
-                return relu(x)
+                imported_relu = torch.tanh
+                return imported_relu(x)
 
         assert self._reasons(Assigns()) == []
 
