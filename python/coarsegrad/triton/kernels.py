@@ -253,6 +253,18 @@ def qrelu_backward_kernel(
 
 
 @triton.jit
+def times_slopes_kernel(
+    dy_ptr, codes_ptr, slopes_ptr, dx_ptr, count,
+    CODE_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dy to dx = dy * slopes[code]."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    dy = _load(dy_ptr, start, count, BLOCK, TAIL=True)
+    slope = tl.load(slopes_ptr + _load_packed(codes_ptr, start, count, CODE_WIDTH, BLOCK, TAIL=True))
+    _store(dx_ptr, _times(dy, slope), start, count, TAIL=True)
+
+
+@triton.jit
 def _load_one_by_one(ptr, at, inside, WIDTH: tl.constexpr):
     """The packed values at these places, int32."""
     byte = tl.load(ptr + at * WIDTH // 8, mask=inside, other=0).to(tl.int32)
