@@ -57,7 +57,7 @@ def _dequantize(dtype: str):
 
 def _times_slopes(dtype: str):
     pointers = {"dy_ptr": dtype, "codes_ptr": "u8", "slopes_ptr": "fp32", "dx_ptr": dtype}
-    return "times_slopes_kernel", pointers, {"CODE_WIDTH": 2}, (1, 1, 2)
+    return "times_slopes_kernel", pointers, {"BITS": 2, "CODE_WIDTH": 2}, (1, 1, 2)
 
 
 _KERNELS = [

@@ -144,8 +144,9 @@ def times_slopes(grad_y: Tensor, codes: Tensor, slopes: Tensor, bits: int) -> Te
     if count:
         with _on(dense):
             kernels.times_slopes_kernel[(triton.cdiv(count, block),)](
-                dense, codes.contiguous(), slopes.contiguous(), dx, count, CODE_WIDTH=width, BLOCK=block, **OPTIONS
-            )
+                dense, codes.contiguous(), slopes.contiguous(), dx, count,
+                BITS=bits, CODE_WIDTH=width, BLOCK=block, **OPTIONS,
+            )  # fmt: skip
     return dx
 
 
