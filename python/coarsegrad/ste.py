@@ -327,8 +327,8 @@ def register_ste(
         Nothing compares it with gprime here: `coarsegrad.testing.triton_ulps_apart` does, in Triton's interpreter.
 
     The forward is the same kernel as for every other STE. So is the backward where needs is "codes", but for
-    alpha_grad="chain": the kernels look up the slope of each code. Else the backward is a Triton kernel where there is
-    `triton` and Triton can serve the device (see `backends`), also beside compiled CUDA kernels; or it runs in plain torch.
+    alpha_grad="chain": the kernels look up the slope of each code. Else it is a Triton kernel where there is `triton`
+    and Triton can serve the device (see `backends`), also beside compiled CUDA kernels; or it runs in plain torch.
     Returns a handle: its `close()` removes the STE again, and so does the end of a `with` block around it.
 
     Raises ValueError if the name is taken or no identifier, needs is unknown, or g' does not do what needs says;
