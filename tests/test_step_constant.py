@@ -36,36 +36,6 @@ def test_the_gradient_is_the_formula(bits, rounding):
     assert set(c.tolist()) == set(range(q + 1))
 
 
-@pytest.mark.parametrize("dtype", reference.DTYPES, ids=str)
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_any_slopes_are_looked_up_to_the_bit(bits, dtype):
-    generator, wide = torch.Generator().manual_seed(bits), reference.wide_dtype(dtype)
-    slopes = torch.randn(2**bits, generator=generator, dtype=wide)
-    slopes[bits % 2 :: 5] = 0
-    for shape in ((0,), (1,), (63,), (64,), (65,), (3, 5, 7, 9), (1001, 19)):
-        dy = (torch.randn(shape, generator=generator) * 3).to(dtype)
-        dy.view(-1)[::11] = math.inf
-        dy.view(-1)[5::13] = math.nan
-        code = torch.randint(2**bits, shape, generator=generator)
-        if dy.dim() == 4:
-            dy, code = dy.to(memory_format=torch.channels_last), code.to(memory_format=torch.channels_last)
-        in_memory = code.permute(0, 2, 3, 1) if dy.dim() == 4 else code
-        packed = reference.pack(in_memory.reshape(-1).to(torch.uint8), reference.CODE_WIDTH[bits])
-        got = torch.ops.coarsegrad.times_slopes(dy, packed, slopes, bits)
-        want = torch.where(slopes[code] == 0, 0.0, dy.to(wide) * slopes[code]).to(dtype)
-        assert got.dtype == dtype and got.stride() == dy.stride()
-        assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))
-
-
-@pytest.mark.parametrize("bits", [2, 8])
-def test_slopes_of_a_large_tensor(bits):
-    """Large enough to be stored past the caches, with a tail, on all threads."""
-    x = torch.randn(2**21 + 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    (grad,) = torch.autograd.grad(cg.qrelu(x, 0.3, bits, ste=STEP).sum(), x)
-    q = 2**bits - 1
-    assert torch.equal(grad, cg.stes()[STEP].gprime(codes_of(x.detach(), 0.3, bits, "ceil").float(), q))
-
-
 def test_the_reference_of_the_whole_backward_says_the_same():
     """To the bit for dx; the sums of alpha are another order of the same terms."""
     x, alpha, dy = torch.randn(1000), torch.tensor([0.3]), torch.randn(1000)
