@@ -199,6 +199,8 @@ _KERNELS = (
     ("backward, mask", "qrelu_backward_mask_kernel<uint{bits}_t>", 1, 1, 1, "shares"),
     ("backward, state, dalpha", "qrelu_backward_kept_kernel<{T}, true, 2>", 1, 1, 2, ""),
     ("backward, codes, dalpha", "qrelu_backward_kept_kernel<{T}, false, 2>", 1, 1, 3, ""),
+    ("backward, slopes", "times_slopes_kernel<{T}, 2>", 1, 1, 2, ""),
+    ("backward, slopes, 8 bits", "times_slopes_kernel<{T}, 8>", 1, 1, 8, ""),
     ("backward, x", "qrelu_backward_x_kernel<{T}, ReverseExponential>", 2, 1, 0, "loops over a pack"),
     ("dalpha, channels", "qrelu_backward_kept_channels_kernel<{T}, true, 2, kPack<{T}>>", 1, 0, 2, "a pack at a time"),
     ("dequantize", "dequantize_kernel<{T}, 2, Alphas::one>", 0, 1, 2, ""),

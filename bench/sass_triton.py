@@ -55,6 +55,11 @@ def _dequantize(dtype: str):
     return "dequantize_kernel", {"codes_ptr": "u8", "alpha_ptr": "fp32", "y_ptr": dtype}, constants, (0, 1, 2)
 
 
+def _times_slopes(dtype: str):
+    pointers = {"dy_ptr": dtype, "codes_ptr": "u8", "slopes_ptr": "fp32", "dx_ptr": dtype}
+    return "times_slopes_kernel", pointers, {"BITS": 2, "CODE_WIDTH": 2}, (1, 1, 2)
+
+
 _KERNELS = [
     ("forward, mask", dtype, _forward(dtype, "inside")) for dtype in _ITEM
 ] + [
@@ -66,6 +71,7 @@ _KERNELS = [
     for dtype in ("fp32", "bf16")
 ] + [
     ("backward, state, dalpha", "bf16", _backward("bf16", "clipped_relu", "three_valued", "state", "mask_ptr", 2)),
+    ("backward, slopes", "bf16", _times_slopes("bf16")),
     ("backward, x", "bf16", _backward("bf16", "reverse_exponential", None, "nothing", "x_ptr", 0)),
     ("dalpha, channels", "bf16", _channel_sums("bf16")),
     ("dequantize", "bf16", _dequantize("bf16")),

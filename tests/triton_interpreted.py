@@ -81,6 +81,19 @@ def test_dequantize_every_width(bits):
     assert same(qrelu.dequantize(*back), reference.dequantize(*back))
 
 
+@pytest.mark.parametrize("bits", (1, 2, 3, 8))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_times_slopes(dtype, bits):
+    x, dy = (ordinary(2, 3, 37, 11, dtype=dtype, seed=i).to(memory_format=torch.channels_last) for i in (0, 1))
+    dy[:, 0, ::3] = float("inf")
+    codes = reference.qrelu_codes(x, torch.tensor([0.3]), bits, "ceil", None)
+    slopes = ordinary(2**bits, dtype=reference.wide_dtype(dtype))
+    slopes[0] = 0
+    for given in (dy, dy[:0]):
+        arguments = (given, codes if len(given) else codes[:0], slopes, bits)
+        assert same(qrelu.times_slopes(*arguments), reference.times_slopes(*arguments))
+
+
 def backward_arguments(x, alpha, dy, bits, ste, rounding, rule, channel_dim, need_x=True, scale=1.0):
     mask, codes, keeps_x = kept(ste, rounding, rule, need_x)
     _, kept_mask, kept_codes = reference.qrelu_forward(x, alpha, bits, rounding, mask, codes, channel_dim)

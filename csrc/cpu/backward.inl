@@ -1,4 +1,4 @@
-// dy to dx and to the sums of dalpha, from kept bits, codes or x.
+// dy to dx and to the sums of dalpha, from kept bits, codes or x; and dy to dx by a slope for each code.
 
 namespace cg::CG_ISA {
 namespace {
@@ -216,6 +216,41 @@ void backward(const Backward& a, int64_t begin, int64_t end) {
 #undef CG_CASE
       }
     }
+    if (a.stream) stream_fence();
+  });
+}
+
+template <class T, class Table>
+void times_slopes_of(const TimesSlopes& args, int64_t begin, int64_t end) {
+  using P = Pack<compute_t<T>>;
+  const TimesSlopes a = args;
+  const Table table(static_cast<const compute_t<T>*>(a.slopes), 1 << a.bits);
+  for (int64_t block = begin; block < end; ++block) {
+    const int count = block_count(a.count, block);
+    uint8_t codes[kBlock];
+    read_codes(a.codes, block, count, packed_width(a.bits), codes);
+    T dy_copy[kBlock], dx_copy[kBlock];
+    const T* grad_y = read_block(static_cast<const T*>(a.grad_y), block, count, dy_copy);
+    const bool whole = count == kBlock;
+    T* dx_block = whole ? static_cast<T*>(a.grad_x) + block * kBlock : dx_copy;
+    for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
+      const P dx = round_to<T>(times_slope(Io<T>::load(grad_y + i), table.at(codes + i)));
+      if (whole && a.stream) Io<T>::stream(dx_block + i, dx);
+      else Io<T>::store(dx_block + i, dx);
+    }
+    if (!whole) memcpy(static_cast<T*>(a.grad_x) + block * kBlock, dx_copy, count * sizeof(T));
+  }
+}
+
+void times_slopes(const TimesSlopes& a, int64_t begin, int64_t end) {
+  with_dtype(a.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    using P = Pack<compute_t<T>>;
+    const bool small = 1 << a.bits <= SmallTable<P>::kSize;
+    if constexpr (SmallTable<P>::kSize > 0) {
+      if (small) times_slopes_of<T, SmallTable<P>>(a, begin, end);
+    }
+    if (!small) times_slopes_of<T, LargeTable<P>>(a, begin, end);
     if (a.stream) stream_fence();
   });
 }

@@ -253,6 +253,28 @@ def qrelu_backward_kernel(
 
 
 @triton.jit
+def _times_slopes_block(
+    dy_ptr, codes_ptr, slopes, dx_ptr, start, count, CODE_WIDTH: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr
+):
+    dy = _load(dy_ptr, start, count, BLOCK, TAIL)
+    code = _load_packed(codes_ptr, start, count, CODE_WIDTH, BLOCK, TAIL)
+    _store(dx_ptr, _times(dy, tl.gather(slopes, code, 0)), start, count, TAIL)
+
+
+@triton.jit
+def times_slopes_kernel(
+    dy_ptr, codes_ptr, slopes_ptr, dx_ptr, count, BITS: tl.constexpr, CODE_WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """dy to dx = dy * slopes[code]."""
+    slopes = tl.load(slopes_ptr + tl.arange(0, 2**BITS))
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    if start + BLOCK <= count:
+        _times_slopes_block(dy_ptr, codes_ptr, slopes, dx_ptr, start, count, CODE_WIDTH, BLOCK, TAIL=False)
+    else:
+        _times_slopes_block(dy_ptr, codes_ptr, slopes, dx_ptr, start, count, CODE_WIDTH, BLOCK, TAIL=True)
+
+
+@triton.jit
 def _load_one_by_one(ptr, at, inside, WIDTH: tl.constexpr):
     """The packed values at these places, int32."""
     byte = tl.load(ptr + at * WIDTH // 8, mask=inside, other=0).to(tl.int32)

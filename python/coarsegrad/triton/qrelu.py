@@ -134,6 +134,22 @@ def dequantize(
     return y
 
 
+def times_slopes(grad_y: Tensor, codes: Tensor, slopes: Tensor, bits: int) -> Tensor:
+    reference.check_slopes(slopes, grad_y, bits)
+    memory_format = suggest_memory_format(grad_y)
+    dense = grad_y.contiguous(memory_format=memory_format)
+    dx = torch.empty_like(dense, memory_format=memory_format)
+    count, width, block = dense.numel(), reference.CODE_WIDTH[bits], BLOCK[dense.element_size()]
+    _check_packed(codes, "codes", count, width, dense.device)
+    if count:
+        with _on(dense):
+            kernels.times_slopes_kernel[(triton.cdiv(count, block),)](
+                dense, codes.contiguous(), slopes.contiguous(), dx, count,
+                BITS=bits, CODE_WIDTH=width, BLOCK=block, **OPTIONS,
+            )  # fmt: skip
+    return dx
+
+
 def _sum_channels(count: int, channels: int, inner: int) -> tuple[tuple[int, int], dict[str, object]]:
     """The grid of the sums per channel, channels by slices, and the tile of a program."""
     innermost = inner == 1
