@@ -39,13 +39,22 @@ CG_HD void backward_gate(const Backward& a, int64_t block, int count, uint64_t g
   if (count < kBlock) memcpy(grad_x, dx_copy, count * sizeof(U));
 }
 
-// Sums dy * A per chunk and channel. Blocks of one channel are summed in a register until chunk or channel change.
+// A term is a select, not a product: dy may be infinite where A is 0.
+template <class P>
+CG_HD P masked_product(P dy, P value) {
+  const P zero(scalar_of<P>(0));
+  return select(value != zero, mul(dy, value), zero);
+}
+
+// Sums dy * A per chunk and channel. Blocks of one channel are summed in registers until chunk or channel change.
 template <class A>
 class ChannelSums {
   using P = Pack<A>;
+  using Mask = decltype(Lanes<P>::mask(0));
 
  public:
-  explicit CG_HD ChannelSums(const Backward& a) : a_(a) {}
+  explicit CG_HD ChannelSums(const Backward& a)
+      : a_(a), q_(A((1 << a.bits) - 1)), inside_factor_(inside_value(a.rule, A((1 << a.bits) - 1))) {}
   CG_HD ~ChannelSums() { flush(); }
 
   // Before the terms of a block.
@@ -58,6 +67,15 @@ class ChannelSums {
 
   CG_HD void add(const Uniform<A>&, int, P term) { total_ = total_ + term; }
   CG_HD void add(const Varying<A>&, int i, P term) { Lanes<P>::store(terms_ + i, term); }
+
+  // The same for what A is inside and above, factored out of the sums where it can be.
+  CG_HD void add_flagged(const Uniform<A>&, int, P dy, Mask inside, Mask above) {
+    inside_ = inside_ + select(inside, dy, P(A(0)));
+    above_ = above_ + select(above, dy, P(A(0)));
+  }
+  CG_HD void add_flagged(const Varying<A>& source, int i, P dy, Mask inside, Mask above) {
+    add(source, i, select(above, mul(dy, q_), select(inside, masked_product(dy, inside_factor_), P(A(0)))));
+  }
 
   // After them.
   CG_HD void finish(int64_t, const Uniform<A>&) {}
@@ -86,22 +104,17 @@ class ChannelSums {
     return static_cast<A*>(a_.partial) + block / a_.chunk_blocks * a_.steps.channels;
   }
   CG_HD void flush() {
-    if (sum_) *sum_ += Lanes<P>::sum(total_);
-    total_ = P(A(0));
+    const P flagged = masked_product(inside_, inside_factor_) + mul(above_, q_);
+    if (sum_) *sum_ += Lanes<P>::sum(total_ + flagged);
+    total_ = inside_ = above_ = P(A(0));
   }
 
   const Backward& a_;
+  const P q_, inside_factor_;
   A* sum_ = nullptr;
-  P total_ = P(A(0));
+  P total_ = P(A(0)), inside_ = total_, above_ = total_;
   A terms_[kBlock];
 };
-
-// A term is a select, not a product: dy may be infinite where A is 0.
-template <class P>
-CG_HD P masked_product(P dy, P value) {
-  const P zero(scalar_of<P>(0));
-  return select(value != zero, mul(dy, value), zero);
-}
 
 // From the kept bits or codes: dx, and dalpha for the rules that need no x.
 template <class T>
@@ -110,9 +123,6 @@ void backward_kept(const Backward& args, int64_t begin, int64_t end) {
   using P = Pack<A>;
   using U = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
   const Backward a = args;
-  const A top = A((1 << a.bits) - 1);
-  const P q(top), inside_factor(inside_value(a.rule, top)), zero(A(0));
-  const bool two_valued = a.rule == AlphaGrad::two_valued;
   ChannelSums<A> sums(a);
   for_each_block<A, false>(a.steps, begin, end, [&](int64_t block, const auto& source) {
     const int count = block_count(a.count, block);
@@ -128,8 +138,7 @@ void backward_kept(const Backward& args, int64_t begin, int64_t end) {
       if (a.codes) {
         sums.add(source, i, masked_product(dy, Lanes<P>::load_codes(kept.codes + i)));
       } else {
-        const P inside = two_valued ? zero : select(Lanes<P>::mask(kept.inside >> i), mul(dy, inside_factor), zero);
-        sums.add(source, i, select(Lanes<P>::mask(kept.above >> i), mul(dy, q), inside));
+        sums.add_flagged(source, i, dy, Lanes<P>::mask(kept.inside >> i), Lanes<P>::mask(kept.above >> i));
       }
     }
     sums.finish(block, source);
@@ -164,6 +173,9 @@ void backward_x(const Backward& args, int64_t begin, int64_t end) {
   const P q(top), inside_factor(inside_value(a.rule, top)), zero(A(0));
   ChannelSums<A> sums(a);
   const bool by_code = a.partial && (a.rule == AlphaGrad::exact || a.rule == AlphaGrad::chain);
+  // dx in 16 bits needs no more of g' than they show; a sum of dalpha does. `inverse` is a reciprocal of regular steps.
+  constexpr bool k16 = sizeof(T) == 2;
+  const bool rough = k16 && a.steps.regular && !(a.partial && a.rule == AlphaGrad::chain);
   for_each_block<A>(a.steps, begin, end, [&](int64_t block, const auto& source) {
     const int count = block_count(a.count, block);
     T x_copy[kBlock], dy_copy[kBlock], dx_copy[kBlock];
@@ -181,10 +193,10 @@ void backward_x(const Backward& args, int64_t begin, int64_t end) {
     }
     if (a.partial) sums.start(block, source);
     for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
-      const P alpha = source.at(i).alpha;
-      const Point<P> p{Io<T>::load(x + i), alpha, q, level<T>(q, alpha)};
-      const P dy = Io<T>::load(grad_y + i);
-      const P g = slope<SteT>(p);
+      const auto [alpha, inverse] = source.at(i);
+      const P v = Io<T>::load(x + i), dy = Io<T>::load(grad_y + i);
+      const Point<P> p{v, rough ? mul(v, inverse) : v / alpha, q, level<T>(q, alpha)};
+      const P g = rough ? slope<SteT, k16>(p) : slope<SteT>(p);
       const P dx = round_to<T>(times_slope(dy, g));
       if (stream) Io<T>::stream(dx_block + i, dx);
       else Io<T>::store(dx_block + i, dx);
