@@ -163,55 +163,92 @@ void codes_block(Rounding rounding, const T* x, const Source& source, int bits, 
   }
 }
 
+// dx of some packs from x itself. k16: steps are regular, and dx is in 16 bits, which need no more of g' than they show.
+template <class T, class SteT, bool k16, class Source>
+CG_HD void dx_run(const T* x, const T* grad_y, T* dx, int64_t count, bool stream, const Source source,
+                  Pack<compute_t<T>> q) {
+  using P = Pack<compute_t<T>>;
+  const P inverse_q = P(scalar_of<P>(1)) / q;
+  for (int64_t i = 0; i < count; i += Lanes<P>::kCount) {
+    const P v = Io<T>::load(x + i);
+    const P u = k16 ? mul(v, source.inverse_at(i)) : v / source.alpha_at(i);
+    const Point<P> p{v, u, q, inverse_q, level<T>(q, source.alpha_at(i))};
+    const P result = round_to<T>(times_slope(Io<T>::load(grad_y + i), slope<SteT, k16>(p)));
+    if (stream) Io<T>::stream(dx + i, result);
+    else Io<T>::store(dx + i, result);
+  }
+}
+
+// The terms of dalpha of a block, by any rule, from x itself.
+template <class T, class SteT, class Source>
+CG_HD void add_terms(const Backward& a, const T* x, const T* grad_y, const Source& source,
+                     ChannelSums<compute_t<T>>& sums) {
+  using A = compute_t<T>;
+  using P = Pack<A>;
+  const A top = A((1 << a.bits) - 1);
+  const P q(top), inside_factor(inside_value(a.rule, top)), zero(A(0));
+  const bool by_code = a.rule == AlphaGrad::exact || a.rule == AlphaGrad::chain;
+  uint8_t codes[kBlock];
+  if (by_code) {
+#if CG_ANY_STEPS
+    if (!a.steps.regular) codes_block<T, false>(a.rounding, x, source, a.bits, codes);
+    else
+#endif
+      codes_block<T, true>(a.rounding, x, source, a.bits, codes);
+  }
+  for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
+    const P alpha = source.at(i).alpha, v = Io<T>::load(x + i);
+    const Point<P> p{v, v / alpha, q, P(A(1)) / q, level<T>(q, alpha)};
+    P value;
+    if (by_code) {
+      value = Lanes<P>::load_codes(codes + i);
+      if (a.rule == AlphaGrad::chain) value = chain_value(p, value, slope<SteT>(p));
+    } else {
+      value = select(p.x > p.top, q, select(is_positive(p.x), inside_factor, zero));
+    }
+    sums.add(source, i, masked_product(Io<T>::load(grad_y + i), value));
+  }
+}
+
 // From x itself: dx by g', and dalpha by any rule.
 template <class T, class SteT>
 void backward_x(const Backward& args, int64_t begin, int64_t end) {
   using A = compute_t<T>;
-  using P = Pack<A>;
   const Backward a = args;
-  const A top = A((1 << a.bits) - 1);
-  const P q(top), inside_factor(inside_value(a.rule, top)), zero(A(0));
-  ChannelSums<A> sums(a);
-  const bool by_code = a.partial && (a.rule == AlphaGrad::exact || a.rule == AlphaGrad::chain);
-  // dx in 16 bits needs no more of g' than they show; a sum of dalpha does. `inverse` is a reciprocal of regular steps.
+  const Pack<A> q(A((1 << a.bits) - 1));
   constexpr bool k16 = sizeof(T) == 2;
-  const bool rough = k16 && a.steps.regular && !(a.partial && a.rule == AlphaGrad::chain);
+  const auto dx_of = [&](const T* x, const T* grad_y, T* dx, int64_t count, bool stream, const auto& source) {
+    if (a.steps.regular) dx_run<T, SteT, k16>(x, grad_y, dx, count, stream, source, q);
+    else dx_run<T, SteT, false>(x, grad_y, dx, count, stream, source, q);
+  };
+  if (!a.partial && a.steps.channels == 1) {  // all whole blocks at once
+    const int64_t whole = end < a.count / kBlock ? end : a.count / kBlock;
+    if (begin < whole) {
+      for_each_block<A>(a.steps, begin, begin + 1, [&](int64_t, const auto& source) {
+        const int64_t first = begin * kBlock;
+        dx_of(static_cast<const T*>(a.x) + first, static_cast<const T*>(a.grad_y) + first,
+              static_cast<T*>(a.grad_x) + first, (whole - begin) * kBlock, a.stream, source);
+      });
+      begin = whole;
+    }
+  }
+  ChannelSums<A> sums(a);
   for_each_block<A>(a.steps, begin, end, [&](int64_t block, const auto& source) {
     const int count = block_count(a.count, block);
     T x_copy[kBlock], dy_copy[kBlock], dx_copy[kBlock];
     const T* x = read_block(static_cast<const T*>(a.x), block, count, x_copy);
     const T* grad_y = read_block(static_cast<const T*>(a.grad_y), block, count, dy_copy);
-    const bool whole = a.grad_x && count == kBlock, stream = whole && a.stream;
-    T* dx_block = whole ? static_cast<T*>(a.grad_x) + block * kBlock : dx_copy;
-    uint8_t codes[kBlock];
-    if (by_code) {
-#if CG_ANY_STEPS
-      if (!a.steps.regular) codes_block<T, false>(a.rounding, x, source, a.bits, codes);
-      else
-#endif
-        codes_block<T, true>(a.rounding, x, source, a.bits, codes);
+    if (a.grad_x) {
+      const bool whole = count == kBlock;
+      T* grad_x = static_cast<T*>(a.grad_x) + block * kBlock;
+      T* dx = whole ? grad_x : dx_copy;
+      dx_of(x, grad_y, dx, kBlock, whole && a.stream, source);
+      if (!whole) memcpy(grad_x, dx_copy, count * sizeof(T));
     }
-    if (a.partial) sums.start(block, source);
-    for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
-      const auto [alpha, inverse] = source.at(i);
-      const P v = Io<T>::load(x + i), dy = Io<T>::load(grad_y + i);
-      const Point<P> p{v, rough ? mul(v, inverse) : v / alpha, q, level<T>(q, alpha)};
-      const P g = rough ? slope<SteT, k16>(p) : slope<SteT>(p);
-      const P dx = round_to<T>(times_slope(dy, g));
-      if (stream) Io<T>::stream(dx_block + i, dx);
-      else Io<T>::store(dx_block + i, dx);
-      if (!a.partial) continue;
-      P value;
-      if (by_code) {
-        value = Lanes<P>::load_codes(codes + i);
-        if (a.rule == AlphaGrad::chain) value = chain_value(p, value, g);
-      } else {
-        value = select(p.x > p.top, q, select(is_positive(p.x), inside_factor, zero));
-      }
-      sums.add(source, i, masked_product(dy, value));
-    }
-    if (a.grad_x && count < kBlock) memcpy(static_cast<T*>(a.grad_x) + block * kBlock, dx_copy, count * sizeof(T));
-    if (a.partial) sums.finish(block, source);
+    if (!a.partial) return;
+    sums.start(block, source);
+    add_terms<T, SteT>(a, x, grad_y, source, sums);
+    sums.finish(block, source);
   });
 }
 

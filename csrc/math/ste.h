@@ -28,7 +28,7 @@ enum class Needs { nothing, positive, inside, x };
 
 template <class F>
 struct Point {
-  F x, u, q, top;  // u = x / alpha, top = L[q]
+  F x, u, q, inverse_q, top;  // u = x / alpha, inverse_q = 1 / q, top = L[q]
 };
 
 template <class F>
@@ -140,7 +140,7 @@ struct ReverseExponential {
   template <bool k16, class F>
   static CG_HD F g(const Point<F>& p) {
     const F u = select(p.u > F(0), p.u, F(0));
-    if constexpr (k16) return exp_minus_16(mul(u, F(1) / p.q));
+    if constexpr (k16) return exp_minus_16(mul(u, p.inverse_q));
     else return exp_minus(u / p.q);
   }
 };

@@ -130,7 +130,7 @@ void test_half_precision() {
 // alpha = 2, two bits: q = 3, top = 6.
 template <class A>
 Point<A> at(A x) {
-  return {x, x / A(2), A(3), A(6)};
+  return {x, x / A(2), A(3), A(1) / A(3), A(6)};
 }
 template <class Ste, class A>
 A slope(A x) {
