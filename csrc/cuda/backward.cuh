@@ -170,7 +170,7 @@ CG_D Gradients<compute_t<T>> gradients(const Backward& a, compute_t<T> x, comput
                                        bool sum) {
   using A = compute_t<T>;
   const A q = A((1 << a.bits) - 1);
-  const Point<A> p{x, alpha, q, level<T>(q, alpha)};
+  const Point<A> p{x, x / alpha, q, A(1) / q, level<T>(q, alpha)};
   const A g = slope<SteT>(p);
   A factor = A(0);
   if (sum) {
