@@ -102,7 +102,7 @@ def _forward_block(
     alpha = _load_alpha(alpha_ptr, start, channels, inner, PER_CHANNEL, BLOCK)
     code = code_of(x, alpha, DTYPE, BITS, ROUNDING)
     if y_ptr is not None:
-        _store(y_ptr, tl.where(x == x, code * alpha, x), start, count, TAIL)
+        _store(y_ptr, code * alpha, start, count, TAIL)
     if mask_ptr is not None:
         state = state_of(x, alpha, DTYPE, BITS)
         if MASK == "state":
@@ -112,7 +112,7 @@ def _forward_block(
         else:
             _store_packed(mask_ptr, (state != 0).to(tl.int32), start, count, 1, TAIL)
     if codes_ptr is not None:
-        _store_packed(codes_ptr, code.to(tl.int32), start, count, CODE_WIDTH, TAIL)
+        _store_packed(codes_ptr, tl.minimum(code, 2.0**BITS - 1).to(tl.int32), start, count, CODE_WIDTH, TAIL)
 
 
 @triton.jit
@@ -178,6 +178,7 @@ def _slope_and_factor(
     if x is not None:
         state = state_of(x, alpha, DTYPE, BITS)
         code = code_of(x, alpha, DTYPE, BITS, ROUNDING)
+        code = tl.where(x == x, code, q)
         u = divide(x, alpha)
         # x > 0 stays u > 0 where the quotient underflows.
         tiny: tl.constexpr = 2.2250738585072014e-308 if dy.dtype == tl.float64 else 1.1754943508222875e-38
