@@ -23,10 +23,10 @@ def version() -> str:
     return f"Triton {triton.__version__}"
 
 
-def _forward(dtype: str, mask: str, bits: int = 2, codes: bool = False, channels: bool = False):
+def _forward(dtype: str, mask: str, bits: int = 2, codes: bool = False, alphas: str = "one"):
     pointers = {"x_ptr": dtype, "alpha_ptr": "fp32", "y_ptr": dtype, "mask_ptr": "u8"}
     width = {1: 1, 2: 2, 4: 4, 8: 8}[bits]
-    constants = {"BITS": bits, "CODE_WIDTH": width, "ROUNDING": "ceil", "MASK": mask, "PER_CHANNEL": channels}
+    constants = {"BITS": bits, "CODE_WIDTH": width, "ROUNDING": "ceil", "MASK": mask, "ALPHAS": alphas}
     kept = (2 if mask == "state" else 1) + (width if codes else 0)
     return "qrelu_forward_kernel", pointers | ({"codes_ptr": "u8"} if codes else {}), constants, (1, 1, kept)
 
@@ -39,19 +39,19 @@ def _backward(dtype: str, ste: str, rule: str | None, mask: str, kept: str, bits
     if rule:
         pointers["partial_ptr"] = "fp32"
     constants = {"BITS": 2, "CODE_WIDTH": 2, "GPRIME": ste, "ROUNDING": "ceil", "MASK": mask, "RULE": rule,
-                 "PER_CHANNEL": False}  # fmt: skip
+                 "ALPHAS": "one"}  # fmt: skip
     return "qrelu_backward_kernel", pointers, constants, (2 if kept == "x_ptr" else 1, 1, bits)
 
 
 def _channel_sums(dtype: str):
     _, pointers, constants, _ = _backward(dtype, "clipped_relu", "three_valued", "state", "mask_ptr", 2)
-    del pointers["dx_ptr"], constants["PER_CHANNEL"]
-    constants |= {"INNERMOST": False, "ROWS": 1, "COLUMNS": 1024}
+    del pointers["dx_ptr"], constants["ALPHAS"]
+    constants |= {"INNERMOST": False, "OCTETS": True, "ROWS": 1, "COLUMNS": 2048}
     return "grad_alpha_channels_kernel", pointers, constants, (1, 0, 2)
 
 
 def _dequantize(dtype: str):
-    constants = {"CODE_WIDTH": 2, "PER_CHANNEL": False}
+    constants = {"CODE_WIDTH": 2, "ALPHAS": "one"}
     return "dequantize_kernel", {"codes_ptr": "u8", "alpha_ptr": "fp32", "y_ptr": dtype}, constants, (0, 1, 2)
 
 
@@ -60,7 +60,7 @@ _KERNELS = [
 ] + [
     ("forward, mask, 8 bits", "bf16", _forward("bf16", "inside", 8)),
     ("forward, state, codes", "bf16", _forward("bf16", "state", 2, codes=True)),
-    ("forward, mask, channels", "bf16", _forward("bf16", "inside", channels=True)),
+    ("forward, mask, channels", "bf16", _forward("bf16", "inside", alphas="by octet")),
 ] + [
     ("backward, mask", dtype, _backward(dtype, "clipped_relu", None, "inside", "mask_ptr", 1))
     for dtype in ("fp32", "bf16")
@@ -111,7 +111,7 @@ def compile_kernel(number: int, arch: str, folder: Path, cuobjdump: Path) -> tup
             "RULE": mirror.ALPHA_GRADS.get(constants["RULE"]),
         }
     counts = {"count", "outer"}
-    if constants.get("PER_CHANNEL") or "INNERMOST" in constants:
+    if constants.get("ALPHAS", "one") != "one" or "INNERMOST" in constants:
         counts |= {"channels", "inner"}
     # Pointers are on 16-byte boundaries, counts anything.
     types = {each: f"*{pointers[each]}" if each in pointers else "i32" if each in counts else "constexpr"

@@ -73,12 +73,12 @@ def exact(state, code, u, g, q):
 
 @triton.jit
 def three_valued(state, code, u, g, q):
-    return tl.where(state == 2, q, tl.where(state == 1, (q + 1) // 2, 0))
+    return tl.where(state == 2, 1.0 * q, tl.where(state == 1, (q + 1) * 0.5, 0.0))
 
 
 @triton.jit
 def two_valued(state, code, u, g, q):
-    return tl.where(state == 2, q, 0)
+    return tl.where(state == 2, 1.0 * q, 0.0)
 
 
 @triton.jit
