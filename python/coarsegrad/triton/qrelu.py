@@ -139,10 +139,10 @@ def dequantize(
     return y
 
 
-def _sum_channels(count: int, channels: int, inner: int, item: int) -> tuple[tuple[int, int], dict[str, object]]:
+def sum_channels(count: int, channels: int, inner: int, item: int) -> tuple[tuple[int, int], dict[str, object]]:
     """The grid of the sums per channel, channels by slices, and the tile of a program."""
     innermost = inner == 1
-    columns = _TILE_CHANNELS if innermost else min(triton.next_power_of_2(inner), BLOCK[item])
+    columns = min(triton.next_power_of_2(channels if innermost else inner), _TILE_CHANNELS if innermost else BLOCK[item])
     rows = BLOCK[item] // columns
     outer = count // (channels * inner)
     programs = triton.cdiv(channels, columns) if innermost else channels
@@ -202,14 +202,14 @@ def qrelu_backward(
     dx = torch.empty_like(dense, memory_format=memory_format) if need_grad_x else None
     wide = reference.wide_dtype(dense.dtype)
     wanted = 0 if not need_grad_alpha else 1 if channel_dim is None else grad_y.size(channel_dim)
-    grad_alpha = dense.new_zeros(wanted, dtype=wide)
+    grad_alpha = (dense.new_empty if count else dense.new_zeros)(wanted, dtype=wide)
     if count:
         block = BLOCK[dense.element_size()]
         programs = triton.cdiv(count, block)
         partial = None
         with _on(dense):
             if wanted and channels > 1:
-                grid, tile = _sum_channels(count, channels, inner, dense.element_size())
+                grid, tile = sum_channels(count, channels, inner, dense.element_size())
                 partial = dense.new_empty(grid[1], channels, dtype=wide)
                 kernels.grad_alpha_channels_kernel[grid](
                     *tensors, partial, count // (channels * inner), channels, inner, **switches, **tile, **OPTIONS

@@ -57,12 +57,12 @@ def divide(a, b):
         word = tl.where(subnormal, b * 16777216.0, b).to(tl.int32, bitcast=True)
         exponent = (word >> 23) - tl.where(subnormal, 151, 127)
         mantissa = ((word & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-        # Two factors for 2**-exponent, which can be out of range.
+        # Two factors for 2**-exponent, which can be out of range; the second one underflows only where the result does.
         one = -(exponent >> 1)
         other = pow2(-exponent - one)
         small = tl.abs(a) < 7.888609052210118e-31  # 2**-100
         quotient = refined_quotient(tl.where(small, a * 18446744073709551616.0, a), mantissa, 1.0 / mantissa)
-        quotient = quotient * tl.where(small, pow2(one - 64), pow2(one)) * other
+        quotient = quotient * other * tl.where(small, pow2(one - 64), pow2(one))
         regular_below = tl.where(b < float("inf"), float("inf"), 0.0)
         return tl.where(tl.abs(a) < regular_below, quotient, a * (1.0 / b))
 
@@ -147,6 +147,25 @@ def _least(v):
 
 
 @triton.jit
+def code_by_guess(x, alpha, inverse, DTYPE: tl.constexpr, BITS: tl.constexpr, ROUNDING: tl.constexpr):
+    """c where alpha is regular, from 1 / alpha with an error of some ulps.
+
+    Rounding moves a level, and so a threshold, by less than 255/256 of a stair (bfloat16, 8 bits). Hence a guess is one
+    stair off at most, whatever its last bits are.
+    """
+    if ROUNDING == "ceil":
+        # A number of DTYPE above the level L[k] is not below k * alpha: of a quotient a little too high the ceiling is
+        # c or c + 1.
+        inverse *= 1 + 2.0**-20
+        below = round_to_integer(_clamp(x * inverse - 0.5, 0.0, 2.0**BITS - 2))
+        return tl.where(x <= threshold_above(below, alpha, DTYPE, ROUNDING), below, below + 1)
+    else:
+        middle = round_to_integer(_clamp(x * inverse, 1.0, 2.0**BITS - 2))
+        code = tl.where(x <= threshold_above(middle - 1, alpha, DTYPE, ROUNDING), middle - 1, middle)
+        return tl.where(x > threshold_above(middle, alpha, DTYPE, ROUNDING), middle + 1, code)
+
+
+@triton.jit
 def code_of(x, alpha, DTYPE: tl.constexpr, BITS: tl.constexpr, ROUNDING: tl.constexpr):
     """c, as a number of x's dtype; NaN for NaN."""
     if BITS <= 2:
@@ -155,19 +174,7 @@ def code_of(x, alpha, DTYPE: tl.constexpr, BITS: tl.constexpr, ROUNDING: tl.cons
             lower = 2.0**BITS - 2 - i
             code = tl.where(x <= threshold_above(lower, alpha, DTYPE, ROUNDING), lower, code)
     elif _least(_regular(alpha, DTYPE, BITS).to(tl.int32)) != 0:
-        # Rounding moves a level, and so a threshold, by less than 255/256 of a stair (bfloat16, 8 bits). Hence codes from
-        # 1 to q - 1 have a neighbour for each side that a guess can err to; its last bits do not matter.
-        inverse = 1.0 / alpha
-        if ROUNDING == "ceil":
-            # A number of DTYPE above the level L[k] is not below k * alpha: of a quotient a little too high the ceiling
-            # is c or c + 1.
-            inverse *= 1 + 2.0**-20
-            below = round_to_integer(_clamp(x * inverse - 0.5, 0.0, 2.0**BITS - 2))
-            code = tl.where(x <= threshold_above(below, alpha, DTYPE, ROUNDING), below, below + 1)
-        else:
-            middle = round_to_integer(_clamp(x * inverse, 1.0, 2.0**BITS - 2))
-            code = tl.where(x <= threshold_above(middle - 1, alpha, DTYPE, ROUNDING), middle - 1, middle)
-            code = tl.where(x > threshold_above(middle, alpha, DTYPE, ROUNDING), middle + 1, code)
+        code = code_by_guess(x, alpha, 1.0 / alpha, DTYPE, BITS, ROUNDING)
     else:
         # Any alpha: bit by bit, from the highest one down. The rare case is kept small: a loop that nobody unrolls, as
         # its length is not known.
