@@ -321,9 +321,12 @@ Promised, and asserted by `tests/test_sass.py`: no spills and no stack; all numb
 `backward, mask` the whole bandwidth on sm_80 and sm_90 and 90% of it on sm_100.
 
 A row is a kernel template, or a Triton kernel where it says so (2 bits where it does not say 8; not installed, it has no
-rows). For those no share of the bandwidth is promised. Its bulk path is the loop that moves the data in 128-bit accesses, with all that is in it:
-addresses and the branch back too. Where a kernel has several such loops, as it decides at run time what it does, the
-row is the slowest one.
+rows). For those no share of the bandwidth is promised; the rest holds, and is tested, in settings in which every two
+options meet: architectures, dtypes, bits, roundings, STEs, rules for alpha, masks. For AMD (gfx90a, gfx942, gfx1100) the
+tests compile them to machine code without spills. For Intel the triton package has no compiler: nothing is known.
+
+Its bulk path is the loop that moves the data in 128-bit accesses, with all that is in it: addresses and the branch back
+too. Where a kernel has several such loops, as it decides at run time what it does, the row is the slowest one.
 
 | column | meaning |
 |---|---|

@@ -71,9 +71,9 @@ def _backward(name: str, dtype: str, ste: str, rule: str | None, bits: int = 2, 
     data = Data(_ITEM[dtype], 2 if reads_x else 1, 0 if channel_sums else 1, kept_bits)
     if channel_sums:
         pointers |= {"partial_ptr": "fp32"}
-        wide = channel_sums["OCTETS"]
+        constants |= channel_sums
         return TritonKernel(
-            name, dtype, "grad_alpha_channels_kernel", pointers, constants | channel_sums, data, wide
+            name, dtype, "grad_alpha_channels_kernel", pointers, constants, data, wide=constants["OCTETS"]
         )
     pointers |= {"dx_ptr": dtype} | ({"partial_ptr": "fp32"} if rule and alphas == "one" else {})
     return TritonKernel(name, dtype, "qrelu_backward_kernel", pointers, constants | {"ALPHAS": alphas}, data)
@@ -91,7 +91,8 @@ def _dequantize(name: str, dtype: str, bits: int = 2, alphas: str = "one") -> Tr
 
     pointers = {"codes_ptr": "u8", "alpha_ptr": "fp32", "y_ptr": dtype}
     constants = {"CODE_WIDTH": CODE_WIDTH[bits], "ALPHAS": alphas}
-    return TritonKernel(name, dtype, "dequantize_kernel", pointers, constants, Data(_ITEM[dtype], 0, 1, CODE_WIDTH[bits]))
+    data = Data(_ITEM[dtype], 0, 1, CODE_WIDTH[bits])
+    return TritonKernel(name, dtype, "dequantize_kernel", pointers, constants, data)
 
 
 def rows() -> list[TritonKernel]:
@@ -106,7 +107,7 @@ def rows() -> list[TritonKernel]:
         _backward("backward, state, dalpha", "bf16", *state),
         _backward("backward, x", "bf16", "reverse_exponential", None),
         _backward("dalpha, channels", "bf16", *state, channel_sums=_tile("bf16", False, True)),
-        _backward("dalpha, channels innermost", "bf16", *state, channel_sums=_tile("bf16", True, True)),
+        _backward("dalpha, innermost", "bf16", *state, channel_sums=_tile("bf16", True, True)),
         _dequantize("dequantize", "bf16"),
     ]
 

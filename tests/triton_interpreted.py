@@ -288,7 +288,7 @@ def _round_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 def test_what_the_interpreter_rounds_to_bfloat16_is_what_hardware_does():
-    """Every upper half of a float32, with every kind of a lower one: 0, below, at and above a half, and the extremes."""
+    """Every upper half of a float32, with every kind of a lower one: 0, below, at and above a half."""
     upper = torch.arange(2**16)[:, None] << 16
     x = (upper + torch.tensor([0, 1, 0x1234, 0x7FFF, 0x8000, 0x8001, 0xDCBA, 0xFFFF])).flatten()
     x = torch.where(x < 2**31, x, x - 2**32).to(torch.int32).view(torch.float32)
@@ -311,7 +311,7 @@ def _guess_kernel(x_ptr, out_ptr, alpha_ptr, error, BITS: tl.constexpr, ROUNDING
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_every_half_has_its_code_whatever_the_last_bits_of_the_inverse(dtype, rounding):
-    """8 bits are the hardest. Where k * alpha exceeds a power of two just below the top, levels move by most of a stair."""
+    """8 bits are the hardest: where k * alpha just exceeds a power of two, levels move by most of a stair."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     number = ~x.isnan()
     for alpha in (1.0, 1.00393, 1.00787, 1.9843, 0.3, 0.0123):
