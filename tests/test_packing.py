@@ -1,4 +1,4 @@
-"""qrelu_codes writes the specified layout; dequantize rebuilds qrelu's output bit for bit, times_slopes looks slopes up."""
+"""qrelu_codes writes the specified layout; dequantize rebuilds qrelu's output bit for bit; times_slopes looks up."""
 
 from __future__ import annotations
 
