@@ -251,12 +251,11 @@ class _Surgery:
         sites = [call for call in calls if call.attribute == attribute]
         note = ""
         if len(sites) > 1 or any(call.squared for call in sites):
-            places = [
-                _Place(attribute if i == 0 else _free_name(owner, f"{attribute}_", i),
-                       f"{was} (self.{attribute} in {call.method}, line {call.line})",
-                       inplace, squared or call.squared, limit)
-                for i, call in enumerate(sites)
-            ]  # fmt: skip
+            places = []
+            for call in sites:
+                site = _free_name(owner, attribute, [place.attribute for place in places]) if places else attribute
+                where = f"{was} (self.{attribute} in {call.method}, line {call.line})"
+                places.append(_Place(site, where, inplace, squared or call.squared, limit))
             note = self._rewrite(name, owner, list(zip(sites, places)))
             if not note:
                 return
@@ -276,7 +275,7 @@ class _Surgery:
     def _replace_calls(self, name: str, owner: nn.Module, calls: list[Call]) -> None:
         places = []
         for call in calls:
-            site = _free_name(owner, "qrelu_", len(places)) if places or hasattr(owner, "qrelu") else "qrelu"
+            site = _free_name(owner, "qrelu", [place.attribute for _, place in places])
             if self._wanted(owner, _joined(name, site)):
                 was = f"{call.function.__name__} (in {call.method}, line {call.line})"
                 places.append((call, _Place(site, was, call.inplace, call.squared, _limit(call.function))))
@@ -352,5 +351,7 @@ def _joined(*names: str) -> str:
     return ".".join(name for name in names if name)
 
 
-def _free_name(owner: nn.Module, stem: str, first: int) -> str:
-    return next(name for i in itertools.count(first) if not hasattr(owner, name := f"{stem}{i}"))
+def _free_name(owner: nn.Module, stem: str, taken: list[str]) -> str:
+    """stem, stem_1, stem_2, ...: the first that the owner has not, and that is not taken."""
+    names = itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(1)))
+    return next(name for name in names if not hasattr(owner, name) and name not in taken)
