@@ -71,9 +71,9 @@ class QReLU(torch.nn.Module):
     channel_dim: the dimension of the channels, where num_channels is given; negative counts from the end.
     inplace: write y into x, as nn.ReLU(inplace=True) does.
     dropout: in 0..1 without 1: the probability p of an nn.Dropout after the activation, in training. It is done before
-        it, on x / (1 - p) with the levels of alpha / (1 - p), both with the root of 1 - p where the output is squared:
-        the same network, but for the rounding of the quotient. A dropped element is code 0 and has no gradient by that alone, so that no mask of dropout is kept, and the output
-        has levels, which the next layer can keep as codes.
+        it, on x / (1 - p) with the levels of alpha / (1 - p) (where the output is squared, with the root of 1 - p): the
+        same network, but for the rounding of the quotient. A dropped element is code 0 and has no gradient by that
+        alone, so that no mask of dropout is kept, and the output has levels, which the next layer can keep as codes.
     squared: the output is y * y, as in models with relu(x)**2; its gradient is dy * 2 y * g'(u).
 
     Kept for the backward with the defaults: 1 bit an element. Squared, y too (its codes, in `packed_activations`).
