@@ -126,8 +126,8 @@ def quantize_(
         the module that has the method, and the name that the new QReLU would have.
     fold_dropout: a QReLU takes over the nn.Dropout that alone gets its output (`self.dropout(self.act(x))`; `h =
         self.act(h)` and then `h = self.dropout(h)`, as in T5; neighbours in an nn.Sequential), and an nn.Identity stays
-        in its place. What the next layer keeps are then codes (see QReLU's dropout). What looks for nn.Dropouts in the
-        model, to change their p, finds none there any more.
+        in its place. What the next layer keeps are then codes (see QReLU's dropout). One after an activation that works
+        in place stays. What looks for nn.Dropouts in the model, to change their p, finds none there any more.
     settings: keywords of `QReLU`, the same for all. alpha is a placeholder, the best for unit Gaussian inputs, until it
         is given, or found by `calibrate`.
 
@@ -344,6 +344,8 @@ class _Surgery:
         if folded is not None:
             try:
                 QReLU(self._bits, **settings, dropout=folded.p)
+                if place.inplace:  # a QReLU with dropout is not, in training
+                    raise ValueError("the activation is in place, and its input may be read again")
             except ValueError as error:
                 folded = None
                 notes.append(f"{place.dropout} is not folded: {error}")
