@@ -282,13 +282,18 @@ def _refined_quotient_kernel(a_ptr, b_ptr, out_ptr, error, BLOCK: tl.constexpr):
 @pytest.mark.parametrize("error", range(-2, 3))
 def test_a_quotient_does_not_depend_on_the_last_bits_of_the_inverse(error):
     """As an inverse is an approximation on a GPU."""
-    ones = torch.arange(2**17)
-    b = ((127 << 23) + torch.randint(0, 2**23, (2**17,), generator=torch.Generator().manual_seed(0))).to(torch.int32)
-    b[:256], b[256:512] = (128 << 23) - 1 - ones[:256], (127 << 23) + ones[:256]
-    a, b = numbers_of_all_magnitudes(2**17, 1), b.view(torch.float32)
+    b = torch.randint(2**23, 2**24, (2**17,), generator=torch.Generator().manual_seed(0))
+    b[:512] = torch.cat([2**23 + torch.arange(256), 2**24 - 1 - torch.arange(256)])
+    a = numbers_of_all_magnitudes(2**17, 1)
     a = torch.where(a.isfinite() & (a.abs() > 2.0**-100), a, 1.0)
-    # Halves of these lie as near to half-way between two numbers as a quotient can.
-    a[1024:2048] = (b[1024:2048].double() * (1 + 2.0**-24)).float()
+    # a / b as near to half-way between two numbers as can be: m * b is 2**25 * a - 1, m odd of 25 bits.
+    m = torch.tensor([pow(odd, -1, 2**25) * -1 % 2**25 for odd in (b | 1).tolist()[:2**14]])
+    hard = (m * (b[: 2**14] | 1) + 1) // 2**25
+    found = (m >= 2**24) & (hard >= 2**23)
+    assert found.sum() > 1000
+    a[: 2**14] = torch.where(found, hard.float(), a[: 2**14])
+    b[: 2**14] |= found
+    b = b.float() / 2**23
     out = torch.empty_like(a)
     _refined_quotient_kernel[(1,)](a, b, out, error, BLOCK=2**17)
     assert torch.equal(out, a / b)

@@ -34,9 +34,16 @@ def pow2(n):
 
 @triton.jit
 def refined_quotient(a, b, inverse):
-    """a / b rounded once, from 1 / b with an error of some ulps (Markstein 1990). All quantities far from the limits of
-    float32: 1 <= b < 2, |a| >= 2**-100 or 0."""
+    """a / b rounded once, from 1 / b with an error of some ulps. All quantities far from the limits of float32:
+    1 <= b < 2, |a| >= 2**-100 or 0.
+
+    An inverse that is rounded correctly and a quotient within an ulp give the quotient (Markstein 1990). Newton's step
+    can miss that inverse by an ulp, for b just below 2: then its neighbour leaves less of 1.
+    """
     inverse = tl.fma(tl.fma(-b, inverse, 1.0), inverse, inverse)
+    left = tl.fma(-b, inverse, 1.0)
+    neighbour = (inverse.to(tl.int32, bitcast=True) + tl.where(left > 0, 1, -1)).to(tl.float32, bitcast=True)
+    inverse = tl.where(tl.abs(tl.fma(-b, neighbour, 1.0)) < tl.abs(left), neighbour, inverse)
     quotient = a * inverse
     quotient = tl.fma(tl.fma(-b, quotient, a), inverse, quotient)
     return tl.fma(tl.fma(-b, quotient, a), inverse, quotient)
