@@ -14,6 +14,7 @@ from .backends import info
 # is given, so that `info` needs nothing but torch.
 _EXPERIMENTS = {
     "mnist": ("coarsegrad.experiments.mnist", "train LeNet-5 on MNIST, in float and then with low-bit activations"),
+    "mnist-table": ("coarsegrad.experiments.mnist_table", "LeNet-5 on MNIST with every estimator, run by run"),
     "synthetic": ("coarsegrad.experiments.synthetic", "coarse gradient descent on subspace data, for every estimator"),
     "memory": ("coarsegrad.experiments.memory", "what a network keeps for the backward, nn.ReLU and packed QReLU"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -35,15 +36,28 @@ def lenet5(activation: Callable[[], nn.Module]) -> nn.Sequential:
     )
 
 
-def quantized_lenet5(
-    float_model: nn.Module, bits: int, ste: str, rounding: str, learn_alpha: str | None
+def quantized(
+    float_model: nn.Module,
+    bits: int,
+    ste: str = "clipped_relu",
+    rounding: str = "ceil",
+    learn_alpha: str | None = None,
+    per_channel: bool = False,
 ) -> nn.Module:
-    """LeNet-5 with QReLU, from the weights and BatchNorm statistics of one with nn.ReLU, on the same device.
+    """A copy of a trained network with QReLU in the place of each nn.ReLU.
 
     `learn_alpha` is the rule of alpha's gradient, or None for an alpha fixed at the half-Gaussian optimum.
+    `per_channel`: one alpha for each channel of the BatchNorm before the activation, else one for each activation.
     """
     learn = {} if learn_alpha is None else {"learn_alpha": True, "alpha_grad": learn_alpha}
-    model = lenet5(lambda: QReLU(bits, ste=ste, rounding=rounding, **learn))
-    alphas = {name: value for name, value in model.state_dict().items() if name.endswith(".alpha")}
-    model.load_state_dict({**float_model.state_dict(), **alphas})
-    return model.to(next(float_model.parameters()).device)
+    model = copy.deepcopy(float_model)
+    device = next(model.parameters()).device
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                channels = child.num_features
+            elif isinstance(child, nn.ReLU):
+                num_channels = channels if per_channel else None
+                activation = QReLU(bits, ste=ste, rounding=rounding, num_channels=num_channels, **learn)
+                setattr(parent, name, activation.to(device))
+    return model

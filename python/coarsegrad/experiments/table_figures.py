@@ -1,0 +1,1 @@
+"""The figures of a table of runs."""
