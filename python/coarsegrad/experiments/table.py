@@ -114,11 +114,11 @@ def _run(table: Table, args: argparse.Namespace) -> None:
         if args.threads:
             torch.set_num_threads(args.threads)
         train, test, sha256 = table.load(args.data)
-        train, test = train.to(device), test.to(device)
+        session = _Session(table, args.out, train.to(device), test.to(device), sha256, device, environment(device))
         for run in runs:
             if _read(table, run, args.out, sha256) is None:
                 print(f"\n{run.name}", flush=True)
-                _train(table, run, train, test, sha256, args.out, device)
+                session.train(run)
     results = finished(table, args.out)
     if not results:
         raise ExperimentError(f"no run is finished in {args.out}")
@@ -140,49 +140,61 @@ def _config(table: Table, run: Run) -> dict:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
 
-def _train(
-    table: Table, run: Run, train: Split, test: Split, sha256: str, out: Path, device: torch.device
-) -> None:
-    folder = out / run.name
-    folder.mkdir(parents=True, exist_ok=True)
-    float_model, start = _float_network(table, run, train, test, sha256, out, device)
-    model = quantized(float_model, run.bits, run.ste, "ceil", run.learn_alpha, run.per_channel)
-    config = _config(table, run) | {"data": sha256}
-    try:
-        history, diverged = fit(model, train, test, config, folder / "checkpoint.pt", table.augment), False
-    except Diverged as error:
-        print(error)
-        history, diverged = error.history, True
-    report = {
-        "config": config, "environment": environment(device), "start": start, "diverged": diverged,
-        "alpha": {name: _spread(m.alpha) for name, m in model.named_modules() if isinstance(m, QReLU)},
-        "features": None if diverged else project(model, test), "history": history,
-    }  # fmt: skip
-    _write(report, folder / "results.json")
+@dataclass(frozen=True)
+class _Session:
+    """What the runs that one call of the command trains have in common."""
 
+    table: Table
+    out: Path
+    train_set: Split
+    test_set: Split
+    sha256: str
+    device: torch.device
+    environment: dict
 
-def _float_network(
-    table: Table, run: Run, train: Split, test: Split, sha256: str, out: Path, device: torch.device
-) -> tuple[nn.Module, dict]:
-    """The trained network that `run` starts from, and what its results keep of it."""
-    schedule = table.schedules[run.schedule]
-    folder = out / f"float-{schedule.float_epochs}epochs-seed{run.seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "phase": "float", "epochs": schedule.float_epochs, "lr": schedule.lr,
-        "lr_drops": list(schedule.float_lr_drops), "batch_size": schedule.batch_size, "seed": run.seed, "data": sha256,
-    }  # fmt: skip
-    torch.manual_seed(run.seed)
-    # A step of LeNet-5 on a CPU takes four fifths of the time in this order.
-    model = table.network(nn.ReLU).to(device, memory_format=torch.channels_last)
-    history = fit(model, train, test, config, folder / "checkpoint.pt", table.augment)
-    start = {"weights": _digest(model), "test_accuracy": history[-1]["test_accuracy"]}
-    if not (folder / "results.json").exists():
-        features = project(model, test)
-        report = {"config": config, "environment": environment(device), "weights": start["weights"],
-                  "features": features, "history": history}
+    def train(self, run: Run) -> None:
+        """Trains `run`, and writes its results; that it diverges is a result."""
+        float_model, start = self._float_network(run)
+        model = quantized(float_model, run.bits, run.ste, "ceil", run.learn_alpha, run.per_channel)
+        config = _config(self.table, run) | {"data": self.sha256}
+        folder = self.out / run.name
+        try:
+            history, diverged = self._fit(model, config, folder), False
+        except Diverged as error:
+            print(error)
+            history, diverged = error.history, True
+        report = {
+            "config": config, "environment": self.environment, "start": start, "diverged": diverged,
+            "alpha": {name: _spread(m.alpha) for name, m in model.named_modules() if isinstance(m, QReLU)},
+            "features": None if diverged else project(model, self.test_set), "history": history,
+        }  # fmt: skip
         _write(report, folder / "results.json")
-    return model, start
+
+    def _float_network(self, run: Run) -> tuple[nn.Module, dict]:
+        """The trained network that `run` starts from, and what the results of `run` keep of it."""
+        schedule = self.table.schedules[run.schedule]
+        config = {
+            "phase": "float", "epochs": schedule.float_epochs, "lr": schedule.lr,
+            "lr_drops": list(schedule.float_lr_drops), "batch_size": schedule.batch_size, "seed": run.seed,
+            "data": self.sha256,
+        }  # fmt: skip
+        folder = self.out / f"float-{schedule.float_epochs}epochs-seed{run.seed}"
+        torch.manual_seed(run.seed)
+        # On a CPU the convolutions are faster in this order: LeNet-5's step takes about four fifths of the time.
+        model = self.table.network(nn.ReLU).to(self.device, memory_format=torch.channels_last)
+        history = self._fit(model, config, folder)
+        start = {"weights": _digest(model), "test_accuracy": history[-1]["test_accuracy"]}
+        if not (folder / "results.json").exists():
+            report = {
+                "config": config, "environment": self.environment, "weights": start["weights"],
+                "features": project(model, self.test_set), "history": history,
+            }  # fmt: skip
+            _write(report, folder / "results.json")
+        return model, start
+
+    def _fit(self, model: nn.Module, config: dict, folder: Path) -> list[dict]:
+        folder.mkdir(parents=True, exist_ok=True)
+        return fit(model, self.train_set, self.test_set, config, folder / "checkpoint.pt", self.table.augment)
 
 
 def _digest(model: nn.Module) -> str:
