@@ -12,8 +12,7 @@ import fnmatch
 import hashlib
 import io
 import json
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import QReLU
-from ..ste import format_table, get_ste
 from .arguments import positive, usable_device
 from .data import Split
 from .files import ExperimentError, replacing
@@ -57,15 +55,18 @@ class Run:
 
     @property
     def name(self) -> str:
+        return f"{self.schedule}/{self.bits}bit-{self.variant}-seed{self.seed}"
+
+    @property
+    def variant(self) -> str:
         alpha = f"-{self.learn_alpha}_alpha" if self.learn_alpha else ""
-        channels = "-per_channel" if self.per_channel else ""
-        return f"{self.schedule}/{self.bits}bit-{self.ste}{alpha}{channels}-seed{self.seed}"
+        return self.ste + alpha + ("-per_channel" if self.per_channel else "")
 
 
 @dataclass(frozen=True)
 class Table:
-    """All that a command of this kind is: `load(args)` gives training and test set and their sha256; `published` are
-    accuracies in % by (bits, ste), that the runs of the schedule "full" are held against."""
+    """What a command of this kind trains. `load(folder)` gives the training set, the test set and their sha256;
+    `published` is the accuracy in % by (bits, ste) that the runs of the schedule "full" are held against."""
 
     title: str
     network: Callable[[Callable[[], nn.Module]], nn.Module]
@@ -74,6 +75,11 @@ class Table:
     runs: tuple[Run, ...]  # in the order in which they are trained
     published: dict[tuple[int, str], float]
     augment: Callable[[Tensor], Tensor] = lambda x: x
+
+
+def float_folder(schedule: Schedule, seed: int) -> str:
+    """Where the float network is kept that the runs of a schedule start from; schedules may share it."""
+    return f"float-{schedule.float_epochs}epochs-seed{seed}"
 
 
 def add_arguments(parser: argparse.ArgumentParser, table: Table, out: str) -> None:
@@ -101,6 +107,7 @@ def main(table: Table, command: str, args: argparse.Namespace) -> None:
 
 def _run(table: Table, args: argparse.Namespace) -> None:
     from . import table_figures  # slow to import: not for --help; and if it is missing, say so first
+    from .table_summary import summary
 
     runs = [run for run in table.runs if any(fnmatch.fnmatchcase(run.name, pattern) for pattern in args.runs)]
     if not runs:
@@ -123,11 +130,10 @@ def _run(table: Table, args: argparse.Namespace) -> None:
     if not results:
         raise ExperimentError(f"no run is finished in {args.out}")
     _write_csv(results, args.out / "runs.csv")
-    print(f"\n{table.title}\n")
+    print(f"\n{table.title}")
     for schedule in table.schedules:
-        print("\n".join(summary(table, schedule, results)))
-    figures = table_figures.draw(results, args.out)
-    print("", args.out / "runs.csv", *figures, sep="\n")
+        print("\n", *summary(table, schedule, results), sep="")
+    print("", args.out / "runs.csv", *table_figures.draw(table, results, args.out), sep="\n")
 
 
 # ------------------------------------------------------------------------------------------ training
@@ -166,7 +172,7 @@ class _Session:
         report = {
             "config": config, "environment": self.environment, "start": start, "diverged": diverged,
             "alpha": {name: _spread(m.alpha) for name, m in model.named_modules() if isinstance(m, QReLU)},
-            "features": None if diverged else project(model, self.test_set), "history": history,
+            "features": None if diverged or run.seed else project(model, self.test_set), "history": history,
         }  # fmt: skip
         _write(report, folder / "results.json")
 
@@ -178,7 +184,7 @@ class _Session:
             "lr_drops": list(schedule.float_lr_drops), "batch_size": schedule.batch_size, "seed": run.seed,
             "data": self.sha256,
         }  # fmt: skip
-        folder = self.out / f"float-{schedule.float_epochs}epochs-seed{run.seed}"
+        folder = self.out / float_folder(schedule, run.seed)
         torch.manual_seed(run.seed)
         # On a CPU the convolutions are faster in this order: LeNet-5's step takes about four fifths of the time.
         model = self.table.network(nn.ReLU).to(self.device, memory_format=torch.channels_last)
@@ -285,5 +291,3 @@ def _write_csv(results: list[tuple[Run, dict]], path: Path) -> None:
         file.write(text.getvalue().encode())
 
 
-def summary(table: Table, schedule: str, results: list[tuple[Run, dict]]) -> Iterator[str]:
-    raise NotImplementedError
