@@ -6,7 +6,8 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..nn import QReLU
 
@@ -34,6 +35,61 @@ def lenet5(activation: Callable[[], nn.Module]) -> nn.Sequential:
             fc2=nn.Linear(500, 10),
         )
     )
+
+
+def vgg11(activation: Callable[[], nn.Module]) -> nn.Sequential:
+    """VGG-11 for images `[N, 3, 32, 32]` and 10 classes: eight convolutions and one linear layer.
+
+    As in `lenet5`, BatchNorm without affine precedes every activation. Simonyan and Zisserman, arXiv 1409.1556.
+    """
+    layers, channels = [], 3
+    for widths in ((64,), (128,), (256, 256), (512, 512), (512, 512)):
+        for width in widths:
+            layers += [
+                nn.Conv2d(channels, width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width, affine=False),
+                activation(),
+            ]
+            channels = width
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
+
+
+def resnet20(activation: Callable[[], nn.Module]) -> nn.Sequential:
+    """ResNet-20 for images `[N, 3, 32, 32]` and 10 classes, its blocks in the order norm, activation, convolution (He et
+    al., arXiv 1603.05027), so that BatchNorm, here without affine, precedes every activation."""
+    blocks, channels = [], 16
+    for width in (16, 32, 64):
+        for number in range(3):
+            blocks.append(_Block(channels, width, 2 if number == 0 and width != 16 else 1, activation))
+            channels = width
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        *blocks,
+        nn.BatchNorm2d(64, affine=False),
+        activation(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+
+
+class _Block(nn.Module):
+    """x + conv2(act2(norm2(conv1(act1(norm1(x)))))); where it changes the shape x is strided, and zero channels added."""
+
+    def __init__(self, channels: int, width: int, stride: int, activation: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(channels, affine=False)
+        self.act1 = activation()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width, affine=False)
+        self.act2 = activation()
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(self.act2(self.norm2(self.conv1(self.act1(self.norm1(x))))))
+        stride = self.conv1.stride[0]
+        return y + F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, 0, y.size(1) - x.size(1)))
 
 
 def quantized(

@@ -29,6 +29,20 @@ from .training import Diverged, fit
 
 _FEATURES_SHOWN = 500
 
+_EPILOG = """
+The runs are trained one after the other, those of the most worth first. A run that
+is finished is OUT/SCHEDULE/RUN/results.json and is not trained again, whatever
+machine it comes from. The same command again goes on where it was stopped: in an
+unfinished run after the last finished epoch, from its checkpoint.pt. The float
+network of each seed is OUT/float-.../checkpoint.pt; where that is not there it is
+trained anew, to the same weights on the same kind of machine with the same torch
+and number of threads; a run's results say which weights it started from. That a
+run diverges is a result. At the end, or with --report at any time: a table, and
+OUT/runs.csv, OUT/accuracy-SCHEDULE.png and OUT/features-SCHEDULE.png.
+"""
+
+Network = Callable[[Callable[[], nn.Module]], nn.Module]
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -69,7 +83,7 @@ class Table:
     `published` is the accuracy in % by (bits, ste) that the runs of the schedule "full" are held against."""
 
     title: str
-    network: Callable[[Callable[[], nn.Module]], nn.Module]
+    network: Network
     load: Callable[[Path | None], tuple[Split, Split, str]]
     schedules: dict[str, Schedule]
     runs: tuple[Run, ...]  # in the order in which they are trained
@@ -82,8 +96,9 @@ def float_folder(schedule: Schedule, seed: int) -> str:
     return f"float-{schedule.float_epochs}epochs-seed{seed}"
 
 
-def add_arguments(parser: argparse.ArgumentParser, table: Table, out: str) -> None:
+def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     """Adds the options that all tables have to `parser`."""
+    parser.epilog = _EPILOG
     add = parser.add_argument
     add("--runs", nargs="+", default=["*"], metavar="PATTERN",
         help="only the runs whose name, SCHEDULE/RUN, has one of these patterns, as 'full/2bit-*' (default all)")

@@ -62,8 +62,8 @@ def _features(float_result: dict, results: list[tuple[Run, dict]], title: str) -
     bits = sorted({run.bits for run, _ in results})
     rows = [[("nn.ReLU", float_result)] + [(run.ste, r) for run, r in results if run.bits == b] for b in bits]
     columns = max(map(len, rows))
-    figure = Figure(figsize=(_WIDTH * columns, 0.5 + _WIDTH * len(rows)), layout="constrained")
-    figure.suptitle(f"{title}: test images before the last layer, first two principal components; colour: class")
+    figure = Figure(figsize=(_WIDTH * columns, 0.6 + _WIDTH * len(rows)), layout="constrained")
+    figure.suptitle(f"{title}: inputs of the last layer,\nfirst two principal components, test images by class", fontsize=10)
     for panels, b, row in zip(figure.subplots(len(rows), columns, squeeze=False), bits, rows):
         for axes in panels:
             axes.set_axis_off()

@@ -38,8 +38,8 @@ def _schedule(schedule: Schedule) -> str:
 
     return (
         f"{schedule.float_epochs} epochs in float (the rate is a tenth after epochs {drops(schedule.float_lr_drops)}), "
-        f"then {schedule.epochs} with low-bit activations (a tenth after {drops(schedule.lr_drops)}); SGD with momentum "
-        f"0.9, batches of {schedule.batch_size}, rate {schedule.lr:g}"
+        f"then {schedule.epochs} with low-bit activations (a tenth after {drops(schedule.lr_drops)}); SGD with "
+        f"momentum 0.9, batches of {schedule.batch_size}, rate {schedule.lr:g}"
     )
 
 
