@@ -26,10 +26,12 @@ _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 _PADDING = 4
 
 
-def load_cifar10(folder: Path) -> tuple[Split, Split, str]:
+def load_cifar10(folder: Path | None) -> tuple[Split, Split, str]:
     """(training set, test set, sha256 of the files' bytes) from `data_batch_1.bin` to `_5.bin` and `test_batch.bin`;
     images [N, 3, 32, 32], standardised. Raises ExperimentError if a file is missing or damaged."""
     wanted = (*_TRAIN_FILES, _TEST_FILE)
+    if folder is None:
+        raise ExperimentError(f"--data must name the folder with CIFAR-10's {', '.join(wanted)}")
     if not folder.is_dir():
         raise ExperimentError(f"--data {folder} is not a folder; wanted one with CIFAR-10's {', '.join(wanted)}")
     if missing := [name for name in wanted if not (folder / name).is_file()]:

@@ -56,8 +56,10 @@ def vgg11(activation: Callable[[], nn.Module]) -> nn.Sequential:
 
 
 def resnet20(activation: Callable[[], nn.Module]) -> nn.Sequential:
-    """ResNet-20 for images `[N, 3, 32, 32]` and 10 classes, its blocks in the order norm, activation, convolution (He et
-    al., arXiv 1603.05027), so that BatchNorm, here without affine, precedes every activation."""
+    """ResNet-20 for images `[N, 3, 32, 32]` and 10 classes, its blocks in the order norm, activation, convolution.
+
+    So BatchNorm, here without affine, precedes every activation. He, Zhang, Ren and Sun, arXiv 1603.05027.
+    """
     blocks, channels = [], 16
     for width in (16, 32, 64):
         for number in range(3):
@@ -75,7 +77,7 @@ def resnet20(activation: Callable[[], nn.Module]) -> nn.Sequential:
 
 
 class _Block(nn.Module):
-    """x + conv2(act2(norm2(conv1(act1(norm1(x)))))); where it changes the shape x is strided, and zero channels added."""
+    """x + conv2(act2(norm2(conv1(act1(norm1(x)))))); to another shape x is strided and filled up with zero channels."""
 
     def __init__(self, channels: int, width: int, stride: int, activation: Callable[[], nn.Module]) -> None:
         super().__init__()

@@ -14,6 +14,14 @@ from .table import Run, Table, float_folder
 _WIDTH = 2.6  # inches of a panel
 
 
+def figure_paths(folder: Path, schedule: str) -> dict[str, Path]:
+    """What a figure of a schedule shows -> where it is, if something is finished."""
+    return {
+        "Test error by epoch": folder / f"accuracy-{schedule}.png",
+        "Inputs of the last layer on two principal components": folder / f"features-{schedule}.png",
+    }
+
+
 def draw(table: Table, results: list[tuple[Run, dict]], folder: Path) -> list[Path]:
     """Two figures for each schedule of which something is finished, of the runs with fixed alpha; their paths."""
     paths = []
@@ -21,13 +29,12 @@ def draw(table: Table, results: list[tuple[Run, dict]], folder: Path) -> list[Pa
         mine = [(run, result) for run, result in results if run.schedule == name and run.learn_alpha is None]
         if not mine:
             continue
-        figures = {"accuracy": _accuracy(mine, f"{table.title}, {schedule.epochs} epochs")}
+        figures = [_accuracy(mine, f"{table.title}, {schedule.epochs} epochs")]
         shown = [(run, result) for run, result in mine if run.seed == 0 and result["features"]]
         float_results = folder / float_folder(schedule, 0) / "results.json"
         if shown and float_results.exists():
-            figures["features"] = _features(json.loads(float_results.read_text()), shown, table.title)
-        for kind, figure in figures.items():
-            path = folder / f"{kind}-{name}.png"
+            figures.append(_features(json.loads(float_results.read_text()), shown, table.title))
+        for path, figure in zip(figure_paths(folder, name).values(), figures):
             with replacing(path) as file:
                 figure.savefig(file, format="png", dpi=110)
             paths.append(path)
@@ -63,7 +70,7 @@ def _features(float_result: dict, results: list[tuple[Run, dict]], title: str) -
     rows = [[("nn.ReLU", float_result)] + [(run.ste, r) for run, r in results if run.bits == b] for b in bits]
     columns = max(map(len, rows))
     figure = Figure(figsize=(_WIDTH * columns, 0.6 + _WIDTH * len(rows)), layout="constrained")
-    figure.suptitle(f"{title}: inputs of the last layer,\nfirst two principal components, test images by class", fontsize=10)
+    figure.suptitle(f"{title}: inputs of the last layer,\non the first two principal components", fontsize=10)
     for panels, b, row in zip(figure.subplots(len(rows), columns, squeeze=False), bits, rows):
         for axes in panels:
             axes.set_axis_off()

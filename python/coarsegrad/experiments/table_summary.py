@@ -99,22 +99,22 @@ def _alpha(spreads: list[dict[str, float]]) -> str:
 
 
 def _missing(planned: list[Run], done: list[Run]) -> str:
-    missing = [run for run in planned if run not in done]
-    by_bits: dict[int, dict[str, list[int]]] = {}
-    for run in missing:
-        by_bits.setdefault(run.bits, {}).setdefault(run.variant, []).append(run.seed)
-    seeds = {(run.bits, run.variant): 0 for run in planned}
-    for run in planned:
-        seeds[run.bits, run.variant] += 1
-
-    def one(bits: int, variant: str, lacking: list[int]) -> str:
-        some = len(lacking) < seeds[bits, variant]
-        return f"`{variant}`" + (f" (seed {', '.join(map(str, lacking))})" if some else "")
-
-    return "; ".join(
-        f"at {bits} bit{'s' if bits > 1 else ''} " + ", ".join(one(bits, *item) for item in variants.items())
-        for bits, variants in sorted(by_bits.items())
-    )
+    """The runs that are planned and not done, in words: by bits, and by seed where some seeds are done."""
+    if not done:
+        return "all of it"
+    parts = []
+    for bits in sorted({run.bits for run in planned}):
+        of_bits = [run for run in planned if run.bits == bits]
+        variants = []
+        for variant in dict.fromkeys(run.variant for run in of_bits):
+            seeds = [run for run in of_bits if run.variant == variant]
+            missing = [str(run.seed) for run in seeds if run not in done]
+            if missing:
+                variants.append(f"`{variant}`" + (f" (seed {', '.join(missing)})" if len(missing) < len(seeds) else ""))
+        if variants:
+            untouched = not any(run in done for run in of_bits)
+            parts.append(f"at {bits} bit{'s' if bits > 1 else ''} {'all' if untouched else ', '.join(variants)}")
+    return "; ".join(parts)
 
 
 def _origin(results: Results) -> str:
@@ -128,7 +128,7 @@ def _origin(results: Results) -> str:
     rows = [row for _, result in results for row in result["history"]]
     hours = sum(row["seconds"] for row in rows) / 3600
     text = (
-        f"{len(results)} runs, {len(rows)} epochs, {hours:.1f} hours of training, on {'; '.join(machines)}; "
+        f"{len(results)} run{'s' if len(results) > 1 else ''}, {len(rows)} epochs, {hours:.1f} hours of training, on {'; '.join(machines)}; "
         f"coarsegrad at commit {', '.join(commits)}."
     )
     starts: dict[int, set[str]] = {}
