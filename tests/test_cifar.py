@@ -101,13 +101,13 @@ def test_batch_norm_precedes_every_activation(network, weighted, activations):
     for module in model.modules():
         if isinstance(module, cg.QReLU):
             module.register_forward_pre_hook(lambda module, args: inputs.append((module, args[0].detach())))
-    x = torch.randn(4, *((1, 28, 28) if network is models.lenet5 else (3, 32, 32)))
+    x = 4 * torch.randn(4, *((1, 28, 28) if network is models.lenet5 else (3, 32, 32)))
     assert model(x).shape == (4, 10) and len(inputs) == activations
     for module, value in inputs:
         assert module.alpha.shape == (value.size(1),) and module.alpha.requires_grad
         channels = value.transpose(0, 1).flatten(1)
         torch.testing.assert_close(channels.mean(1), torch.zeros(value.size(1)), atol=1e-4, rtol=0)
-        torch.testing.assert_close(channels.var(1, correction=0), torch.ones(value.size(1)), atol=0.02, rtol=0)
+        torch.testing.assert_close(channels.var(1, correction=0), torch.ones(value.size(1)), atol=0.05, rtol=0)
     assert all(not isinstance(module, cg.QReLU) for module in float_model.modules())
     assert set(float_model.state_dict()) < set(model.state_dict())
     weights = float_model.state_dict()

@@ -20,9 +20,10 @@ from coarsegrad.experiments.data import Split
 from coarsegrad.experiments.files import ExperimentError
 from coarsegrad.experiments.table import Run, Schedule, Table, finished
 from coarsegrad.experiments.table_summary import summary
-from coarsegrad.ste import ALPHA_GRADS
+from coarsegrad.ste import ALPHA_GRADS, BUILT_IN
 
 ROOT = Path(__file__).parent.parent
+STES = (*BUILT_IN, "reverse_exponential_step")
 BATCH = 8
 RUNS = (Run("full", 2, "relu"), Run("full", 2, "identity"), Run("short", 4, "relu", seed=1),
         Run("short", 4, "relu", "exact", True, seed=1))  # fmt: skip
@@ -281,10 +282,10 @@ def test_the_grids(name, whole_table):
     assert len(set(names)) == len(names)
     full = {(run.bits, run.ste) for run in whole_table.runs if run.schedule == "full"}
     bits = (1, 2, 4) if name == "mnist" else (2, 4)
-    assert full == set(product(bits, cg.ste.BUILT_IN)) and whole_table.published.keys() <= full
+    assert full == set(product(bits, STES)) and whole_table.published.keys() <= full
     if name == "mnist":
         short = {(r.bits, r.ste, r.seed) for r in whole_table.runs if r.schedule == "short" and not r.learn_alpha}
-        assert short == set(product(bits, cg.ste.BUILT_IN, (0, 1, 2)))
+        assert short == set(product(bits, STES, (0, 1, 2)))
         learned = {(r.learn_alpha, r.per_channel, r.seed) for r in whole_table.runs if r.learn_alpha}
         assert learned == set(product(ALPHA_GRADS, (False, True), (0, 1, 2)))
 

@@ -127,8 +127,9 @@ def _origin(results: Results) -> str:
         machines[machine] = commits[(where["git"] or "unknown")[:10]] = True
     rows = [row for _, result in results for row in result["history"]]
     hours = sum(row["seconds"] for row in rows) / 3600
+    runs = f"{len(results)} run{'s' if len(results) > 1 else ''}"
     text = (
-        f"{len(results)} run{'s' if len(results) > 1 else ''}, {len(rows)} epochs, {hours:.1f} hours of training, on {'; '.join(machines)}; "
+        f"{runs}, {len(rows)} epochs, {hours:.1f} hours of training, on {'; '.join(machines)}; "
         f"coarsegrad at commit {', '.join(commits)}."
     )
     starts: dict[int, set[str]] = {}
