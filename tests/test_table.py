@@ -123,7 +123,7 @@ def test_what_it_leaves(whole):
 
 
 def test_finished_runs_need_no_checkpoint(whole, tmp_path, monkeypatch):
-    """Only results.json, as they are committed: nothing finished is trained, and new runs start from the same weights."""
+    """Only results.json, as they are committed: nothing finished is trained, new runs start from the same weights."""
     for path in whole.rglob("results.json"):
         (tmp_path / path.relative_to(whole)).parent.mkdir(parents=True)
         shutil.copy(path, tmp_path / path.relative_to(whole))
