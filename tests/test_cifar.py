@@ -71,7 +71,7 @@ def test_crop_and_flip_gives_shifted_and_mirrored_images():
     got = cifar.crop_and_flip(x)
     torch.manual_seed(3)
     assert torch.equal(got, cifar.crop_and_flip(x))
-    seen = set()
+    places = []
     for before, after in zip(x, got):
         padded = nn.functional.pad(before, (4, 4, 4, 4))
         fits = [
@@ -82,9 +82,10 @@ def test_crop_and_flip_gives_shifted_and_mirrored_images():
             if torch.equal(after, padded[:, top : top + 6, left : left + 5].flip(2 if mirrored else ()))
         ]
         assert fits
-        seen.add(fits[0])
-    assert {top for top, _, _ in seen} == {left for _, left, _ in seen} == set(range(9))
-    assert 60 < sum(not torch.equal(a, b) for a, b in zip(got, x))
+        places.append(fits[0])
+    # Each of the three for itself: 200 images, 81 places, two sides.
+    assert len({(top, left) for top, left, _ in places}) > 60
+    assert 70 < sum(mirrored for _, _, mirrored in places) < 130
 
 
 @pytest.mark.parametrize(

@@ -270,10 +270,16 @@ def test_summary_means_and_spreads():
 
 
 def test_published_numbers_stand_beside_the_full_schedule():
-    text = "".join(summary(SMALL, "full", [made_up(RUNS[0], 0.995), made_up(RUNS[1], 0.98)]))
+    text = "".join(summary(SMALL, "full", [made_up(RUNS[0], 0.98, 0.99, 0.995), made_up(RUNS[1], *[0.98] * 3)]))
     rows = [line.split() for line in text.splitlines()]
     assert ["2", "relu", "yes", "1", "99.50", "99.50", "99.40", "99.24"] in rows
     assert ["2", "identity", "no", "1", "98.00", "98.00", "99.40"] in rows
+    assert " to " not in text
+    longer = dataclasses.replace(SMALL.schedules["full"], lr_drops=(1,))
+    more = dataclasses.replace(SMALL, schedules={"full": longer})
+    text = "".join(summary(more, "full", [made_up(RUNS[0], 0.98, 0.99, 0.994)]))
+    assert "epochs 2 to 3, %" in text
+    assert "2 relu yes 1 99.40 99.40 99.40 99.20 +- 0.28 99.24".split() in [line.split() for line in text.splitlines()]
 
 
 @pytest.mark.parametrize("name, whole_table", [("mnist", mnist_table.TABLE), *cifar_table.TABLES.items()])

@@ -19,7 +19,7 @@ def summary(table: Table, schedule: str, results: Results) -> Iterator[str]:
     fixed = [(run, result) for run, result in mine if run.learn_alpha is None]
     learned = [(run, result) for run, result in mine if run.learn_alpha is not None]
     if fixed:
-        yield _indented(_fixed_table(fixed, table.published if schedule == "full" else {}))
+        yield _indented(_fixed_table(fixed, table.schedules[schedule], table.published if schedule == "full" else {}))
     if learned:
         kinds = {(run.bits, run.ste) for run, _ in learned}
         base = [(run, result) for run, result in fixed if (run.bits, run.ste) in kinds]
@@ -43,14 +43,21 @@ def _schedule(schedule: Schedule) -> str:
     )
 
 
-def _fixed_table(results: Results, published: dict[tuple[int, str], float]) -> str:
+def _fixed_table(results: Results, schedule: Schedule, published: dict[tuple[int, str], float]) -> str:
+    # Where several epochs have the last rate, they tell how much of the last one's accuracy is chance.
+    low = range(schedule.lr_drops[-1] + 1 if schedule.lr_drops else 1, schedule.epochs + 1)
     header = ("bits", "ste", "in class", "seeds", "last epoch, %", "best epoch, %", "float, %")
+    header += (f"epochs {low[0]} to {low[-1]}, %",) if len(low) > 1 else ()
     header += ("published, %",) if published else ()
     rows = []
     for (bits, ste), cell in _cells(results, lambda run: (run.bits, run.ste)):
-        paper = published.get((bits, ste))
-        row = (str(bits), ste, "yes" if get_ste(ste).in_class else "no", str(len(cell)), *_accuracies(cell))
-        rows.append(row + ((f"{paper:.2f}" if paper else "",) if published else ()))
+        row = [str(bits), ste, "yes" if get_ste(ste).in_class else "no", str(len(cell)), *_accuracies(cell)]
+        if len(low) > 1:
+            whole = [epoch for _, result in cell if not result["diverged"] for epoch in result["history"]]
+            row.append(_mean([epoch["test_accuracy"] for epoch in whole if epoch["epoch"] in low]))
+        if published:
+            row.append(f"{published[bits, ste]:.2f}" if (bits, ste) in published else "")
+        rows.append(tuple(row))
     return format_table(header, sorted(rows, key=lambda row: int(row[0])))
 
 
