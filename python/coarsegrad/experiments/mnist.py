@@ -15,11 +15,11 @@ from torch import nn
 from ..memory import saved_memory
 from ..nn import QReLU
 from ..ste import ALPHA_GRADS, ROUNDINGS, format_table, stes
-from .arguments import positive
+from .arguments import positive, usable_device
 from .data import Mnist, Split, cache_folder, load_mnist
 from .files import ExperimentError, replacing
 from .measure import environment, interleaved_times
-from .models import lenet5, quantized_lenet5
+from .models import lenet5, quantized
 from .training import ALPHA_LR, ALPHA_MIN, fit, make_optimizer, train_step
 
 _TIMED_STEPS = 50
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace) -> None:
     from .figures import training_curves  # slow to import: not for --help; and if it is missing, say so first
 
-    device = _device(args.device)
+    device = usable_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     activation = {name: getattr(args, name) for name in ("bits", "ste", "rounding", "learn_alpha")}
@@ -101,7 +101,7 @@ def _run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     float_model = lenet5(nn.ReLU).to(device)
     history = {"float": fit(float_model, mnist.train, mnist.test, float_config, args.out / "float.pt")}
-    model = quantized_lenet5(float_model, **activation)
+    model = quantized(float_model, **activation)
     history["quantized"] = fit(model, mnist.train, mnist.test, config, folder / "checkpoint.pt")
 
     training_curves(history, f"LeNet-5 on MNIST, {folder.name}", folder / "curves.png")
@@ -115,15 +115,6 @@ def _run(args: argparse.Namespace) -> None:
     print(f"\nLeNet-5 on MNIST: {len(mnist.train.y):,} training and {len(mnist.test.y):,} test images\n")
     print(_table(**report))
     print(f"\n{folder / 'curves.png'}\n{folder / 'results.json'}")
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-        return device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ExperimentError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _variant(bits: int, ste: str, rounding: str, learn_alpha: str | None) -> str:
