@@ -52,10 +52,11 @@ def _forward(name: str, dtype: str, mask: str, bits: int = 2, rounding: str = "c
 
 
 def _backward(name: str, dtype: str, ste: str, rule: str | None, bits: int = 2, rounding: str = "ceil",
-              alphas: str = "one", channel_sums: dict[str, object] | None = None) -> TritonKernel:  # fmt: skip
-    """channel_sums: the tile of the kernel that does them, instead of the one for dx."""
+              alphas: str = "one", channels: tuple[int, int] | None = None) -> TritonKernel:  # fmt: skip
+    """channels: how many, and elements of one in a row, for the kernel of their sums instead of the one for dx."""
     from coarsegrad.reference import CODE_WIDTH, MASK_WIDTH
     from coarsegrad.ste import get_ste, kept
+    from coarsegrad.triton.qrelu import backward_block, sum_channels
 
     mask, codes, keeps_x = kept(ste, rounding, rule, True)
     pointers = {"dy_ptr": dtype}
@@ -67,23 +68,18 @@ def _backward(name: str, dtype: str, ste: str, rule: str | None, bits: int = 2, 
         "ROUNDING": rounding, "MASK": mask, "RULE": rule,
     }  # fmt: skip
     kept_bits = MASK_WIDTH[mask] + (CODE_WIDTH[bits] if codes else 0)
-    reads_x = keeps_x and (channel_sums or alphas == "one" or get_ste(ste).needs != "nothing")
-    data = Data(_ITEM[dtype], 2 if reads_x else 1, 0 if channel_sums else 1, kept_bits)
-    if channel_sums:
+    reads_x = keeps_x and (channels or alphas == "one" or get_ste(ste).needs != "nothing")
+    data = Data(_ITEM[dtype], 2 if reads_x else 1, 0 if channels else 1, kept_bits)
+    block = backward_block(_ITEM[dtype], keeps_x)
+    if channels:
         pointers |= {"partial_ptr": "fp32"}
-        constants |= channel_sums
+        constants |= sum_channels(64 * 64 * channels[0] * channels[1], *channels, block)[1]
         return TritonKernel(
             name, dtype, "grad_alpha_channels_kernel", pointers, constants, data, wide=constants["OCTETS"]
         )
     pointers |= {"dx_ptr": dtype} | ({"partial_ptr": "fp32"} if rule and alphas == "one" else {})
-    return TritonKernel(name, dtype, "qrelu_backward_kernel", pointers, constants | {"ALPHAS": alphas}, data)
-
-
-def _tile(dtype: str, innermost: bool, octets: bool) -> dict[str, object]:
-    from coarsegrad.triton.qrelu import sum_channels
-
-    inner = 1 if innermost else 4096 if octets else 4095
-    return sum_channels(64 * inner * 64, 64 if octets else 63, inner, _ITEM[dtype])[1]
+    constants |= {"ALPHAS": alphas, "BLOCK": block}
+    return TritonKernel(name, dtype, "qrelu_backward_kernel", pointers, constants, data)
 
 
 def _times_slopes(name: str, dtype: str, bits: int = 2) -> TritonKernel:
@@ -116,8 +112,8 @@ def rows() -> list[TritonKernel]:
         _backward("backward, state, dalpha", "bf16", *state),
         _times_slopes("backward, slopes", "bf16"),
         _backward("backward, x", "bf16", "reverse_exponential", None),
-        _backward("dalpha, channels", "bf16", *state, channel_sums=_tile("bf16", False, True)),
-        _backward("dalpha, innermost", "bf16", *state, channel_sums=_tile("bf16", True, True)),
+        _backward("dalpha, channels", "bf16", *state, channels=(64, 4096)),
+        _backward("dalpha, innermost", "bf16", *state, channels=(64, 1)),
         _dequantize("dequantize", "bf16"),
     ]
 
@@ -163,7 +159,8 @@ def covering(archs: tuple[str, ...]) -> list[tuple[str, TritonKernel]]:
             found.append((arch, make(f"{make.__name__[1:]} {name}", **setting)))
 
     def _channel_sums(name: str, dtype: str, innermost: bool, octets: bool, **setting) -> TritonKernel:
-        return _backward(name, dtype, channel_sums=_tile(dtype, innermost, octets), **setting)
+        run = 4096 if octets else 4095
+        return _backward(name, dtype, channels=(run, 1) if innermost else (64, run), **setting)
 
     add(_forward, rounding=ROUNDINGS, mask=tuple(MASK_WIDTH), codes=(False, True), **alphas)
     add(_backward, rule=(None, *ALPHA_GRADS), **stes, **alphas)

@@ -33,6 +33,11 @@ _MAX_SUMS, _SUM_PROGRAMS = 1024, 2048
 _TILE, _TILE_CHANNELS = 1024, 32
 
 
+def backward_block(item: int, keeps_x: bool) -> int:
+    """Elements of a program of the backward. With x there is more to compute, and two packs need too many registers."""
+    return BLOCK[item] // 2 if keeps_x else BLOCK[item]
+
+
 def _on(t: Tensor):
     """Triton launches on the current device."""
     return contextlib.nullcontext() if t.device.type == "cpu" else torch.get_device_module(t.device).device(t.device)
@@ -160,12 +165,12 @@ def times_slopes(grad_y: Tensor, codes: Tensor, slopes: Tensor, bits: int) -> Te
     return dx
 
 
-def sum_channels(count: int, channels: int, inner: int, item: int) -> tuple[tuple[int, int], dict[str, object]]:
-    """The grid of the sums per channel, channels by slices, and the tile of a program."""
+def sum_channels(count: int, channels: int, inner: int, block: int) -> tuple[tuple[int, int], dict[str, object]]:
+    """The grid of the sums per channel, channels by slices, and the tile of a program, of `block` elements."""
     innermost = inner == 1
-    run, most = (channels, _TILE_CHANNELS) if innermost else (inner, BLOCK[item])
+    run, most = (channels, _TILE_CHANNELS) if innermost else (inner, block)
     columns = min(triton.next_power_of_2(run), most)
-    rows = BLOCK[item] // columns
+    rows = block // columns
     outer = count // (channels * inner)
     programs = triton.cdiv(channels, columns) if innermost else channels
     tiles = triton.cdiv(outer, rows) * (1 if innermost else triton.cdiv(inner, columns))
@@ -225,12 +230,12 @@ def qrelu_backward(
     wanted = 0 if not need_grad_alpha else 1 if channel_dim is None else grad_y.size(channel_dim)
     grad_alpha = (dense.new_empty if count else dense.new_zeros)(wanted, dtype=wide)
     if count:
-        block = BLOCK[dense.element_size()]
+        block = backward_block(dense.element_size(), keeps_x)
         programs = triton.cdiv(count, block)
         partial = None
         with _on(dense):
             if wanted and channels > 1:
-                grid, tile = sum_channels(count, channels, inner, dense.element_size())
+                grid, tile = sum_channels(count, channels, inner, block)
                 partial = dense.new_empty(grid[1], channels, dtype=wide)
                 kernels.grad_alpha_channels_kernel[grid](
                     *tensors, partial, count // (channels * inner), channels, inner, **switches, **tile, **OPTIONS
