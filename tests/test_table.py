@@ -304,8 +304,8 @@ def test_the_committed_page_is_what_the_command_makes():
 
 def test_the_numbers_of_the_readme():
     text = " ".join((ROOT / "README.md").read_text().split())
-    shown = re.search(r"2-bit activations is right on ([\d.]+)% .*? `clipped_relu` and on ([\d.]+)% with `relu`; published "
-                      r"are ([\d.]+)% and ([\d.]+)%", text)  # fmt: skip
+    shown = re.search(r"2-bit activations is right on ([\d.]+)% .*? `clipped_relu` and on ([\d.]+)% with `relu`; "
+                      r"published are ([\d.]+)% and ([\d.]+)%", text)  # fmt: skip
     done = dict(finished(mnist_table.TABLE, ROOT / "bench" / "results" / "mnist"))
     stes = ("clipped_relu", "relu")
     wanted = [100 * done[Run("full", 2, ste)]["history"][-1]["test_accuracy"] for ste in stes]
