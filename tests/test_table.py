@@ -6,6 +6,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import re
 import shutil
 from itertools import product
 from pathlib import Path
@@ -299,6 +300,17 @@ def test_the_grids(name, whole_table):
 def test_the_committed_page_is_what_the_command_makes():
     page = ROOT / "docs" / "experiments.md"
     assert results.render(page.read_text(), page.parent) == page.read_text()
+
+
+def test_the_numbers_of_the_readme():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    shown = re.search(r"2-bit activations is right on ([\d.]+)% .*? `clipped_relu` and on ([\d.]+)% with `relu`; "
+                      r"published are ([\d.]+)% and ([\d.]+)%", text)  # fmt: skip
+    done = dict(finished(mnist_table.TABLE, ROOT / "bench" / "results" / "mnist"))
+    stes = ("clipped_relu", "relu")
+    wanted = [100 * done[Run("full", 2, ste)]["history"][-1]["test_accuracy"] for ste in stes]
+    wanted += [mnist_table.TABLE.published[2, ste] for ste in stes]
+    assert list(shown.groups()) == [f"{value:.2f}" for value in wanted]
 
 
 def test_committed_runs_are_of_clean_commits():
