@@ -14,8 +14,9 @@ CSRC = ROOT / "csrc"
 
 # A file imports only from files above it.
 ORDER = (
-    "ste", "reference", "_build", "_C", "_ops", "_fused", "packed", "triton", "backends", "functional", "nn", "memory",
-    "experiments", "testing", "__init__", "__main__",
+    "ste", "reference", "_build", "_C", "_ops", "_fused", "packed", "triton", "backends", "functional", "nn",
+    "rewriting", "surgery", "calibrate", "stats", "optim", "memory", "experiments",
+    "testing", "__init__", "__main__",
 )
 
 TORCH_HEADER = re.compile(r"(torch|ATen|c10)/")

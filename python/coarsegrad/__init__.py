@@ -7,11 +7,15 @@ import importlib.metadata
 
 from . import nn
 from .backends import backends, use_backend
+from .calibrate import calibrate
 from .functional import dequantize, qrelu, qrelu_codes, qrelu_conv2d, qrelu_linear
 from .memory import saved_memory
 from .nn import QReLU
+from .optim import keep_positive, param_groups
 from .packed import pack_activations_, packed_activations
+from .stats import stats
 from .ste import check_ste, register_ste, stes
+from .surgery import quantize_
 
 try:
     __version__ = importlib.metadata.version("coarsegrad")
@@ -21,17 +25,22 @@ except importlib.metadata.PackageNotFoundError:  # run from the sources, not ins
 __all__ = [
     "QReLU",
     "backends",
+    "calibrate",
     "check_ste",
     "dequantize",
+    "keep_positive",
     "nn",
     "pack_activations_",
     "packed_activations",
+    "param_groups",
     "qrelu",
     "qrelu_codes",
     "qrelu_conv2d",
     "qrelu_linear",
+    "quantize_",
     "register_ste",
     "saved_memory",
+    "stats",
     "stes",
     "use_backend",
 ]

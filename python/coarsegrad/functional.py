@@ -27,15 +27,21 @@ _qrelu_codes = _ops.ops.qrelu_codes.default
 _dequantize = _ops.ops.dequantize.default
 
 
-def _scale(alpha_scale: float | str, x: Tensor, bits: int) -> float:
-    """alpha_scale as a number."""
+def check_alpha_scale(alpha_scale: float | str) -> None:
     if alpha_scale == "lsq":
-        per_sample = x.numel() // max(x.size(0), 1) if x.dim() > 0 else 1
-        return 1 / math.sqrt(max(per_sample, 1) * (2**bits - 1))
+        return
     if isinstance(alpha_scale, bool) or not isinstance(alpha_scale, (int, float)):
         raise TypeError(f"alpha_scale must be a number or 'lsq', got {alpha_scale!r}")
     if not -math.inf < alpha_scale < math.inf:
         raise ValueError(f"alpha_scale must be finite, or 'lsq', got {alpha_scale}")
+
+
+def _scale(alpha_scale: float | str, x: Tensor, bits: int) -> float:
+    """alpha_scale as a number."""
+    check_alpha_scale(alpha_scale)
+    if alpha_scale == "lsq":
+        per_sample = x.numel() // max(x.size(0), 1) if x.dim() > 0 else 1
+        return 1 / math.sqrt(max(per_sample, 1) * (2**bits - 1))
     return float(alpha_scale)
 
 

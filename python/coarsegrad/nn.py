@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import qrelu, qrelu_conv2d, qrelu_linear
+from .functional import check_alpha_scale, qrelu, qrelu_conv2d, qrelu_linear
 from .packed import packed_activations, square
 from .reference import check_bits, check_number, check_word, checked_values, wide_dtype
 from .ste import ALPHA_GRADS, ROUNDINGS, check_inplace, get_ste, kept
@@ -49,6 +49,9 @@ def half_gaussian_alpha(bits: int, rounding: str = "ceil") -> float:
     return round((low + high) / 2, 6)
 
 
+_SETTINGS = ("ste", "rounding", "alpha_grad", "alpha_scale", "channel_dim")
+
+
 class QReLU(torch.nn.Module):
     """nn.ReLU with 2**bits output levels: y = alpha * clamp(ceil(x / alpha), 0, q), q = 2**bits - 1.
 
@@ -63,6 +66,7 @@ class QReLU(torch.nn.Module):
     learn_alpha: alpha is a Parameter; else it is a buffer. Both are of shape [1] or [num_channels], float32 or of the
         dtype of the tensor given, and in the state_dict.
     alpha_grad: "exact", "three_valued", "two_valued" or "chain": the gradient of a learned alpha.
+    alpha_scale: a factor of that gradient: a number, or "lsq", 1 / sqrt(n * q), n the elements of x per sample.
     num_channels: None: one alpha; else one for each channel.
     channel_dim: the dimension of the channels, where num_channels is given; negative counts from the end.
     inplace: write y into x, as nn.ReLU(inplace=True) does.
@@ -78,6 +82,8 @@ class QReLU(torch.nn.Module):
     keeps x itself, and dropout with an STE whose g'(0) is not 0 ("identity"), included.
     """
 
+    limit = math.inf  # the highest value of the float activation that this stands for; `calibrate` asks
+
     def __init__(
         self,
         bits: int = 4,
@@ -87,6 +93,7 @@ class QReLU(torch.nn.Module):
         alpha: float | Tensor | None = None,
         learn_alpha: bool = False,
         alpha_grad: str = "three_valued",
+        alpha_scale: float | str = 1.0,
         num_channels: int | None = None,
         channel_dim: int = 1,
         inplace: bool = False,
@@ -97,6 +104,7 @@ class QReLU(torch.nn.Module):
         check_bits(bits)
         check_word("rounding", rounding, ROUNDINGS)
         check_word("alpha_grad", alpha_grad, ALPHA_GRADS)
+        check_alpha_scale(alpha_scale)
         if num_channels is not None and (type(num_channels) is not int or num_channels < 1):
             raise ValueError(f"num_channels must be None or an int >= 1, got {num_channels!r}")
         if type(channel_dim) is not int:
@@ -112,6 +120,7 @@ class QReLU(torch.nn.Module):
         self.ste = ste
         self.rounding = rounding
         self.alpha_grad = alpha_grad
+        self.alpha_scale = alpha_scale
         self.channel_dim = None if num_channels is None else channel_dim
         self.inplace = inplace
         self.dropout = float(dropout)
@@ -136,9 +145,9 @@ class QReLU(torch.nn.Module):
             return x, self.alpha
         return _Dropout.apply(x, self.dropout), self.alpha / (1 - self.dropout)
 
-    def settings(self) -> dict[str, str | int | None]:
+    def settings(self) -> dict[str, str | float | int | None]:
         """The keywords of `coarsegrad.qrelu` that say what is computed."""
-        return {name: getattr(self, name) for name in ("ste", "rounding", "alpha_grad", "channel_dim")}
+        return {name: getattr(self, name) for name in _SETTINGS}
 
     def extra_repr(self) -> str:
         words = [f"bits={self.bits}", f"ste={self.ste!r}", f"rounding={self.rounding!r}"]
@@ -148,6 +157,7 @@ class QReLU(torch.nn.Module):
             words.append(f"alpha={self.alpha.item():.6g}")
         if isinstance(self.alpha, torch.nn.Parameter):
             words += ["learn_alpha=True", f"alpha_grad={self.alpha_grad!r}"]
+            words += [f"alpha_scale={self.alpha_scale!r}"] if self.alpha_scale != 1 else []
         words += [f"{name}=True" for name in ("inplace", "squared") if getattr(self, name)]
         if self.dropout:
             words.append(f"dropout={self.dropout:g}")
