@@ -1,6 +1,6 @@
 """Causal language models: tokens, a small OPT of our own, loading a pretrained one, perplexity and the training loop.
 
-Everything random in a step follows from (seed, phase, step), so a run that was killed and started again computes what
+Everything random in a step follows from (seed, step), so a run that was killed and started again computes what
 an uninterrupted one does: on a CPU to the bit, given the same number of threads.
 """
 
@@ -13,22 +13,20 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import tokenizers
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
+from ..optim import keep_positive, param_groups
 from .checkpoints import load_checkpoint, save_checkpoint, seed_of
 from .files import ExperimentError
 
-try:
-    import tokenizers
-    import transformers
-except ImportError as error:
-    raise SystemExit(f"coarsegrad finetune needs transformers ({error}): pip install transformers") from error
-
 _END = "</s>"
+WEIGHT_DECAY = 0.1
 _CLIP = 1.0  # norm of the gradient
 _WARMUP = 0.05  # of the steps
 
@@ -149,12 +147,18 @@ def batch_of(tokens: Tensor, step: int, batch_size: int, seed: int) -> Tensor:
     return tokens[torch.stack(chosen).to(tokens.device)]
 
 
+def make_optimizer(model: nn.Module, lr: float, alpha_lr: float | None = None) -> torch.optim.AdamW:
+    """AdamW, with learned alphas in a second group, at `alpha_lr` and without weight decay."""
+    groups = param_groups(model, lr, WEIGHT_DECAY, alpha_lr=alpha_lr)
+    return keep_positive(torch.optim.AdamW(groups), model)
+
+
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor) -> Tensor:
-    """One step on blocks [B, T]; returns the loss before it."""
+    """One step on blocks [B, T], the gradient of the weights clipped by its norm; returns the loss before it."""
     optimizer.zero_grad()
     loss = next_token_loss(model, tokens)
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], _CLIP)
     optimizer.step()
     return loss.detach()
 
@@ -188,7 +192,7 @@ def fit(
     with tqdm(total=steps, initial=step, desc=phase, unit="step", leave=False, disable=None) as bar:
         while step < steps:
             start, total, first = time.perf_counter(), 0.0, step
-            torch.manual_seed(seed_of(config["seed"], phase, step))
+            torch.manual_seed(seed_of(config["seed"], step))
             model.train()
             while step < min(first + every, steps):
                 loss = train_step(model, optimizer, batch_of(train, step, batch_size, config["seed"])).item()
