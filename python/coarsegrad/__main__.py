@@ -15,7 +15,7 @@ from .backends import info
 _EXPERIMENTS = {
     "mnist": ("coarsegrad.experiments.mnist", "train LeNet-5 on MNIST, in float and then with low-bit activations"),
     "synthetic": ("coarsegrad.experiments.synthetic", "coarse gradient descent on subspace data, for every estimator"),
-    "finetune": ("coarsegrad.experiments.finetune", "a language model fine-tuned in float and with low-bit activations"),
+    "finetune": ("coarsegrad.experiments.finetune", "fine-tune a language model in float and with low-bit activations"),
     "memory": ("coarsegrad.experiments.memory", "what a network keeps for the backward, nn.ReLU and packed QReLU"),
 }
 

@@ -23,7 +23,7 @@ from ..surgery import QuantizeReport, quantize_
 from .arguments import positive
 from .checkpoints import differences
 from .download import cache_folder
-from .files import ExperimentError, replacing
+from .files import ExperimentError
 from .measure import environment, interleaved_times
 from .text import Texts, load_texts, shakespeare
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _CALIBRATION_BATCHES = 16
 _TIMED_STEPS = 20
+# Adam moves a parameter by about its rate whatever its size: alphas get one in proportion to theirs.
+_ALPHA_LR = 10
 
 _DESCRIPTION = """
 Fine-tunes a causal language model whose feed-forward uses ReLU: in float, and
@@ -51,12 +53,12 @@ hash and kept in {cache_folder()} ($COARSEGRAD_CACHE chooses another folder):
 pretrained on in modern spelling, fine-tuned on in that of 1623, with three plays
 held out of both.
 
-OUT/results.json has all numbers, OUT/results.md the table and OUT/finetune.png
-the figure, of all runs that are finished there; OUT/checkpoints/ is only needed
-to train. The same command again goes on from the last checkpoint and comes to
-the same numbers as without the interruption (on a CPU to the bit); with other
---bits it adds runs. If OUT holds something of another configuration, nothing is
-done and the difference is named.
+OUT/results.json has all numbers of the runs that are finished there, and
+OUT/finetune.png is the figure; OUT/checkpoints/ is only needed to train. The
+same command again goes on from the last checkpoint and comes to the same numbers
+as without the interruption (on a CPU to the bit); with other --bits it adds
+runs. If OUT holds something of another configuration, nothing is done and the
+difference is named.
 """
 
 
@@ -64,14 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `python -m coarsegrad finetune` to `parser`."""
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     add = parser.add_argument
-    add("--model", metavar="FOLDER_OR_ID", help="a pretrained model and its tokenizer (default: a small OPT of our own)")
+    add("--model", metavar="FOLDER_OR_ID", help="a pretrained model with its tokenizer (default: a small OPT)")
     add("--data", type=Path, metavar="FOLDER", help="fine-tune on its train/*.txt, validate on its validation/*.txt")
     add("--bits", nargs="+", type=int, choices=range(1, 9), default=[8, 4, 2, 1], metavar="N",
         help="bits of the activations, a run for each (default 8 4 2 1)")
     add("--ste", choices=list(stes()), default="relu", help="coarse gradient (default relu)")
     add("--rounding", choices=ROUNDINGS, default="nearest", help="thresholds of the staircase (default nearest)")
     add("--alpha-lr", type=positive(float), metavar="RATE",
-        help="learning rate of the logarithm of alpha, about (default: that of the weights)")
+        help=f"learning rate of the alphas, in units of their mean (default {_ALPHA_LR} times that of the weights)")
     add("--fixed-alpha", action="store_true", help="leave alphas as calibrated, in place of learning them")
     add("--steps", type=positive(int), default=300, metavar="N", help="of each fine-tuning (default 300)")
     add("--lr", type=positive(float), default=5e-4, metavar="RATE",
@@ -134,7 +136,7 @@ def _run(args: argparse.Namespace) -> None:
         for name, bits in zip(names, [None, *args.bits]):
             if name not in results["runs"]:
                 results["runs"][name] = job.run(name, bits)
-                finetune_report.write(results, args.out)
+                finetune_report.save(results, args.out)
     finetune_report.write(results, args.out)
     print(f"\n{finetune_report.summary(results)}\n")
     print(*(args.out / name for name in finetune_report.FILES), sep="\n")
@@ -174,8 +176,7 @@ def _results(args: argparse.Namespace, texts: dict[str, Texts]) -> dict:
         return {"config": config, "pretraining": [], "runs": {}}
     try:
         results = json.loads(path.read_text())
-        there = {**results["config"]}
-        results["runs"], results["pretraining"]  # noqa: B018
+        there, *_ = (results[name] for name in ("config", "pretraining", "runs"))
     except (ValueError, KeyError, TypeError) as error:
         raise ExperimentError(f"{path} is no results file of this command ({error}); choose another --out") from error
     if there != config:
@@ -256,8 +257,7 @@ class _Job:
             calibrate(model, ({"input_ids": batch} for batch in self._train[:used].split(args.batch_size)))
             result["logits"] = self._closeness(model)
         calibrated = _alphas(model)
-        mean = statistics.fmean(calibrated.values()) if calibrated else None
-        optimizer = language.make_optimizer(model, args.lr, mean and mean * (args.alpha_lr or args.lr))
+        optimizer = language.make_optimizer(model, args.lr, self._alpha_lr(calibrated))
         checkpoint = args.out / "checkpoints" / f"{name}.pt"
         result["history"] = language.fit(model, optimizer, self._train, self._validation, config, checkpoint)
         batch = self._train[: args.batch_size]
@@ -283,6 +283,10 @@ class _Job:
             return quantize_(model, bits, ste=args.ste, rounding=args.rounding, learn_alpha=not args.fixed_alpha)
         except ValueError as error:
             raise ExperimentError(f"--model {args.model} has no ReLU: {error}") from error
+
+    def _alpha_lr(self, alphas: dict[str, float]) -> float | None:
+        relative = self._args.alpha_lr or _ALPHA_LR * self._args.lr
+        return relative * statistics.fmean(alphas.values()) if alphas else None
 
     @torch.no_grad()
     def _closeness(self, model: nn.Module) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What `python -m coarsegrad finetune` leaves behind: all numbers as JSON, a page with the table, and a figure."""
+"""What `python -m coarsegrad finetune` leaves behind: all numbers as JSON, a table, and a figure."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from matplotlib.figure import Figure
 from ..ste import format_table
 from .files import replacing
 
-FILES = ("results.json", "results.md", "finetune.png")
+FILES = ("results.json", "finetune.png")
+
+
+def save(results: dict, folder: Path) -> None:
+    """Writes results.json, from which all else follows."""
+    with replacing(folder / "results.json") as file:
+        file.write(json.dumps(results, indent=1).encode() + b"\n")
 
 
 def write(results: dict, folder: Path) -> None:
-    """Writes FILES into the folder; all but results.json follow from it."""
-    with replacing(folder / "results.json") as file:
-        file.write(json.dumps(results, indent=1).encode() + b"\n")
-    with replacing(folder / "results.md") as file:
-        file.write(page(results).encode())
+    """Writes all FILES."""
+    save(results, folder)
     with replacing(folder / "finetune.png") as file:
         _figure(results).savefig(file, format="png", dpi=110)
 
@@ -65,27 +68,14 @@ def summary(results: dict) -> str:
     return "\n".join([
         format_table(header, rows),
         "",
-        "ppl: perplexity on the validation text, before training (with alphas calibrated) and after; to float: of the",
-        "one after, against float's. logits: relative error before training; same top: how often the likeliest token is",
+        "ppl: perplexity on the validation text, before training (with alphas calibrated) and after; to float: of that",
+        "after, against float's. logits: relative error before training; same top: how often the likeliest token is",
         f"float's. kept: for the backward of a step on {config['batch_size']} x {config['length']} tokens, without "
         "weights; activations: what is",
         "kept of their outputs and gates, against float. step: median time of a training step, packed, against float's",
-        f"in turn with it ({environment['cpu']}, device {environment['device']}, threads {environment['threads']}, torch "
-        f"{environment['torch']}, backend {environment['backend']}).",
+        f"in turn with it ({environment['cpu']}, device {environment['device']}, threads {environment['threads']},",
+        f"torch {environment['torch']}, backend {environment['backend']}).",
     ])  # fmt: skip
-
-
-def page(results: dict) -> str:
-    """The table, the figure and the settings, as Markdown."""
-    config = results["config"]
-    lines = ["# Fine-tuning with low-bit activations", "", "Written by `python -m coarsegrad finetune`.", ""]
-    lines += [f"    {line}".rstrip() for line in summary(results).splitlines()] if "float" in results["runs"] else []
-    lines += ["", "![Validation perplexity over the steps, and bytes kept](finetune.png)", ""]
-    if results["pretraining"]:
-        first, last = (math.exp(results["pretraining"][i]["validation_loss"]) for i in (0, -1))
-        lines += [f"Pretraining took the perplexity on its own validation text from {first:.1f} to {last:.2f}.", ""]
-    lines += [", ".join(f"{name} {value}" for name, value in config.items() if value is not None), ""]
-    return "\n".join(lines)
 
 
 def _figure(results: dict) -> Figure:
@@ -94,21 +84,18 @@ def _figure(results: dict) -> Figure:
     curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
     for name, run in runs.items():
         steps = [row["step"] for row in run["history"]]
-        style = {"color": "0.3", "linestyle": "--"} if run["bits"] is None else {}
+        style = {"color": "0.3", "linestyle": "--", "zorder": 3} if run["bits"] is None else {}
         curves.plot(steps, perplexities(run), marker="o", markersize=3, label=name, **style)
     curves.set(xlabel="step", ylabel="validation perplexity", yscale="log", title="Fine-tuning")
     for formatter in (curves.yaxis.set_major_formatter, curves.yaxis.set_minor_formatter):
         formatter("{x:g}")
     curves.grid(alpha=0.3, which="both")
     curves.legend()
-    base = runs.get("float")
-    low = [run for run in runs.values() if run["bits"]]
-    if base and low:
-        sizes = [activation_bytes(low[0], base)[0], *(activation_bytes(run, base)[1] for run in low)]
-        rest = base["kept_bytes"] - sizes[0]
-        names = [name for name, run in runs.items() if run is base or run["bits"]]
-        bars.bar(names, [rest / 2**20] * len(names), color="0.8", label="all else")
-        bars.bar(names, [size / 2**20 for size in sizes], bottom=rest / 2**20, label="activations")
-        bars.legend()
+    base, *low = runs.values()
+    sizes = [activation_bytes(low[0], base)[0], *(activation_bytes(run, base)[1] for run in low)]
+    rest = base["kept_bytes"] - sizes[0]
+    bars.bar(list(runs), [rest / 2**20] * len(runs), color="0.8", label="all else")
+    bars.bar(list(runs), [size / 2**20 for size in sizes], bottom=rest / 2**20, label="activations")
+    bars.legend(loc="lower right")
     bars.set(ylabel="MiB kept for the backward", title="One training step")
     return figure
