@@ -361,7 +361,7 @@ def test_real_shakespeare(monkeypatch):
     assert (config["pretrain_data_sha256"], config["data_sha256"]) == (modern.sha256, folio.sha256)
 
 
-def test_pip_refuses_another_archive_before_its_code_runs(monkeypatch, tmp_path):
+def test_pip_refuses_another_archive_before_its_code_runs(monkeypatch, tmp_path, capfd):
     mark, links = tmp_path / "mark", tmp_path / "links"
     links.mkdir()
     with tarfile.open(links / "small-1.0.tar.gz", "w:gz") as tar:
@@ -376,7 +376,7 @@ def test_pip_refuses_another_archive_before_its_code_runs(monkeypatch, tmp_path)
     (tmp_path / "to").mkdir()
     with pytest.raises(ExperimentError, match="could not fetch it: .*small==1.0.* Without a network, do that"):
         download.download("it", "small==1.0", "0" * 64, tmp_path / "to", "do that")
-    assert not mark.exists()
+    assert "DO NOT MATCH THE HASHES" in capfd.readouterr().err and not mark.exists()
 
 
 # The results that are in the repository

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
+from .files import ExperimentError
+
 
 def positive(kind: type) -> Callable[[str], float]:
     """The `type` of an option that takes a number of `kind`, finite and above 0."""
@@ -16,3 +20,13 @@ def positive(kind: type) -> Callable[[str], float]:
 
     parse.__name__ = f"positive {kind.__name__}"  # what argparse calls it in its message
     return parse
+
+
+def usable_device(name: str) -> torch.device:
+    """What --device `name` means, tried out; an ExperimentError if it cannot be used."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+        return device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ExperimentError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error

@@ -20,7 +20,7 @@ from ..packed import pack_activations_
 from ..stats import stats
 from ..ste import ROUNDINGS, stes
 from ..surgery import QuantizeReport, quantize_
-from .arguments import positive
+from .arguments import positive, usable_device
 from .checkpoints import differences
 from .download import cache_folder
 from .files import ExperimentError
@@ -118,7 +118,7 @@ def _run(args: argparse.Namespace) -> None:
             "pip install 'coarsegrad[finetune]', or pip install transformers matplotlib"
         ) from error
     _check(args)
-    device = _device(args.device)
+    device = usable_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     language.transformers.utils.logging.disable_progress_bar()
@@ -150,15 +150,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ExperimentError(f"--length must be at least 2, got {args.length}")
     if args.fixed_alpha and args.alpha_lr:
         raise ExperimentError("--alpha-lr says how alphas are learned, and --fixed-alpha that they are not")
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-        return device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ExperimentError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 _FINETUNING = ("ste", "rounding", "fixed_alpha", "alpha_lr", "steps", "lr", "batch_size", "length", "validation",

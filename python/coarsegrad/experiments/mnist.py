@@ -15,7 +15,7 @@ from torch import nn
 from ..memory import saved_memory
 from ..nn import QReLU
 from ..ste import ALPHA_GRADS, ROUNDINGS, format_table, stes
-from .arguments import positive
+from .arguments import positive, usable_device
 from .data import Mnist, Split, load_mnist
 from .download import cache_folder
 from .files import ExperimentError, replacing
@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace) -> None:
     from .figures import training_curves  # slow to import: not for --help; and if it is missing, say so first
 
-    device = _device(args.device)
+    device = usable_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     activation = {name: getattr(args, name) for name in ("bits", "ste", "rounding", "learn_alpha")}
@@ -116,15 +116,6 @@ def _run(args: argparse.Namespace) -> None:
     print(f"\nLeNet-5 on MNIST: {len(mnist.train.y):,} training and {len(mnist.test.y):,} test images\n")
     print(_table(**report))
     print(f"\n{folder / 'curves.png'}\n{folder / 'results.json'}")
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-        return device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ExperimentError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _variant(bits: int, ste: str, rounding: str, learn_alpha: str | None) -> str:
