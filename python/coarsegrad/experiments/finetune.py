@@ -266,6 +266,8 @@ class _Job:
         result["kept_bytes"] = saved_memory(lambda: language.next_token_loss(model, batch)).total
         if bits:
             result["step_seconds"] = self._step_seconds(model, optimizer, batch)
+        else:
+            result["silent_loss"] = self._silent_loss()
         return result | {"environment": environment(self._device)}
 
     def _quantize(self, model: nn.Module, bits: int) -> QuantizeReport:
@@ -290,6 +292,15 @@ class _Job:
             "kl": (p.exp() * (p - q)).sum(-1).mean().item(),
             "same_top_token": (before.argmax(-1) == after.argmax(-1)).double().mean().item(),
         }
+
+    def _silent_loss(self) -> float:
+        """The validation loss before training with every activation 0: what there is to lose by bad activations."""
+        model = copy.deepcopy(self._start)
+        self._quantize(model, self._args.bits[0])
+        for module in model.modules():
+            if isinstance(module, QReLU):
+                module.register_forward_hook(lambda module, args, y: torch.zeros_like(y))
+        return self._language.validation_loss(model, self._validation, self._args.batch_size)
 
     def _step_seconds(self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> dict[str, float]:
         """Median of a training step of the float model and of this one, in turn; both are spoilt by it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -65,17 +66,20 @@ def summary(results: dict) -> str:
         rows.append(tuple(row))
     header = ("run", "ppl before", "ppl after", "to float", "logits", "same top", "kept", "activations", "step")
     config, environment = results["config"], next(iter(runs.values()))["environment"]
-    return "\n".join([
-        format_table(header, rows),
-        "",
-        "ppl: perplexity on the validation text, before training (with alphas calibrated) and after; to float: of that",
-        "after, against float's. logits: relative error before training; same top: how often the likeliest token is",
-        f"float's. kept: for the backward of a step on {config['batch_size']} x {config['length']} tokens, without "
-        "weights; activations: what is",
-        "kept of their outputs and gates, against float. step: median time of a training step, packed, against float's",
-        f"in turn with it ({environment['cpu']}, device {environment['device']}, threads {environment['threads']},",
-        f"torch {environment['torch']}, backend {environment['backend']}).",
-    ])  # fmt: skip
+    pretrained = ""
+    if results["pretraining"]:
+        loss = results["pretraining"][-1]["validation_loss"]
+        pretrained = f"Pretraining came to a perplexity of {math.exp(loss):.2f} on its own validation text. "
+    notes = (
+        f"{pretrained}ppl: perplexity on the validation text, before training, with alphas calibrated, and after. "
+        f"With every activation 0 it is {math.exp(base['silent_loss']):.2f} before. to float: of ppl after, against "
+        "float's. logits: relative error before training. same top: how often the likeliest token is float's, before "
+        f"training. kept: for the backward of a step on {config['batch_size']} x {config['length']} tokens, without "
+        "weights. activations: what is kept of their outputs and gates, against float. step: median time of a training "
+        f"step, packed, against float's in turn with it: {environment['cpu']}, device {environment['device']}, threads "
+        f"{environment['threads']}, torch {environment['torch']}, backend {environment['backend']}."
+    )
+    return f"{format_table(header, rows)}\n\n{textwrap.fill(notes, 110)}"
 
 
 def _figure(results: dict) -> Figure:
