@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--alpha-lr", type=positive(float), metavar="RATE",
         help=f"learning rate of the alphas, in units of their mean (default {_ALPHA_LR} times that of the weights)")
     add("--fixed-alpha", action="store_true", help="leave alphas as calibrated, in place of learning them")
-    add("--steps", type=positive(int), default=300, metavar="N", help="of each fine-tuning (default 300)")
+    add("--steps", type=positive(int), default=200, metavar="N", help="of each fine-tuning (default 200)")
     add("--lr", type=positive(float), default=5e-4, metavar="RATE",
         help="highest learning rate: it rises to it, and falls to 0 along half a cosine (default 0.0005)")
     add("--batch-size", type=positive(int), default=16, metavar="N", help="blocks a step (default 16)")
