@@ -262,6 +262,14 @@ def test_without_transformers_the_message_says_what_to_install(folders, tmp_path
 # Options and texts
 
 
+def test_help():
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
+    finetune.add_arguments(parser)
+    printed = " ".join(parser.format_help().split())
+    for words in ("--model", "--fixed-alpha", "facebook/opt-125m", "encoder and a decoder", "same numbers"):
+        assert words in printed
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
