@@ -407,8 +407,11 @@ class Model:
         path, data = self.path, self.data
         loads, stores = path.wide_bytes("load"), path.wide_bytes("store")
         if loads or stores:
-            moved = [got / (count * data.item) for got, count in ((loads, data.reads), (stores, data.writes)) if count]
-            elements = max(moved)
+            kinds = [(got, count * data.item) for got, count in ((loads, data.reads), (stores, data.writes)) if count]
+            least, elements = (choose(got / item for got, item in kinds) for choose in (min, max))
+            # What is moved besides in one of them may be kept bits.
+            if all(got - least * item <= least * data.kept_bits / 8 for got, item in kinds):
+                elements = least
         else:
             widths = [width for width in path.accesses("load") + path.accesses("store") if width >= data.item]
             elements = sum(widths) / ((data.reads + data.writes) * data.item)

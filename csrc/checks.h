@@ -131,6 +131,17 @@ inline void check_packed(const at::Tensor& packed, const char* argument, int64_t
   TORCH_CHECK_VALUE(packed.device() == device, argument, " must be on ", device, ", got ", packed.device());
 }
 
+// The slope of each code, as a kernel reads them.
+inline void check_slopes(const at::Tensor& slopes, const at::Tensor& grad_y, int64_t bits) {
+  const at::ScalarType wide = grad_y.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  TORCH_CHECK_TYPE(slopes.scalar_type() == wide, "slopes must be ", wide, " for grad_y of ", grad_y.scalar_type(),
+                   ", got ", slopes.scalar_type());
+  TORCH_CHECK_VALUE(slopes.is_contiguous() && slopes.dim() == 1 && slopes.numel() == int64_t{1} << bits,
+                    "slopes must be contiguous, of shape [", int64_t{1} << bits, "], got ", slopes.sizes());
+  TORCH_CHECK_VALUE(slopes.device() == grad_y.device(), "slopes must be on ", grad_y.device(), ", got ",
+                    slopes.device());
+}
+
 // That what a backward needs is given, and fits grad_y.
 inline void check_kept(const Kept& kept, const at::Tensor& grad_y, const std::optional<at::Tensor>& alpha,
                        const std::optional<at::Tensor>& x, const std::optional<at::Tensor>& mask,

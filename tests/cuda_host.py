@@ -14,13 +14,13 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 
 # In the order of the enumerators in csrc/math and of the operations in tests/cpp/cuda_host.cpp.
-OPS = ("forward", "backward", "dequantize")
+OPS = ("forward", "backward", "dequantize", "times_slopes")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ROUNDINGS = ("ceil", "nearest", "hwgq")
 MASKS = ("nothing", "positive", "inside", "state")
 STES = ("identity", "relu", "clipped_relu", "log_tailed_relu", "reverse_exponential")
 ALPHA_GRADS = ("exact", "three_valued", "two_valued", "chain")
-BUFFERS = ("alpha", "x", "y", "mask", "codes", "grad_y", "grad_x", "grad_alpha")
+BUFFERS = ("alpha", "x", "y", "mask", "codes", "grad_y", "grad_x", "grad_alpha", "slopes")
 
 _NULL, _READ, _WRITE, _READ_WRITE = range(4)
 

@@ -140,6 +140,8 @@ def same(a, b):
     if not a.dtype.is_floating_point:
         return torch.equal(a, b)
     nan = a.isnan()
+    if not torch.equal(nan, b.isnan()):
+        return False
     a, b = (torch.cat([t.masked_fill(nan, 0).double(), t.masked_fill(nan, 0).signbit().double()]) for t in (a, b))
     return torch.equal(a, b)
 
@@ -191,6 +193,23 @@ def dequantize_cases(dtype, sizes=SIZES[:-1]):
         yield dequantize_case(codes, alpha, bits, (size,), dtype, None, offset=n % 2, seed=n)
 
 
+def times_slopes_cases(dtype, sizes=SIZES[:-1], all_bits=range(1, 9)):
+    """A slope is now and then 0, where dy is infinite too."""
+    for n, (bits, size) in enumerate(itertools.product(all_bits, sizes)):
+        x = make_x(dtype, 0.3, bits, "ceil", size, n)
+        codes = reference.qrelu_codes(x, alpha_tensor([0.3], dtype), bits, "ceil", None)
+        slopes = make_grad(reference.wide_dtype(dtype), 2**bits, n)
+        slopes[n % 3 :: 3] = 0
+        grad_y = make_grad(dtype, size, n + 1)
+        grad_y[::7] = math.inf
+        grad_x = reference.times_slopes(grad_y, codes, slopes, bits)
+        inputs = {"grad_y": grad_y, "codes": codes, "slopes": slopes}
+        yield Case(
+            "times_slopes", dtype, bits, size, inputs, {"grad_x": grad_x}, expected={"grad_x": grad_x}, offset=n % 2,
+            seed=n,
+        )  # fmt: skip
+
+
 def backward_cases(dtype, sizes=SIZES[:-1], all_bits=range(1, 9), roundings=ROUNDINGS):
     """Every STE with every rule for alpha, and without; all widths of codes; grad_alpha alone too."""
     numbers = itertools.count()
@@ -238,6 +257,11 @@ def test_dequantize(program, dtype):
 
 
 @by_dtype
+def test_times_slopes(program, dtype):
+    check(program, list(times_slopes_cases(dtype)))
+
+
+@by_dtype
 def test_backward(program, dtype):
     check(program, list(backward_cases(dtype)))
 
@@ -252,6 +276,7 @@ def test_many_blocks(program, dtype):
     cases = [
         *forward_cases(dtype, SIZES[-1:], (2,)),
         *dequantize_cases(dtype, SIZES[-1:]),
+        *times_slopes_cases(dtype, SIZES[-1:]),
         *backward_cases(dtype, SIZES[-1:], (2,), ROUNDINGS[:1]),
     ]
     check(program, cases)
@@ -355,5 +380,6 @@ def test_sanitizers_find_nothing(tmp_path):
     program = cuda_host.build(tmp_path)
     for dtype in DTYPES:
         cases = [*forward_cases(dtype, (33, 4097), (3,)), *dequantize_cases(dtype, (0, 33, 4097))]
+        cases += times_slopes_cases(dtype, (33, 4097), (1, 3, 8))
         cases += [*backward_cases(dtype, (33, 4097), (1, 2, 3, 5), ROUNDINGS[:1]), *list(channel_cases(dtype))[::2]]
         check(program, cases)

@@ -56,6 +56,8 @@ MUTANTS = {
     "above taken for inside": ("backward.cuh", "value == 2 ? q : value == 1 ? inside", "value == 2 ? inside : value == 1 ? q"),
     "codes of which the low bits are looked at": ("backward.cuh", "if (kWidth >= 4) any |= any >> 2;", ""),
     "a mask beside the codes that is not read": ("backward.cuh", "masked = !kState && a.kind != MaskKind::nothing", "masked = false"),
+    "half of the slopes": ("backward.cuh", "threadIdx.x < 1u << a.bits", "threadIdx.x < 1u << (a.bits - 1)"),
+    "no barrier before the slopes are read": ("backward.cuh", "__syncthreads();\n  const auto slope_of", "const auto slope_of"),
     "one partial sum for all blocks": ("reduce.cuh", "partial[blockIdx.x] = total", "partial[0] = total"),
     "slices for channels": ("reduce.cuh", "partial[slice * channels + channel]", "partial[slice + channel * slices]"),
     "elements of the wrong channel": ("reduce.cuh", "terms(outer * row + start + at", "terms((outer * inner + at) * steps.channels / kUnit + share.channel"),
@@ -75,6 +77,7 @@ def make_cases():
     for dtype in (torch.float32, torch.bfloat16):
         cases += tests.forward_cases(dtype, (33, 4097), (2, 8))
         cases += tests.dequantize_cases(dtype, (33, 4097))
+        cases += tests.times_slopes_cases(dtype, (33, 4097, 30_000), (1, 3, 8))
         cases += tests.backward_cases(dtype, (33, 4097), (2, 4), ("nearest",))
         cases += list(tests.channel_cases(dtype))[::3]
         cases += tests.forward_cases(dtype, (30_000,), (3,))

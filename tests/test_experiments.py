@@ -21,7 +21,7 @@ from torch import nn
 import coarsegrad as cg
 from coarsegrad.experiments import data, download, mnist, training
 from coarsegrad.experiments.files import ExperimentError, replacing
-from coarsegrad.experiments.models import lenet5, quantized_lenet5
+from coarsegrad.experiments.models import lenet5, quantized
 
 BATCH = 16
 TRAIN, TEST = 3 * BATCH + 5, 20
@@ -451,7 +451,7 @@ def test_quantized_starts_from_the_float_network(idx_folder, tmp_path, monkeypat
 
 
 def test_learned_alpha_stays_positive():
-    model = quantized_lenet5(lenet5(nn.ReLU), 2, "relu", "ceil", "exact")
+    model = quantized(lenet5(nn.ReLU), 2, "relu", "ceil", "exact")
     optimizer = training.make_optimizer(model, lr=1.0)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e6)

@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 
-from coarsegrad.experiments import download, finetune, finetune_report, language, text
+from coarsegrad.experiments import download, finetune, finetune_report, language, results, text
 from coarsegrad.experiments.files import ExperimentError
 
 WIDTH, LENGTH, BATCH = 16, 16, 4
@@ -91,12 +91,12 @@ def contents(out):
 
 
 def test_end_products(whole, folders, capsys):
-    results = json.loads((whole / "results.json").read_text())
-    assert list(results["runs"]) == RUNS
-    assert [row["step"] for row in results["pretraining"]] == [0, 3, 6]
+    report = json.loads((whole / "results.json").read_text())
+    assert list(report["runs"]) == RUNS
+    assert [row["step"] for row in report["pretraining"]] == [0, 3, 6]
     tokens, layers = BATCH * LENGTH, 2
     elements = layers * tokens * 4 * WIDTH
-    for name, result in results["runs"].items():
+    for name, result in report["runs"].items():
         assert [row["step"] for row in result["history"]] == [0, 2, 4]
         assert result["environment"]["threads"] == 1
         assert result["history"][-1]["validation_loss"] < result["history"][0]["validation_loss"] < math.log(300)
@@ -105,10 +105,10 @@ def test_end_products(whole, folders, capsys):
             assert result["step_seconds"]["float"] > 0 < result["step_seconds"]["quantized"]
             assert all(layer["alpha"] != layer["alpha_calibrated"] for layer in result["layers"].values())
             # Codes, two bits of state (nearest, a learned alpha), and alpha itself.
-            in_float, kept = finetune_report.activation_bytes(result, results["runs"]["float"])
+            in_float, kept = finetune_report.activation_bytes(result, report["runs"]["float"])
             assert in_float == 4 * elements
             assert 0 <= kept - elements * (result["bits"] + 2) // 8 <= 64
-    logits = [results["runs"][name]["logits"] for name in RUNS[1:]]
+    logits = [report["runs"][name]["logits"] for name in RUNS[1:]]
     assert logits[0]["relative_error"] < 0.005 < 0.05 < logits[1]["relative_error"]
     assert logits[0]["kl"] < logits[1]["kl"] and logits[0]["same_top_token"] > 0.97
     assert (whole / "finetune.png").read_bytes().startswith(b"\x89PNG\r\n")
@@ -117,7 +117,7 @@ def test_end_products(whole, folders, capsys):
     run(folders, whole)  # finished already: only reports again
     printed = capsys.readouterr().out
     assert "0/4" not in printed and "ppl after" in printed and "8bit" in printed
-    assert finetune_report.summary(results) in printed
+    assert finetune_report.summary(report) in printed
     assert contents(whole) == before
 
 
@@ -390,9 +390,16 @@ def test_pip_refuses_another_archive_before_its_code_runs(monkeypatch, tmp_path,
 # The results that are in the repository
 
 
-def test_the_table_of_the_docs_is_that_of_the_results():
-    results = json.loads((RESULTS / "results.json").read_text())
-    assert [run["bits"] for run in finetune_report.ordered(results).values()] == [None, 8, 4, 2, 1]
-    page = (RESULTS.parent.parent.parent / "docs" / "finetune-results.md").read_text()
-    wanted = "\n".join(f"    {line}".rstrip() for line in finetune_report.summary(results).splitlines())
-    assert wanted in page
+def test_the_page_of_the_docs_is_that_of_the_results():
+    page = RESULTS.parent.parent.parent / "docs" / "finetune-results.md"
+    assert results.render(page.read_text(), page.parent) == page.read_text()
+    runs = finetune_report.ordered(json.loads((RESULTS / "results.json").read_text()))
+    assert [run["bits"] for run in runs.values()] == [None, 8, 4, 2, 1]
+    assert all("dirty" not in run["environment"]["git"] for run in runs.values())
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_another_results_file_is_refused_on_a_page(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ExperimentError, match="results.json is no results file of that command"):
+        results.render("<!-- results: finetune . -->\n<!-- end of results -->\n", tmp_path)

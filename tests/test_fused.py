@@ -168,10 +168,12 @@ def test_autocast(kind):
         assert found[0][0].dtype == torch.bfloat16
 
 
-def test_no_second_derivative():
-    x, _, weight, bias = tensors("linear")
-    out = fused("linear", x, torch.tensor([0.3]), weight, bias)
-    with pytest.raises(NotImplementedError, match="second derivative"):
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_no_second_derivative(kind):
+    """That of grad_weight goes through y to x, which is not kept."""
+    x, _, weight, bias = tensors(kind)
+    out = fused(kind, x, torch.tensor([0.3]), weight, bias)
+    with pytest.raises(NotImplementedError, match="second derivative; use qrelu and the layer one after the other"):
         torch.autograd.grad(out.sum(), x, create_graph=True)
 
 

@@ -83,6 +83,21 @@ def test_forward_and_codes(device, dtype):
 
 @any_device
 @by_dtype
+def test_times_slopes(device, dtype):
+    for n, (x, channel_dim) in enumerate(inputs(dtype)):
+        bits, ste = 1 + n % 8, "reverse_exponential_step"
+        alpha = torch.linspace(0.3, 0.7, 1 if channel_dim is None else x.size(channel_dim))
+        y, _, codes = reference.qrelu_forward(x, alpha, bits, "ceil", "nothing", True, channel_dim)
+        memory_format = torch.channels_last if x.dim() == 4 and not y.is_contiguous() else torch.contiguous_format
+        dy = random(x.shape, dtype, 1).contiguous(memory_format=memory_format)
+        want = reference.qrelu_backward(
+            dy, None, None, None, codes, bits, ste, "ceil", "exact", 1.0, None, True, False
+        )[0]
+        assert same(_ops.ops.times_slopes_of(dy.to(device), codes.to(device), bits, ste), want), (x.shape, bits)
+
+
+@any_device
+@by_dtype
 @pytest.mark.parametrize("ste", BUILT_IN)
 def test_backward(device, dtype, ste):
     for n, (x, channel_dim) in enumerate(inputs(dtype)):

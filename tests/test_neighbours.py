@@ -110,6 +110,17 @@ def test_a_t5_with_dropout_has_the_same_gradients_packed(ste):
     assert all(map(torch.equal, *grads))
 
 
+def test_dropout_of_a_square_is_dropout_after_the_square():
+    """With p = 3/4 the root of 1 - p is a power of two."""
+    fused, plain = (cg.QReLU(BITS, alpha=0.3, squared=True, dropout=p) for p in (0.75, 0.0))
+    x, dy = numbers(40, 33), numbers(40, 33, seed=1)
+    got = step(fused, x, dy)
+    torch.manual_seed(7)
+    mask = torch.nn.functional.dropout(torch.ones_like(x), 0.75)  # 0 or 4
+    for mine, right in zip(got, step(lambda_module(plain, lambda y: y * mask), x, dy), strict=True):
+        assert torch.equal(mine, right)
+
+
 def test_dropout_in_the_fused_linear_and_compiled():
     layer = cg.nn.QReLULinear(cg.QReLU(BITS, alpha=0.3, dropout=0.5), nn.Linear(33, 5))
     apart = nn.Sequential(layer.activation, layer.layer)

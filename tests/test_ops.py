@@ -79,6 +79,16 @@ def backward_samples():
             yield (dy, *kept, *rule, True, alpha_grad is not None)
 
 
+def slopes_samples(ste):
+    """slopes, or the name of their STE."""
+    for bits, dtype in ((1, torch.float64), (2, torch.float32), (3, torch.bfloat16), (7, torch.float16)):
+        for memory_format in FORMATS:
+            dy, x = (sample(2, 3, 4, 5, dtype=dtype, seed=i).contiguous(memory_format=memory_format) for i in (0, 1))
+            codes = cg.qrelu_codes(x, ALPHA, bits)
+            slopes = sample(2**bits, dtype=cg.reference.wide_dtype(dtype))
+            yield (dy, codes, bits, ste) if ste else (dy, codes, slopes, bits)
+
+
 def dequantize_samples():
     for bits in (1, 2, 4, 7):
         for memory_format in FORMATS:
@@ -107,6 +117,8 @@ SAMPLES = {
     "qrelu_forward_": kept_samples,
     "qrelu_backward": backward_samples,
     "qrelu_backward_own": backward_samples,
+    "times_slopes": lambda: slopes_samples(None),
+    "times_slopes_of": lambda: slopes_samples("reverse_exponential_step"),
     "qrelu_codes": lambda: forward_samples(lambda channel_dim: ("ceil", channel_dim)),
     "dequantize": dequantize_samples,
     "linear_backward_from_codes": layer_backward_samples,

@@ -285,23 +285,85 @@ def test_an_output_kept_in_a_later_block():
 
 
 def test_autocast():
-    """A bfloat16 output is kept as codes; one of float32 that autocast converts is kept as its bfloat16 copy."""
+    """A bfloat16 output is kept as codes, and so is autocast's bfloat16 copy of one of float32."""
     model, x = build("mlp", ste="relu")
     autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
     with autocast():
         want = gradients(model, x)
     with autocast():
         assert_same(gradients(model, x, cg.packed_activations()), want)
-    alpha, second, wide = torch.tensor([0.3]), nn.Linear(16, 8), torch.randn(64, 16, requires_grad=True)
 
-    def forward():
-        with autocast(), cg.packed_activations():
-            return second(cg.qrelu(wide, alpha, 2, ste="relu"))
 
-    got, z = kept_bytes(forward, *second.parameters())
-    assert got >= 64 * 16 * 2
-    z.float().sum().backward()
-    assert wide.grad is not None
+CONVERTED = {
+    "linear": (nn.Linear(16, 8), (4, 16, 16)),
+    "flattened": (nn.Sequential(nn.Flatten(), nn.Linear(256, 8)), (4, 16, 16)),
+    "conv": (nn.Conv2d(16, 8, 3), (4, 16, 4, 4)),
+    "channels last": (nn.Conv2d(16, 8, 3), (4, 16, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("ste", ["relu", "clipped_relu"])
+@pytest.mark.parametrize("case", CONVERTED)
+def test_autocast_of_a_float32_output(case, ste):
+    """Its levels are rounded to bfloat16, by the codes alone: 0.3 is no number of it."""
+    (layer, shape), alpha = CONVERTED[case], 0.3
+    memory_format = torch.channels_last if case == "channels last" else torch.contiguous_format
+    x = torch.randn(shape).to(memory_format=memory_format).requires_grad_()
+    inputs = [x, *layer.parameters()]
+
+    def loss(block, squared):
+        activation = cg.QReLU(2, ste=ste, alpha=alpha, squared=squared)
+        with torch.autocast("cpu", torch.bfloat16), block():
+            return layer(activation(x)).float().square().sum()
+
+    for squared in (False, True):
+        whole, wanted = kept_bytes(lambda: loss(contextlib.nullcontext, squared), *inputs)
+        packed, found = kept_bytes(lambda: loss(cg.packed_activations, squared), *inputs)
+        n, gate = x.numel(), 0 if ste == "relu" else x.numel() // 8
+        assert whole - packed == (2 + 4 * squared) * n + n // 8 - (n // 4 + 4 + gate)  # codes, and alpha
+        for got, want in zip(*(torch.autograd.grad(each, inputs) for each in (found, wanted)), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_copies_in_another_dtype():
+    """Kept as codes while y lives. A write to y or to the copy makes it another tensor, also where autograd sees none;
+    what is a part of y, or in another order, is kept as it is."""
+    copies = {
+        "as it is": (lambda y: y.double(), True),
+        "a view of it": (lambda y: y.double().view(4, 8).t(), True),
+        "of a view": (lambda y: y.view(16, 2).double(), True),
+        "transposed": (lambda y: y.transpose(0, 1).double(), False),
+        "another format": (lambda y: y.to(torch.double, memory_format=torch.channels_last), False),
+        "a part": (lambda y: y[1:].double(), False),
+        "of a copy": (lambda y: y.half().double(), False),
+        "y is written to": (lambda y: y.mul_(3).double(), False),
+        "the copy is written to": (lambda y: y.double().mul_(3), False),
+        "y, unseen": (lambda y: (unseen(y), y.double())[1], False),
+        "y, unseen, after": (lambda y: (y.double(), unseen(y))[0], False),
+        "the copy, unseen": (lambda y: unseen(y.double()), False),
+    }
+
+    @torch.no_grad()
+    def unseen(t):
+        t.mul_(3)
+        return t
+
+    for name, (convert, as_codes) in copies.items():
+        x, alpha = torch.randn(2, 4, 2, 2, requires_grad=True), torch.tensor([0.3])
+        factor = None
+
+        def forward():
+            nonlocal factor
+            with cg.packed_activations():
+                y = cg.qrelu(x, alpha, 2, ste="relu")
+                copy = convert(y)
+                factor = torch.ones(copy.shape, dtype=copy.dtype, requires_grad=True)
+                return copy * factor, copy.detach().clone()
+
+        bytes_kept, (z, values) = kept_bytes(forward, x)
+        assert (bytes_kept < factor.nbytes + 32) == as_codes, (name, bytes_kept)
+        (got,) = torch.autograd.grad(z.sum(), factor)
+        assert torch.equal(got, values), name
 
 
 def test_threads_do_not_share_a_block():

@@ -1,6 +1,8 @@
-"""qrelu_codes writes the specified layout, and dequantize rebuilds qrelu's output bit for bit."""
+"""qrelu_codes writes the specified layout; dequantize rebuilds qrelu's output bit for bit; times_slopes looks up."""
 
 from __future__ import annotations
+
+import math
 
 import hypothesis.strategies as st
 import oracle
@@ -132,3 +134,24 @@ def test_no_gradient_flows_through_codes(backend):
     x = random_input(16).requires_grad_()
     codes = cg.qrelu_codes(x, ALPHA, 2)
     assert not codes.requires_grad
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_times_slopes(backend, bits, dtype):
+    """dy * slopes[c], a select where the slope is 0; the last size is stored past the caches, with a tail."""
+    generator, wide = torch.Generator().manual_seed(bits), torch.promote_types(dtype, torch.float32)
+    slopes = torch.randn(2**bits, generator=generator, dtype=wide)
+    slopes[bits % 2 :: 5] = 0
+    large = [(2**22 + 5,)] if "native" in backend and bits in (2, 8) else []
+    for shape in ((0,), (1,), (63,), (64,), (65,), (3, 5, 7, 9), (1001, 19), *large):
+        dy = (torch.randn(shape, generator=generator) * 3).to(dtype)
+        dy.view(-1)[::11], dy.view(-1)[5::13] = math.inf, math.nan
+        code = torch.randint(2**bits, shape, generator=generator)
+        in_memory = code
+        if dy.dim() == 4:
+            dy, in_memory = dy.to(memory_format=torch.channels_last), code.permute(0, 2, 3, 1)
+        packed = cg.reference.pack(in_memory.reshape(-1).to(torch.uint8), oracle.CODE_WIDTH[bits])
+        got = torch.ops.coarsegrad.times_slopes(dy, packed, slopes, bits)
+        want = torch.where(slopes[code] == 0, 0.0, dy.to(wide) * slopes[code]).to(dtype)
+        assert got.stride() == dy.stride() and oracle.same_bits(got, want)

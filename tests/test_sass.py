@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench import sass
+from bench import sass, sass_triton
 from bench.sass_model import ARCHS, BulkPath, Data, Model, SassError, bulk_path, occupancy, parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +22,9 @@ def _skip_without_tools() -> None:
         sass.toolchain()
     except SassError as error:
         pytest.skip(str(error))
+
+
+needs_triton = pytest.mark.skipif(not sass_triton.installed(), reason="triton is not installed")
 
 
 @pytest.fixture(scope="session")
@@ -348,15 +352,68 @@ def test_the_promises_hold(reports):
 def test_what_is_promised(reports):
     """In figures, so that no promise is lost by a change of the list."""
     rows = [report.row() for report in reports]
-    assert all(row["spill_bytes"] == 0 for row in rows)
-    assert all(row["stack_bytes"] <= 8 * (row["kernel"] == "Triton backward, x") for row in rows)
-    assert all(row["all_wide"] for row in rows if row["kernel"] != "Triton dalpha, channels")
+    assert all(row["spill_bytes"] == row["stack_bytes"] == 0 for row in rows)
+    assert all(row["all_wide"] for row in rows)
     least = {"sm_80": 1.0, "sm_90": 1.0, "sm_100": 0.9, "sm_120": 0.0}
     promised = [row for row in rows if row["kernel"] in ("forward, mask", "backward, mask")]
     assert [row["dtype"] for row in promised] == ["float32", "bfloat16", "float16"] * 2
     for row in promised:
         assert row["share"] >= least[row["arch"]], row
         assert row["wide_loads"] >= 2 and row["wide_stores"] >= 2 and row["thread_bytes_in_flight"] >= 16
+
+
+def test_pairwise():
+    options = {"a": (1, 2, 3), "b": (True, False), "c": ("x", "y", "z", None), "d": (5,)}
+    settings = sass_triton.pairwise(**options)
+    assert all(setting.keys() == options.keys() for setting in settings)
+    for a, b in itertools.combinations(options, 2):
+        assert {(s[a], s[b]) for s in settings} == set(itertools.product(options[a], options[b]))
+    assert len(settings) <= 14 < 24
+
+
+@needs_triton
+def test_triton_with_every_pair_of_options(tools):
+    """No spills, no stack, 128-bit accesses, in settings in which every two options meet."""
+    pairs = sass_triton.covering(tuple(ARCHS))
+    assert {arch for arch, _ in pairs} == set(ARCHS)
+    assert sass.broken_promises(sass.triton_report(kernel, arch) for arch, kernel in pairs) == []
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", sass_triton.AMD)
+def test_triton_for_amd(arch, tmp_path):
+    """To machine code, without spills, in 128-bit accesses. Nothing ran."""
+    of_this_arch = sass_triton.AMD.index(arch)
+    for kernel in sass_triton.rows()[of_this_arch :: len(sass_triton.AMD)]:
+        made = sass_triton.compiled(kernel, arch, tmp_path)
+        assert made.asm["hsaco"].startswith(b"\x7fELF")
+        code = made.asm["amdgcn"]
+        assert re.search(rf"amdgcn_target .*-{arch}\"", code)
+        assert re.findall(r"\.(?:[sv]gpr_spill_count|private_segment_fixed_size): +(\d+)", code) == ["0"] * 3
+        for access, count in (("load", kernel.data.reads), ("store", kernel.data.writes)):
+            assert count == 0 or re.search(rf"_{access}_(dwordx4|b128)\b", code), (kernel.name, access)
+
+
+@needs_triton
+def test_triton_rounds_to_bfloat16_by_the_instruction(tmp_path):
+    """Triton's interpreter runs integer arithmetic in its place, which triton_interpreted.py proves to be the same."""
+    kernel = next(each for each in sass_triton.rows() if each.name == "forward, mask" and each.dtype == "bf16")
+    for arch in ARCHS:
+        ptx = sass_triton.compiled(kernel, arch, tmp_path).asm["ptx"]
+        assert re.search(r"cvt\.rn\.bf16(x2)?\.f32", ptx), arch
+        assert not re.search(r"\b(32767|0x7FFF|2143289344)\b", ptx), arch
+
+
+@needs_triton
+def test_triton_rounds_products_and_sums_apart(tmp_path):
+    """The option that says so has an effect, on both makes."""
+    kernel = next(each for each in sass_triton.rows() if each.name == "forward, mask, 8 bits")
+    for arch, text, fused in (("sm_90", "sass", r"\bFFMA"), ("gfx942", "amdgcn", r"\bv_(pk_)?fma")):
+        counts = []
+        for fusion in (False, True):
+            made = sass_triton.compiled(kernel, arch, tmp_path, enable_fp_fusion=fusion)
+            counts.append(len(re.findall(fused, made.asm[text])))
+        assert counts[0] < counts[1], arch
 
 
 def test_the_table_in_the_docs_is_what_the_command_writes(tools):

@@ -36,6 +36,33 @@ def test_the_gradient_is_the_formula(bits, rounding):
     assert set(c.tolist()) == set(range(q + 1))
 
 
+def test_the_reference_of_the_whole_backward_says_the_same():
+    """To the bit for dx; the sums of alpha are another order of the same terms."""
+    x, alpha, dy = torch.randn(1000), torch.tensor([0.3]), torch.randn(1000)
+    for rule in (None, "exact", "three_valued", "two_valued"):
+        leaf, learned = x.clone().requires_grad_(), alpha.clone().requires_grad_(rule is not None)
+        cg.qrelu(leaf, learned, 2, ste=STEP, alpha_grad=rule or "exact", alpha_scale=0.5).backward(dy)
+        mask, codes, _ = cg.ste.kept(STEP, "ceil", rule)
+        _, mask, codes = reference.qrelu_forward(x, alpha, 2, "ceil", mask, codes, None)
+        kept = (mask, codes, 2, STEP, "ceil", rule or "exact", 0.5, None, True, rule is not None)
+        want_x, want_alpha = reference.qrelu_backward(dy, None, None, *kept)
+        assert torch.equal(leaf.grad, want_x)
+        if rule:
+            torch.testing.assert_close(learned.grad, want_alpha, rtol=1e-5, atol=1e-3)
+
+
+def test_slopes_that_do_not_fit_are_refused():
+    dy, codes, op = torch.randn(8), torch.zeros(2, dtype=torch.uint8), torch.ops.coarsegrad.times_slopes
+    for slopes, bits, error in (
+        (torch.ones(3), 2, "slopes"),
+        (torch.ones(8), 2, "slopes"),
+        (torch.ones(4, dtype=torch.float64), 2, "slopes"),
+        (torch.ones(4), 9, "bits"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=error):
+            op(dy, codes, slopes, bits)
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_the_bounds_hold_for_every_x(bits):
     """1/e <= g' <= exp(-1/q) for x > 0, without a bound on x; reverse_exponential has none below there."""
@@ -142,6 +169,37 @@ def test_one_of_your_own():
         assert kept.bytes == 1
         y.sum().backward()
         assert torch.equal(x.grad, torch.tensor([0, 1 / 2, 1 / 3, 1 / 4]))
+
+
+def test_the_slopes_of_your_own_are_made_once():
+    """For each number of bits and dtype, and anew for another STE of the name."""
+    def slope_times(factor, calls):
+        def slope(u, q):
+            calls.append((u.dtype, q))
+            return factor * (u + 1)
+
+        return slope
+
+    for factor in (1, 2):
+        calls = []
+        with cg.register_ste("linear", slope_times(factor, calls), needs="codes"):
+            calls.clear()
+            for dtype in (torch.float32, torch.bfloat16, torch.float64) * 2:
+                x = torch.tensor([-1.0, 0.1, 9.0], dtype=dtype, requires_grad=True)
+                (grad,) = torch.autograd.grad(cg.qrelu(x, 0.3, 2, ste="linear").sum(), x)
+                assert grad.tolist() == [factor * 1, factor * 2, factor * 4]
+        assert calls == [(torch.float32, 3), (torch.float64, 3)]
+
+
+def test_compiled_of_your_own():
+    torch._dynamo.reset()
+    with cg.register_ste("tail", lambda u, q: torch.where(u <= 0, 0.0, 1 / (1 + u)), needs="codes"):
+        x, alpha = torch.randn(64, requires_grad=True), torch.tensor([0.3], requires_grad=True)
+        grads = []
+        for f in (lambda x, a: cg.qrelu(x, a, 2, ste="tail"),) * 2:
+            compiled = torch.compile(f, fullgraph=True, backend="aot_eager") if grads else f
+            grads.append(torch.autograd.grad(compiled(x, alpha).sum(), [x, alpha]))
+        assert all(map(torch.equal, *grads)) and grads[0][0].any()
 
 
 def test_training_moves_the_same_way():

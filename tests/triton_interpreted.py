@@ -18,6 +18,7 @@ from coarsegrad.reference import DTYPES
 from coarsegrad.ste import ALPHA_GRADS, BUILT_IN, ROUNDINGS, kept
 from coarsegrad.testing import hard_inputs, triton_ulps_apart, ulps_apart
 from coarsegrad.triton import kernels, qrelu
+from coarsegrad.triton.staircase import code_by_guess, divide, narrow, refined_quotient, widen
 from coarsegrad.triton.ste import exp_minus
 
 assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1"
@@ -79,6 +80,19 @@ def test_dequantize_every_width(bits):
     codes = reference.qrelu_codes(x, alpha, bits, "ceil", 0)
     back = (codes, alpha, bits, list(x.shape), torch.bfloat16, 0, torch.contiguous_format)
     assert same(qrelu.dequantize(*back), reference.dequantize(*back))
+
+
+@pytest.mark.parametrize("bits", (1, 2, 3, 8))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_times_slopes(dtype, bits):
+    x, dy = (ordinary(2, 3, 37, 11, dtype=dtype, seed=i).to(memory_format=torch.channels_last) for i in (0, 1))
+    dy[:, 0, ::3] = float("inf")
+    codes = reference.qrelu_codes(x, torch.tensor([0.3]), bits, "ceil", None)
+    slopes = ordinary(2**bits, dtype=reference.wide_dtype(dtype))
+    slopes[0] = 0
+    for given in (dy, dy[:0]):
+        arguments = (given, codes if len(given) else codes[:0], slopes, bits)
+        assert same(qrelu.times_slopes(*arguments), reference.times_slopes(*arguments))
 
 
 def backward_arguments(x, alpha, dy, bits, ste, rounding, rule, channel_dim, need_x=True, scale=1.0):
@@ -157,6 +171,8 @@ SHAPES = (
     ((5, 1300), 0, torch.contiguous_format),
     ((70, 70), 1, torch.contiguous_format),
     ((3000, 2), 1, torch.contiguous_format),
+    ((3, 2, 72), 1, torch.contiguous_format),
+    ((40, 72), 1, torch.contiguous_format),
     ((2, 1, 9), 1, torch.contiguous_format),
     ((0, 3), 1, torch.contiguous_format),
 )
@@ -171,6 +187,17 @@ def test_channels(shape, channel_dim, memory_format):
     for ste, rule in (("relu", "exact"), ("clipped_relu", "two_valued"), ("log_tailed_relu", "chain")):
         for need_x in (True, False):
             assert_backward(backward_arguments(x, alpha, dy, 3, ste, "nearest", rule, channel_dim, need_x, scale=0.25))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("shape", ((3, 2, 4104), (3, 2, 4103), (5, 2, 300), (2000, 16), (2000, 15)), ids=str)
+def test_slices_of_many_tiles(shape, dtype, monkeypatch):
+    """A slice goes on within a row of tiles and to the next ones."""
+    monkeypatch.setattr(qrelu, "_SUM_PROGRAMS", 4)
+    x, dy = ordinary(*shape, dtype=dtype), ordinary(*shape, dtype=dtype, seed=1)
+    alpha = torch.linspace(0.2, 0.9, shape[1])
+    for ste, rule, bits in (("relu", "exact", 1), ("clipped_relu", "three_valued", 2), ("relu", "chain", 2)):
+        assert_backward(backward_arguments(x, alpha, dy, bits, ste, "ceil", rule, 1, need_x=False, scale=0.3))
 
 
 def test_slices_and_views():
@@ -217,6 +244,101 @@ def test_what_does_not_fit_is_refused():
         qrelu.dequantize(short, alpha, 2, [40], torch.float32, None, torch.contiguous_format)
     with pytest.raises(ValueError, match="x, of grad_y's shape and dtype, and alpha must be given"):
         qrelu.qrelu_backward(x, None, None, None, None, 2, "relu", "ceil", "chain", 1.0, None, True, True)
+
+
+@triton.jit
+def _divide_kernel(a_ptr, b_ptr, out_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, divide(tl.load(a_ptr + at), tl.load(b_ptr + at)))
+
+
+def numbers_of_all_magnitudes(count, seed):
+    """float32, uniform in their bits."""
+    words = torch.randint(-(2**31), 2**31, (count,), generator=torch.Generator().manual_seed(seed))
+    return words.to(torch.int32).view(torch.float32)
+
+
+def test_divide():
+    a, b = numbers_of_all_magnitudes(2**17, 0), numbers_of_all_magnitudes(2**17, 1).abs()
+    special = torch.tensor([0.0, -0.0, 1.0, 3e38, 1e-45, 1.1754944e-38, float("inf"), float("nan")])
+    a[: 8 * 8], b[: 8 * 8] = special.repeat(8), torch.where(special == 0, 7.0, special).abs().repeat_interleave(8)
+    out, want = torch.empty_like(a), a / b
+    _divide_kernel[(1,)](a, b, out, BLOCK=2**17)
+    normal = want.abs() >= torch.finfo(torch.float32).tiny
+    assert torch.equal(out[normal], want[normal]) and normal.sum() > 2**15
+    assert torch.equal(out.isnan(), want.isnan())
+    rest = ~normal & ~want.isnan()
+    assert ulps_apart(out[rest], want[rest]).max() <= 1
+
+
+@triton.jit
+def _refined_quotient_kernel(a_ptr, b_ptr, out_ptr, error, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    b = tl.load(b_ptr + at)
+    inverse = ((1.0 / b).to(tl.int32, bitcast=True) + error).to(tl.float32, bitcast=True)
+    tl.store(out_ptr + at, refined_quotient(tl.load(a_ptr + at), b, inverse))
+
+
+@pytest.mark.parametrize("error", range(-2, 3))
+def test_a_quotient_does_not_depend_on_the_last_bits_of_the_inverse(error):
+    """As an inverse is an approximation on a GPU."""
+    b = torch.randint(2**23, 2**24, (2**17,), generator=torch.Generator().manual_seed(0))
+    b[:512] = torch.cat([2**23 + torch.arange(256), 2**24 - 1 - torch.arange(256)])
+    a = numbers_of_all_magnitudes(2**17, 1)
+    a = torch.where(a.isfinite() & (a.abs() > 2.0**-100), a, 1.0)
+    # a / b as near to half-way between two numbers as can be: m * b is 2**25 * a - 1, m odd of 25 bits.
+    m = torch.tensor([pow(odd, -1, 2**25) * -1 % 2**25 for odd in (b | 1).tolist()[:2**14]])
+    hard = (m * (b[: 2**14] | 1) + 1) // 2**25
+    found = (m >= 2**24) & (hard >= 2**23)
+    assert found.sum() > 1000
+    a[: 2**14] = torch.where(found, hard.float(), a[: 2**14])
+    b[: 2**14] |= found
+    b = b.float() / 2**23
+    out = torch.empty_like(a)
+    _refined_quotient_kernel[(1,)](a, b, out, error, BLOCK=2**17)
+    assert torch.equal(out, a / b)
+
+
+@triton.jit
+def _round_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, narrow(tl.load(x_ptr + at), tl.bfloat16))
+
+
+def test_what_the_interpreter_rounds_to_bfloat16_is_what_hardware_does():
+    """Every upper half of a float32, with every kind of a lower one: 0, below, at and above a half."""
+    upper = torch.arange(2**16)[:, None] << 16
+    x = (upper + torch.tensor([0, 1, 0x1234, 0x7FFF, 0x8000, 0x8001, 0xDCBA, 0xFFFF])).flatten()
+    x = torch.where(x < 2**31, x, x - 2**32).to(torch.int32).view(torch.float32)
+    out = torch.empty_like(x, dtype=torch.bfloat16)
+    _round_kernel[(1,)](x, out, BLOCK=2**19)
+    want = x.to(torch.bfloat16)
+    number = ~x.isnan()
+    assert torch.equal(out.isnan(), ~number)
+    assert torch.equal(out.view(torch.int16)[number], want.view(torch.int16)[number])
+
+
+@triton.jit
+def _guess_kernel(x_ptr, out_ptr, alpha_ptr, error, BITS: tl.constexpr, ROUNDING: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    x, alpha = tl.load(x_ptr + at), tl.load(alpha_ptr)
+    inverse = ((1.0 / alpha).to(tl.int32, bitcast=True) + error).to(tl.float32, bitcast=True)
+    tl.store(out_ptr + at, code_by_guess(widen(x), alpha, inverse, x.dtype, BITS, ROUNDING).to(tl.int32))
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_every_half_has_its_code_whatever_the_last_bits_of_the_inverse(dtype, rounding):
+    """8 bits are the hardest: where k * alpha just exceeds a power of two, levels move by most of a stair."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    number = ~x.isnan()
+    for alpha in (1.0, 1.00393, 1.00787, 1.9843, 0.3, 0.0123):
+        alpha = torch.tensor([alpha])
+        want = reference.qrelu_codes(x[number], alpha, 8, rounding, None)
+        for error in (-4, 0, 4):
+            out = torch.empty(x.shape, dtype=torch.int32)
+            _guess_kernel[(1,)](x, out, alpha, error, BITS=8, ROUNDING=rounding, BLOCK=2**16)
+            assert torch.equal(out[number].to(torch.uint8), want)
 
 
 @triton.jit

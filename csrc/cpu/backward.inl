@@ -1,4 +1,4 @@
-// dy to dx and to the sums of dalpha, from kept bits, codes or x.
+// dy to dx and to the sums of dalpha, from kept bits, codes or x; and dy to dx by a slope for each code.
 
 namespace cg::CG_ISA {
 namespace {
@@ -39,13 +39,22 @@ CG_HD void backward_gate(const Backward& a, int64_t block, int count, uint64_t g
   if (count < kBlock) memcpy(grad_x, dx_copy, count * sizeof(U));
 }
 
-// Sums dy * A per chunk and channel. Blocks of one channel are summed in a register until chunk or channel change.
+// A term is a select, not a product: dy may be infinite where A is 0.
+template <class P>
+CG_HD P masked_product(P dy, P value) {
+  const P zero(scalar_of<P>(0));
+  return select(value != zero, mul(dy, value), zero);
+}
+
+// Sums dy * A per chunk and channel. Blocks of one channel are summed in registers until chunk or channel change.
 template <class A>
 class ChannelSums {
   using P = Pack<A>;
+  using Mask = decltype(Lanes<P>::mask(0));
 
  public:
-  explicit CG_HD ChannelSums(const Backward& a) : a_(a) {}
+  explicit CG_HD ChannelSums(const Backward& a)
+      : a_(a), q_(A((1 << a.bits) - 1)), inside_factor_(inside_value(a.rule, A((1 << a.bits) - 1))) {}
   CG_HD ~ChannelSums() { flush(); }
 
   // Before the terms of a block.
@@ -58,6 +67,15 @@ class ChannelSums {
 
   CG_HD void add(const Uniform<A>&, int, P term) { total_ = total_ + term; }
   CG_HD void add(const Varying<A>&, int i, P term) { Lanes<P>::store(terms_ + i, term); }
+
+  // The same for what A is inside and above, factored out of the sums where it can be.
+  CG_HD void add_flagged(const Uniform<A>&, int, P dy, Mask inside, Mask above) {
+    inside_ = inside_ + select(inside, dy, P(A(0)));
+    above_ = above_ + select(above, dy, P(A(0)));
+  }
+  CG_HD void add_flagged(const Varying<A>& source, int i, P dy, Mask inside, Mask above) {
+    add(source, i, select(above, mul(dy, q_), select(inside, masked_product(dy, inside_factor_), P(A(0)))));
+  }
 
   // After them.
   CG_HD void finish(int64_t, const Uniform<A>&) {}
@@ -86,22 +104,17 @@ class ChannelSums {
     return static_cast<A*>(a_.partial) + block / a_.chunk_blocks * a_.steps.channels;
   }
   CG_HD void flush() {
-    if (sum_) *sum_ += Lanes<P>::sum(total_);
-    total_ = P(A(0));
+    const P flagged = masked_product(inside_, inside_factor_) + mul(above_, q_);
+    if (sum_) *sum_ += Lanes<P>::sum(total_ + flagged);
+    total_ = inside_ = above_ = P(A(0));
   }
 
   const Backward& a_;
+  const P q_, inside_factor_;
   A* sum_ = nullptr;
-  P total_ = P(A(0));
+  P total_ = P(A(0)), inside_ = total_, above_ = total_;
   A terms_[kBlock];
 };
-
-// A term is a select, not a product: dy may be infinite where A is 0.
-template <class P>
-CG_HD P masked_product(P dy, P value) {
-  const P zero(scalar_of<P>(0));
-  return select(value != zero, mul(dy, value), zero);
-}
 
 // From the kept bits or codes: dx, and dalpha for the rules that need no x.
 template <class T>
@@ -110,9 +123,6 @@ void backward_kept(const Backward& args, int64_t begin, int64_t end) {
   using P = Pack<A>;
   using U = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
   const Backward a = args;
-  const A top = A((1 << a.bits) - 1);
-  const P q(top), inside_factor(inside_value(a.rule, top)), zero(A(0));
-  const bool two_valued = a.rule == AlphaGrad::two_valued;
   ChannelSums<A> sums(a);
   for_each_block<A, false>(a.steps, begin, end, [&](int64_t block, const auto& source) {
     const int count = block_count(a.count, block);
@@ -128,8 +138,7 @@ void backward_kept(const Backward& args, int64_t begin, int64_t end) {
       if (a.codes) {
         sums.add(source, i, masked_product(dy, Lanes<P>::load_codes(kept.codes + i)));
       } else {
-        const P inside = two_valued ? zero : select(Lanes<P>::mask(kept.inside >> i), mul(dy, inside_factor), zero);
-        sums.add(source, i, select(Lanes<P>::mask(kept.above >> i), mul(dy, q), inside));
+        sums.add_flagged(source, i, dy, Lanes<P>::mask(kept.inside >> i), Lanes<P>::mask(kept.above >> i));
       }
     }
     sums.finish(block, source);
@@ -154,52 +163,92 @@ void codes_block(Rounding rounding, const T* x, const Source& source, int bits, 
   }
 }
 
+// dx of some packs from x itself. k16: steps are regular, and dx is in 16 bits, which need no more of g' than they show.
+template <class T, class SteT, bool k16, class Source>
+CG_HD void dx_run(const T* x, const T* grad_y, T* dx, int64_t count, bool stream, const Source source,
+                  Pack<compute_t<T>> q) {
+  using P = Pack<compute_t<T>>;
+  const P inverse_q = P(scalar_of<P>(1)) / q;
+  for (int64_t i = 0; i < count; i += Lanes<P>::kCount) {
+    const P v = Io<T>::load(x + i);
+    const P u = k16 ? mul(v, source.inverse_at(i)) : v / source.alpha_at(i);
+    const Point<P> p{v, u, q, inverse_q, level<T>(q, source.alpha_at(i))};
+    const P result = round_to<T>(times_slope(Io<T>::load(grad_y + i), slope<SteT, k16>(p)));
+    if (stream) Io<T>::stream(dx + i, result);
+    else Io<T>::store(dx + i, result);
+  }
+}
+
+// The terms of dalpha of a block, by any rule, from x itself.
+template <class T, class SteT, class Source>
+CG_HD void add_terms(const Backward& a, const T* x, const T* grad_y, const Source& source,
+                     ChannelSums<compute_t<T>>& sums) {
+  using A = compute_t<T>;
+  using P = Pack<A>;
+  const A top = A((1 << a.bits) - 1);
+  const P q(top), inside_factor(inside_value(a.rule, top)), zero(A(0));
+  const bool by_code = a.rule == AlphaGrad::exact || a.rule == AlphaGrad::chain;
+  uint8_t codes[kBlock];
+  if (by_code) {
+#if CG_ANY_STEPS
+    if (!a.steps.regular) codes_block<T, false>(a.rounding, x, source, a.bits, codes);
+    else
+#endif
+      codes_block<T, true>(a.rounding, x, source, a.bits, codes);
+  }
+  for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
+    const P alpha = source.at(i).alpha, v = Io<T>::load(x + i);
+    const Point<P> p{v, v / alpha, q, P(A(1)) / q, level<T>(q, alpha)};
+    P value;
+    if (by_code) {
+      value = Lanes<P>::load_codes(codes + i);
+      if (a.rule == AlphaGrad::chain) value = chain_value(p, value, slope<SteT>(p));
+    } else {
+      value = select(p.x > p.top, q, select(is_positive(p.x), inside_factor, zero));
+    }
+    sums.add(source, i, masked_product(Io<T>::load(grad_y + i), value));
+  }
+}
+
 // From x itself: dx by g', and dalpha by any rule.
 template <class T, class SteT>
 void backward_x(const Backward& args, int64_t begin, int64_t end) {
   using A = compute_t<T>;
-  using P = Pack<A>;
   const Backward a = args;
-  const A top = A((1 << a.bits) - 1);
-  const P q(top), inside_factor(inside_value(a.rule, top)), zero(A(0));
+  const Pack<A> q(A((1 << a.bits) - 1));
+  constexpr bool k16 = sizeof(T) == 2;
+  const auto dx_of = [&](const T* x, const T* grad_y, T* dx, int64_t count, bool stream, const auto& source) {
+    if (a.steps.regular) dx_run<T, SteT, k16>(x, grad_y, dx, count, stream, source, q);
+    else dx_run<T, SteT, false>(x, grad_y, dx, count, stream, source, q);
+  };
+  if (!a.partial && a.steps.channels == 1) {  // all whole blocks at once
+    const int64_t whole = end < a.count / kBlock ? end : a.count / kBlock;
+    if (begin < whole) {
+      for_each_block<A>(a.steps, begin, begin + 1, [&](int64_t, const auto& source) {
+        const int64_t first = begin * kBlock;
+        dx_of(static_cast<const T*>(a.x) + first, static_cast<const T*>(a.grad_y) + first,
+              static_cast<T*>(a.grad_x) + first, (whole - begin) * kBlock, a.stream, source);
+      });
+      begin = whole;
+    }
+  }
   ChannelSums<A> sums(a);
-  const bool by_code = a.partial && (a.rule == AlphaGrad::exact || a.rule == AlphaGrad::chain);
   for_each_block<A>(a.steps, begin, end, [&](int64_t block, const auto& source) {
     const int count = block_count(a.count, block);
     T x_copy[kBlock], dy_copy[kBlock], dx_copy[kBlock];
     const T* x = read_block(static_cast<const T*>(a.x), block, count, x_copy);
     const T* grad_y = read_block(static_cast<const T*>(a.grad_y), block, count, dy_copy);
-    const bool whole = a.grad_x && count == kBlock, stream = whole && a.stream;
-    T* dx_block = whole ? static_cast<T*>(a.grad_x) + block * kBlock : dx_copy;
-    uint8_t codes[kBlock];
-    if (by_code) {
-#if CG_ANY_STEPS
-      if (!a.steps.regular) codes_block<T, false>(a.rounding, x, source, a.bits, codes);
-      else
-#endif
-        codes_block<T, true>(a.rounding, x, source, a.bits, codes);
+    if (a.grad_x) {
+      const bool whole = count == kBlock;
+      T* grad_x = static_cast<T*>(a.grad_x) + block * kBlock;
+      T* dx = whole ? grad_x : dx_copy;
+      dx_of(x, grad_y, dx, kBlock, whole && a.stream, source);
+      if (!whole) memcpy(grad_x, dx_copy, count * sizeof(T));
     }
-    if (a.partial) sums.start(block, source);
-    for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
-      const P alpha = source.at(i).alpha;
-      const Point<P> p{Io<T>::load(x + i), alpha, q, level<T>(q, alpha)};
-      const P dy = Io<T>::load(grad_y + i);
-      const P g = slope<SteT>(p);
-      const P dx = round_to<T>(times_slope(dy, g));
-      if (stream) Io<T>::stream(dx_block + i, dx);
-      else Io<T>::store(dx_block + i, dx);
-      if (!a.partial) continue;
-      P value;
-      if (by_code) {
-        value = Lanes<P>::load_codes(codes + i);
-        if (a.rule == AlphaGrad::chain) value = chain_value(p, value, g);
-      } else {
-        value = select(p.x > p.top, q, select(is_positive(p.x), inside_factor, zero));
-      }
-      sums.add(source, i, masked_product(dy, value));
-    }
-    if (a.grad_x && count < kBlock) memcpy(static_cast<T*>(a.grad_x) + block * kBlock, dx_copy, count * sizeof(T));
-    if (a.partial) sums.finish(block, source);
+    if (!a.partial) return;
+    sums.start(block, source);
+    add_terms<T, SteT>(a, x, grad_y, source, sums);
+    sums.finish(block, source);
   });
 }
 
@@ -216,6 +265,41 @@ void backward(const Backward& a, int64_t begin, int64_t end) {
 #undef CG_CASE
       }
     }
+    if (a.stream) stream_fence();
+  });
+}
+
+template <class T, class Table>
+void times_slopes_of(const TimesSlopes& args, int64_t begin, int64_t end) {
+  using P = Pack<compute_t<T>>;
+  const TimesSlopes a = args;
+  const Table table(static_cast<const compute_t<T>*>(a.slopes), 1 << a.bits);
+  for (int64_t block = begin; block < end; ++block) {
+    const int count = block_count(a.count, block);
+    uint8_t codes[kBlock];
+    read_codes(a.codes, block, count, packed_width(a.bits), codes);
+    T dy_copy[kBlock], dx_copy[kBlock];
+    const T* grad_y = read_block(static_cast<const T*>(a.grad_y), block, count, dy_copy);
+    const bool whole = count == kBlock;
+    T* dx_block = whole ? static_cast<T*>(a.grad_x) + block * kBlock : dx_copy;
+    for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
+      const P dx = round_to<T>(times_slope(Io<T>::load(grad_y + i), table.at(codes + i)));
+      if (whole && a.stream) Io<T>::stream(dx_block + i, dx);
+      else Io<T>::store(dx_block + i, dx);
+    }
+    if (!whole) memcpy(static_cast<T*>(a.grad_x) + block * kBlock, dx_copy, count * sizeof(T));
+  }
+}
+
+void times_slopes(const TimesSlopes& a, int64_t begin, int64_t end) {
+  with_dtype(a.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    using P = Pack<compute_t<T>>;
+    const bool small = 1 << a.bits <= SmallTable<P>::kSize;
+    if constexpr (SmallTable<P>::kSize > 0) {
+      if (small) times_slopes_of<T, SmallTable<P>>(a, begin, end);
+    }
+    if (!small) times_slopes_of<T, LargeTable<P>>(a, begin, end);
     if (a.stream) stream_fence();
   });
 }

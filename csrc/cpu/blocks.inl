@@ -14,6 +14,8 @@ struct Uniform {
   StepPack<A> step;
   int64_t channel;
   CG_HD StepPack<A> at(int) const { return step; }
+  CG_HD Pack<A> alpha_at(int) const { return step.alpha; }
+  CG_HD Pack<A> inverse_at(int) const { return step.inverse; }
 };
 
 // An alpha for each element, read from two arrays.
@@ -21,7 +23,9 @@ template <class A>
 struct Varying {
   const A* alpha;
   const A* inverse;
-  CG_HD StepPack<A> at(int i) const { return {Lanes<Pack<A>>::load(alpha + i), Lanes<Pack<A>>::load(inverse + i)}; }
+  CG_HD StepPack<A> at(int i) const { return {alpha_at(i), inverse_at(i)}; }
+  CG_HD Pack<A> alpha_at(int i) const { return Lanes<Pack<A>>::load(alpha + i); }
+  CG_HD Pack<A> inverse_at(int i) const { return Lanes<Pack<A>>::load(inverse + i); }
 };
 
 // body(channel, first, last) for each run of one channel within the block.

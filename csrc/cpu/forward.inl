@@ -43,7 +43,8 @@ CG_HD void forward_block(const Forward& a, int64_t block, const Source& source) 
 template <class T, Rounding R, int kBits>
 struct Table {
   static constexpr int kTop = (1 << kBits) - 1;
-  Ordered thresholds, levels, top;
+  static constexpr bool kStraight = kBits <= 2;  // one comparison after the other, a level at a time
+  Ordered thresholds, levels, top, each_threshold[3], each_level[3];
 
   explicit CG_HD Table(float alpha) {
     int16_t threshold_bits[Ordered::kCount], level_bits[Ordered::kCount];
@@ -55,6 +56,24 @@ struct Table {
     thresholds = Ordered::load(threshold_bits);
     levels = Ordered::load(level_bits);
     top = Ordered::all(level_bits[kTop]);
+    if constexpr (kStraight) {
+      for (int k = 1; k <= kTop; ++k) {
+        each_threshold[k - 1] = Ordered::all(threshold_bits[k]);
+        each_level[k - 1] = Ordered::all(level_bits[k]);
+      }
+    }
+  }
+
+  CG_HD Ordered level_of(Ordered x) const {
+    if constexpr (!kStraight) {
+      return Ordered::look_up(levels, search(x));
+    } else {
+      Ordered level = Ordered::select(Ordered::greater(x, each_threshold[0]), each_level[0], Ordered::all(0));
+      for (int k = 1; k < kTop; ++k) {
+        level = Ordered::select(Ordered::greater(x, each_threshold[k]), each_level[k], level);
+      }
+      return level;
+    }
   }
 
   CG_HD Ordered search(Ordered x) const {
@@ -80,9 +99,15 @@ CG_HD void forward_table_block(const Forward& a, int64_t block, const Table<T, R
   const Ordered zero = Ordered::all(0), infinity = Ordered::all(kInfinityBits<T>);
   for (int i = 0; i < kBlock; i += Ordered::kCount) {
     const Ordered v = Ordered::load(x + i);
-    const Ordered code = table.search(v);
     const auto is_nan = Ordered::greater(Ordered::magnitude(v), infinity);
-    const Ordered level = Ordered::select(is_nan, v, Ordered::look_up(table.levels, code));
+    Ordered code, level;
+    if constexpr (kCodes) {
+      code = table.search(v);
+      level = Ordered::look_up(table.levels, code);
+    } else {
+      level = table.level_of(v);
+    }
+    level = Ordered::select(is_nan, v, level);
     if (stream) Ordered::stream(y + i, level);
     else Ordered::store(y + i, level);
     const uint64_t nan = Ordered::bits(is_nan);

@@ -64,12 +64,24 @@ struct Dequantize {
   bool stream;
 };
 
+struct TimesSlopes {
+  Dtype dtype;
+  int bits;
+  int64_t count;
+  const void* grad_y;
+  const uint8_t* codes;
+  const void* slopes;    // one for each code, in the compute type
+  void* grad_x;
+  bool stream;
+};
+
 // Each runs blocks [begin, end); with `partial`, whole chunks.
 struct Kernels {
   const char* isa;
   void (*forward)(const Forward&, int64_t begin, int64_t end);
   void (*backward)(const Backward&, int64_t begin, int64_t end);
   void (*dequantize)(const Dequantize&, int64_t begin, int64_t end);
+  void (*times_slopes)(const TimesSlopes&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kKernelsDefault;  // the only one that serves steps that are not regular

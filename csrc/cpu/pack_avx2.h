@@ -268,6 +268,49 @@ CG_HD void keep_bits(const U* from, U* to, uint64_t bits, bool stream) {
   }
 }
 
+template <class P>
+struct LargeTable;
+template <>
+struct LargeTable<Floats> {
+  const float* entries;
+  CG_HD LargeTable(const float* from, int) : entries(from) {}
+  CG_HD Floats at(const uint8_t* codes) const {
+    const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+    return _mm256_i32gather_ps(entries, index, 4);
+  }
+};
+template <>
+struct LargeTable<Doubles> {
+  const double* entries;
+  CG_HD LargeTable(const double* from, int) : entries(from) {}
+  CG_HD Doubles at(const uint8_t* codes) const {
+    int four;
+    memcpy(&four, codes, 4);
+    return _mm256_i32gather_pd(entries, _mm_cvtepu8_epi32(_mm_cvtsi32_si128(four)), 8);
+  }
+};
+
+template <class P>
+struct SmallTable {
+  static constexpr int kSize = 0;
+};
+template <>
+struct SmallTable<Floats> {
+  static constexpr int kSize = 16;
+  __m256 low, high;
+  CG_HD SmallTable(const float* from, int size) {
+    float entries[kSize] = {};
+    memcpy(entries, from, size * sizeof(float));
+    low = _mm256_loadu_ps(entries);
+    high = _mm256_loadu_ps(entries + 8);
+  }
+  CG_HD Floats at(const uint8_t* codes) const {
+    const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // the sign is bit 3
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), upper);
+  }
+};
+
 // Streamed stores are weakly ordered: fence before another thread may read.
 CG_HD void stream_fence() { _mm_sfence(); }
 

@@ -222,6 +222,43 @@ CG_HD void keep_bits(const U* from, U* to, uint64_t bits, bool stream) {
   }
 }
 
+template <class P>
+struct LargeTable;
+template <>
+struct LargeTable<Floats> {
+  const float* entries;
+  CG_HD LargeTable(const float* from, int) : entries(from) {}
+  CG_HD Floats at(const uint8_t* codes) const {
+    const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    return _mm512_i32gather_ps(index, entries, 4);
+  }
+};
+template <>
+struct LargeTable<Doubles> {
+  const double* entries;
+  CG_HD LargeTable(const double* from, int) : entries(from) {}
+  CG_HD Doubles at(const uint8_t* codes) const {
+    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+    return _mm512_i32gather_pd(_mm256_cvtepu8_epi32(eight), entries, 8);
+  }
+};
+
+template <class P>
+struct SmallTable {
+  static constexpr int kSize = 0;
+};
+template <>
+struct SmallTable<Floats> {
+  static constexpr int kSize = 16;
+  __m512 entries;
+  CG_HD SmallTable(const float* from, int size)
+      : entries(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << size) - 1), from)) {}
+  CG_HD Floats at(const uint8_t* codes) const {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(bytes), entries);
+  }
+};
+
 // Streamed stores are weakly ordered: fence before another thread may read.
 CG_HD void stream_fence() { _mm_sfence(); }
 

@@ -3,6 +3,8 @@
 //   Pack<A>             numbers of compute type A: the operations of math/macros.h
 //   Lanes<P>            kCount; masks to and from bits; codes to and from bytes; the sum over lanes
 //   Io<T>               load; store and stream (past the caches, aligned) a pack whose numbers are numbers of T
+//   LargeTable<P>       at(codes): the entries of a table of up to 256 numbers for a pack's codes, from memory
+//   SmallTable<P>       the same for up to kSize numbers, from registers; none where kSize is 0
 //   Ordered             16-bit numbers as signed integers, in the order of their bits (dtype.h), and tables of
 //                       2^CG_TABLE_BITS of them; none here
 //   keep_bits(...)      64 elements of raw bits, kept where the mask says, else zero
@@ -49,6 +51,17 @@ template <class U>
 CG_HD void keep_bits(const U* from, U* to, uint64_t bits, bool) {
   for (int i = 0; i < 64; ++i) to[i] = (bits >> i) & 1 ? from[i] : U(0);
 }
+
+template <class A>
+struct LargeTable {
+  const A* entries;
+  CG_HD LargeTable(const A* from, int) : entries(from) {}
+  CG_HD A at(const uint8_t* codes) const { return entries[*codes]; }
+};
+template <class A>
+struct SmallTable {
+  static constexpr int kSize = 0;
+};
 
 CG_HD void stream_fence() {}
 

@@ -233,6 +233,26 @@ Tensor dequantize(const Tensor& codes, const Tensor& alpha, int64_t bits, at::In
   return y;
 }
 
+Tensor times_slopes(const Tensor& grad_y, const Tensor& codes, const Tensor& slopes, int64_t bits) {
+  check_bits(bits);
+  TimesSlopes a{};
+  a.dtype = dtype_of(grad_y, "grad_y");
+  a.bits = static_cast<int>(bits);
+  a.count = grad_y.numel();
+  check_packed(codes, "codes", a.count, packed_width(a.bits), grad_y.device());
+  check_slopes(slopes, grad_y, bits);
+  const Tensor dense = grad_y.contiguous(grad_y.suggest_memory_format());
+  Tensor grad_x = empty_as(dense);
+  a.grad_y = dense.const_data_ptr();
+  a.codes = codes.const_data_ptr<uint8_t>();
+  a.slopes = slopes.const_data_ptr();
+  a.grad_x = grad_x.mutable_data_ptr();
+  a.stream = streams(grad_x);
+  const auto run = active_kernels().times_slopes;
+  at::parallel_for(0, block_total(a.count), kGrainBlocks, [&](int64_t begin, int64_t end) { run(a, begin, end); });
+  return grad_x;
+}
+
 }  // namespace
 
 void register_cpu(torch::Library& library) {
@@ -241,6 +261,7 @@ void register_cpu(torch::Library& library) {
   library.impl("qrelu_backward", qrelu_backward);
   library.impl("qrelu_codes", qrelu_codes);
   library.impl("dequantize", dequantize);
+  library.impl("times_slopes", times_slopes);
 }
 
 }  // namespace cg

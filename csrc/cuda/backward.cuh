@@ -1,4 +1,4 @@
-// dy to dx and to the sums of dalpha, from kept bits, codes or x.
+// dy to dx and to the sums of dalpha, from kept bits, codes or x; and dy to dx by a slope for each code.
 #pragma once
 
 #include "reduce.cuh"
@@ -170,7 +170,7 @@ CG_D Gradients<compute_t<T>> gradients(const Backward& a, compute_t<T> x, comput
                                        bool sum) {
   using A = compute_t<T>;
   const A q = A((1 << a.bits) - 1);
-  const Point<A> p{x, alpha, q, level<T>(q, alpha)};
+  const Point<A> p{x, x / alpha, q, A(1) / q, level<T>(q, alpha)};
   const A g = slope<SteT>(p);
   A factor = A(0);
   if (sum) {
@@ -254,6 +254,48 @@ __global__ void __launch_bounds__(kThreads) qrelu_backward_x_channels_kernel(con
       }
     }
   });
+}
+
+// dx = dy * slopes[code].
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kThreads) times_slopes_kernel(const TimesSlopes a, bool aligned) {
+  using A = compute_t<T>;
+  constexpr uint32_t kLow = (1u << kWidth) - 1;
+  CG_SHARED(A, slopes, 1 << kWidth);
+  // 3 bits are stored as 4, and 5 to 7 as 8: the rest of the table is no code's.
+  if (threadIdx.x < 1u << a.bits) slopes[threadIdx.x] = static_cast<const A*>(a.slopes)[threadIdx.x];
+  __syncthreads();
+  const auto slope_of = [&](uint64_t codes, int i) { return slopes[static_cast<uint32_t>(codes >> (i * kWidth)) & kLow]; };
+  for_each_pack<T>(
+      a.count, aligned,
+      [&](int64_t first) {
+        if constexpr (kVector<T>) {
+          Words words[kUnroll];
+          uint64_t codes[kUnroll];
+#pragma unroll
+          for (int u = 0; u < kUnroll; ++u) {
+            words[u] = load_words<T>(a.grad_y, first + u * kThreads);
+            codes[u] = read_bits<kPack<T>, kWidth>(a.codes, first + u * kThreads, kPack<T>, true);
+          }
+#pragma unroll
+          for (int u = 0; u < kUnroll; ++u) {
+            float v[kPack<T>];
+            unpack<T>(words[u], v);
+#pragma unroll
+            for (int i = 0; i < kPack<T>; ++i) v[i] = times_slope(v[i], slope_of(codes[u], i));
+            store_words<T>(a.grad_x, first + u * kThreads, round_all<T>(v));
+          }
+        }
+      },
+      [&](int64_t pack, int count) {
+        const int64_t start = pack * kPack<T>;
+        const uint64_t codes = read_bits<kPack<T>, kWidth>(a.codes, pack, count, aligned && count == kPack<T>);
+#pragma unroll 1
+        for (int i = 0; i < count; ++i) {
+          const A dy = widen(static_cast<const T*>(a.grad_y)[start + i]);
+          static_cast<T*>(a.grad_x)[start + i] = narrow<T>(times_slope(dy, slope_of(codes, i)));
+        }
+      });
 }
 
 }  // namespace cg::cuda

@@ -57,4 +57,14 @@ struct Dequantize {
   void* y;
 };
 
+struct TimesSlopes {
+  Dtype dtype;
+  int bits;
+  int64_t count;
+  const void* grad_y;
+  const uint8_t* codes;
+  const void* slopes;  // one for each code, in the compute type
+  void* grad_x;
+};
+
 }  // namespace cg::cuda

@@ -136,6 +136,19 @@ void launch_dequantize(const Dequantize& a, Stream stream) {
   });
 }
 
+template <class Stream>
+void launch_times_slopes(const TimesSlopes& a, Stream stream) {
+  if (a.count == 0) return;
+  const unsigned blocks = static_cast<unsigned>(pack_blocks(a.dtype, a.count, kMaxBlocks));
+  const bool whole = aligned({a.grad_y, a.grad_x}, {a.codes});
+  with_dtype(a.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    with_width(packed_width(a.bits), [&](auto width) {
+      launch(times_slopes_kernel<T, width.value>, dim3(blocks), dim3(kThreads), 0, stream, a, whole);
+    });
+  });
+}
+
 // Elements that the sums per channel read at once: a pack where each lies within a channel, or within a row of channels.
 inline int64_t channel_unit(const Backward& a) {
   const int64_t pack = pack_of(a.dtype), run = a.steps.inner == 1 ? a.steps.channels : a.steps.inner;

@@ -156,6 +156,26 @@ Tensor dequantize(const Tensor& codes, const Tensor& alpha, int64_t bits, at::In
   return y;
 }
 
+Tensor times_slopes(const Tensor& grad_y, const Tensor& codes, const Tensor& slopes, int64_t bits) {
+  check_bits(bits);
+  const CUDAGuard guard(grad_y.device());
+  TimesSlopes a{};
+  a.dtype = dtype_of(grad_y, "grad_y");
+  a.bits = static_cast<int>(bits);
+  a.count = grad_y.numel();
+  check_packed(codes, "codes", a.count, packed_width(a.bits), grad_y.device());
+  check_slopes(slopes, grad_y, bits);
+  const at::MemoryFormat format = grad_y.suggest_memory_format();
+  const Tensor dense = grad_y.contiguous(format);
+  Tensor grad_x = at::empty_like(dense, dense.options(), format);
+  a.grad_y = dense.const_data_ptr();
+  a.codes = codes.const_data_ptr<uint8_t>();
+  a.slopes = slopes.const_data_ptr();
+  a.grad_x = grad_x.mutable_data_ptr();
+  launch_times_slopes(a, getCurrentCUDAStream().stream());
+  return grad_x;
+}
+
 }  // namespace
 }  // namespace cg::cuda
 
@@ -167,6 +187,7 @@ void register_cuda(torch::Library& library) {
   library.impl("qrelu_backward", cuda::qrelu_backward);
   library.impl("qrelu_codes", cuda::qrelu_codes);
   library.impl("dequantize", cuda::dequantize);
+  library.impl("times_slopes", cuda::times_slopes);
 }
 
 }  // namespace cg

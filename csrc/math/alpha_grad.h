@@ -27,7 +27,7 @@ CG_HD A inside_value(AlphaGrad rule, A q) {
 // A under `chain`.
 template <class F>
 CG_HD F chain_value(const Point<F>& p, F code, F slope) {
-  return code - times_slope(p.x / p.alpha, slope);
+  return code - times_slope(p.u, slope);
 }
 
 }  // namespace cg

@@ -6,6 +6,7 @@ and the derivative of qrelu as it is loaded; without it the derivative is the au
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
@@ -18,7 +19,7 @@ from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 
 from . import reference
-from .ste import ALPHA_GRADS, BUILT_IN, check_inplace, get_ste, kept
+from .ste import ALPHA_GRADS, BUILT_IN, GPrime, check_inplace, get_ste, kept
 
 _SCHEMAS = (
     "qrelu(Tensor x, Tensor alpha, int bits, str ste, str rounding, str alpha_grad, float alpha_scale,"
@@ -39,6 +40,10 @@ _SCHEMAS = (
     "qrelu_backward_own(Tensor grad_y, Tensor? alpha, Tensor? x, Tensor? mask, Tensor? codes, int bits, str ste,"
     " str rounding, str alpha_grad, float alpha_scale, int? channel_dim, bool need_grad_x, bool need_grad_alpha)"
     " -> (Tensor grad_x, Tensor grad_alpha)",
+    # grad_x of an STE that needs the codes alone, built in or the user's: grad_y * slopes[c], slopes: [2**bits].
+    "times_slopes(Tensor grad_y, Tensor codes, Tensor slopes, int bits) -> Tensor",
+    # The same with the slopes of an STE. Opaque on purpose: the table is made once, and never by a compiler's exp.
+    "times_slopes_of(Tensor grad_y, Tensor codes, int bits, str ste) -> Tensor",
     "qrelu_codes(Tensor x, Tensor alpha, int bits, str rounding, int? channel_dim) -> Tensor",
     "dequantize(Tensor codes, Tensor alpha, int bits, SymInt[] shape, ScalarType dtype, int? channel_dim,"
     " MemoryFormat memory_format) -> Tensor",
@@ -64,6 +69,7 @@ KERNELS = {
     "qrelu_forward_": "qrelu_forward_",
     "qrelu_backward": "qrelu_backward",
     "qrelu_backward_own": "qrelu_backward",
+    "times_slopes": "times_slopes",
     "qrelu_codes": "qrelu_codes",
     "dequantize": "dequantize",
 }
@@ -139,6 +145,12 @@ def _(
     )
 
 
+@_fake("times_slopes")
+@_fake("times_slopes_of")
+def _(grad_y, codes, *_):
+    return torch.empty_like(grad_y, memory_format=suggest_memory_format(grad_y))
+
+
 @_fake("qrelu_codes")
 def _(x, alpha, bits, rounding, channel_dim):
     reference.check_arguments(x, alpha, bits, rounding, channel_dim)
@@ -181,6 +193,20 @@ for _name in KERNELS:
     # An STE of the user's runs on the reference by its own nature: nothing to warn of.
     _kernel = reference.qrelu_backward if _name == "qrelu_backward_own" else reference_kernel(_name)
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+
+@functools.lru_cache(maxsize=256)
+def _slopes(gprime: GPrime, bits: int, wide: torch.dtype, device: torch.device) -> Tensor:
+    """g' at each code. Computed on the CPU, so that every device has the same bits."""
+    return gprime(torch.arange(2**bits, dtype=wide, device="cpu"), 2**bits - 1).detach().contiguous().to(device)
+
+
+def _times_slopes_of(grad_y, codes, bits, ste):
+    slopes = _slopes(get_ste(ste).gprime, bits, reference.wide_dtype(grad_y.dtype), grad_y.device)
+    return ops.times_slopes.default(grad_y, codes, slopes, bits)
+
+
+_library.impl("times_slopes_of", _times_slopes_of, "CompositeExplicitAutograd")
 
 
 def _qrelu_without_grad(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
@@ -286,13 +312,27 @@ def _backward_autograd(memory_format, grad_y, alpha, x, mask, codes, *config):
     tensors = (grad_y, alpha, x, mask, codes)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _QReLUBackward.apply(memory_format, *tensors, config)
-    op = ops.qrelu_backward.default
-    if config[1] not in BUILT_IN:
-        if get_ste(config[1]).triton is None:
-            return reference.qrelu_backward(*tensors, *config, memory_format=memory_format)
-        op = ops.qrelu_backward_own.default
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*tensors, *config)
+    if config[1] in BUILT_IN:
+        with torch._C._AutoDispatchBelowAutograd():
+            return ops.qrelu_backward.default(*tensors, *config)
+    ste = get_ste(config[1])
+    if ste.needs == "codes" and x is None:
+        return _backward_by_slopes(grad_y, mask, codes, *config)
+    if ste.triton is None:
+        return reference.qrelu_backward(*tensors, *config, memory_format=memory_format)
+    return ops.qrelu_backward_own.default(*tensors, *config)
+
+
+def _backward_by_slopes(grad_y, mask, codes, bits, ste, *rest):
+    """qrelu_backward of an STE that needs the codes: its slope of each, and alpha's sums, which no STE is part of."""
+    *rule, need_grad_x, need_grad_alpha = rest
+    grad_x, grad_alpha = grad_y.new_empty(0), grad_y.new_empty(0, dtype=reference.wide_dtype(grad_y.dtype))
+    if need_grad_x:
+        grad_x = ops.times_slopes_of.default(grad_y, codes, bits, ste)
+    if need_grad_alpha:
+        arguments = (grad_y, None, None, mask, codes, bits, "identity", *rule)
+        grad_alpha = ops.qrelu_backward.default(*arguments, False, True)[1]
+    return grad_x, grad_alpha
 
 
 class _QReLUBackward(torch.autograd.Function):
@@ -324,7 +364,7 @@ class _QReLUBackward(torch.autograd.Function):
         return None, grad_grad_y, *(None,) * 5
 
 
-for _name in ("qrelu_forward", "qrelu_forward_", "qrelu_backward_own", "qrelu_codes", "dequantize"):
+for _name in set(KERNELS) - {"qrelu_backward"} | {"times_slopes_of"}:
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 

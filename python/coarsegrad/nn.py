@@ -71,9 +71,9 @@ class QReLU(torch.nn.Module):
     channel_dim: the dimension of the channels, where num_channels is given; negative counts from the end.
     inplace: write y into x, as nn.ReLU(inplace=True) does.
     dropout: in 0..1 without 1: the probability p of an nn.Dropout after the activation, in training. It is done before
-        it, on x / (1 - p) with the levels of alpha / (1 - p): the same network, but for the rounding of x / (1 - p). A
-        dropped element is code 0 and has no gradient by that alone, so that no mask of dropout is kept, and the output
-        has levels, which the next layer can keep as codes.
+        it, on x / (1 - p) with the levels of alpha / (1 - p) (where the output is squared, with the root of 1 - p): the
+        same network, but for the rounding of the quotient. A dropped element is code 0 and has no gradient by that
+        alone, so that no mask of dropout is kept, and the output has levels, which the next layer can keep as codes.
     squared: the output is y * y, as in models with relu(x)**2; its gradient is dy * 2 y * g'(u).
 
     Kept for the backward with the defaults: 1 bit an element. Squared, y too (its codes, in `packed_activations`).
@@ -143,7 +143,8 @@ class QReLU(torch.nn.Module):
         """(x, alpha), or in training with dropout (x with elements dropped, alpha to go with them)."""
         if not self.training or not self.dropout:
             return x, self.alpha
-        return _Dropout.apply(x, self.dropout), self.alpha / (1 - self.dropout)
+        divisor = (1 - self.dropout) ** (0.5 if self.squared else 1.0)
+        return _Dropout.apply(x, self.dropout, divisor), self.alpha / divisor
 
     def settings(self) -> dict[str, str | float | int | None]:
         """The keywords of `coarsegrad.qrelu` that say what is computed."""
@@ -165,17 +166,18 @@ class QReLU(torch.nn.Module):
 
 
 class _Dropout(torch.autograd.Function):
-    """F.dropout(x, p), with the gradient of an element as if it was not dropped. It keeps nothing: what comes after it
-    has no gradient where an element is 0."""
+    """x / divisor with each element dropped with probability p, and the gradient of an element as if it was not
+    dropped. It keeps nothing: what comes after it has no gradient where an element is 0."""
 
     @staticmethod
-    def forward(ctx, x, p):
-        ctx.scale = 1 / (1 - p)
-        return F.dropout(x, p)
+    def forward(ctx, x, p, divisor):
+        ctx.scale = 1 / divisor
+        y = F.dropout(x, p)
+        return y if divisor == 1 - p else y.mul_((1 - p) / divisor)
 
     @staticmethod
     def backward(ctx, grad_y):
-        return grad_y * ctx.scale, None
+        return grad_y * ctx.scale, None, None
 
 
 def _initial_alpha(alpha: float | Tensor, size: int) -> Tensor:

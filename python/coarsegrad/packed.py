@@ -69,10 +69,11 @@ class _Gate:
 
 
 class _Rebuilding:
-    """How y, or its square, is made from its codes. Views asked for while another is in use share one storage."""
+    """How y, its square, or one of these in another dtype, is made from its codes. Views asked for while another is in
+    use share one storage."""
 
     def __init__(self, y: Tensor, bits: int, channel_dim: int | None, memory_format: torch.memory_format) -> None:
-        self._shape, self._dtype, self._square = y.shape, y.dtype, False
+        self._shape, self._y_dtype, self._dtype, self._square = y.shape, y.dtype, y.dtype, False
         self._bits, self._channel_dim, self._memory_format = bits, channel_dim, memory_format
         self._storage: weakref.ref[torch.UntypedStorage] | None = None
 
@@ -81,14 +82,19 @@ class _Rebuilding:
         other._square, other._storage = True, None
         return other
 
+    def of_dtype(self, dtype: torch.dtype) -> _Rebuilding:
+        other = copy.copy(self)
+        other._dtype, other._storage = dtype, None
+        return other
+
     def view(self, codes: _Kept, alpha: _Kept, size: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
         storage = self._storage and self._storage()
         if storage is None:
             y = _ops.ops.dequantize.default(
-                codes.unpack(), alpha.unpack(), self._bits, self._shape, self._dtype, self._channel_dim,
+                codes.unpack(), alpha.unpack(), self._bits, self._shape, self._y_dtype, self._channel_dim,
                 self._memory_format,
             )  # fmt: skip
-            storage = (y.square_() if self._square else y).untyped_storage()
+            storage = (y.square_() if self._square else y).to(self._dtype).untyped_storage()
             self._storage = weakref.ref(storage)
         return torch.empty(0, dtype=self._dtype, device=storage.device).set_(storage, offset, size, stride)
 
@@ -108,12 +114,14 @@ class _Output:
 
     gate: that of the node which made y, where the codes can stand in for its mask.
     version: y's own; a y written to since is another tensor. None: y is not handed out yet.
+    y: a weak reference to y, from then on.
     """
 
     def __init__(
         self, y: Tensor, codes: Tensor, alpha: Tensor, gate: _Gate | None, rebuilding: _Rebuilding
     ) -> None:
         self.version: int | None = None
+        self.y: weakref.ref[Tensor] = lambda: None
         self._codes, self._alpha, self._gate, self._rebuilding = codes, alpha, gate, rebuilding
         self._dtype, self._offset, self._count = y.dtype, y.storage_offset(), y.numel()
 
@@ -123,6 +131,25 @@ class _Output:
             return None
         rebuilding = self._rebuilding.of_square()
         return _Output(z, self._codes, self._alpha, self._gate, rebuilding)
+
+    def hand_out(self, y: Tensor) -> None:
+        self.version, self.y = y._version, weakref.ref(y)
+        if isinstance(y.grad_fn, torch.autograd.function.BackwardCFunction):  # an in-place one on a view has another
+            setattr(y.grad_fn, _NOTE, weakref.ref(self))
+
+    def converted(self, copy_of_y: Tensor) -> _Output | None:
+        """The same of a copy of y, or of a view of y, in another dtype; None where y is gone or was written to, or the
+        elements lie in another order."""
+        y = self.y()
+        if y is None or y._version != self.version or y.device != copy_of_y.device:
+            return None
+        same_strides = (y.shape, y.stride()) == (copy_of_y.shape, copy_of_y.stride())
+        if not same_strides and not (y.is_contiguous() and copy_of_y.is_contiguous()):
+            return None
+        rebuilding = self._rebuilding.of_dtype(copy_of_y.dtype)
+        output = _Output(copy_of_y, self._codes, self._alpha, self._gate, rebuilding)
+        output.version = 0  # as the copy was made
+        return output
 
     def keep_instead_of(self, t: Tensor, below: Hooks | None) -> _View | None:
         """What to keep in place of t, which shares y's storage; None where t itself must be kept."""
@@ -140,6 +167,27 @@ class _Output:
         return _View(self._rebuilding, kept_codes, kept_alpha, t.size(), t.stride(), first)
 
 
+def _note_of(t: Tensor) -> _Output | None:
+    """What is known of the output that t is a view of. The graph tells whether that is a copy of an output y in another
+    dtype, as autocast makes of a float32 y: it then gets y's note, made its own."""
+    storage = t.untyped_storage()
+    note = getattr(storage, _NOTE, None)
+    if note is not None:
+        return note
+    root = t._base if t._is_view() else t
+    node = root.grad_fn
+    if node is None or node.name() != "ToCopyBackward0":
+        return None
+    node = node.next_functions[0][0]
+    while node is not None and node.name() in ("ViewBackward0", "UnsafeViewBackward0"):
+        node = node.next_functions[0][0]
+    made_from = getattr(node, _NOTE, lambda: None)()
+    note = made_from and made_from.converted(root)
+    if note is not None:
+        setattr(storage, _NOTE, note)
+    return note
+
+
 class Packing:
     """The hooks of one `packed_activations` block; `below`: those around it, through which all goes that it keeps."""
 
@@ -149,7 +197,7 @@ class Packing:
     def pack(self, t: Tensor) -> _Kept | _Gate | _View:
         instead = getattr(t, _NOTE, None)
         if instead is None and t.layout is torch.strided:
-            note = getattr(t.untyped_storage(), _NOTE, None)
+            note = _note_of(t)
             instead = note and note.keep_instead_of(t, self.below)
         return instead or _Kept(t, self.below)
 
@@ -168,9 +216,8 @@ class Packing:
         y = _PackedQReLU.apply(
             x, alpha, self.below, inplace, (bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
         )
-        note = getattr(y.untyped_storage(), _NOTE, None)
-        if note is not None:
-            note.version = y._version
+        if (note := getattr(y.untyped_storage(), _NOTE, None)) is not None:
+            note.hand_out(y)
         return y
 
 
@@ -262,9 +309,8 @@ def square(y: Tensor) -> Tensor:
     if active_packing() is None or not y.requires_grad:
         return y.square()
     z = _PackedSquare.apply(y)
-    note = getattr(z.untyped_storage(), _NOTE, None)
-    if note is not None:
-        note.version = z._version
+    if (note := getattr(z.untyped_storage(), _NOTE, None)) is not None:
+        note.hand_out(z)
     return z
 
 
@@ -283,10 +329,11 @@ def packed_activations() -> Iterator[None]:
     its value may change before the backward.
 
     It holds for the thread that opened it, and for eager code; in a function that torch.compile compiles it does
-    nothing (`qrelu_linear` and `qrelu_conv2d` save there too). Kept whole, as without it: y after a dtype conversion
-    (autocast of a float32 y included), after a write in place before it is kept, and outside of the block; all inside
-    of a checkpointed function, which keeps nothing anyway. Around checkpointed functions, and inside of other
-    saved-tensor hooks (`torch.autograd.graph.save_on_cpu`), it works as it should: those get the codes.
+    nothing (`qrelu_linear` and `qrelu_conv2d` save there too). A copy in another dtype, as autocast makes of a
+    float32 y, is kept as the same codes if y lives until then. Kept whole, as without it: y after a write in place
+    before it is kept, and outside of the block; all inside of a checkpointed function, which keeps nothing anyway.
+    Around checkpointed functions, and inside of other saved-tensor hooks (`torch.autograd.graph.save_on_cpu`), it
+    works as it should: those get the codes.
 
     A tensor that is changed in place after it was kept is an error in the backward, as ever, unless it is kept as
     codes: those have the value of then, and the gradient is right. Like torch, it cannot see a write through `.data`.

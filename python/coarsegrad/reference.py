@@ -145,6 +145,16 @@ def check_arguments(
     return check_alpha(alpha, channel_dim, x.shape, x.dtype, x.device)
 
 
+def check_slopes(slopes: Tensor, grad_y: Tensor, bits: int) -> None:
+    check_bits(bits)
+    wide = wide_dtype(grad_y.dtype)
+    if slopes.dtype != wide or slopes.shape != (2**bits,) or slopes.device != grad_y.device:
+        raise ValueError(
+            f"slopes must be {wide} of shape [{2**bits}] on {grad_y.device}, got {slopes.dtype} of shape"
+            f" {list(slopes.shape)} on {slopes.device}"
+        )
+
+
 def checked_values(alpha: Tensor, wide: torch.dtype) -> Tensor:
     """alpha in the wide dtype. A bad value is an error where reading it costs no device sync, else it becomes NaN."""
     converted = alpha.detach().to(wide)
@@ -258,6 +268,17 @@ def dequantize(
     out = torch.empty(shape, dtype=dtype, device=codes.device, memory_format=memory_format)
     code = _from_memory_order(unpack(codes, CODE_WIDTH[bits], out.numel()), out.shape, memory_format)
     return out.copy_(_from_codes(code, alpha, dtype, channel_dim))
+
+
+def times_slopes(grad_y: Tensor, codes: Tensor, slopes: Tensor, bits: int) -> Tensor:
+    """grad_y * slopes[c] of the packed codes c, a select where the slope is 0. grad_y is dense in y's memory format;
+    slopes: [2**bits], wide."""
+    check_slopes(slopes, grad_y, bits)
+    memory_format = suggest_memory_format(grad_y)
+    flat = unpack(codes, CODE_WIDTH[bits], grad_y.numel())
+    slope = slopes[_from_memory_order(flat, grad_y.shape, memory_format).long()]
+    grad_x = torch.empty_like(grad_y, memory_format=memory_format)
+    return grad_x.copy_(torch.where(slope == 0, 0.0, grad_y.to(slope.dtype) * slope))
 
 
 def _sum_rows(rows: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class Call:
 
     squared: what is meant is the square of its result.
     line: in the file.
+    given: the call whose result it is called with, where nothing else comes to see that.
     """
 
     method: str
@@ -39,14 +40,19 @@ class Call:
     inplace: bool
     squared: bool
     line: int
+    given: Span | None
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a class's methods do with activations: calls that can be rewritten, and (method, why not) of the others."""
+    """What a class's methods do with activations: calls that can be rewritten, and (method, why not) of the others.
+
+    mentions: `name` of every self.name in the methods, as often as it is there.
+    """
 
     calls: tuple[Call, ...]
     others: tuple[tuple[str, str], ...]
+    mentions: tuple[str, ...]
 
 
 Plan = frozenset[tuple[str, Span, str]]  # (method, span, name of the submodule to call)
@@ -57,6 +63,7 @@ def find_calls(cls: type[nn.Module], functions: frozenset[Callable]) -> Found:
     """The calls of `functions`, and of submodules with one argument, in the methods of cls and of its bases."""
     calls: list[Call] = []
     others: list[tuple[str, str]] = []
+    mentions: list[str] = []
     defined: dict[str, type] = {}
     for base in cls.__mro__:
         if base is nn.Module or base.__module__.startswith("torch.nn.modules."):
@@ -72,6 +79,7 @@ def find_calls(cls: type[nn.Module], functions: frozenset[Callable]) -> Found:
                 if overriding is base and name == "forward":
                     others.append((name, "its source cannot be read"))
                 continue
+            mentions += source.mentions
             called = any(call.function for call in source.calls)
             if overriding is not base:
                 if called and _calls_super(overriding, name):
@@ -82,7 +90,7 @@ def find_calls(cls: type[nn.Module], functions: frozenset[Callable]) -> Found:
             else:
                 calls += source.calls
                 others += [(name, why) for why in source.others]
-    return Found(tuple(calls), tuple(others))
+    return Found(tuple(calls), tuple(others), tuple(mentions))
 
 
 @functools.cache
@@ -157,6 +165,8 @@ class _Source:
         self._local |= set(self.function.__code__.co_varnames)
         arguments = (*definition.args.posonlyargs, *definition.args.args)
         self.self_name = arguments[0].arg if arguments else None
+        self.mentions = [node.attr for node in nodes if isinstance(node, ast.Attribute) and self._is_self(node.value)]
+        self._given = _given(nodes)
         self.calls: list[Call] = []
         self.others: list[str] = []
         self._visit(definition, squared=False)
@@ -175,6 +185,9 @@ class _Source:
             return "uses private names (__x)"
         return None
 
+    def _is_self(self, node: ast.AST) -> bool:
+        return isinstance(node, ast.Name) and node.id == self.self_name
+
     def _visit(self, node: ast.AST, squared: bool) -> None:
         base = self._square_of(node)
         if base is not None and self.call(base):
@@ -185,7 +198,9 @@ class _Source:
             function, attribute, argument, inplace = call
             if argument is not None:
                 line = self.function.__code__.co_firstlineno + node.lineno - 1
-                self.calls.append(Call(self._name, span_of(node), function, attribute, inplace, squared, line))
+                span = span_of(node)
+                given = span_of(argument) if isinstance(argument, ast.Call) else self._given.get(span)
+                self.calls.append(Call(self._name, span, function, attribute, inplace, squared, line, given))
             else:
                 self.others.append(f"{ast.unparse(node)}: its arguments cannot be told")
         elif isinstance(node, (ast.Name, ast.Attribute)) and self._resolve(node) in self._functions:
@@ -224,7 +239,7 @@ class _Source:
             return function, None, argument, inplace.value is True or function.__name__.endswith("_")
         if not isinstance(target, ast.Attribute):
             return None
-        if isinstance(target.value, ast.Name) and target.value.id == self.self_name:
+        if self._is_self(target.value):
             if len(node.args) == 1 and not words and not isinstance(node.args[0], ast.Starred):
                 return None, target.attr, node.args[0], False
         elif not node.args and not words and self._look_up(target.value) is None:  # of a value, as x.relu()
@@ -274,6 +289,26 @@ class _Source:
 
 def span_of(node: ast.AST) -> Span:
     return node.lineno, node.col_offset, node.end_lineno, node.end_col_offset
+
+
+def _given(nodes: list[ast.AST]) -> dict[Span, Span]:
+    """From the span of a call g to that of the call f whose result it is given by way of a variable that nobody else
+    reads: `h = f(x)`, and in the next statement `h = g(h)` or `return g(h)`."""
+    found = {}
+    for body in (getattr(node, field, None) for node in nodes for field in ("body", "orelse", "finalbody")):
+        for pair in zip(body, body[1:]) if isinstance(body, list) else ():
+            match pair:
+                case (
+                    ast.Assign([ast.Name(h)], ast.Call() as f),
+                    ast.Assign([ast.Name(after)], ast.Call(_, [ast.Name(of)]) as g),
+                ) if h == of == after:
+                    found[span_of(g)] = span_of(f)
+                case (
+                    ast.Assign([ast.Name(h)], ast.Call() as f),
+                    ast.Return(ast.Call(_, [ast.Name(of)]) as g),
+                ) if h == of:
+                    found[span_of(g)] = span_of(f)
+    return found
 
 
 def _is_two(node: ast.AST) -> bool:

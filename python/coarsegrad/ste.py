@@ -138,8 +138,8 @@ _BUILT_IN = (
         paper=_LONG,
     ),
 )
-# Without kernels of its own: the backward is the reference's. Derived in docs/step-constant.md.
-_IN_PLAIN_TORCH = (
+# Without a mirror in the kernels' lists: they are given the slope of each code. Derived in docs/step-constant.md.
+_BY_SLOPES = (
     STE(
         name="reverse_exponential_step",
         needs="codes",
@@ -151,7 +151,7 @@ _IN_PLAIN_TORCH = (
     ),
 )
 BUILT_IN = tuple(ste.name for ste in _BUILT_IN)
-_registry = {ste.name: ste for ste in (*_BUILT_IN, *_IN_PLAIN_TORCH)}
+_registry = {ste.name: ste for ste in (*_BUILT_IN, *_BY_SLOPES)}
 
 
 def one_of(argument: str, got: object, known) -> str:
@@ -183,7 +183,7 @@ class STETable(dict):
 
 
 def stes() -> STETable:
-    """Every known STE by name: those with kernels, those in plain torch, then the user's own. Prints as a table.
+    """Every known STE by name, the user's own last. Prints as a table.
 
     "in class" is the convergence class of Long et al. 2021 (arXiv 2011.11256), on bounded inputs; see `check_ste`.
     """
@@ -319,15 +319,16 @@ def register_ste(
     needs: what the backward has to keep of x: "x" (default) always works. A g' that is constant by pieces keeps
         less: "nothing" (constant), "positive" (depends on u > 0 alone, 1 bit an element), "inside" (depends on
         0 < u <= q alone, 1 bit an element). "codes" makes any g' constant on each stair, g'(c) for the code c = 0..q,
-        and keeps the packed codes.
+        and keeps the packed codes; gprime is then called once for each number of bits, dtype and device.
     formula, paper: text for the table that `stes` prints.
     triton: the same g' as a @triton.jit function (u, q): u is a float32 or float64 block, q an int known as the kernel
         is compiled. It is not called for NaN's sake; where needs is a bit it sees u = 0.5 and u = -0.5
         alone, and where it is "codes" the codes.
         Nothing compares it with gprime here: `coarsegrad.testing.triton_ulps_apart` does, in Triton's interpreter.
 
-    The forward is the same kernel as for every other STE. The backward is a Triton kernel where there is `triton` and
-    Triton can serve the device (see `backends`), also beside compiled CUDA kernels; else it runs in plain torch.
+    The forward is the same kernel as for every other STE. So is the backward where needs is "codes", but for
+    alpha_grad="chain": the kernels look up the slope of each code. Else it is a Triton kernel where there is `triton`
+    and Triton can serve the device (see `backends`), also beside compiled CUDA kernels; or it runs in plain torch.
     Returns a handle: its `close()` removes the STE again, and so does the end of a `with` block around it.
 
     Raises ValueError if the name is taken or no identifier, needs is unknown, or g' does not do what needs says;

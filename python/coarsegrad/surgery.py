@@ -20,6 +20,7 @@ _RELUS = (torch.relu, torch.relu_, F.relu_, torch.Tensor.relu, torch.Tensor.relu
 _WHY_OWN = {
     "inplace": "a QReLU is in place where what it replaces was",
     "squared": "a QReLU squares where what it replaces did",
+    "dropout": "places differ; fold_dropout=True takes over the dropouts that the model has",
     "num_channels": "channels differ from place to place; `calibrate` with channel_dim finds an alpha for each",
 }
 
@@ -97,6 +98,7 @@ def quantize_(
     *,
     replace: tuple[type[nn.Module], ...] = (nn.ReLU, nn.ReLU6),
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    fold_dropout: bool = False,
     **settings: object,
 ) -> QuantizeReport:
     """Puts a `QReLU` in the place of every ReLU of `model`, in place, and reports what was and what was not replaced.
@@ -122,14 +124,18 @@ def quantize_(
         with nn.GELU or nn.SiLU the network computes something else afterwards, and must be trained.
     filter_fn: filter_fn(module, name) says whether to replace: of a submodule it and its name; of a call in a method
         the module that has the method, and the name that the new QReLU would have.
+    fold_dropout: a QReLU takes over the nn.Dropout that alone gets its output (`self.dropout(self.act(x))`; `h =
+        self.act(h)` and then `h = self.dropout(h)`, as in T5; neighbours in an nn.Sequential), and an nn.Identity stays
+        in its place. What the next layer keeps are then codes (see QReLU's dropout). One after an activation that works
+        in place stays. What looks for nn.Dropouts in the model, to change their p, finds none there any more.
     settings: keywords of `QReLU`, the same for all. alpha is a placeholder, the best for unit Gaussian inputs, until it
         is given, or found by `calibrate`.
 
     Once more on the same model it replaces what is left. Returns a `QuantizeReport`, whose `undo()` puts all back.
 
     Raises TypeError or ValueError for what QReLU refuses, for keywords that belong to each place (inplace, squared,
-    num_channels), if `model` is itself an activation, and if nothing was replaced and no QReLU was there: the message
-    says what was skipped. The model is then unchanged.
+    dropout, num_channels), if `model` is itself an activation, and if nothing was replaced and no QReLU was there: the
+    message says what was skipped. The model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -142,7 +148,7 @@ def quantize_(
     for name in settings.keys() & _WHY_OWN:
         raise TypeError(f"{name} cannot be given for all: {_WHY_OWN[name]}")
     QReLU(bits, **settings)  # refuses what is wrong before anything is changed
-    surgery = _Surgery(model, bits, tuple(replace), filter_fn or (lambda module, name: True), settings)
+    surgery = _Surgery(model, bits, tuple(replace), filter_fn or (lambda module, name: True), fold_dropout, settings)
     report = surgery.report
     try:
         surgery.run()
@@ -165,9 +171,11 @@ class _Surgery:
         bits: int,
         replace: tuple[type[nn.Module], ...],
         wanted: Callable[[nn.Module, str], bool],
+        fold_dropout: bool,
         settings: dict[str, object],
     ) -> None:
         self._model, self._bits, self._replace, self._wanted, self._settings = model, bits, replace, wanted, settings
+        self._fold_dropout = fold_dropout
         self._functions = frozenset(
             function
             for kind in replace
@@ -241,7 +249,7 @@ class _Surgery:
         self, name: str, owner: nn.Module, attribute: str, child: nn.Module, what: str, calls: list[Call]
     ) -> None:
         full = _joined(name, attribute)
-        if any(getattr(child, hooks) for hooks in _HOOKS):
+        if _has_hooks(child):
             self._skip(full, child, "it has hooks, which would be lost")
             return
         if not self._wanted(child, full):
@@ -251,24 +259,26 @@ class _Surgery:
         sites = [call for call in calls if call.attribute == attribute]
         note = ""
         if len(sites) > 1 or any(call.squared for call in sites):
-            places = [
-                _Place(attribute if i == 0 else _free_name(owner, f"{attribute}_", i),
-                       f"{was} (self.{attribute} in {call.method}, line {call.line})",
-                       inplace, squared or call.squared, limit)
-                for i, call in enumerate(sites)
-            ]  # fmt: skip
+            places = []
+            for call in sites:
+                site = _free_name(owner, attribute, [place.attribute for place in places]) if places else attribute
+                where = f"{was} (self.{attribute} in {call.method}, line {call.line})"
+                dropout = self._dropout_after(owner, attribute, call)
+                places.append(_Place(site, where, inplace, squared or call.squared, limit, dropout))
             note = self._rewrite(name, owner, list(zip(sites, places)))
             if not note:
                 return
             note = f"one alpha for all calls: {note}"
-        self._install(name, owner, _Place(attribute, was, inplace, squared, limit), note)
+        dropout = self._dropout_after(owner, attribute)
+        self._install(name, owner, _Place(attribute, was, inplace, squared, limit, dropout), note)
 
     def _replace_function(self, name: str, owner: nn.Module, attribute: str, function: Callable) -> None:
         if not self._wanted(owner, _joined(name, attribute)):
             return
         del owner.__dict__[attribute]
         self.report._steps_back.append(lambda: owner.__dict__.__setitem__(attribute, function))
-        self._install(name, owner, _Place(attribute, f"the function {function.__name__}", limit=_limit(function)))
+        was, dropout = f"the function {function.__name__}", self._dropout_after(owner, attribute)
+        self._install(name, owner, _Place(attribute, was, limit=_limit(function), dropout=dropout))
         if getattr(owner, "activation_relu_or_gelu", 0):  # nn.TransformerEncoderLayer's fused kernel has a relu inside
             before, owner.activation_relu_or_gelu = owner.activation_relu_or_gelu, 0
             self.report._steps_back.append(lambda: setattr(owner, "activation_relu_or_gelu", before))
@@ -276,10 +286,11 @@ class _Surgery:
     def _replace_calls(self, name: str, owner: nn.Module, calls: list[Call]) -> None:
         places = []
         for call in calls:
-            site = _free_name(owner, "qrelu_", len(places)) if places or hasattr(owner, "qrelu") else "qrelu"
+            site = _free_name(owner, "qrelu", [place.attribute for _, place in places])
             if self._wanted(owner, _joined(name, site)):
                 was = f"{call.function.__name__} (in {call.method}, line {call.line})"
-                places.append((call, _Place(site, was, call.inplace, call.squared, _limit(call.function))))
+                dropout = self._dropout_after(owner, None, call)
+                places.append((call, _Place(site, was, call.inplace, call.squared, _limit(call.function), dropout)))
         if places and (why := self._rewrite(name, owner, places)):
             for call, place in places:
                 self._skip(_joined(name, call.method), place.was, why)
@@ -299,6 +310,25 @@ class _Surgery:
             self._install(name, owner, place)
         return ""
 
+    def _dropout_after(self, owner: nn.Module, attribute: str | None, site: Call | None = None) -> str | None:
+        """The name of the nn.Dropout to fold, if there is one: the activation's output goes there and nowhere else, and
+        nothing else goes there. site: the call of the activation; None: the only one of owner.attribute."""
+        if not self._fold_dropout:
+            return None
+        if type(owner).forward is nn.Sequential.forward:
+            after = dict(itertools.pairwise(owner._modules)).get(attribute)
+        else:
+            found = find_calls(original(type(owner))[0], self._functions)
+            uses = [call for call in found.calls if call.attribute == attribute]
+            if attribute is not None and found.mentions.count(attribute) != len(uses):
+                return None
+            of = [(call.method, call.span) for call in ([site] if site else uses)]
+            after = next((call.attribute for call in found.calls if of == [(call.method, call.given)]), None)
+            if found.mentions.count(after) != 1:
+                return None
+        dropout = owner._modules.get(after)
+        return after if type(dropout) is nn.Dropout and not _has_hooks(dropout) else None
+
     def _install(self, name: str, owner: nn.Module, place: _Place, note: str = "") -> None:
         settings = dict(self._settings)
         if place.limit < math.inf and settings.get("alpha") is None:
@@ -310,14 +340,30 @@ class _Surgery:
             except ValueError as error:
                 inplace = False
                 notes.append(f"no longer in place: {error}")
+        folded = owner._modules.get(place.dropout)
+        if folded is not None:
+            try:
+                QReLU(self._bits, **settings, dropout=folded.p)
+                if place.inplace:  # a QReLU with dropout is not, in training
+                    raise ValueError("the activation is in place, and its input may be read again")
+            except ValueError as error:
+                folded = None
+                notes.append(f"{place.dropout} is not folded: {error}")
+            else:
+                settings["dropout"] = folded.p
+                notes.append(f"with {place.dropout}, p={folded.p:g}")
         made = QReLU(self._bits, **settings, inplace=inplace, squared=place.squared)
         made.limit = place.limit
         tensors = (*owner.parameters(), *owner.buffers(), *self._model.parameters(), *self._model.buffers())
         made.to(tensors[0].device if tensors else "cpu").train(owner.training)
         there = owner._modules.get(place.attribute)
         setattr(owner, place.attribute, made)
+        if folded is not None:
+            setattr(owner, place.dropout, nn.Identity())
 
         def step_back() -> None:
+            if folded is not None:
+                setattr(owner, place.dropout, folded.train(owner.training))
             if there is None:
                 delattr(owner, place.attribute)
             else:
@@ -331,13 +377,15 @@ class _Surgery:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a QReLU goes, and what it must be like. limit: the float activation's highest value."""
+    """Where a QReLU goes, and what it must be like. limit: the float activation's highest value. dropout: the name of
+    the nn.Dropout that it takes over."""
 
     attribute: str
     was: str
     inplace: bool = False
     squared: bool = False
     limit: float = math.inf
+    dropout: str | None = None
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -348,9 +396,15 @@ def _limit(function: Callable) -> float:
     return 6.0 if function is F.relu6 else math.inf
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
 def _joined(*names: str) -> str:
     return ".".join(name for name in names if name)
 
 
-def _free_name(owner: nn.Module, stem: str, first: int) -> str:
-    return next(name for i in itertools.count(first) if not hasattr(owner, name := f"{stem}{i}"))
+def _free_name(owner: nn.Module, stem: str, taken: list[str]) -> str:
+    """stem, stem_1, stem_2, ...: the first that the owner has not, and that is not taken."""
+    names = itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(1)))
+    return next(name for name in names if not hasattr(owner, name) and name not in taken)

@@ -11,9 +11,9 @@
 
 namespace {
 
-enum Op : int64_t { kForward, kBackward, kDequantize };
+enum Op : int64_t { kForward, kBackward, kDequantize, kTimesSlopes };
 enum Mode : int64_t { kNull, kRead, kWrite, kReadWrite };
-enum Place { kAlpha, kX, kY, kMask, kCodes, kGradY, kGradX, kGradAlpha, kBuffers };
+enum Place { kAlpha, kX, kY, kMask, kCodes, kGradY, kGradX, kGradAlpha, kSlopes, kBuffers };
 
 struct Header {
   int64_t op, seed, dtype, rounding, bits, count, channels, inner, kind, ste, rule, in_place;
@@ -48,6 +48,10 @@ void run(const Header& h, const Buffer (&b)[kBuffers]) {
                    cudaStream_t{});
   } else if (h.op == kDequantize) {
     launch_dequantize(cuda::Dequantize{dtype, bits, h.count, steps, b[kCodes].packed(), b[kY].data()}, cudaStream_t{});
+  } else if (h.op == kTimesSlopes) {
+    launch_times_slopes(cuda::TimesSlopes{dtype, bits, h.count, b[kGradY].data(), b[kCodes].packed(), b[kSlopes].data(),
+                                          b[kGradX].data()},
+                        cudaStream_t{});
   } else {
     cuda::Backward a{dtype, static_cast<Ste>(h.ste), rounding, static_cast<AlphaGrad>(h.rule), bits, h.count, steps,
                      b[kGradY].data(), b[kX].data(), b[kMask].packed(), kind, b[kCodes].packed(), b[kGradX].data(),

@@ -130,7 +130,7 @@ void test_half_precision() {
 // alpha = 2, two bits: q = 3, top = 6.
 template <class A>
 Point<A> at(A x) {
-  return {x, A(2), A(3), A(6)};
+  return {x, x / A(2), A(3), A(1) / A(3), A(6)};
 }
 template <class Ste, class A>
 A slope(A x) {
@@ -172,6 +172,12 @@ void test_stes() {
 
 // The bounds that ste.h states, down to the smallest subnormal.
 void test_exp_minus() {
+  CHECK(exp_minus_16(0.0f) == 1 && exp_minus_16(kInf<float>) == 0 && exp_minus_16(105.0f) == 0);
+  CHECK(exp_minus_16(100.0f) > 0);
+  for (float t = 0; t < 87; t += 0x1p-12f) {
+    const double wanted = std::exp(-double(t));
+    CHECK(std::fabs(exp_minus_16(t) - wanted) <= 0x1p-13 * wanted);
+  }
   CHECK(exp_minus(0.0f) == 1 && exp_minus(0.0) == 1);
   CHECK(exp_minus(kInf<float>) == 0 && exp_minus(kInf<double>) == 0);
   constexpr int kSteps = 200000;

@@ -20,7 +20,7 @@ from .data import Mnist, Split, load_mnist
 from .download import cache_folder
 from .files import ExperimentError, replacing
 from .measure import environment, interleaved_times
-from .models import lenet5, quantized_lenet5
+from .models import lenet5, quantized
 from .training import ALPHA_LR, ALPHA_MIN, fit, make_optimizer, train_step
 
 _TIMED_STEPS = 50
@@ -102,7 +102,7 @@ def _run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     float_model = lenet5(nn.ReLU).to(device)
     history = {"float": fit(float_model, mnist.train, mnist.test, float_config, args.out / "float.pt")}
-    model = quantized_lenet5(float_model, **activation)
+    model = quantized(float_model, **activation)
     history["quantized"] = fit(model, mnist.train, mnist.test, config, folder / "checkpoint.pt")
 
     training_curves(history, f"LeNet-5 on MNIST, {folder.name}", folder / "curves.png")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..nn import QReLU
 
@@ -35,15 +37,85 @@ def lenet5(activation: Callable[[], nn.Module]) -> nn.Sequential:
     )
 
 
-def quantized_lenet5(
-    float_model: nn.Module, bits: int, ste: str, rounding: str, learn_alpha: str | None
+def vgg11(activation: Callable[[], nn.Module]) -> nn.Sequential:
+    """VGG-11 for images `[N, 3, 32, 32]` and 10 classes: eight convolutions and one linear layer.
+
+    As in `lenet5`, BatchNorm without affine precedes every activation. Simonyan and Zisserman, arXiv 1409.1556.
+    """
+    layers, channels = [], 3
+    for widths in ((64,), (128,), (256, 256), (512, 512), (512, 512)):
+        for width in widths:
+            layers += [
+                nn.Conv2d(channels, width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width, affine=False),
+                activation(),
+            ]
+            channels = width
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
+
+
+def resnet20(activation: Callable[[], nn.Module]) -> nn.Sequential:
+    """ResNet-20 for images `[N, 3, 32, 32]` and 10 classes, its blocks in the order norm, activation, convolution.
+
+    So BatchNorm, here without affine, precedes every activation. He, Zhang, Ren and Sun, arXiv 1603.05027.
+    """
+    blocks, channels = [], 16
+    for width in (16, 32, 64):
+        for number in range(3):
+            blocks.append(_Block(channels, width, 2 if number == 0 and width != 16 else 1, activation))
+            channels = width
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        *blocks,
+        nn.BatchNorm2d(64, affine=False),
+        activation(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+
+
+class _Block(nn.Module):
+    """x + conv2(act2(norm2(conv1(act1(norm1(x)))))); to another shape x is strided and filled up with zero channels."""
+
+    def __init__(self, channels: int, width: int, stride: int, activation: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(channels, affine=False)
+        self.act1 = activation()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width, affine=False)
+        self.act2 = activation()
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(self.act2(self.norm2(self.conv1(self.act1(self.norm1(x))))))
+        stride = self.conv1.stride[0]
+        return y + F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, 0, y.size(1) - x.size(1)))
+
+
+def quantized(
+    float_model: nn.Module,
+    bits: int,
+    ste: str = "clipped_relu",
+    rounding: str = "ceil",
+    learn_alpha: str | None = None,
+    per_channel: bool = False,
 ) -> nn.Module:
-    """LeNet-5 with QReLU, from the weights and BatchNorm statistics of one with nn.ReLU, on the same device.
+    """A copy of a trained network with QReLU in the place of each nn.ReLU.
 
     `learn_alpha` is the rule of alpha's gradient, or None for an alpha fixed at the half-Gaussian optimum.
+    `per_channel`: one alpha for each channel of the BatchNorm before the activation, else one for each activation.
     """
     learn = {} if learn_alpha is None else {"learn_alpha": True, "alpha_grad": learn_alpha}
-    model = lenet5(lambda: QReLU(bits, ste=ste, rounding=rounding, **learn))
-    alphas = {name: value for name, value in model.state_dict().items() if name.endswith(".alpha")}
-    model.load_state_dict({**float_model.state_dict(), **alphas})
-    return model.to(next(float_model.parameters()).device)
+    model = copy.deepcopy(float_model)
+    device = next(model.parameters()).device
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                channels = child.num_features
+            elif isinstance(child, nn.ReLU):
+                num_channels = channels if per_channel else None
+                activation = QReLU(bits, ste=ste, rounding=rounding, num_channels=num_channels, **learn)
+                setattr(parent, name, activation.to(device))
+    return model

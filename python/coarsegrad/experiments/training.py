@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +28,14 @@ ALPHA_LR = 0.01
 ALPHA_MIN = 2**-10  # exact in every dtype
 
 _EVALUATION_BATCH = 1000
+
+
+class Diverged(ExperimentError):
+    """The loss was not finite; `history` is that of the epochs before."""
+
+    def __init__(self, message: str, history: list[dict]) -> None:
+        super().__init__(message)
+        self.history = history
 
 
 def make_optimizer(model: nn.Module, lr: float) -> torch.optim.SGD:
@@ -71,24 +80,31 @@ def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
     return loss / len(split.y), right / len(split.y)
 
 
-def fit(model: nn.Module, train: Split, test: Split, config: dict, checkpoint: Path) -> list[dict]:
+def fit(
+    model: nn.Module,
+    train: Split,
+    test: Split,
+    config: dict,
+    checkpoint: Path,
+    augment: Callable[[Tensor], Tensor] = lambda x: x,
+) -> list[dict]:
     """Trains `model` in place and returns its history, one dict for each epoch.
 
-    `config` holds phase, epochs, batch_size, lr (falls to 0 along half a cosine in all epochs) and seed, and
-    whatever else decides the numbers. If `checkpoint` exists, training goes on from there, or ends at once if
-    nothing is left to do. An epoch uses every sample once, but for what is left over from whole batches.
+    `config` holds phase, epochs, batch_size, lr, seed, and whatever else decides the numbers. With "lr_drops", a list
+    of epochs, lr is a tenth after each of them; without, it falls to 0 along half a cosine. If `checkpoint` exists,
+    training goes on from there, or ends at once if nothing is left to do. An epoch uses every sample once, but for
+    what is left over from whole batches; `augment` changes a batch before its step.
 
-    Raises ExperimentError if the checkpoint has another configuration or cannot be read, if the training set
-    is smaller than one batch, or if the loss is not finite; finished epochs stay in the checkpoint.
+    Raises ExperimentError if the checkpoint has another configuration or cannot be read, or if the training set is
+    smaller than one batch, and Diverged if the loss is not finite; finished epochs stay in the checkpoint.
     """
     batches = len(train.y) // config["batch_size"]
     if batches == 0:
         raise ExperimentError(
             f"--batch-size {config['batch_size']} is more than the {len(train.y)} training images"
         )
-    steps = batches * config["epochs"]
     optimizer = make_optimizer(model, config["lr"])
-    scheduler = LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+    scheduler = LambdaLR(optimizer, _lr_factor(batches, config["epochs"], config.get("lr_drops")))
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     history = load_checkpoint(checkpoint, config, parts)
 
@@ -96,7 +112,9 @@ def fit(model: nn.Module, train: Split, test: Split, config: dict, checkpoint: P
         start = time.perf_counter()
         torch.manual_seed(seed_of(config["seed"], config["phase"], epoch))
         title = f"{config['phase']} {epoch + 1}/{config['epochs']}"
-        loss, accuracy = _train_epoch(title, model, optimizer, scheduler, train, config["batch_size"])
+        loss, accuracy = _train_epoch(title, model, optimizer, scheduler, train, config["batch_size"], augment)
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss is {loss} in {title}: training diverged; try a lower --lr", history)
         seconds = time.perf_counter() - start
         test_loss, test_accuracy = evaluate(model, test)
         history.append(
@@ -117,6 +135,12 @@ def fit(model: nn.Module, train: Split, test: Split, config: dict, checkpoint: P
     return history
 
 
+def _lr_factor(batches: int, epochs: int, drops: Sequence[int] | None) -> Callable[[int], float]:
+    if drops is None:
+        return lambda step: (1 + math.cos(math.pi * step / (batches * epochs))) / 2
+    return lambda step: 0.1 ** sum(step >= batches * epoch for epoch in drops)
+
+
 def _train_epoch(
     title: str,
     model: nn.Module,
@@ -124,20 +148,20 @@ def _train_epoch(
     scheduler: LambdaLR,
     train: Split,
     batch_size: int,
+    augment: Callable[[Tensor], Tensor],
 ) -> tuple[float, float]:
+    """Mean loss and accuracy of the epoch; it ends early where the loss is not finite, and that is returned."""
     model.train()
     order = torch.randperm(len(train.y)).to(train.y.device)
     batches = len(order) // batch_size
     total, right, seen = 0.0, 0, 0
     with tqdm(total=batches, desc=title, unit="batch", leave=False, disable=None) as bar:
         for indices in order[: batches * batch_size].split(batch_size):
-            loss, correct = train_step(model, optimizer, train.x[indices], train.y[indices])
+            loss, correct = train_step(model, optimizer, augment(train.x[indices]), train.y[indices])
             scheduler.step()
             total, right, seen = total + loss.item() * batch_size, right + correct.item(), seen + batch_size
             if not math.isfinite(total):
-                raise ExperimentError(
-                    f"the loss is {loss.item()} in {title}: training diverged; try a lower --lr"
-                )
+                break
             bar.set_postfix_str(f"loss {total / seen:.4f}, accuracy {right / seen:.2%}", refresh=False)
             bar.update()
     return total / seen, right / seen

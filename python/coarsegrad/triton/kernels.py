@@ -34,19 +34,31 @@ def _store(ptr, values, start, count, TAIL: tl.constexpr):
 
 
 @triton.jit
+def _unpacked(packed, WIDTH: tl.constexpr):
+    """The values of WIDTH bits in bytes, int32: the last dimension grows."""
+    packed = packed.to(tl.int32)
+    PER_BYTE: tl.constexpr = 8 // WIDTH
+    if PER_BYTE == 1:
+        return packed
+    else:
+        shifts = tl.arange(0, PER_BYTE) * WIDTH
+        if len(packed.shape) == 1:
+            values = (packed[:, None] >> shifts[None, :]) & (2**WIDTH - 1)
+            return tl.reshape(values, [packed.shape[0] * PER_BYTE])
+        else:
+            values = (packed[:, :, None] >> shifts[None, None, :]) & (2**WIDTH - 1)
+            return tl.reshape(values, [packed.shape[0], packed.shape[1] * PER_BYTE])
+
+
+@triton.jit
 def _load_packed(ptr, start, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
     """BLOCK packed values of WIDTH bits from `start` on, int32."""
     PER_BYTE: tl.constexpr = 8 // WIDTH
     at = start // PER_BYTE + tl.arange(0, BLOCK // PER_BYTE)
     if TAIL:
-        packed = tl.load(ptr + at, mask=at * PER_BYTE < count, other=0).to(tl.int32)
+        return _unpacked(tl.load(ptr + at, mask=at * PER_BYTE < count, other=0), WIDTH)
     else:
-        packed = tl.load(ptr + at).to(tl.int32)
-    if PER_BYTE == 1:
-        return packed
-    else:
-        shifts = tl.arange(0, PER_BYTE) * WIDTH
-        return tl.reshape((packed[:, None] >> shifts[None, :]) & (2**WIDTH - 1), [BLOCK])
+        return _unpacked(tl.load(ptr + at), WIDTH)
 
 
 @triton.jit
@@ -73,19 +85,23 @@ def _checked(alpha):
 
 
 @triton.jit
-def _load_alpha(ptr, start, channels, inner, PER_CHANNEL: tl.constexpr, BLOCK: tl.constexpr):
-    """alpha of BLOCK elements from `start` on: one, or one for each. `inner`: elements of a channel in a row."""
-    if PER_CHANNEL:
+def _load_alpha(ptr, start, channels, inner, ALPHAS: tl.constexpr, BLOCK: tl.constexpr):
+    """alpha of BLOCK elements from `start` on: "one"; or one for each, which 8 in a row share where it is "by octet".
+    `inner`: elements of a channel in a row.
+    """
+    if ALPHAS == "one":
+        return _checked(tl.load(ptr))
+    else:
+        UNIT: tl.constexpr = 8 if ALPHAS == "by octet" else 1
         # The only 64-bit quotients are of the block; passed: how many channels further an element is.
         segment = start // inner
         first = (segment % channels).to(tl.int32)
         left = tl.minimum(inner - (start - segment * inner), BLOCK).to(tl.int32)
         step = tl.minimum(inner, BLOCK).to(tl.int32)
-        i = tl.arange(0, BLOCK)
+        i = tl.arange(0, BLOCK // UNIT) * UNIT
         passed = tl.where(i < left, 0, 1 + (i - left) // step)
-        return _checked(tl.load(ptr + (first + passed) % channels))
-    else:
-        return _checked(tl.load(ptr))
+        alpha = _checked(tl.load(ptr + (first + passed) % channels))
+        return alpha if UNIT == 1 else tl.reshape(tl.broadcast_to(alpha[:, None], [BLOCK // UNIT, UNIT]), [BLOCK])
 
 
 # ----------------------------------------------------------------------------------------- forward
@@ -95,14 +111,14 @@ def _load_alpha(ptr, start, channels, inner, PER_CHANNEL: tl.constexpr, BLOCK: t
 def _forward_block(
     x_ptr, alpha_ptr, y_ptr, mask_ptr, codes_ptr, start, count, channels, inner,
     BITS: tl.constexpr, CODE_WIDTH: tl.constexpr, ROUNDING: tl.constexpr, MASK: tl.constexpr,
-    PER_CHANNEL: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    ALPHAS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     x = _load(x_ptr, start, count, BLOCK, TAIL)
-    alpha = _load_alpha(alpha_ptr, start, channels, inner, PER_CHANNEL, BLOCK)
+    alpha = _load_alpha(alpha_ptr, start, channels, inner, ALPHAS, BLOCK)
     code = code_of(x, alpha, DTYPE, BITS, ROUNDING)
     if y_ptr is not None:
-        _store(y_ptr, tl.where(x == x, code * alpha, x), start, count, TAIL)
+        _store(y_ptr, code * alpha, start, count, TAIL)
     if mask_ptr is not None:
         state = state_of(x, alpha, DTYPE, BITS)
         if MASK == "state":
@@ -112,48 +128,48 @@ def _forward_block(
         else:
             _store_packed(mask_ptr, (state != 0).to(tl.int32), start, count, 1, TAIL)
     if codes_ptr is not None:
-        _store_packed(codes_ptr, code.to(tl.int32), start, count, CODE_WIDTH, TAIL)
+        _store_packed(codes_ptr, tl.minimum(code, 2.0**BITS - 1).to(tl.int32), start, count, CODE_WIDTH, TAIL)
 
 
 @triton.jit
 def qrelu_forward_kernel(
     x_ptr, alpha_ptr, y_ptr, mask_ptr, codes_ptr, count, channels, inner,
     BITS: tl.constexpr, CODE_WIDTH: tl.constexpr, ROUNDING: tl.constexpr, MASK: tl.constexpr,
-    PER_CHANNEL: tl.constexpr, BLOCK: tl.constexpr,
+    ALPHAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x to y, which may be x, to mask bits of the kind MASK and to codes, as far as they are wanted."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     if start + BLOCK <= count:
         _forward_block(x_ptr, alpha_ptr, y_ptr, mask_ptr, codes_ptr, start, count, channels, inner,
-                       BITS, CODE_WIDTH, ROUNDING, MASK, PER_CHANNEL, BLOCK, TAIL=False)  # fmt: skip
+                       BITS, CODE_WIDTH, ROUNDING, MASK, ALPHAS, BLOCK, TAIL=False)  # fmt: skip
     else:
         _forward_block(x_ptr, alpha_ptr, y_ptr, mask_ptr, codes_ptr, start, count, channels, inner,
-                       BITS, CODE_WIDTH, ROUNDING, MASK, PER_CHANNEL, BLOCK, TAIL=True)  # fmt: skip
+                       BITS, CODE_WIDTH, ROUNDING, MASK, ALPHAS, BLOCK, TAIL=True)  # fmt: skip
 
 
 @triton.jit
 def _dequantize_block(
     codes_ptr, alpha_ptr, y_ptr, start, count, channels, inner,
-    CODE_WIDTH: tl.constexpr, PER_CHANNEL: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    CODE_WIDTH: tl.constexpr, ALPHAS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     code = _load_packed(codes_ptr, start, count, CODE_WIDTH, BLOCK, TAIL)
-    alpha = _load_alpha(alpha_ptr, start, channels, inner, PER_CHANNEL, BLOCK)
+    alpha = _load_alpha(alpha_ptr, start, channels, inner, ALPHAS, BLOCK)
     _store(y_ptr, code.to(alpha.dtype) * alpha, start, count, TAIL)
 
 
 @triton.jit
 def dequantize_kernel(
     codes_ptr, alpha_ptr, y_ptr, count, channels, inner,
-    CODE_WIDTH: tl.constexpr, PER_CHANNEL: tl.constexpr, BLOCK: tl.constexpr,
+    CODE_WIDTH: tl.constexpr, ALPHAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Codes to y = L[c]."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     if start + BLOCK <= count:
         _dequantize_block(codes_ptr, alpha_ptr, y_ptr, start, count, channels, inner,
-                          CODE_WIDTH, PER_CHANNEL, BLOCK, TAIL=False)  # fmt: skip
+                          CODE_WIDTH, ALPHAS, BLOCK, TAIL=False)  # fmt: skip
     else:
         _dequantize_block(codes_ptr, alpha_ptr, y_ptr, start, count, channels, inner,
-                          CODE_WIDTH, PER_CHANNEL, BLOCK, TAIL=True)  # fmt: skip
+                          CODE_WIDTH, ALPHAS, BLOCK, TAIL=True)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------- backward
@@ -178,6 +194,7 @@ def _slope_and_factor(
     if x is not None:
         state = state_of(x, alpha, DTYPE, BITS)
         code = code_of(x, alpha, DTYPE, BITS, ROUNDING)
+        code = tl.where(x == x, code, q)
         u = divide(x, alpha)
         # x > 0 stays u > 0 where the quotient underflows.
         tiny: tl.constexpr = 2.2250738585072014e-308 if dy.dtype == tl.float64 else 1.1754943508222875e-38
@@ -209,14 +226,14 @@ def _slope_and_factor(
 def _backward_block(
     dy_ptr, x_ptr, alpha_ptr, mask_ptr, codes_ptr, dx_ptr, start, count, channels, inner,
     BITS: tl.constexpr, CODE_WIDTH: tl.constexpr, GPRIME: tl.constexpr, NEEDS: tl.constexpr, ROUNDING: tl.constexpr,
-    MASK: tl.constexpr, RULE: tl.constexpr, PER_CHANNEL: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    MASK: tl.constexpr, RULE: tl.constexpr, ALPHAS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Writes dx, if it is wanted; returns the terms of dalpha."""
     dy = _load(dy_ptr, start, count, BLOCK, TAIL)
     x, alpha, kept, code = None, None, None, None
     if x_ptr is not None:
         x = _load(x_ptr, start, count, BLOCK, TAIL)
-        alpha = _load_alpha(alpha_ptr, start, channels, inner, PER_CHANNEL, BLOCK)
+        alpha = _load_alpha(alpha_ptr, start, channels, inner, ALPHAS, BLOCK)
     if mask_ptr is not None:
         kept = _load_packed(mask_ptr, start, count, 2 if MASK == "state" else 1, BLOCK, TAIL)
     if codes_ptr is not None:
@@ -232,7 +249,7 @@ def _backward_block(
 def qrelu_backward_kernel(
     dy_ptr, x_ptr, alpha_ptr, mask_ptr, codes_ptr, dx_ptr, partial_ptr, count, channels, inner,
     BITS: tl.constexpr, CODE_WIDTH: tl.constexpr, GPRIME: tl.constexpr, NEEDS: tl.constexpr, ROUNDING: tl.constexpr,
-    MASK: tl.constexpr, RULE: tl.constexpr, PER_CHANNEL: tl.constexpr, BLOCK: tl.constexpr,
+    MASK: tl.constexpr, RULE: tl.constexpr, ALPHAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dy to dx, and to one partial sum of dalpha a program, as far as they are wanted."""
     total = tl.zeros([BLOCK], dtype=tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32)
@@ -240,11 +257,11 @@ def qrelu_backward_kernel(
     for start in range(first, count, tl.num_programs(0).to(tl.int64) * BLOCK):
         if start + BLOCK <= count:
             terms = _backward_block(dy_ptr, x_ptr, alpha_ptr, mask_ptr, codes_ptr, dx_ptr, start, count, channels,
-                                    inner, BITS, CODE_WIDTH, GPRIME, NEEDS, ROUNDING, MASK, RULE, PER_CHANNEL, BLOCK,
+                                    inner, BITS, CODE_WIDTH, GPRIME, NEEDS, ROUNDING, MASK, RULE, ALPHAS, BLOCK,
                                     TAIL=False)  # fmt: skip
         else:
             terms = _backward_block(dy_ptr, x_ptr, alpha_ptr, mask_ptr, codes_ptr, dx_ptr, start, count, channels,
-                                    inner, BITS, CODE_WIDTH, GPRIME, NEEDS, ROUNDING, MASK, RULE, PER_CHANNEL, BLOCK,
+                                    inner, BITS, CODE_WIDTH, GPRIME, NEEDS, ROUNDING, MASK, RULE, ALPHAS, BLOCK,
                                     TAIL=True)  # fmt: skip
         if partial_ptr is not None:
             total += terms
@@ -253,67 +270,125 @@ def qrelu_backward_kernel(
 
 
 @triton.jit
-def _load_one_by_one(ptr, at, inside, WIDTH: tl.constexpr):
-    """The packed values at these places, int32."""
-    byte = tl.load(ptr + at * WIDTH // 8, mask=inside, other=0).to(tl.int32)
-    return (byte >> (at * WIDTH % 8).to(tl.int32)) & (2**WIDTH - 1)
+def _times_slopes_block(
+    dy_ptr, codes_ptr, slopes, dx_ptr, start, count, CODE_WIDTH: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr
+):
+    dy = _load(dy_ptr, start, count, BLOCK, TAIL)
+    code = _load_packed(codes_ptr, start, count, CODE_WIDTH, BLOCK, TAIL)
+    _store(dx_ptr, _times(dy, tl.gather(slopes, code, 0)), start, count, TAIL)
+
+
+@triton.jit
+def times_slopes_kernel(
+    dy_ptr, codes_ptr, slopes_ptr, dx_ptr, count, BITS: tl.constexpr, CODE_WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """dy to dx = dy * slopes[code]."""
+    slopes = tl.load(slopes_ptr + tl.arange(0, 2**BITS))
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    if start + BLOCK <= count:
+        _times_slopes_block(dy_ptr, codes_ptr, slopes, dx_ptr, start, count, CODE_WIDTH, BLOCK, TAIL=False)
+    else:
+        _times_slopes_block(dy_ptr, codes_ptr, slopes, dx_ptr, start, count, CODE_WIDTH, BLOCK, TAIL=True)
+
+
+@triton.jit
+def _load_rows(ptr, first, inside, columns, COLUMNS: tl.constexpr):
+    """A tile of numbers, widened: row r from first[r] on, where inside[r], as many as there are columns; else 0."""
+    column = tl.arange(0, COLUMNS)
+    mask = inside[:, None] & (column < columns)[None, :]
+    return widen(tl.load(ptr + first[:, None] + column[None, :], mask=mask, other=0))
+
+
+@triton.jit
+def _load_rows_packed(ptr, first, inside, columns, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, OCTETS: tl.constexpr):
+    """The same of packed values, int32. OCTETS: as `first` and `columns` are multiples of 8, bytes are read once."""
+    PER_BYTE: tl.constexpr = 8 // WIDTH
+    if OCTETS:
+        byte = tl.arange(0, COLUMNS // PER_BYTE)
+        mask = inside[:, None] & (byte * PER_BYTE < columns)[None, :]
+        packed = tl.load(ptr + (first // PER_BYTE)[:, None] + byte[None, :], mask=mask, other=0)
+        return _unpacked(packed, WIDTH)
+    else:
+        column = tl.arange(0, COLUMNS)
+        mask = inside[:, None] & (column < columns)[None, :]
+        at = first[:, None] + column[None, :]
+        packed = tl.load(ptr + at // PER_BYTE, mask=mask, other=0).to(tl.int32)
+        return (packed >> (at % PER_BYTE * WIDTH).to(tl.int32)) & (2**WIDTH - 1)
 
 
 @triton.jit
 def grad_alpha_channels_kernel(
     dy_ptr, x_ptr, alpha_ptr, mask_ptr, codes_ptr, partial_ptr, outer, channels, inner,
     BITS: tl.constexpr, CODE_WIDTH: tl.constexpr, GPRIME: tl.constexpr, NEEDS: tl.constexpr, ROUNDING: tl.constexpr,
-    MASK: tl.constexpr, RULE: tl.constexpr, INNERMOST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MASK: tl.constexpr, RULE: tl.constexpr, INNERMOST: tl.constexpr, OCTETS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """partial[slice, channel]: sums of the terms of dalpha, the tensor seen as [outer, channels, inner].
 
     A program has one channel, and tiles of ROWS outer by COLUMNS inner indices; or, where the channel is the innermost
-    dimension, COLUMNS channels. Its slice is every so manyth tile.
+    dimension, COLUMNS channels. Its slice is every so manyth tile. OCTETS: the elements of a channel in a row, or of a
+    row of channels, come in whole eights.
     """
-    column = tl.arange(0, COLUMNS)
+    if OCTETS and INNERMOST:
+        channels = channels // 8 * 8  # says so
+    elif OCTETS:
+        inner = inner // 8 * 8
+    block, slice = tl.program_id(0), tl.program_id(1)
+    alpha = None
     if INNERMOST:
-        channel = tl.program_id(0) * COLUMNS + column
+        width = channels
+        start = block.to(tl.int64) * COLUMNS
         across = 1
-    else:
-        channel = tl.program_id(0) + column * 0
-        across = tl.cdiv(inner, COLUMNS)
-    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32)
-    tiles = tl.cdiv(outer, ROWS) * across
-    for tile in range(tl.program_id(1).to(tl.int64), tiles, tl.num_programs(1)):
-        row = tile // across * ROWS + tl.arange(0, ROWS)
-        if INNERMOST:
-            within = (row < outer)[:, None] & (channel < channels)[None, :]
-            at = row[:, None] * channels + channel[None, :]
-        else:
-            i = tile % across * COLUMNS + column
-            within = (row < outer)[:, None] & (i < inner)[None, :]
-            at = (row[:, None] * channels + tl.program_id(0)) * inner + i[None, :]
-        dy = widen(tl.load(dy_ptr + at, mask=within, other=0))
-        x, alpha, kept, code = None, None, None, None
         if x_ptr is not None:
-            x = widen(tl.load(x_ptr + at, mask=within, other=0))
+            channel = block * COLUMNS + tl.arange(0, COLUMNS)
             alpha = _checked(tl.load(alpha_ptr + channel, mask=channel < channels, other=1))[None, :]
+    else:
+        width = inner
+        start = block.to(tl.int64) * inner
+        across = tl.cdiv(inner, COLUMNS)
+        if x_ptr is not None:
+            alpha = _checked(tl.load(alpha_ptr + block))
+    stride = channels.to(tl.int64) * inner
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32)
+    # Tiles are counted across first. There are fewer slices than 2**31, so that no quotient is of 64 bits.
+    some = tl.minimum(across, 2**30).to(tl.int32)
+    down, right = tl.num_programs(1) // some, tl.num_programs(1) % some
+    tile, column = (slice // some).to(tl.int64), (slice % some).to(tl.int64) * COLUMNS
+    while tile * ROWS < outer:
+        row = tile * ROWS + tl.arange(0, ROWS)
+        first, inside = row * stride + (start + column), row < outer
+        columns = width - column - (start if INNERMOST else 0)
+        dy = _load_rows(dy_ptr, first, inside, columns, COLUMNS)
+        x, kept, code = None, None, None
+        if x_ptr is not None:
+            x = _load_rows(x_ptr, first, inside, columns, COLUMNS)
         if mask_ptr is not None:
-            kept = _load_one_by_one(mask_ptr, at, within, 2 if MASK == "state" else 1)
+            kept = _load_rows_packed(mask_ptr, first, inside, columns, 2 if MASK == "state" else 1, COLUMNS, OCTETS)
         if codes_ptr is not None:
-            code = _load_one_by_one(codes_ptr, at, within, CODE_WIDTH)
+            code = _load_rows_packed(codes_ptr, first, inside, columns, CODE_WIDTH, COLUMNS, OCTETS)
         _, factor = _slope_and_factor(dy, x, alpha, kept, code,
                                       dy_ptr.dtype.element_ty, BITS, GPRIME, NEEDS, ROUNDING, MASK, RULE)  # fmt: skip
         total += _times(dy, factor)
-    to = partial_ptr + tl.program_id(1).to(tl.int64) * channels
+        tile += down
+        column += right * COLUMNS
+        if column >= width:
+            column -= across * COLUMNS
+            tile += 1
+    to = partial_ptr + slice.to(tl.int64) * channels
     if INNERMOST:
+        channel = block * COLUMNS + tl.arange(0, COLUMNS)
         tl.store(to + channel, tl.sum(total, 0), mask=channel < channels)
     else:
-        tl.store(to + tl.program_id(0), tl.sum(tl.sum(total, 1), 0))
+        tl.store(to + block, tl.sum(tl.sum(total, 1), 0))
 
 
 @triton.jit
-def sum_slices_kernel(partial_ptr, sums_ptr, slices, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """sums[channel] = the sum over slices of partial[slice, channel], in a fixed order."""
+def sum_slices_kernel(partial_ptr, sums_ptr, scale, slices, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """sums[channel] = scale * the sum over slices of partial[slice, channel], in a fixed order."""
     channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], dtype=sums_ptr.dtype.element_ty)
     for first in range(0, slices, ROWS):
         row = first + tl.arange(0, ROWS)
         within = (row < slices)[:, None] & (channel < channels)[None, :]
         total += tl.load(partial_ptr + row[:, None].to(tl.int64) * channels + channel[None, :], mask=within, other=0)
-    tl.store(sums_ptr + channel, tl.sum(total, 0), mask=channel < channels)
+    tl.store(sums_ptr + channel, (tl.sum(total, 0) * scale).to(total.dtype), mask=channel < channels)

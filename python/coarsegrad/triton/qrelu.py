@@ -1,6 +1,11 @@
 """The ops by the Triton kernels: checks, allocation, launches. Signatures are the reference's.
 
 Nothing here waits for the device or reads from it.
+
+To torch.compile the ops are opaque, on this backend too. torch.library.triton_op and wrap_triton would show it the
+kernels, and were tried with Inductor of torch 2.13 on fake CUDA tensors: between two pointwise operations there were as
+many launches as with the op, with its option to fuse epilogues too; OPTIONS' enable_fp_fusion was lost, and with it the
+bits; and the code for a kernel that has a function passed, as each g' is, was no Python.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 # Partial sums: of one alpha at most, and programs to aim for where there are many.
 _MAX_SUMS, _SUM_PROGRAMS = 1024, 2048
-# Elements of a tile of the sums per channel, and channels of one where they are innermost.
+# Partial sums that a program adds at once, and channels of a tile where they are innermost.
 _TILE, _TILE_CHANNELS = 1024, 32
 
 
@@ -38,6 +43,11 @@ def _channels(dense: Tensor, channel_dim: int | None) -> tuple[int, int]:
     if channel_dim is None or dense.size(channel_dim) <= 1:
         return 1, 1
     return dense.size(channel_dim), dense.stride(channel_dim)
+
+
+def _alphas(channels: int, inner: int) -> str:
+    """How many elements in a row are sure to share an alpha."""
+    return "one" if channels == 1 else "by octet" if inner % 8 == 0 else "by element"
 
 
 def _prepared(alpha: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,7 +88,7 @@ def _forward(
         with _on(dense):
             kernels.qrelu_forward_kernel[(triton.cdiv(count, block),)](
                 dense, alpha, y, kept_mask, kept_codes, count, channels, inner,
-                BITS=bits, CODE_WIDTH=width, ROUNDING=rounding, MASK=mask, PER_CHANNEL=channels > 1, BLOCK=block,
+                BITS=bits, CODE_WIDTH=width, ROUNDING=rounding, MASK=mask, ALPHAS=_alphas(channels, inner), BLOCK=block,
                 **OPTIONS,
             )  # fmt: skip
     return tuple(dense.new_empty(0, dtype=torch.uint8) if t is None else t for t in (kept_mask, kept_codes))
@@ -129,21 +139,38 @@ def dequantize(
         with _on(y):
             kernels.dequantize_kernel[(triton.cdiv(count, block),)](
                 codes.contiguous(), alpha, y, count, channels, inner,
-                CODE_WIDTH=width, PER_CHANNEL=channels > 1, BLOCK=block, **OPTIONS,
+                CODE_WIDTH=width, ALPHAS=_alphas(channels, inner), BLOCK=block, **OPTIONS,
             )  # fmt: skip
     return y
 
 
-def _sum_channels(count: int, channels: int, inner: int) -> tuple[tuple[int, int], dict[str, object]]:
+def times_slopes(grad_y: Tensor, codes: Tensor, slopes: Tensor, bits: int) -> Tensor:
+    reference.check_slopes(slopes, grad_y, bits)
+    memory_format = suggest_memory_format(grad_y)
+    dense = grad_y.contiguous(memory_format=memory_format)
+    dx = torch.empty_like(dense, memory_format=memory_format)
+    count, width, block = dense.numel(), reference.CODE_WIDTH[bits], BLOCK[dense.element_size()]
+    _check_packed(codes, "codes", count, width, dense.device)
+    if count:
+        with _on(dense):
+            kernels.times_slopes_kernel[(triton.cdiv(count, block),)](
+                dense, codes.contiguous(), slopes.contiguous(), dx, count,
+                BITS=bits, CODE_WIDTH=width, BLOCK=block, **OPTIONS,
+            )  # fmt: skip
+    return dx
+
+
+def sum_channels(count: int, channels: int, inner: int, item: int) -> tuple[tuple[int, int], dict[str, object]]:
     """The grid of the sums per channel, channels by slices, and the tile of a program."""
     innermost = inner == 1
-    columns = _TILE_CHANNELS if innermost else min(triton.next_power_of_2(inner), _TILE)
-    rows = _TILE // columns
+    run, most = (channels, _TILE_CHANNELS) if innermost else (inner, BLOCK[item])
+    columns = min(triton.next_power_of_2(run), most)
+    rows = BLOCK[item] // columns
     outer = count // (channels * inner)
     programs = triton.cdiv(channels, columns) if innermost else channels
     tiles = triton.cdiv(outer, rows) * (1 if innermost else triton.cdiv(inner, columns))
     slices = max(min(_SUM_PROGRAMS // programs, tiles), 1)
-    return (programs, slices), {"INNERMOST": innermost, "ROWS": rows, "COLUMNS": columns}
+    return (programs, slices), {"INNERMOST": innermost, "OCTETS": run % 8 == 0, "ROWS": rows, "COLUMNS": columns}
 
 
 def qrelu_backward(
@@ -196,14 +223,14 @@ def qrelu_backward(
     dx = torch.empty_like(dense, memory_format=memory_format) if need_grad_x else None
     wide = reference.wide_dtype(dense.dtype)
     wanted = 0 if not need_grad_alpha else 1 if channel_dim is None else grad_y.size(channel_dim)
-    grad_alpha = dense.new_zeros(wanted, dtype=wide)
+    grad_alpha = (dense.new_empty if count else dense.new_zeros)(wanted, dtype=wide)
     if count:
         block = BLOCK[dense.element_size()]
         programs = triton.cdiv(count, block)
         partial = None
         with _on(dense):
             if wanted and channels > 1:
-                grid, tile = _sum_channels(count, channels, inner)
+                grid, tile = sum_channels(count, channels, inner, dense.element_size())
                 partial = dense.new_empty(grid[1], channels, dtype=wide)
                 kernels.grad_alpha_channels_kernel[grid](
                     *tensors, partial, count // (channels * inner), channels, inner, **switches, **tile, **OPTIONS
@@ -214,13 +241,16 @@ def qrelu_backward(
             if dx is not None or wanted and channels == 1:
                 kernels.qrelu_backward_kernel[(programs,)](
                     *tensors, dx, partial if channels == 1 else None, count, channels, inner,
-                    **switches, PER_CHANNEL=channels > 1, BLOCK=block, **OPTIONS,
+                    **switches, ALPHAS=_alphas(channels, inner), BLOCK=block, **OPTIONS,
                 )  # fmt: skip
             if partial is not None:
                 columns = 1 if channels == 1 else _TILE_CHANNELS
+                # A number that is passed to a kernel is a float32.
+                scale = 1.0 if wide == torch.float64 else float(alpha_scale)
                 kernels.sum_slices_kernel[(triton.cdiv(channels, columns),)](
-                    partial, grad_alpha, partial.size(0), channels, ROWS=_TILE // columns, COLUMNS=columns, **OPTIONS
-                )
-        if alpha_scale != 1:
-            grad_alpha.mul_(alpha_scale)
+                    partial, grad_alpha, scale, partial.size(0), channels,
+                    ROWS=_TILE // columns, COLUMNS=columns, **OPTIONS,
+                )  # fmt: skip
+                if wide == torch.float64:
+                    grad_alpha.mul_(alpha_scale)
     return dense.new_empty(0) if dx is None else dx, grad_alpha

@@ -4,8 +4,7 @@
     thresholds  ceil: T[k] = L[k-1];  nearest: T[k] = (L[k-1] + L[k]) / 2;  hwgq: nearest, but T[1] = 0
     code        c = #{k in 1..q : x > T[k]}, output y = L[c]
 
-Numbers are computed in float32, or float64 where they are. bfloat16 is handled as integers: Triton's interpreter rounds
-it wrongly.
+Numbers are computed in float32, or float64 where they are.
 """
 
 from __future__ import annotations
@@ -13,21 +12,77 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Where a number is rounded to bfloat16: a GPU has an instruction for it, and Triton's interpreter does it wrongly.
+_IN_THE_INTERPRETER = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def round_to_integer(v):
+    """The integer nearest to v, which is less than 2**22 in magnitude (2**51 in float64). Costs less than a floor."""
+    magic: tl.constexpr = 6755399441055744.0 if v.dtype == tl.float64 else 12582912.0
+    return (v + magic) - magic
+
+
+@triton.jit
+def pow2(n):
+    """2**n for an integer n in the exponent range."""
+    if n.dtype == tl.float64:
+        return ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+    else:
+        return ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def refined_quotient(a, b, inverse):
+    """a / b rounded once, from 1 / b with an error of some ulps. All quantities far from the limits of float32:
+    1 <= b < 2, |a| >= 2**-100 or 0.
+
+    An inverse that is rounded correctly and a quotient within an ulp give the quotient (Markstein 1990). Newton's step
+    can miss that inverse by an ulp, for b just below 2: then its neighbour leaves less of 1.
+    """
+    inverse = tl.fma(tl.fma(-b, inverse, 1.0), inverse, inverse)
+    left = tl.fma(-b, inverse, 1.0)
+    neighbour = (inverse.to(tl.int32, bitcast=True) + tl.where(left > 0, 1, -1)).to(tl.float32, bitcast=True)
+    inverse = tl.where(tl.abs(tl.fma(-b, neighbour, 1.0)) < tl.abs(left), neighbour, inverse)
+    quotient = a * inverse
+    quotient = tl.fma(tl.fma(-b, quotient, a), inverse, quotient)
+    return tl.fma(tl.fma(-b, quotient, a), inverse, quotient)
+
 
 @triton.jit
 def divide(a, b):
-    """a / b rounded once, for a tensor a; of float32, Triton's own quotient is an approximation."""
+    """a / b rounded once, for tensors, b > 0; below the normal numbers it is rounded twice.
+
+    Of float32, Triton's own quotient is an approximation, and its rounded one has a function called for rare cases: for
+    the call, registers are spilled.
+    """
     if a.dtype == tl.float64:
         return a / b
     else:
-        return tl.div_rn(a, b)
+        # b = mantissa * 2**exponent. What is done to b alone is done once where it is one number.
+        subnormal = b < 1.1754943508222875e-38
+        word = tl.where(subnormal, b * 16777216.0, b).to(tl.int32, bitcast=True)
+        exponent = (word >> 23) - tl.where(subnormal, 151, 127)
+        mantissa = ((word & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+        # Two factors for 2**-exponent, which can be out of range; the second one underflows only where the result does.
+        one = -(exponent >> 1)
+        other = pow2(-exponent - one)
+        small = tl.abs(a) < 7.888609052210118e-31  # 2**-100
+        quotient = refined_quotient(tl.where(small, a * 18446744073709551616.0, a), mantissa, 1.0 / mantissa)
+        quotient = quotient * other * tl.where(small, pow2(one - 64), pow2(one))
+        regular_below = tl.where(b < float("inf"), float("inf"), 0.0)
+        return tl.where(tl.abs(a) < regular_below, quotient, a * (1.0 / b))
 
 
 @triton.jit
-def _bfloat16_bits(v):
-    """The nearest bfloat16 of a float32 that is no NaN, ties to even, in the high half of a word."""
-    word = v.to(tl.uint32, bitcast=True)
-    return word + 0x7FFF + ((word >> 16) & 1)
+def _to_bfloat16(v):
+    """The nearest bfloat16, ties to even."""
+    if _IN_THE_INTERPRETER:
+        word = v.to(tl.uint32, bitcast=True)
+        word = tl.where(v == v, word + 0x7FFF + ((word >> 16) & 1), 0x7FC00000)
+        return (word >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return v.to(tl.bfloat16)
 
 
 @triton.jit
@@ -43,10 +98,9 @@ def widen(v):
 
 @triton.jit
 def narrow(v, DTYPE: tl.constexpr):
-    """v rounded to DTYPE, to be stored."""
+    """v rounded to DTYPE."""
     if DTYPE == tl.bfloat16:
-        word = tl.where(v == v, _bfloat16_bits(v), 0x7FC00000)
-        return (word >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        return _to_bfloat16(v)
     else:
         return v.to(DTYPE)
 
@@ -54,39 +108,88 @@ def narrow(v, DTYPE: tl.constexpr):
 @triton.jit
 def level(k, alpha, DTYPE: tl.constexpr):
     """L[k], in the dtype that it is computed in."""
-    v = k * alpha
-    if DTYPE == tl.bfloat16:
-        return (_bfloat16_bits(v) >> 16 << 16).to(tl.float32, bitcast=True)
-    elif DTYPE == tl.float16:
-        return v.to(tl.float16).to(tl.float32)
-    else:
-        return v
+    return widen(narrow(k * alpha, DTYPE))
 
 
 @triton.jit
-def threshold(k, alpha, DTYPE: tl.constexpr, ROUNDING: tl.constexpr):
-    """T[k], k >= 1."""
-    below = level(k - 1, alpha, DTYPE)
+def threshold_above(k, alpha, DTYPE: tl.constexpr, ROUNDING: tl.constexpr):
+    """T[k + 1]: what x has to exceed for a code above k."""
+    lower = level(k, alpha, DTYPE)
     if ROUNDING == "ceil":
-        return below
+        return lower
     else:
-        middle = (below + level(k, alpha, DTYPE)) * 0.5
+        middle = (lower + level(k + 1, alpha, DTYPE)) * 0.5
         if ROUNDING == "hwgq":
-            return tl.where(k == 1, 0.0, middle)
+            return tl.where(k == 0, 0.0, middle)
         else:
             return middle
 
 
 @triton.jit
-def code_of(x, alpha, DTYPE: tl.constexpr, BITS: tl.constexpr, ROUNDING: tl.constexpr):
-    """c, as a number of x's dtype; q for NaN. It is found bit by bit, from the highest one down.
+def _regular(alpha, DTYPE: tl.constexpr, BITS: tl.constexpr):
+    """Whether no levels collapse or overflow, nor a sum of two, and the reciprocal is a normal number."""
+    top = level(2.0**BITS - 1, alpha, DTYPE)
+    if DTYPE == tl.float64:
+        return (alpha >= 2.2250738585072014e-308) & (top <= 4.49423283715579e307)
+    elif DTYPE == tl.float16:
+        return (alpha >= 5.960464477539063e-08) & (top <= 65504.0)
+    else:
+        return (alpha >= 1.1754943508222875e-38) & (top <= 8.507059173023462e37)
 
-    No reciprocal, hence no alpha that needs a way of its own: this holds where levels collapse or overflow too.
+
+@triton.jit
+def _clamp(v, low, high):
+    """NaN for NaN."""
+    v = tl.minimum(v, high, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(v, low, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _least(v):
+    """Of a block of numbers, NaN only where all are; or of one."""
+    if len(v.shape) == 0:
+        return v
+    else:
+        return tl.min(v)
+
+
+@triton.jit
+def code_by_guess(x, alpha, inverse, DTYPE: tl.constexpr, BITS: tl.constexpr, ROUNDING: tl.constexpr):
+    """c where alpha is regular, from 1 / alpha with an error of some ulps.
+
+    Rounding moves a level, and so a threshold, by less than 255/256 of a stair (bfloat16, 8 bits). Hence a guess is one
+    stair off at most, whatever its last bits are.
     """
-    code = tl.zeros_like(x)
-    for i in tl.static_range(BITS):
-        higher = code + 2 ** (BITS - 1 - i)
-        code = tl.where(x <= threshold(higher, alpha, DTYPE, ROUNDING), code, higher)
+    if ROUNDING == "ceil":
+        # A number of DTYPE above the level L[k] is not below k * alpha: of a quotient a little too high the ceiling is
+        # c or c + 1.
+        inverse *= 1 + 2.0**-20
+        below = round_to_integer(_clamp(x * inverse - 0.5, 0.0, 2.0**BITS - 2))
+        return tl.where(x <= threshold_above(below, alpha, DTYPE, ROUNDING), below, below + 1)
+    else:
+        middle = round_to_integer(_clamp(x * inverse, 1.0, 2.0**BITS - 2))
+        code = tl.where(x <= threshold_above(middle - 1, alpha, DTYPE, ROUNDING), middle - 1, middle)
+        return tl.where(x > threshold_above(middle, alpha, DTYPE, ROUNDING), middle + 1, code)
+
+
+@triton.jit
+def code_of(x, alpha, DTYPE: tl.constexpr, BITS: tl.constexpr, ROUNDING: tl.constexpr):
+    """c, as a number of x's dtype; NaN for NaN."""
+    if BITS <= 2:
+        code = tl.where(x == x, 2.0**BITS - 1, x)
+        for i in tl.static_range(2**BITS - 1):
+            lower = 2.0**BITS - 2 - i
+            code = tl.where(x <= threshold_above(lower, alpha, DTYPE, ROUNDING), lower, code)
+    elif _least(_regular(alpha, DTYPE, BITS).to(tl.int32)) != 0:
+        code = code_by_guess(x, alpha, 1.0 / alpha, DTYPE, BITS, ROUNDING)
+    else:
+        # Any alpha: bit by bit, from the highest one down. The rare case is kept small: a loop that nobody unrolls, as
+        # its length is not known.
+        code = tl.where(x == x, 0.0, x)
+        step = 2.0 ** (BITS - 1) + _least(alpha) * 0
+        while step >= 1:
+            code = tl.where(x <= threshold_above(code + (step - 1), alpha, DTYPE, ROUNDING), code, code + step)
+            step *= 0.5
     return code
 
 

@@ -11,44 +11,33 @@ import math
 import triton
 import triton.language as tl
 
-from .staircase import divide
+from .staircase import divide, pow2, round_to_integer
 
 _INVERSE_FACTORIALS = tl.constexpr(tuple(1 / math.factorial(k) for k in range(14)))
-
-
-@triton.jit
-def _pow2(n):
-    """2**n for an integer n in the exponent range."""
-    if n.dtype == tl.float64:
-        return ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
-    else:
-        return ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def exp_minus(t):
     """exp(-t) for t >= 0, within 3 ulps: t = n ln 2 + r, |r| <= ln(2)/2, Taylor in r. No device has its own way."""
     if t.dtype == tl.float64:
-        magic: tl.constexpr = 6755399441055744.0  # rounds to an integer
         high: tl.constexpr = 0.6931471803691238  # n * high is exact
         low: tl.constexpr = 1.9082149292705877e-10
         order: tl.constexpr = 13
         underflow: tl.constexpr = 746.0  # exp(-t) is 0 from here on
     else:
-        magic: tl.constexpr = 12582912.0
         high: tl.constexpr = 0.693145751953125
         low: tl.constexpr = 1.4286068203094173e-06
         order: tl.constexpr = 7
         underflow: tl.constexpr = 104.0
     t = tl.where(t > 0, tl.where(t < underflow, t, underflow), 0.0)
-    n = (t * 1.4426950408889634 + magic) - magic
+    n = round_to_integer(t * 1.4426950408889634)
     r = n * low - (t - n * high)
     power = tl.full(t.shape, _INVERSE_FACTORIALS[order], t.dtype)
     for k in tl.static_range(order):
         power = power * r + _INVERSE_FACTORIALS[order - 1 - k]
     # In two factors, as 2**-n alone can be below the normal range.
-    half = (n * 0.5 + magic) - magic
-    return power * _pow2(-half) * _pow2(half - n)
+    half = round_to_integer(n * 0.5)
+    return power * pow2(-half) * pow2(half - n)
 
 
 @triton.jit
@@ -74,7 +63,7 @@ def log_tailed_relu(u, q):
 
 @triton.jit
 def reverse_exponential(u, q):
-    return tl.where(u > 0, exp_minus(divide(u, q)), 0.0)
+    return tl.where(u > 0, exp_minus(divide(u, tl.full(u.shape, q, u.dtype))), 0.0)
 
 
 @triton.jit
@@ -84,12 +73,12 @@ def exact(state, code, u, g, q):
 
 @triton.jit
 def three_valued(state, code, u, g, q):
-    return tl.where(state == 2, q, tl.where(state == 1, (q + 1) // 2, 0))
+    return tl.where(state == 2, 1.0 * q, tl.where(state == 1, (q + 1) * 0.5, 0.0))
 
 
 @triton.jit
 def two_valued(state, code, u, g, q):
-    return tl.where(state == 2, q, 0)
+    return tl.where(state == 2, 1.0 * q, 0.0)
 
 
 @triton.jit

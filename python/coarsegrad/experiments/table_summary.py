@@ -1,0 +1,155 @@
+"""What a table of runs says, as text that is Markdown too: tables, what was not run, and on what machine."""
+
+from __future__ import annotations
+
+import statistics
+import textwrap
+from collections.abc import Iterable, Iterator
+
+from ..ste import format_table, get_ste
+from .table import Run, Schedule, Table
+
+Results = list[tuple[Run, dict]]
+
+
+def summary(table: Table, schedule: str, results: Results) -> Iterator[str]:
+    """The paragraphs on the runs of one schedule, each with the newline after it."""
+    mine = [(run, result) for run, result in results if run.schedule == schedule]
+    yield _paragraph(f"Schedule `{schedule}`: {_schedule(table.schedules[schedule])}.")
+    fixed = [(run, result) for run, result in mine if run.learn_alpha is None]
+    learned = [(run, result) for run, result in mine if run.learn_alpha is not None]
+    if fixed:
+        yield _indented(_fixed_table(fixed, table.schedules[schedule], table.published if schedule == "full" else {}))
+    if learned:
+        kinds = {(run.bits, run.ste) for run, _ in learned}
+        base = [(run, result) for run, result in fixed if (run.bits, run.ste) in kinds]
+        yield "The height of a stair fixed, and learned:\n\n"
+        yield _indented(_learned_table(base + learned))
+    planned = [run for run in table.runs if run.schedule == schedule]
+    if missing := _missing(planned, [run for run, _ in mine]):
+        yield _paragraph(f"Not run: {missing}.")
+    if mine:
+        yield _paragraph(_origin(mine))
+
+
+def _schedule(schedule: Schedule) -> str:
+    def drops(epochs: tuple[int, ...]) -> str:
+        return " and ".join(map(str, epochs))
+
+    return (
+        f"{schedule.float_epochs} epochs in float (the rate is a tenth after epochs {drops(schedule.float_lr_drops)}), "
+        f"then {schedule.epochs} with low-bit activations (a tenth after {drops(schedule.lr_drops)}); SGD with "
+        f"momentum 0.9, batches of {schedule.batch_size}, rate {schedule.lr:g}"
+    )
+
+
+def _fixed_table(results: Results, schedule: Schedule, published: dict[tuple[int, str], float]) -> str:
+    # Where several epochs have the last rate, they tell how much of the last one's accuracy is chance.
+    low = range(schedule.lr_drops[-1] + 1 if schedule.lr_drops else 1, schedule.epochs + 1)
+    header = ("bits", "ste", "in class", "seeds", "last epoch, %", "best epoch, %", "float, %")
+    header += (f"epochs {low[0]} to {low[-1]}, %",) if len(low) > 1 else ()
+    header += ("published, %",) if published else ()
+    rows = []
+    for (bits, ste), cell in _cells(results, lambda run: (run.bits, run.ste)):
+        row = [str(bits), ste, "yes" if get_ste(ste).in_class else "no", str(len(cell)), *_accuracies(cell)]
+        if len(low) > 1:
+            whole = [epoch for _, result in cell if not result["diverged"] for epoch in result["history"]]
+            row.append(_mean([epoch["test_accuracy"] for epoch in whole if epoch["epoch"] in low]))
+        if published:
+            row.append(f"{published[bits, ste]:.2f}" if (bits, ste) in published else "")
+        rows.append(tuple(row))
+    return format_table(header, sorted(rows, key=lambda row: int(row[0])))
+
+
+def _learned_table(results: Results) -> str:
+    layers = list(results[0][1]["alpha"])
+    header = ("bits", "ste", "rule", "an alpha for each", "seeds", "last epoch, %", "best epoch, %", *layers)
+    rows = []
+    for key, cell in _cells(results, lambda run: (run.bits, run.ste, run.learn_alpha, run.per_channel)):
+        bits, ste, rule, per_channel = key
+        alphas = (_alpha([result["alpha"][layer] for _, result in cell]) for layer in layers)
+        where = "channel" if per_channel else "layer"
+        rows.append((str(bits), ste, rule or "fixed", where, str(len(cell)), *_accuracies(cell)[:2], *alphas))
+    return format_table(header, rows)
+
+
+def _cells(results: Results, key) -> Iterable[tuple[tuple, Results]]:
+    cells: dict[tuple, Results] = {}
+    for run, result in results:
+        cells.setdefault(key(run), []).append((run, result))
+    return cells.items()
+
+
+def _accuracies(cell: Results) -> tuple[str, str, str]:
+    """Of the last epoch, the best one and the float network: in %, the mean, and the sample's standard deviation."""
+    whole = [result["history"] for _, result in cell if not result["diverged"]]
+    last = _mean([history[-1]["test_accuracy"] for history in whole])
+    best = _mean([max(row["test_accuracy"] for row in history) for history in whole])
+    if len(whole) < len(cell):
+        epochs = sorted(len(result["history"]) + 1 for _, result in cell if result["diverged"])
+        last += f" ({len(epochs)} diverged, in epoch {', '.join(map(str, epochs))})"
+    return last.strip(), best, _mean([result["start"]["test_accuracy"] for _, result in cell])
+
+
+def _mean(accuracies: list[float]) -> str:
+    if not accuracies:
+        return ""
+    percent = [100 * accuracy for accuracy in accuracies]
+    spread = f" +- {statistics.stdev(percent):.2f}" if len(percent) > 1 else ""
+    return f"{statistics.mean(percent):.2f}{spread}"
+
+
+def _alpha(spreads: list[dict[str, float]]) -> str:
+    mean = f"{statistics.mean(spread['mean'] for spread in spreads):.3g}"
+    low, high = min(spread["min"] for spread in spreads), max(spread["max"] for spread in spreads)
+    return mean if f"{low:.3g}" == f"{high:.3g}" else f"{mean} ({low:.3g} to {high:.3g})"
+
+
+def _missing(planned: list[Run], done: list[Run]) -> str:
+    """The runs that are planned and not done, in words: by bits, and by seed where some seeds are done."""
+    if not done:
+        return "all of it"
+    parts = []
+    for bits in sorted({run.bits for run in planned}):
+        of_bits = [run for run in planned if run.bits == bits]
+        variants = []
+        for variant in dict.fromkeys(run.variant for run in of_bits):
+            seeds = [run for run in of_bits if run.variant == variant]
+            missing = [str(run.seed) for run in seeds if run not in done]
+            if missing:
+                variants.append(f"`{variant}`" + (f" (seed {', '.join(missing)})" if len(missing) < len(seeds) else ""))
+        if variants:
+            untouched = not any(run in done for run in of_bits)
+            parts.append(f"at {bits} bit{'s' if bits > 1 else ''} {'all' if untouched else ', '.join(variants)}")
+    return "; ".join(parts)
+
+
+def _origin(results: Results) -> str:
+    """The machines, the code, the epochs and the time; and whether runs of a seed had one float network."""
+    machines, commits = {}, {}
+    for _, result in results:
+        where = result["environment"]
+        threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
+        machine = f"{where['cpu']}, {where['device']}, {threads}, torch {where['torch']}, {where['backend']}"
+        machines[machine] = commits[(where["git"] or "unknown")[:10]] = True
+    rows = [row for _, result in results for row in result["history"]]
+    hours = sum(row["seconds"] for row in rows) / 3600
+    runs = f"{len(results)} run{'s' if len(results) > 1 else ''}"
+    text = (
+        f"{runs}, {len(rows)} epochs, {hours:.1f} hours of training, on {'; '.join(machines)}; "
+        f"coarsegrad at commit {', '.join(commits)}."
+    )
+    starts: dict[int, set[str]] = {}
+    for run, result in results:
+        starts.setdefault(run.seed, set()).add(result["start"]["weights"])
+    if several := [f"{seed} ({len(weights)})" for seed, weights in starts.items() if len(weights) > 1]:
+        text += f" The runs of seed {', '.join(several)} started from more than one float network: it was trained anew."
+    return text
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) + "\n\n"
+
+
+def _indented(text: str) -> str:
+    return textwrap.indent(text, "    ") + "\n\n"
