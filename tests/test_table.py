@@ -211,7 +211,7 @@ def test_the_rate_falls_after_the_epochs_named():
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "train_step", step)
-        patch.setattr(training, "_save", lambda path, config, parts, history: _stop_after(len(history), 5))
+        patch.setattr(training, "save_checkpoint", lambda path, config, parts, history: _stop_after(len(history), 5))
         split = Split(torch.zeros(6, 1), torch.zeros(6, dtype=torch.int64))
         config = {"phase": "p", "epochs": 5, "lr": 0.1, "lr_drops": [2, 4], "batch_size": 2, "seed": 0}
         training.fit(model, split, split, config, Path("nowhere"))

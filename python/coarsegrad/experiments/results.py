@@ -6,13 +6,14 @@ import argparse
 import json
 import re
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
-from . import cifar_table, mnist_table, synthetic
+from . import cifar_table, finetune_report, mnist_table, synthetic
 from .files import ExperimentError, replacing
 from .table import finished
 from .table_figures import figure_paths
-from .table_summary import summary
+from .table_summary import summary as table_summary
 
 _TABLES = {"mnist": mnist_table.TABLE, **cifar_table.TABLES}
 _BLOCK = re.compile(r"(<!-- results: (?P<words>[^\n]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -26,6 +27,7 @@ Writes a page of results anew: between each two lines
 comes what the result files say now. WORDS is one of
 
     synthetic FOLDER              what `coarsegrad synthetic --out FOLDER` left
+    finetune FOLDER               what `coarsegrad finetune --out FOLDER` left
     TABLE FOLDER SCHEDULE         a schedule of `coarsegrad mnist-table` (TABLE mnist)
                                   or `cifar-table` (TABLE vgg11 or resnet20), --out FOLDER
 
@@ -63,24 +65,33 @@ def render(text: str, folder: Path) -> str:
 def _block(words: str, folder: Path) -> str:
     match words.split():
         case ["synthetic", results]:
-            return _synthetic(folder / results)
+            return _indented(_read(folder / results, _synthetic))
+        case ["finetune", results]:
+            return _indented(_read(folder / results, finetune_report.summary))
         case [name, results, schedule] if name in _TABLES and schedule in _TABLES[name].schedules:
             return _table(name, folder, results, schedule)
     raise ExperimentError(f"unknown words in <!-- results: {words} -->; --help tells what there may be")
 
 
-def _synthetic(folder: Path) -> str:
+def _read(folder: Path, summary: Callable[[dict], str]) -> str:
     path = folder / "results.json"
     try:
-        results = json.loads(path.read_text())["results"]
+        return summary(json.loads(path.read_text()))
     except (ValueError, KeyError, TypeError) as error:
-        raise ExperimentError(f"{path} is no results file of `synthetic` ({error!r})") from error
-    return textwrap.indent("".join(list(synthetic.summary(results))[1:]), "    ") + "\n"
+        raise ExperimentError(f"{path} is no results file of that command ({error!r})") from error
+
+
+def _synthetic(kept: dict) -> str:
+    return "".join(list(synthetic.summary(kept["results"]))[1:])
+
+
+def _indented(text: str) -> str:
+    return textwrap.indent(text, "    ") + "\n"
 
 
 def _table(name: str, folder: Path, results: str, schedule: str) -> str:
     table = _TABLES[name]
-    paragraphs = list(summary(table, schedule, finished(table, folder / results)))
+    paragraphs = list(table_summary(table, schedule, finished(table, folder / results)))
     for title, path in figure_paths(folder / results, schedule).items():
         if path.exists():
             paragraphs.append(f"![{title}]({results}/{path.name})\n\n")

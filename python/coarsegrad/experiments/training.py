@@ -6,7 +6,6 @@ computes what an uninterrupted one does: on a CPU to the bit, given the same num
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -19,8 +18,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from ..nn import QReLU
+from .checkpoints import load_checkpoint, save_checkpoint, seed_of
 from .data import Split
-from .files import ExperimentError, replacing
+from .files import ExperimentError
 
 # A learned alpha gathers its gradient from a whole layer: it moves at this fraction of the weights' rate.
 # Each step projects it onto alpha >= ALPHA_MIN, far below every half-Gaussian optimum (0.0154 at 8 bits).
@@ -106,11 +106,11 @@ def fit(
     optimizer = make_optimizer(model, config["lr"])
     scheduler = LambdaLR(optimizer, _lr_factor(batches, config["epochs"], config.get("lr_drops")))
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    history = _resume(checkpoint, config, parts)
+    history = load_checkpoint(checkpoint, config, parts)
 
     for epoch in range(len(history), config["epochs"]):
         start = time.perf_counter()
-        torch.manual_seed(_epoch_seed(config["seed"], config["phase"], epoch))
+        torch.manual_seed(seed_of(config["seed"], config["phase"], epoch))
         title = f"{config['phase']} {epoch + 1}/{config['epochs']}"
         loss, accuracy = _train_epoch(title, model, optimizer, scheduler, train, config["batch_size"], augment)
         if not math.isfinite(loss):
@@ -127,7 +127,7 @@ def fit(
                 "seconds": seconds,
             }
         )
-        _save(checkpoint, config, parts, history)
+        save_checkpoint(checkpoint, config, parts, history)
         print(
             f"{title}  loss {loss:.4f}  training {accuracy:.2%}  test {test_accuracy:.2%}  {seconds:.1f} s",
             flush=True,
@@ -139,10 +139,6 @@ def _lr_factor(batches: int, epochs: int, drops: Sequence[int] | None) -> Callab
     if drops is None:
         return lambda step: (1 + math.cos(math.pi * step / (batches * epochs))) / 2
     return lambda step: 0.1 ** sum(step >= batches * epoch for epoch in drops)
-
-
-def _epoch_seed(seed: int, phase: str, epoch: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {phase} {epoch}".encode()).digest()[:8], "big")
 
 
 def _train_epoch(
@@ -169,30 +165,3 @@ def _train_epoch(
             bar.set_postfix_str(f"loss {total / seen:.4f}, accuracy {right / seen:.2%}", refresh=False)
             bar.update()
     return total / seen, right / seen
-
-
-def _save(path: Path, config: dict, parts: dict, history: list[dict]) -> None:
-    states = {name: part.state_dict() for name, part in parts.items()}
-    with replacing(path) as file:
-        torch.save({"config": config, "history": history, **states}, file)
-
-
-def _resume(path: Path, config: dict, parts: dict) -> list[dict]:
-    if not path.exists():
-        return []
-    remedy = f"choose another output folder, or remove {path} to start anew"
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        there, history = saved["config"], saved["history"]
-    except Exception as error:  # torch.load raises whatever the damage leads it to
-        raise ExperimentError(f"{path} is not a readable checkpoint ({error}); {remedy}") from error
-    if there != config:
-        differences = "; ".join(
-            f"{key}: {there.get(key)!r} there, {config.get(key)!r} now"
-            for key in dict.fromkeys([*there, *config])
-            if there.get(key) != config.get(key)
-        )
-        raise ExperimentError(f"{path} is of a run with another configuration ({differences}); {remedy}")
-    for name, part in parts.items():
-        part.load_state_dict(saved[name])
-    return history

