@@ -21,7 +21,7 @@ from .download import cache_folder
 from .files import ExperimentError, replacing
 from .measure import environment, interleaved_times
 from .models import lenet5, quantized
-from .training import ALPHA_LR, ALPHA_MIN, fit, make_optimizer, train_step
+from .training import ALPHA_LR, fit, make_optimizer, train_step
 
 _TIMED_STEPS = 50
 
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rounding", choices=ROUNDINGS, default="ceil", help="thresholds of the staircase (default ceil)")
     add("--learn-alpha", nargs="?", choices=ALPHA_GRADS, const="three_valued", metavar="RULE",
         help=f"learn the height of a stair by one of the rules {', '.join(ALPHA_GRADS)} (three_valued if "
-             f"none is named), at {ALPHA_LR} of the learning rate, never below {ALPHA_MIN}; "
+             f"none is named), at {ALPHA_LR} of the learning rate; a step at most halves it; "
              "else it stays at the best for half-Gaussian inputs")
     add("--epochs", type=positive(int), default=3, help="epochs with low-bit activations (default 3)")
     add("--float-epochs", type=positive(int), default=2, help="epochs in float before that (default 2)")
@@ -166,12 +166,11 @@ def _table(config: dict, environment: dict, results: dict, history: dict) -> str
     ]
     values = [value for layer in low["alpha"].values() for value in layer]
     alpha = ", ".join(f"{value:.4g}" for value in values)
-    bound = f" (bounded below by {ALPHA_MIN})" if min(values) <= ALPHA_MIN else ""
     return "\n".join([
         format_table(("", "nn.ReLU", f"QReLU, {config['bits']} bits", ""), rows),
         "",
         f"ste {config['ste']}, rounding {config['rounding']}, alpha {alpha}: "
-        + (f"learned by {config['learn_alpha']}{bound}" if config["learn_alpha"] else "fixed"),
+        + (f"learned by {config['learn_alpha']}" if config["learn_alpha"] else "fixed"),
         f"Bytes are of one step on {config['batch_size']} images, without weights. \"All layers\" includes",
         "what pooling and the next layer keep: the activation's output itself.",
         f"Times are of {_TIMED_STEPS} steps of each network in turn, in one process, on this machine: "
