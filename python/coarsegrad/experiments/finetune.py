@@ -114,8 +114,8 @@ def _run(args: argparse.Namespace) -> None:
         from . import finetune_report, language
     except ImportError as error:
         raise ExperimentError(
-            f"needs transformers and matplotlib ({error}): install the extra, as in "
-            "pip install 'coarsegrad[finetune]', or pip install transformers matplotlib"
+            f"needs transformers and matplotlib ({error}): pip install transformers matplotlib, which is what the "
+            "extra finetune asks for"
         ) from error
     _check(args)
     device = usable_device(args.device)
