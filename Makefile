@@ -26,7 +26,7 @@ build: setup  ## the native library and the C++ tests
 
 test: build  ## all tests, C++ and Python
 	ctest --test-dir build --output-on-failure
-	python -m pytest -n auto --dist loadgroup $(TEST_ARGS)
+	python -m pytest -n auto --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
 
 demo: build  ## trains LeNet-5 on MNIST, float and then with 2-bit activations
 	python -m coarsegrad mnist --bits 2 $(DEMO_ARGS)

@@ -45,13 +45,19 @@ reference_or_native = pytest.fixture(
 )  # fmt: skip
 
 
+# Files of one long test each: first, so that no process is left with one when all else is done.
+_FIRST = ("test_triton.py", "test_cuda_host.py", "test_sass.py")
+_ONE_BY_ONE = "test_cuda_mutants.py"
+
+
 def pytest_collection_modifyitems(config, items):
-    """For `-n auto --dist loadgroup`: a file goes to one process, as its fixtures cost something. The mutants, of which
-    each is a compilation, go one by one to whichever has time."""
+    """For `-n auto --dist loadgroup --no-loadscope-reorder`: a file goes to one process, as its fixtures cost
+    something. The mutants, of which each is a compilation, go one by one to whichever has time, at the end."""
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
-            if item.path.name != "test_cuda_mutants.py":
+            if item.path.name != _ONE_BY_ONE:
                 item.add_marker(pytest.mark.xdist_group(item.path.name))
+        items.sort(key=lambda item: (item.path.name not in _FIRST, item.path.name == _ONE_BY_ONE))
 
 
 def pytest_terminal_summary(terminalreporter):

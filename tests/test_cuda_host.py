@@ -375,7 +375,7 @@ def test_sums_do_not_depend_on_the_order_of_threads(program, dtype):
 
 
 def test_sanitizers_find_nothing(tmp_path):
-    flags = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+    flags = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
     cuda_host.configure(cuda_host.ROOT, tmp_path, flags)
     program = cuda_host.build(tmp_path)
     for dtype in DTYPES:
