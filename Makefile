@@ -5,10 +5,10 @@ VENV   ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export CMAKE_GENERATOR ?= Ninja
 
-.PHONY: help setup build test demo bench lint clean
+.PHONY: help setup build test demo bench bench-full lint clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 	@echo
 	@echo 'TEST_ARGS, DEMO_ARGS and BENCH_ARGS are passed on: make demo DEMO_ARGS="--subset 2000"'
 
@@ -33,6 +33,13 @@ demo: build  ## trains LeNet-5 on MNIST, float and then with 2-bit activations
 
 bench: build  ## times the kernels beside torch's own
 	python -m bench.kernels $(BENCH_ARGS)
+
+bench-full: build  ## all benchmarks and their figures: kernels, training steps, memory
+	python -m bench.kernels
+	python -m bench.training
+	python -m bench.memory
+	python -m bench.plot
+	python -m bench.plot --memory
 
 lint: setup  ## ruff
 	ruff check .

@@ -1,0 +1,59 @@
+"""bench.training: its rows, and that it reports nothing where a gradient is wrong."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+from bench import training
+from bench.memory import Network
+from torch import nn
+
+import coarsegrad as cg
+
+
+def _small(activation, dropout):
+    return nn.Sequential(nn.Linear(8, 8), activation(), nn.Linear(8, 2))
+
+
+@pytest.fixture(autouse=True)
+def small_and_here(monkeypatch):
+    monkeypatch.setattr(training, "NETWORKS", {"mlp": Network(_small, lambda: torch.randn(16, 8))})
+    monkeypatch.setattr(training, "in_new_process", lambda allocator, function, *arguments: function(*arguments))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_rows_and_table(tmp_path, capsys):
+    out = tmp_path / "training.csv"
+    training.main(["--networks", "mlp", "--rounds", "3", "--threads", "1", "--out", str(out)])
+    with open(out, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["activation"] for row in rows] == ["none", "relu", "qrelu", "qrelu, packed"]
+    assert {row["network"] for row in rows} == {"mlp"} and {row["dtype"] for row in rows} == {"float32"}
+    assert all(float(row["seconds_q20"]) <= float(row["seconds_median"]) <= float(row["seconds_q80"]) for row in rows)
+    assert float(rows[0]["share_of_activation_median"]) == 0 and float(rows[1]["time_over_relu_median"]) == 1
+    assert all(row["git"] is not None and row["threads"] == "1" and row["rounds"] == "3" for row in rows)
+    printed = capsys.readouterr().out
+    assert "mlp, float32, 1 threads" in printed and "qrelu, packed" in printed and f"Written: {out}" in printed
+
+
+def test_no_report_where_a_gradient_is_wrong(tmp_path, monkeypatch):
+    class Wrong(nn.Module):
+        def forward(self, x):
+            return cg.qrelu(x, 0.5, 2) * 1.5
+
+    right = training._gradients
+
+    def gradients(network, activation, dtype):
+        if activation == "qrelu, packed":
+            monkeypatch.setitem(training.ACTIVATIONS, activation, (Wrong, False))
+        return right(network, activation, dtype)
+
+    monkeypatch.setattr(training, "_gradients", gradients)
+    out = tmp_path / "training.csv"
+    with pytest.raises(SystemExit, match="a gradient of mlp in float32 with qrelu, packed differs"):
+        training.main(["--networks", "mlp", "--rounds", "2", "--threads", "1", "--out", str(out)])
+    assert not out.exists()
