@@ -177,17 +177,22 @@ def _times(network: str, dtype: str, threads: int, rounds: int) -> dict[str, tup
     }
 
 
+def network_options(parser: argparse.ArgumentParser, dtype: str, rounds: int, results: Path) -> None:
+    """The options of a benchmark of NETWORKS, with its own defaults."""
+    add = parser.add_argument
+    add("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), help="default: all")
+    add("--dtypes", nargs="+", choices=list(DTYPES), default=[dtype], help=f"default: {dtype}")
+    add("--rounds", type=at_least(2), default=rounds, help=f"rounds that count (default {rounds})")
+    add("--threads", type=at_least(1), default=2, help="threads (default 2)")
+    add("--out", type=Path, default=results, metavar="CSV", help=f"the results (default {os.path.relpath(results)})")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.memory", description=_DESCRIPTION, epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    add = parser.add_argument
-    add("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), help="default: all")
-    add("--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16"], help="default: bfloat16")
-    add("--rounds", type=at_least(2), default=10, help="rounds that count (default 10)")
-    add("--threads", type=at_least(1), default=2, help="threads (default 2)")
-    add("--out", type=Path, default=RESULTS, metavar="CSV", help=f"the results (default {os.path.relpath(RESULTS)})")
+    network_options(parser, "bfloat16", 10, RESULTS)
     args = parser.parse_args(argv)
     try:
         rows = [row for network in args.networks for dtype in args.dtypes for row in _rows(network, dtype, args)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 import coarsegrad as cg
 from coarsegrad.ste import format_table
 
-from .harness import BenchError, CpuTimer, Times, at_least, facts, in_new_process, interleaved, quantiles, write_csv
-from .memory import DTYPES, NETWORKS
+from .harness import BenchError, CpuTimer, Times, facts, in_new_process, interleaved, quantiles, write_csv
+from .memory import DTYPES, NETWORKS, network_options
 
 RESULTS = Path(__file__).parent / "results" / "training.csv"
 
@@ -103,12 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m bench.training", description=_DESCRIPTION, epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    add = parser.add_argument
-    add("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), help="default: all")
-    add("--dtypes", nargs="+", choices=list(DTYPES), default=["float32"], help="default: float32")
-    add("--rounds", type=at_least(2), default=15, help="rounds that count (default 15)")
-    add("--threads", type=at_least(1), default=2, help="threads (default 2)")
-    add("--out", type=Path, default=RESULTS, metavar="CSV", help=f"the results (default {os.path.relpath(RESULTS)})")
+    network_options(parser, "float32", 15, RESULTS)
     args = parser.parse_args(argv)
     here = facts(torch.device("cpu"), "keep", cpu_time=False) | {"threads": args.threads}
     rows = []
