@@ -31,15 +31,17 @@ test: build  ## all tests, C++ and Python
 demo: build  ## trains LeNet-5 on MNIST, float and then with 2-bit activations
 	python -m coarsegrad mnist --bits 2 $(DEMO_ARGS)
 
-bench: build  ## times the kernels beside torch's own
-	python -m bench.kernels $(BENCH_ARGS)
+bench: build  ## times kernels and peers on this machine, in some minutes; into build/bench
+	python -m bench.kernels --quick --out build/bench/kernels.csv $(BENCH_ARGS)
+	python -m bench.peers --quick --out build/bench/peers.csv $(BENCH_ARGS)
+	python -m bench.report --results build/bench --page build/bench/benchmarks.md
 
-bench-full: build  ## all benchmarks and their figures: kernels, training steps, memory
+bench-full: build  ## all benchmarks, docs/benchmarks.md and its figures; wants a quiet machine
 	python -m bench.kernels
+	python -m bench.peers
 	python -m bench.training
 	python -m bench.memory
-	python -m bench.plot
-	python -m bench.plot --memory
+	python -m bench.report
 
 lint: setup  ## ruff
 	ruff check .

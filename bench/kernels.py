@@ -1,494 +1,236 @@
-"""`python -m bench.kernels`: the time of QReLU beside nn.ReLU and the same staircase in plain torch."""
+"""`python -m bench.kernels`: the time of each kernel beside that of copying as many bytes."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import os
-import platform
-import statistics
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 import coarsegrad as cg
-from coarsegrad.testing import hard_inputs
+from coarsegrad import _ops
 
 from .harness import (
-    ALLOCATORS,
+    DTYPES,
     BenchError,
-    CpuTimer,
-    GpuTimer,
+    Case,
+    Part,
+    Row,
+    Suite,
     Times,
-    at_least,
-    facts,
-    in_graph,
-    in_new_process,
-    interleaved,
+    checked_options,
+    copying,
     quantiles,
-    write_csv,
+    run_parts,
+    size_label,
+    size_options,
+    timed,
 )
 
 RESULTS = Path(__file__).parent / "results" / "kernels.csv"
-GPU_RESULTS = RESULTS.with_name("kernels-cuda.csv")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PASSES = ("forward", "forward+backward")
 
 _DESCRIPTION = """
-Times QReLU (2 bits, clipped_relu, ceil, fixed alpha), out of place and in
-place, beside nn.ReLU and beside the same staircase as an eager
-torch.autograd.Function and in its fastest torch.compile form.
+Times each of the kernels behind QReLU: forward with the mask at 1 to 8 bits, the
+backward from the mask, from x and from codes, the gradient of a learned step,
+and codes to levels; with a copy as the measure.
 """
 _EPILOG = """
-Without --quick and --sizes: 4, 2^16, 2^22 and 2^24 elements, and at 2^26 what
-writing in place is worth where every fresh output costs page faults
-(QReLU and nn.ReLU with the allocator as it is).
+Without --quick and --sizes: 2^16 (in cache), 2^22 and 2^24 elements; with --quick
+2^16 and 2^22.
 
-Before a size is timed, outputs and gradients are compared with the reference,
-bit for bit; if one differs there is no report. All implementations take turns
+Before a size is timed, what each kernel returns is compared with the reference:
+outputs, masks, codes and masked gradients bit for bit, a gradient with an
+exponential or a division within some ulps, the gradient of a step within 1e-5 of
+the sum of what is added up; if one is wrong there is no report. All take turns
 in one process, in a new order each round. A time is the median over the rounds,
-with the 20% and 80% quantiles; a speed is the median of nn.ReLU's time over this
-one's, round by round. GB/s counts what any implementation has to move: x and y,
-dy and dx, and one bit an element written and read for the backward.
+with the 20% and 80% quantiles.
 
---allocator keep has glibc's malloc keep what is freed (MALLOC_MMAP_THRESHOLD_
-and MALLOC_TRIM_THRESHOLD_ set in a new process). With the default it gives large
-blocks back to the system, and each fresh output pays for its pages again: the
-last column counts them. A preloaded tcmalloc or jemalloc is recognised.
-
---device cuda times by CUDA events, each call with a flushed L2, and jobs of up to
-2^20 elements as a CUDA graph, so that launches are not what is measured. A copy of
-the same tensors takes its turns too, and the last column is its time over each
-one's: the share of the measured copy bandwidth.
+"of copy" is the kernel's time over the time in which the copy moves as many
+bytes, each element read and written once: of the medians, with the quantiles
+round by round. 1.00 is the speed of memory. The copy is the C library's memcpy,
+with non-temporal stores from 8 MiB on where that is glibc; on a GPU it is
+Tensor.copy_. Below 1.00 a kernel is faster than the copy.
 """
 
-# ------------------------------------------------------------------------------ the implementations
+# ------------------------------------------------------------------------------------- the kernels
 
-# With alpha a power of two, x / alpha and x * (1 / alpha) are exact, so that the forms in plain torch, which
-# do not compare x with the levels, give the same bits. QReLU's kernel takes the same way for any alpha.
-BITS, ALPHA = 2, 0.5
-_TOP_CODE = 2**BITS - 1
-_TOP = _TOP_CODE * ALPHA
-
-Activation = Callable[[Tensor], Tensor]
+_ALPHA, _BITS, _CHANNELS = 0.4866, 2, 64
+_Tensors = dict[str, Tensor]
 
 
-class _Eager(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return ALPHA * torch.clamp(torch.ceil(x / ALPHA), 0, _TOP_CODE)
+@dataclass(frozen=True)
+class Kernel:
+    """numbers, bits: what it moves an element: numbers of x's dtype and packed bits.
 
-    @staticmethod
-    def backward(ctx, grad_y):
-        (x,) = ctx.saved_tensors
-        return torch.where((x > 0) & (x <= _TOP), grad_y, 0)
-
-
-def _compiled() -> Activation:
-    """The fastest form in torch.compile: the two passes compiled apart.
-
-    Each is then one vectorised loop, and x is kept. Compiled as one function, be it with _Eager or with the
-    idiom `c + (staircase(x) - c).detach()`, c the clipped x, the partitioner keeps the gate as a bool tensor:
-    smaller than x, but its loops come out many times slower. torch.utils.checkpoint inside the function
-    prevents that, but is slower on small tensors and no faster on large ones. Static shapes and a constant
-    alpha favour this form too.
+    rtol: how far its gradient may be from the reference's, relative, in units of the dtype's eps. sums: whether what it
+    returns second are sums over the tensor.
     """
 
-    def compiled(function: Callable) -> Callable:
-        return torch.compile(function, fullgraph=True, dynamic=False)
-
-    staircase = compiled(lambda x: torch.clamp(torch.ceil(x * (1 / ALPHA)), 0, _TOP_CODE) * ALPHA)
-    gate = compiled(lambda x, grad_y: torch.where((x > 0) & (x <= _TOP), grad_y, 0))
-
-    class Compiled(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return staircase(x)
-
-        @staticmethod
-        def backward(ctx, grad_y):
-            return gate(*ctx.saved_tensors, grad_y)
-
-    return lambda x: Compiled.apply(x) if torch.is_grad_enabled() else staircase(x)
+    numbers: int
+    bits: int
+    call: Callable[[_Tensors], tuple[Tensor, ...]]
+    rtol: float = 0.0
+    sums: bool = False
 
 
-@dataclass(frozen=True)
-class Implementation:
-    """make(): a new activation; None for a mere copy. staircase: whether it computes QReLU's function."""
-
-    label: str
-    make: Callable[[], Activation] | None
-    staircase: bool = True
-    inplace: bool = False
+def _forward(bits: int, mask: str = "inside", codes: bool = False) -> Callable[[_Tensors], tuple[Tensor, ...]]:
+    return lambda t: _ops.ops.qrelu_forward(t["x"], t["alpha"], bits, "ceil", mask, codes, None)
 
 
-IMPLEMENTATIONS = {
-    "relu": Implementation("nn.ReLU", nn.ReLU, staircase=False),
-    "relu_inplace": Implementation(
-        "nn.ReLU in place", lambda: nn.ReLU(inplace=True), staircase=False, inplace=True
+def _backward(
+    ste: str, *kept: str, rule: str = "three_valued", learned: bool = False, per_channel: bool = False
+) -> Callable[[_Tensors], tuple[Tensor, ...]]:
+    """From what is kept: "x" (and alpha), "mask" or "state", "codes"."""
+    channel_dim = 1 if per_channel else None
+    config = (_BITS, ste, "ceil", rule, 1.0, channel_dim, True, learned)
+    mask = "state" if "state" in kept else "mask"
+
+    def call(t: _Tensors) -> tuple[Tensor, ...]:
+        dy = t["dy"].view(-1, _CHANNELS, 256) if per_channel else t["dy"]
+        arguments = [t[name] if name in kept else None for name in ("x", mask, "codes")]
+        return _ops.ops.qrelu_backward(dy, t["alpha"] if "x" in kept else None, *arguments, *config)
+
+    return call
+
+
+KERNELS = {
+    **{f"forward, {bits} bit{'s' * (bits > 1)}": Kernel(2, 1, _forward(bits)) for bits in (1, 2, 3, 4, 6, 8)},
+    "forward to codes, 2 bits": Kernel(2, 2, _forward(2, "nothing", codes=True)),
+    "backward, clipped_relu": Kernel(2, 1, _backward("clipped_relu", "mask")),
+    "backward, log_tailed_relu": Kernel(3, 0, _backward("log_tailed_relu", "x"), rtol=16),
+    "backward, reverse_exponential": Kernel(3, 0, _backward("reverse_exponential", "x"), rtol=16),
+    "backward, reverse_exponential_step": Kernel(
+        2, 2, lambda t: (_ops.ops.times_slopes_of(t["dy"], t["codes"], _BITS, "reverse_exponential_step"),)
     ),
-    "qrelu": Implementation("QReLU", lambda: cg.QReLU(BITS, alpha=ALPHA)),
-    "qrelu_inplace": Implementation(
-        "QReLU in place", lambda: cg.QReLU(BITS, alpha=ALPHA, inplace=True), inplace=True
+    "backward, learned step": Kernel(2, 2, _backward("clipped_relu", "state", learned=True), sums=True),
+    "backward, learned step, per channel": Kernel(
+        2, 2, _backward("clipped_relu", "state", learned=True, per_channel=True), sums=True
     ),
-    "eager": Implementation("eager", lambda: _Eager.apply),
-    "compile": Implementation("torch.compile", _compiled),
-    "copy": Implementation("copy", None, staircase=False),
-}
-_IN_PLACE_STUDY = ("relu", "relu_inplace", "qrelu", "qrelu_inplace")
-
-# ------------------------------------------------------------------------------------- the promises
-
-
-@dataclass(frozen=True)
-class Floor:
-    """A promise on forward+backward: `against` takes at least `speed` times the time of `implementation`.
-
-    In medians; on an allocator that keeps its memory, or on the default one.
-    """
-
-    dtype: str
-    size: int
-    implementation: str
-    against: str
-    speed: float
-    default_allocator: bool = False
-
-
-FLOORS = [
-    *(
-        Floor(dtype, size, "qrelu", against, speed)
-        for size in (2**22, 2**24)
-        for dtype, over_relu in (("float32", 1.4), ("bfloat16", 1.15))
-        for against, speed in (("relu", over_relu), ("compile", 1.4), ("eager", 5.0))
+    "backward, learned step, exact": Kernel(
+        2, 3, _backward("clipped_relu", "mask", "codes", rule="exact", learned=True), sums=True
     ),
-    *(Floor(dtype, 2**26, "qrelu_inplace", "relu", 1.5, default_allocator=True) for dtype in DTYPES),
-    *(Floor(dtype, 4, "qrelu", "relu", 1 / 1.5) for dtype in DTYPES),  # at most 1.5 times its time
-]
-
-# -------------------------------------------------------------------------------------- measuring
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one process measures; allocator is one of ALLOCATORS."""
-
-    device: str
-    allocator: str
-    sizes: tuple[int, ...]
-    dtypes: tuple[str, ...]
-    implementations: tuple[str, ...]
-    rounds: int
-    threads: int | None
-    cpu_time: bool
+    "codes to levels, 2 bits": Kernel(
+        1, 2, lambda t: (_ops.ops.dequantize(
+            t["codes"], t["alpha"], _BITS, t["x"].shape, t["x"].dtype, None, torch.contiguous_format),)
+    ),
+}  # fmt: skip
+COPY = "copy"
 
 
-@dataclass(frozen=True)
-class Result:
-    """The times of each implementation on one input, and what they depend on besides."""
-
-    dtype: str
-    size: int
-    passes: str
-    times: dict[str, Times]
-    facts: dict[str, object]
-
-
-def _inputs(dtype: torch.dtype, size: int) -> tuple[Tensor, Tensor]:
-    """(x, dy): Gaussian, and in up to half of x every level with its two neighbours.
-
-    No NaN, whose gradient passes in QReLU alone, and no subnormal, which can be slower than other numbers.
-    """
+def _inputs(dtype: torch.dtype, size: int) -> _Tensors:
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
-    hard = hard_inputs(ALPHA, BITS, "ceil", dtype)
-    hard = hard[(hard == 0) | (hard.isfinite() & (hard.abs() >= torch.finfo(dtype).smallest_normal))]
-    hard = hard[: size // 2]
-    x[: hard.numel()] = hard
-    return x, dy
+    t = {"x": x, "dy": dy, "alpha": torch.tensor([_ALPHA])}
+    forward = _ops.ops.qrelu_forward
+    _, t["mask"], t["codes"] = forward(x, t["alpha"], _BITS, "ceil", "inside", True, None)
+    _, t["state"], _ = forward(x, t["alpha"], _BITS, "ceil", "state", False, None)
+    return t
 
 
-def _expected(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """(y, dx) of the reference, a piece at a time as it takes many times the memory."""
-    ys, dxs = [], []
-    with cg.use_backend("reference"):
-        for x_piece, dy_piece in zip(x.split(2**20), dy.split(2**20)):
-            x_piece = x_piece.detach().requires_grad_()
-            y = cg.qrelu(x_piece, ALPHA, BITS)
-            ys.append(y.detach())
-            dxs += torch.autograd.grad(y, x_piece, dy_piece)
-    return torch.cat(ys), torch.cat(dxs)
+def _check(name: str, kernel: Kernel, got: tuple[Tensor, ...], t: _Tensors) -> None:
+    """A piece of 2^20 elements at a time, as the reference takes many times the memory."""
+    size, dtype = t["x"].numel(), t["x"].dtype
+    pieces = -(-size // 2**20)
+    totals = 0.0
+    for piece in range(pieces):
+
+        def of(a: Tensor) -> Tensor:
+            a = a.flatten()
+            return a[a.numel() * piece // pieces : a.numel() * (piece + 1) // pieces]
+
+        with cg.use_backend("reference"):
+            wanted = kernel.call({key: value if key == "alpha" else of(value) for key, value in t.items()})
+        if kernel.sums:
+            totals = totals + wanted[1].double()
+            wanted = wanted[:1]
+        for mine, right in zip(got, wanted):
+            mine, right = of(mine.cpu()), right.flatten()
+            if kernel.rtol and mine.is_floating_point():
+                # Where g' underflows the two may differ by a subnormal.
+                allowed = kernel.rtol * torch.finfo(dtype).eps * right.double().abs() + torch.finfo(dtype).tiny
+                good = bool(((mine.double() - right.double()).abs() <= allowed).all())
+            else:
+                good = torch.equal(mine, right)
+            if not good:
+                raise BenchError(
+                    f"{name!r} differs from the reference in elements {size * piece // pieces} to"
+                    f" {size * (piece + 1) // pieces} of {size} ({dtype}); no times are reported"
+                )
+    if kernel.sums:
+        scale = 2**_BITS * t["dy"].double().abs().sum()
+        if ((got[1].cpu().double() - totals).abs() > 1e-5 * scale).any():
+            raise BenchError(f"the step's gradient in {name!r} is not the reference's ({dtype}); no times are reported")
 
 
-# A leaf must not be written to. This is x as the fresh output of another op, without a copy. Its cost, some
-# calls whatever the size, counts in the in-place rows.
-_fresh = torch.ops.aten._unsafe_view.default
-
-Job = Callable[[], tuple[Tensor, ...]]
-
-# On a GPU jobs of at most as many elements are timed as a graph.
-_GRAPH_SIZE = 2**20
-
-
-def _set_up(implementation: Implementation, x: Tensor, dy: Tensor, passes: str) -> Job:
-    """A job that returns (y,) or (y, dx). In place it has a copy of x, which is y from the second call on."""
-    if implementation.make is None:
-        copies = [(torch.empty_like(t), t) for t in ((x,) if passes == "forward" else (x, dy))]
-        return lambda: tuple(to.copy_(t) for to, t in copies)
-    activation = implementation.make()
-    if isinstance(activation, nn.Module):
-        activation.to(x.device)
-    x = (x.clone() if implementation.inplace else x.detach()).requires_grad_()
-    if passes == "forward":
-        return lambda: (activation(x),)
-
-    def job() -> tuple[Tensor, ...]:
-        y = activation(_fresh(x, x.shape) if implementation.inplace else x)
-        return y, *torch.autograd.grad(y, x, dy)
-
-    return job
-
-
-def _check(label: str, got: tuple[Tensor, ...], wanted: tuple[Tensor, ...], x: Tensor) -> None:
-    for what, mine, right in zip(("output", "gradient"), got, wanted):
-        if not torch.equal(mine, right):
-            wrong = (mine != right).nonzero()[:, 0]
-            i = int(wrong[0])
-            raise BenchError(
-                f"the {what} of {label} differs from the reference in {wrong.numel()} of {x.numel()} elements"
-                f" ({x.dtype}), first at x[{i}] = {x[i].item()!r}: got {mine[i].item()!r},"
-                f" wanted {right[i].item()!r}; no times are reported"
-            )
-
-
-def _checked_jobs(
-    names: Iterable[str], x: Tensor, dy: Tensor, passes: str, expected: tuple[Tensor, Tensor]
-) -> dict[str, Job]:
-    """The jobs by name, each called once and its results compared with the reference's."""
-    jobs = {}
-    for name in names:
-        implementation = IMPLEMENTATIONS[name]
-        jobs[name] = _set_up(implementation, x, dy, passes)
-        try:
-            got = jobs[name]()
-        except Exception as error:
-            raise BenchError(f"{implementation.label} failed (--only leaves it out): {error}") from error
-        if implementation.staircase:
-            _check(implementation.label, got, expected, x)
-    return jobs
-
-
-def _measure(part: Part) -> list[Result]:
-    """Everything in `part`, in this process; prints each result as it comes."""
-    sys.stdout.reconfigure(line_buffering=True)  # each result at once, into a pipe as well
-    if part.threads:
-        torch.set_num_threads(part.threads)
-    device = torch.device(part.device)
-    here = facts(device, part.allocator, part.cpu_time)
-    print(*(f"{name.ljust(10)}  {value}" for name, value in here.items()), "", _HEADER, sep="\n")
-    timer = CpuTimer(part.cpu_time) if part.device == "cpu" else GpuTimer(device)
-    results = []
-    inputs = list(itertools.product(part.dtypes, part.sizes))
-    total = len(inputs) * len(PASSES) * part.rounds
-    with tqdm(total=total, disable=None, leave=False, unit="round") as progress:
-        for dtype, size in inputs:
-            case = f"{dtype} {size_label(size)}"
-            progress.set_description(f"{case}: reference")
-            torch._dynamo.reset()  # else a new size or dtype is a recompilation, and after some all is eager
-            x, dy = _inputs(DTYPES[dtype], size)
-            expected = tuple(t.to(device) for t in _expected(x, dy))
-            x, dy = x.to(device), dy.to(device)
-            for passes in PASSES:
-                with torch.set_grad_enabled(passes != "forward"):
-                    progress.set_description(f"{case} {passes}: set up and check")
-                    jobs = _checked_jobs(part.implementations, x, dy, passes, expected)
-                    if part.device != "cpu" and size <= _GRAPH_SIZE:
-                        jobs = {name: in_graph(job) for name, job in jobs.items()}
-                    progress.set_description(f"{case} {passes}: time")
-                    times = interleaved(jobs, timer, part.rounds, progress.update)
-                results.append(Result(dtype, size, passes, times, here))
-                for line in _lines(results[-1]):
-                    progress.write(line)
-    return results
+def _cases(part: Part, dtype: str, size: int) -> Iterator[Case]:
+    on_cpu = _inputs(DTYPES[dtype], size)
+    t = {key: value.to(part.device) for key, value in on_cpu.items()}
+    to = torch.empty_like(t["x"])
+    jobs = {COPY: copying(to, t["x"])}
+    for name in part.names:
+        kernel = KERNELS[name]
+        if "per channel" in name and size % (_CHANNELS * 256):
+            continue
+        _check(name, kernel, kernel.call(t), on_cpu)
+        jobs[name] = lambda kernel=kernel: kernel.call(t)
+    yield Case("", jobs)
 
 
 # -------------------------------------------------------------------------------------- the report
 
 
-def size_label(size: int) -> str:
-    """2^22 for 4194304, but 4 for 4."""
-    return f"2^{size.bit_length() - 1}" if size > 1024 and size.bit_count() == 1 else str(size)
+def _rows(dtype: str, size: int, _: str, times: dict[str, Times]) -> list[Row]:
+    """The CSV: a row for each kernel."""
+    itemsize = DTYPES[dtype].itemsize
+    copy_bytes, copy = 2 * itemsize, times[COPY]
+    rows = []
+    for name, own in times.items():
+        moved = KERNELS[name].numbers * itemsize + KERNELS[name].bits / 8 if name != COPY else copy_bytes
+        low, _, high = (share / (moved / copy_bytes) for share in quantiles(copy.speeds_over(own)))
+        median = quantiles(own.seconds)[1]
+        rows.append({
+            "dtype": dtype, "size": size, "kernel": name, "bytes_per_element": f"{moved:g}", **timed(own),
+            "gb_per_second": f"{size * moved / median / 1e9:.4g}",
+            "time_over_copy": f"{median / quantiles(copy.seconds)[1] / (moved / copy_bytes):.4g}",
+            "time_over_copy_q20": f"{low:.4g}", "time_over_copy_q80": f"{high:.4g}",
+        })  # fmt: skip
+    return rows
 
 
-def _minimal_bytes(result: Result) -> float:
-    """x and y; dy and dx, and one bit an element written and read."""
-    itemsize = DTYPES[result.dtype].itemsize
-    return result.size * (2 * itemsize if result.passes == "forward" else 4 * itemsize + 2 / 8)
+_COLUMNS = "{:<9}{:>5}  {:<36}{:>10}  {:<22}{:>6}{:>8}  {}"
+_HEADER = _COLUMNS.format("dtype", "size", "kernel", "us", "(20% to 80%)", "GB/s", "of copy", "(20% to 80%)")
 
 
-def _rows(results: Iterable[Result]) -> Iterator[dict[str, object]]:
-    """The CSV, a row for each implementation and case."""
-    for result in results:
-        for name, times in result.times.items():
-            low, median, high = quantiles(times.seconds)
-            slow, speed, fast = quantiles(times.speeds_over(result.times["relu"]))
-            copy = result.times.get("copy")
-            yield {
-                "dtype": result.dtype,
-                "size": result.size,
-                "pass": result.passes,
-                "implementation": name,
-                "seconds_median": f"{median:.6g}",
-                "seconds_q20": f"{low:.6g}",
-                "seconds_q80": f"{high:.6g}",
-                "speed_over_relu_median": f"{speed:.4g}",
-                "speed_over_relu_q20": f"{slow:.4g}",
-                "speed_over_relu_q80": f"{fast:.4g}",
-                "gb_per_second": f"{_minimal_bytes(result) / median / 1e9:.4g}",
-                "share_of_copy": f"{quantiles(times.speeds_over(copy))[1]:.3f}" if copy else "",
-                "page_faults": f"{statistics.median(times.page_faults):.6g}",
-                "rounds": len(times.seconds),
-                "calls_per_round": times.calls,
-                **result.facts,
-            }
+def _line(row: Row) -> str:
+    low, median, high = (1e6 * float(row[f"seconds_{q}"]) for q in ("q20", "median", "q80"))
+    return _COLUMNS.format(
+        row["dtype"], size_label(row["size"]), row["kernel"], f"{median:.1f}", f"({low:.1f} to {high:.1f})",
+        f"{float(row['gb_per_second']):.1f}", f"{float(row['time_over_copy']):.2f}",
+        f"({float(row['time_over_copy_q20']):.2f} to {float(row['time_over_copy_q80']):.2f})",
+    )  # fmt: skip
 
 
-_COLUMNS = "{:<9}{:>5}  {:<17}{:<17}{:>10}  {:<22}{:>5}  {:<15}{:>6}{:>8}{:>9}"
-_HEADER = _COLUMNS.format(
-    *("dtype", "size", "pass", "implementation", "us", "(20% to 80%)"),
-    *("speed", "(over nn.ReLU)", "GB/s", "faults", "of copy"),
-)
-
-
-def _lines(result: Result) -> Iterator[str]:
-    """The rows of one case, as they are printed."""
-    for row in _rows([result]):
-        low, median, high = (1e6 * float(row[f"seconds_{q}"]) for q in ("q20", "median", "q80"))
-        slow, speed, fast = (float(row[f"speed_over_relu_{q}"]) for q in ("q20", "median", "q80"))
-        yield _COLUMNS.format(
-            row["dtype"], size_label(row["size"]), row["pass"], IMPLEMENTATIONS[row["implementation"]].label,
-            f"{median:.1f}", f"({low:.1f} to {high:.1f})", f"{speed:.2f}", f"({slow:.2f} to {fast:.2f})",
-            f"{float(row['gb_per_second']):.1f}", f"{float(row['page_faults']):.0f}",
-            row["share_of_copy"],
-        ).rstrip()
-    yield ""
-
-
-def _verdicts(results: list[Result]) -> Iterator[str]:
-    """Met or not, for each promise that these results can tell."""
-    told = 0
-    for floor in FLOORS:
-        case = (floor.dtype, floor.size, "forward+backward", floor.default_allocator)
-        for result in results:
-            default_allocator = result.facts["allocator"] == "default"
-            if (result.dtype, result.size, result.passes, default_allocator) != case:
-                continue
-            if not {floor.implementation, floor.against} <= result.times.keys():
-                continue
-            ours, theirs = result.times[floor.implementation], result.times[floor.against]
-            speed = statistics.median(theirs.seconds) / statistics.median(ours.seconds)
-            slow, _, fast = quantiles(ours.speeds_over(theirs))
-            label, against = (IMPLEMENTATIONS[name].label for name in (floor.implementation, floor.against))
-            verdict = "met" if speed >= floor.speed else "NOT MET"
-            yield (
-                f"{verdict:<9}{floor.dtype:<9}{size_label(floor.size):>5}"
-                f"  {label + ' over ' + against:<28}{speed:>6.2f}x, promised {floor.speed:.2f}x"
-                f"  (20% to 80% of the rounds: {slow:.2f} to {fast:.2f})"
-            )
-            told += 1
-    if told < len(FLOORS):
-        yield f"{len(FLOORS) - told} of {len(FLOORS)} promises are about cases that were not measured."
-
+SUITE = Suite(_cases, _rows, _HEADER, _line)
 
 # ------------------------------------------------------------------------------------ the command
 
 
-def _elements(text: str) -> int:
-    base, power, exponent = text.replace("**", "^").partition("^")
-    try:
-        size = int(base) ** int(exponent) if power else int(base)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of elements, as 65536 or 2^16") from None
-    if not 1 <= size <= 2**28:
-        raise argparse.ArgumentTypeError(f"a size must be 1 to 2^28 elements, got {text}")
-    return size
-
-
-def _parser() -> argparse.ArgumentParser:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.kernels",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where (default cpu)")
-    add("--quick", action="store_true", help="4, 2^16 and 2^22 elements and fewer rounds: under two minutes")
-    add("--sizes", nargs="+", type=_elements, metavar="N",
-        help="these numbers of elements alone, as 65536 or 2^16")
-    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE",
-        help=f"{' and/or '.join(DTYPES)} (default: both)")
-    names = [name for name in IMPLEMENTATIONS if name != "copy"]
-    add("--only", nargs="+", choices=names, default=names, metavar="NAME",
-        help=f"some of {', '.join(names)}; relu is always there, as the measure (default: all)")
-    add("--rounds", type=at_least(5), metavar="N",
-        help="rounds that count, at least 5 (default 31; with --quick 11)")
-    add("--threads", type=at_least(1), metavar="N", help="threads (default: torch's choice)")
-    add("--allocator", choices=ALLOCATORS, default="keep",
-        help="whether freed memory is kept, or the environment stays as it is (default keep)")
-    add("--cpu-time", action="store_true", help="CPU time, for a busy machine; only with --threads 1")
-    add("--out", type=Path, metavar="CSV",
-        help=f"the results (default {os.path.relpath(RESULTS)}; of a GPU, {os.path.relpath(GPU_RESULTS)})")
-    return parser
-
-
-def main() -> None:
-    parser = _parser()
-    args = parser.parse_args()
-    if args.cpu_time and args.threads != 1:
-        parser.error("--cpu-time needs --threads 1: the clock is that of one thread")
-    on_cpu = args.device == "cpu"
-    if not on_cpu and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here; `python -m bench.sass` tells what a model says")
-    args.out = args.out or (RESULTS if on_cpu else GPU_RESULTS)
-    if on_cpu and args.allocator == "keep" and platform.libc_ver()[0] != "glibc":
-        print("--allocator keep knows how to ask glibc alone; measuring with the allocator as it is")
-        args.allocator = "default"
-
-    def part(allocator: str, sizes: Iterable[int], names: Iterable[str]) -> Part:
-        always = ("relu",) if on_cpu else ("relu", "copy")
-        chosen = tuple(name for name in names if name in always or name in args.only)
-        rounds = args.rounds or (11 if args.quick else 31)
-        settings = (tuple(sizes), tuple(args.dtypes), chosen, rounds, args.threads, args.cpu_time)
-        return Part(args.device, allocator, *settings)
-
-    sizes = args.sizes or [4, 2**16, 2**22] + ([] if args.quick else [2**24] if on_cpu else [2**24, 2**27])
-    parts = [part(args.allocator if on_cpu else "default", sizes, IMPLEMENTATIONS)]
-    if on_cpu and not args.quick and not args.sizes:
-        parts.append(part("default", [2**26], _IN_PLACE_STUDY))
-    results = []
-    try:
-        for each in parts:
-            results += in_new_process(each.allocator, _measure, each)
-            write_csv(_rows(results), args.out)
-    except (BenchError, OSError) as error:
-        raise SystemExit(f"bench.kernels: {error}") from error
-    except KeyboardInterrupt:
-        print("\nStopped.", f"{args.out} has what was finished." if results else "Nothing was written.")
-        raise SystemExit(130) from None
-    if not on_cpu:
-        print(f"\nWritten: {args.out}. No promise is made for GPUs yet; the last column is what to look at.")
-        return
-    print("Floors: forward+backward, how many times as fast by the medians (0.67x is 1.5 times the time)")
-    print("\n".join(_verdicts(results)))
-    print(f"\nWritten: {args.out}. `python -m bench.plot` draws it.")
+    size_options(parser, RESULTS, KERNELS, COPY)
+    args = checked_options(parser, argv, RESULTS)
+    sizes = args.sizes or [2**16, 2**22] + ([] if args.quick else [2**24] if args.device == "cpu" else [2**24, 2**27])
+    names = tuple(name for name in KERNELS if name in args.only)
+    part = Part(args.device, args.allocator, tuple(sizes), tuple(args.dtypes), names, args.rounds, args.threads)
+    run_parts("bench.kernels", SUITE, [part], args.out)
 
 
 if __name__ == "__main__":

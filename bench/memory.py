@@ -170,7 +170,7 @@ def _times(network: str, dtype: str, threads: int, rounds: int) -> dict[str, tup
         jobs[activation] = lambda forward=forward, x=x: _step(forward, x)
     if not all(map(torch.equal, gradients["qrelu"], gradients["qrelu, packed"])):
         raise BenchError(f"packing changes a gradient of {network} in {dtype}; nothing is reported")
-    times = interleaved(jobs, CpuTimer(cpu_time=False), rounds, lambda: None)
+    times = interleaved(jobs, CpuTimer(), rounds, lambda: None)
     return {
         name: (quantiles(own.seconds)[1], statistics.median(times["qrelu"].speeds_over(own)))
         for name, own in times.items()
@@ -198,11 +198,12 @@ def main(argv: list[str] | None = None) -> None:
         rows = [row for network in args.networks for dtype in args.dtypes for row in _rows(network, dtype, args)]
     except BenchError as error:
         raise SystemExit(f"bench.memory: {error}") from error
-    here = facts(torch.device("cpu"), "default", cpu_time=False)
-    write_csv(({**row, **here, "threads": args.threads} for row in rows), args.out)
+    torch.set_num_threads(args.threads)  # as in the processes that measured
+    here = facts(torch.device("cpu"), "default")
+    write_csv(({**row, **here} for row in rows), args.out)
     for name in sorted(_PEERS.keys() - _activations().keys()):
         print(f"\nLeft out, as it is not installed: {name.split(', ')[-1]}")
-    print(f"\nWritten: {args.out}. `python -m bench.plot --memory` draws it.")
+    print(f"\nWritten: {args.out}. `python -m bench.report` draws it.")
 
 
 def _rows(network: str, dtype: str, args: argparse.Namespace) -> list[dict[str, object]]:

@@ -80,7 +80,7 @@ def _measure(network: str, dtype: str, threads: int, rounds: int) -> dict[str, T
         model, x = _set_up(network, activation, dtype)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
         jobs[activation] = lambda model=model, optimizer=optimizer, x=x: _step(model, optimizer, x)
-    return interleaved(jobs, CpuTimer(cpu_time=False), rounds, lambda: None)
+    return interleaved(jobs, CpuTimer(), rounds, lambda: None)
 
 
 def _rows(network: str, dtype: str, times: dict[str, Times]) -> list[dict[str, object]]:
@@ -104,7 +104,8 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     network_options(parser, "float32", 15, RESULTS)
     args = parser.parse_args(argv)
-    here = facts(torch.device("cpu"), "keep", cpu_time=False) | {"threads": args.threads}
+    torch.set_num_threads(args.threads)  # as in the processes that measure
+    here = facts(torch.device("cpu"), "keep")
     rows = []
     try:
         for network in args.networks:
@@ -129,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         print("\nStopped; nothing was written.")
         raise SystemExit(130) from None
     write_csv(({**row, **here} for row in rows), args.out)
-    print(f"\nWritten: {args.out}")
+    print(f"\nWritten: {args.out}. `python -m bench.report` draws it.")
 
 
 if __name__ == "__main__":

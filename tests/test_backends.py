@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -240,3 +241,29 @@ def test_the_python_derivative_passes_the_same_tests():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=here)
     assert done.returncode == 0, done.stdout[-4000:]
     assert re.search(r"\d{3,} passed", done.stdout), done.stdout[-2000:]
+
+
+@pytest.mark.parametrize(
+    "environment, reasons",
+    [
+        ({"OMP_NUM_THREADS": "1"}, ["1 thread on", "glibc's malloc gives blocks"]),
+        ({"OMP_NUM_THREADS": "2", "MALLOC_MMAP_THRESHOLD_": str(2**32)}, []),
+        ({"OMP_NUM_THREADS": "2", "MALLOC_MMAP_THRESHOLD_": str(2**20)}, ["glibc's malloc gives blocks"]),
+        ({"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**32), "COARSEGRAD_NATIVE": "0"},
+         ["no native library", "1 thread on"]),
+    ],
+)  # fmt: skip
+def test_info_says_what_is_slow_here(environment, reasons):
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "OMP_", "COARSE"))}
+    run = subprocess.run(
+        [sys.executable, "-m", "coarsegrad", "info"], env={**clean, "PYTHONPATH": str(PACKAGE.parent), **environment},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    _, _, slow = run.stdout.partition("slower than it could be on the CPU\n")
+    found = [line for line in slow.splitlines() if line.startswith("- ")]
+    known = {"glibc": platform.libc_ver()[0] == "glibc", "1 thread": len(os.sched_getaffinity(0)) > 1}
+    expected = [reason for reason in reasons if all(holds for word, holds in known.items() if word in reason)]
+    if "COARSEGRAD_NATIVE" not in environment and not (_ops.native and "avx512" in _ops.native.isas()):
+        found = found[1:]  # that AVX-512 or the library is not there
+    assert len(found) == len(expected)
+    assert all(line.startswith(f"- {reason}") for line, reason in zip(found, expected))

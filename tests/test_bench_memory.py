@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench import memory, plot
+from bench import figures, memory
 from bench.harness import BenchError, in_new_process
 from torch import nn
 
@@ -30,7 +30,9 @@ def small(monkeypatch):
     monkeypatch.setattr(memory, "NETWORKS", {"mlp": memory.Network(small_mlp, lambda: torch.randn(64, 32))})
     monkeypatch.setattr(memory, "_PEERS", {"relu, no_such_package": None})
     monkeypatch.setattr(memory, "in_new_process", lambda allocator, function, *arguments: function(*arguments))
-    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # of the tests' own process
+    threads = torch.get_num_threads()  # the tests' own process
+    yield
+    torch.set_num_threads(threads)
 
 
 def rows_of(path):
@@ -55,7 +57,7 @@ def test_the_table_and_the_csv(small, tmp_path, capsys):
         assert int(kept["qrelu, packed"]) == ACTIVATIONS * (COUNT * 2 // 8 + item)  # codes, and alpha
     assert all(row["threads"] == "1" and int(row["peak_bytes"]) >= 0 for row in rows)
     assert {float(row["time_over_qrelu_median"]) for row in rows if row["activation"] == "qrelu"} == {1.0}
-    figure = plot.memory_figure(out)
+    figure = figures.memory_figure(rows)
     assert len(figure.axes) == 4
 
 

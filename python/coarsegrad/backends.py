@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -204,8 +205,42 @@ for _device in _TRITON_DEVICES:
             _triton_library.impl(_op, _triton_kernel(_op), torch._C._dispatch_key_for_device(_device))
 
 
+def preloaded_malloc() -> str | None:
+    """tcmalloc and the like, where one serves this process in place of the C library's malloc."""
+    libraries = Path("/proc/self/maps")
+    loaded = libraries.read_text() if libraries.exists() else ""
+    return next((name for name in ("tcmalloc", "jemalloc", "mimalloc") if f"lib{name}" in loaded), None)
+
+
+# What MALLOC_MMAP_THRESHOLD_ is at most by itself: blocks as large always go back to the system as they are freed.
+_GLIBC_GIVES_BACK = 32 * 2**20
+
+
+def _slow_reasons() -> list[str]:
+    """Why kernels on the CPU are slower than they could be, as far as it is known, and what to do."""
+    reasons = []
+    if _ops.native is None:
+        reasons.append("no native library: plain torch serves the CPU, many times slower")
+    elif _ops.native.isa() != "avx512":
+        reasons.append(
+            f"no AVX-512, but {_ops.native.isa()}: 16-bit dtypes and gradients with an exponential are slower"
+        )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if torch.get_num_threads() == 1 < cores:
+        reasons.append(f"1 thread on {cores} cores: torch.set_num_threads or OMP_NUM_THREADS gives more")
+    threshold = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
+    keeps = threshold.isdecimal() and int(threshold) > _GLIBC_GIVES_BACK
+    if platform.libc_ver()[0] == "glibc" and not keeps and preloaded_malloc() is None:
+        reasons.append(
+            "glibc's malloc gives blocks above 32 MiB back, and each fresh output pays for its pages again:"
+            " inplace=True, a preloaded tcmalloc, or"
+            " MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592"
+        )
+    return reasons
+
+
 def info() -> str:
-    """Versions, the state of the native library, threads, and which backend serves which device."""
+    """Versions, the state of the native library, threads, which backend serves which device, and what is slow here."""
     from . import __version__
 
     lines = [
@@ -225,4 +260,9 @@ def info() -> str:
             text = ", ".join(value) if isinstance(value, list) else str(value)
             lines.append((f"  built: {fact.replace('_', ' ')}", text))
     width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in lines) + f"\n\n{backends()!r}"
+    text = "\n".join(f"{name.ljust(width)}  {value}" for name, value in lines) + f"\n\n{backends()!r}"
+    if reasons := _slow_reasons():
+        text += "\n\nslower than it could be on the CPU\n" + "\n".join(
+            textwrap.fill(reason, 100, initial_indent="- ", subsequent_indent="  ") for reason in reasons
+        )
+    return text

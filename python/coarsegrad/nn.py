@@ -49,7 +49,6 @@ def half_gaussian_alpha(bits: int, rounding: str = "ceil") -> float:
     return round((low + high) / 2, 6)
 
 
-_SETTINGS = ("ste", "rounding", "alpha_grad", "alpha_scale", "channel_dim")
 
 
 class QReLU(torch.nn.Module):
@@ -133,9 +132,10 @@ class QReLU(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dropped, alpha = self.before(x)
-        rule = self.alpha_grad if self.alpha.requires_grad else None
-        # What dropout made is nobody else's: it may be written over.
-        inplace = self.inplace or dropped is not x and not kept(self.ste, self.rounding, rule)[2]
+        inplace = self.inplace
+        if dropped is not x:  # what dropout made is nobody else's: it may be written over
+            rule = self.alpha_grad if alpha.requires_grad else None
+            inplace = inplace or not kept(self.ste, self.rounding, rule)[2]
         y = qrelu(dropped, alpha, self.bits, inplace=inplace, **self.settings())
         return square(y) if self.squared else y
 
@@ -148,7 +148,13 @@ class QReLU(torch.nn.Module):
 
     def settings(self) -> dict[str, str | float | int | None]:
         """The keywords of `coarsegrad.qrelu` that say what is computed."""
-        return {name: getattr(self, name) for name in _SETTINGS}
+        return {
+            "ste": self.ste,
+            "rounding": self.rounding,
+            "alpha_grad": self.alpha_grad,
+            "alpha_scale": self.alpha_scale,
+            "channel_dim": self.channel_dim,
+        }
 
     def extra_repr(self) -> str:
         words = [f"bits={self.bits}", f"ste={self.ste!r}", f"rounding={self.rounding!r}"]

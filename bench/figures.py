@@ -1,0 +1,253 @@
+"""The figures that `python -m bench.report` makes: those of the benchmarks from the rows of their CSV files alone."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import FixedLocator, NullLocator
+from torch import Tensor
+
+import coarsegrad as cg
+from coarsegrad.ste import ROUNDINGS
+
+from .activations import IMPLEMENTATIONS
+from .harness import DTYPES, size_label
+from .peers import PASSES
+
+Row = dict[str, str]
+
+# Okabe and Ito's palette: told apart by colour-blind readers too.
+_BLUE, _SKY, _GREEN = "#0072B2", "#56B4E9", "#009E73"
+_ORANGE, _VERMILION, _PURPLE = "#E69F00", "#D55E00", "#CC79A7"
+_GREY = "#777777"
+
+
+# ------------------------------------------------------------------------- kernels, beside a copy
+
+_KINDS = {"forward": (_BLUE, "o"), "backward": (_GREEN, "s"), "learned": (_ORANGE, "D"), "codes": (_PURPLE, "^")}
+
+
+def _kind(kernel: str) -> str:
+    return "learned" if "learned" in kernel else kernel.split(",")[0].split(" ")[0]
+
+
+def _setting(row: Row) -> str:
+    """What the times depend on, in two lines of a title."""
+    return (
+        f"{row['cpu' if row['device'] == 'cpu' else 'device']}, threads: {row['threads']}, {row['backend']}, "
+        f"allocator: {row['allocator']}, {row['clock']} clock, torch {row['torch']}, {row['date'][:10]}"
+    )
+
+
+def roofline_figure(kernels: list[Row], peers: list[Row]) -> Figure:
+    """ns an element against the bytes moved for it; the line is the speed of a copy. Peers: forward and backward."""
+    dtypes = [dtype for dtype in DTYPES if any(row["dtype"] == dtype for row in kernels)]
+    size = max(int(row["size"]) for row in kernels)
+    figure = Figure(figsize=(6 * len(dtypes), 5.5), layout="constrained")
+    panels = figure.subplots(1, len(dtypes), squeeze=False)[0]
+    for dtype, axes in zip(dtypes, panels):
+        case = {"dtype": dtype, "size": str(size)}
+        mine = {row["kernel"]: row for row in kernels if row.items() >= case.items()}
+        per_byte = 1e9 * float(mine["copy"]["seconds_median"]) / size / float(mine["copy"]["bytes_per_element"])
+        bytes_ = np.array([1.0, 40.0])
+        axes.plot(bytes_, per_byte * bytes_, color="black", linewidth=1, label="a copy")
+        for kind, (color, marker) in _KINDS.items():
+            points = [
+                (float(row["bytes_per_element"]), 1e9 * float(row["seconds_median"]) / size)
+                for kernel, row in mine.items()
+                if kernel != "copy" and _kind(kernel) == kind
+            ]
+            axes.plot(*zip(*points), color=color, marker=marker, markersize=5, linestyle="", label=f"kernels: {kind}")
+        passes = case | {"pass": PASSES[1]}
+        moved, beside = 4 * DTYPES[dtype].itemsize + 2 / 8, 0.0
+        for row in sorted(peers, key=lambda row: float(row["seconds_median"])):
+            if row.items() >= passes.items():
+                ns = 1e9 * float(row["seconds_median"]) / size
+                ours = row["implementation"].startswith("qrelu")
+                axes.plot(moved, ns, color=_BLUE if ours else _VERMILION, marker="x", markersize=6)
+                beside = max(ns, 1.17 * beside)  # no label over another
+                label = IMPLEMENTATIONS[row["implementation"]].label
+                axes.annotate(label, (1.1 * moved, beside), va="center", fontsize=8)
+        axes.set(xscale="log", yscale="log", xlim=bytes_, xlabel="bytes moved an element", ylabel="ns an element")
+        axes.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_title(f"{dtype}, {size_label(size)} elements", fontsize=10)
+        axes.grid(color="0.9")
+        axes.set_axisbelow(True)
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(
+        "Kernels, and forward with backward of QReLU and others (x), beside a copy\n" + _setting(kernels[0]),
+        fontsize=10,
+    )
+    return figure
+
+
+# ------------------------------------------------------------------------------ QReLU beside others
+
+
+def peers_figure(rows: list[Row]) -> Figure:
+    """How many times as fast as nn.ReLU, forward and backward; a panel for each dtype and size."""
+    rows = [row for row in rows if row["pass"] == PASSES[1]]
+    # Sizes, those of the default allocator after the others.
+    places = sorted({(row["allocator"] == "default", int(row["size"]), row["allocator"]) for row in rows})
+    dtypes = [dtype for dtype in DTYPES if any(row["dtype"] == dtype for row in rows)]
+    names = [name for name in IMPLEMENTATIONS if any(row["implementation"] == name for row in rows)]
+    figure = Figure(figsize=(1.6 + 2.2 * len(places), 0.9 + 0.27 * len(names) * len(dtypes)), layout="constrained")
+    panels = figure.subplots(len(dtypes), len(places), sharex=True, sharey=True, squeeze=False)
+    for (dtype, (is_default, size, allocator)), axes in zip(itertools.product(dtypes, places), panels.flat):
+        case = {"dtype": dtype, "size": str(size), "allocator": allocator}
+        axes.axvline(1, color="black", linewidth=1, zorder=3)
+        for row in rows:
+            if row.items() >= case.items():
+                _speed_bar(axes, row, names.index(row["implementation"]))
+        axes.set_title(f"{dtype}, {size_label(size)}" + (", default malloc" if is_default else ""), fontsize=9)
+        axes.set_yticks(range(len(names)), [IMPLEMENTATIONS[name].label for name in names], fontsize=8)
+        axes.grid(axis="x", color="0.9")
+        axes.set_axisbelow(True)
+    axes = panels[0, 0]
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator([0.01, 0.1, 1, 10]))
+    axes.xaxis.set_major_formatter(lambda speed, _: f"{speed:g}x" if speed >= 1 else f"1/{1 / speed:g}")
+    figure.suptitle(
+        "Speed over nn.ReLU (black line), forward and backward: medians, and 20% to 80% of the rounds\n"
+        + _setting(rows[0]),
+        fontsize=10,
+    )
+    return figure
+
+
+def _speed_bar(axes: Axes, row: Row, place: int) -> None:
+    median, low, high = (float(row[f"speed_over_relu{q}"]) for q in ("", "_q20", "_q80"))
+    color = _BLUE if row["implementation"].startswith("qrelu") else _GREY
+    axes.barh(place, median, 0.7, color=color)
+    axes.plot([low, high], [place, place], color="black", linewidth=1.2)
+
+
+# --------------------------------------------------------------------------------- training steps
+
+
+def training_figure(rows: list[Row]) -> Figure:
+    """ms a step with each activation; a panel for each network."""
+    cases = list(dict.fromkeys((row["network"], row["dtype"]) for row in rows))
+    figure = Figure(figsize=(1.5 + 2.5 * len(cases), 2.2), layout="constrained")
+    panels = figure.subplots(1, len(cases), squeeze=False)[0]
+    for (network, dtype), axes in zip(cases, panels):
+        mine = [row for row in rows if (row["network"], row["dtype"]) == (network, dtype)]
+        places = range(len(mine))
+        axes.barh(places, [1e3 * float(row["seconds_median"]) for row in mine], 0.7,
+            color=[_BLUE if "qrelu" in row["activation"] else _GREY for row in mine])
+        axes.set_yticks(places, [row["activation"] for row in mine] if axes is panels[0] else [], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_title(f"{network}, {dtype}: ms a step", fontsize=9)
+        axes.grid(axis="x", color="0.9")
+        axes.set_axisbelow(True)
+    figure.suptitle(_setting(rows[0]), fontsize=8)
+    return figure
+
+
+# ------------------------------------------------------------------- the staircase and its gradients
+
+_BITS = 2
+_TOP_CODE = 2**_BITS - 1
+
+# Drawn in this order, each narrower than the one below: where they coincide all are seen.
+_STAIRS = {
+    "nearest": {"color": _ORANGE, "linewidth": 8},
+    "hwgq": {"color": _SKY, "linewidth": 4.5},
+    "ceil": {"color": "black", "linewidth": 1.6},
+}
+
+
+def staircase_figure() -> Figure:
+    """The staircase at 2 bits under every rounding, and g'(u) of every STE, as coarsegrad computes them."""
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
+    forward, backward = figure.subfigures(1, 2, width_ratios=(1, 1.2))
+    _draw_staircases(forward)
+    _draw_gradients(backward)
+    return figure
+
+
+def _pieces(u: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """(u, values) with a gap at every jump, so that no line is drawn where there is no value."""
+    jumps = ((values[1:] - values[:-1]).abs() > 0.1).nonzero()[:, 0] + 1
+    gap = torch.full_like(u[:1], torch.nan)
+    with_gaps = ([t for piece in all_.tensor_split(jumps) for t in (piece, gap)] for all_ in (u, values))
+    return tuple(map(torch.cat, with_gaps))
+
+
+def _draw_staircases(figure: SubFigure) -> None:
+    axes = figure.subplots()
+    u = torch.linspace(-1.1, _TOP_CODE + 1.3, 4801, dtype=torch.float64)
+    axes.plot(u, u.clamp(min=0), color="0.6", linewidth=1, linestyle=":", label="nn.ReLU")
+    for rounding in sorted(ROUNDINGS, key=list(_STAIRS).index):
+        y = cg.qrelu(u, 1.0, _BITS, rounding=rounding)
+        axes.plot(*_pieces(u, y), **_STAIRS[rounding], solid_capstyle="butt", label=rounding)
+    axes.set_title(f"The staircase: forward, {_BITS} bits", fontsize=11)
+    axes.set(xlabel=r"$u = x\,/\,\alpha$", ylabel=r"$y\,/\,\alpha$")
+    axes.set(xlim=(u[0], u[-1]), ylim=(-0.3, _TOP_CODE + 0.6))
+    axes.set_xticks(range(-1, _TOP_CODE + 2))
+    axes.set_yticks(range(_TOP_CODE + 1))
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], title="rounding", loc="upper left", frameon=False)
+
+
+def _draw_gradients(figure: SubFigure) -> None:
+    table = [ste for ste in cg.stes().values() if ste.needs != "codes"]
+    panels = figure.subplots(len(table), 1, sharex=True, sharey=True)
+    u = torch.linspace(-1.5, 3 * _TOP_CODE, 4201, dtype=torch.float64)
+    colors = itertools.cycle((_VERMILION, _GREEN, _BLUE, _PURPLE, _ORANGE))
+    for axes, ste, color in zip(panels, table, colors):
+        g = ste.gprime(u, _TOP_CODE)
+        axes.fill_between(u, g, color=color, alpha=0.2, linewidth=0)
+        axes.plot(*_pieces(u, g), color=color, linewidth=2.2, solid_capstyle="butt")
+        axes.axvline(0, color="0.8", linewidth=1, zorder=0)
+        axes.axvline(_TOP_CODE, color="0.8", linewidth=1, linestyle="--", zorder=0)
+        axes.text(1.02, 0.62, ste.name, transform=axes.transAxes, va="center", weight="bold")
+        axes.text(1.02, 0.25, ste.formula, transform=axes.transAxes, va="center", fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_title(r"The coarse gradients $g'(u)$: backward", fontsize=11)
+    panels[0].set(xlim=(u[0], u[-1]), ylim=(0, 1.15), yticks=(0, 1))
+    panels[-1].set_xticks([0, _TOP_CODE, 2 * _TOP_CODE, 3 * _TOP_CODE], ["0", "q", "2q", "3q"])
+    panels[-1].set_xlabel(rf"$u = x\,/\,\alpha$;  $q = 2^{{bits}} - 1$, here {_TOP_CODE}")
+
+
+# -------------------------------------------------------------------------------------------- memory
+
+_MEMORY_COLORS = {"kept_bytes": _BLUE, "peak_bytes": _SKY}
+
+
+def memory_figure(rows: list[Row]) -> Figure:
+    """Bytes kept, peak memory, and the time of a step, for each activation; a row of panels for each network."""
+    cases = list(dict.fromkeys((row["network"], row["dtype"]) for row in rows))
+    figure = Figure(figsize=(10, 0.9 + 2.1 * len(cases)), layout="constrained")
+    panels = figure.subplots(len(cases), 2, squeeze=False)
+    for (network, dtype), (sizes, times) in zip(cases, panels):
+        mine = [row for row in rows if (row["network"], row["dtype"]) == (network, dtype)]
+        places, names = range(len(mine)), [row["activation"] for row in mine]
+        for number, (column, color) in enumerate(_MEMORY_COLORS.items()):
+            lengths = [int(row[column] or 0) / 2**20 for row in mine]
+            sizes.barh([i + 0.4 * number - 0.2 for i in places], lengths, 0.4, color=color, label=column[:4])
+        sizes.set(title=f"{network}, {dtype}: MiB", yticks=places, yticklabels=names)
+        seconds = [1e3 * float(row["seconds_median"]) for row in mine]
+        times.barh(places, seconds, 0.6, color=_GREEN)
+        times.set(title="ms a step", yticks=places, yticklabels=[])
+        for axes in (sizes, times):
+            axes.invert_yaxis()
+            axes.grid(axis="x", color="0.9")
+            axes.set_axisbelow(True)
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    figure.suptitle(
+        "Kept for the backward, peak memory of a step (no kept bar: hidden by a checkpoint), and time\n"
+        + _setting(rows[0]),
+        fontsize=10,
+    )
+    return figure

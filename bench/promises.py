@@ -1,0 +1,78 @@
+"""What is promised of the times, and whether the results keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from .activations import IMPLEMENTATIONS
+from .harness import DTYPES, size_label
+
+# The name of a table -> the rows of its CSV.
+Results = Mapping[str, list[Mapping[str, str]]]
+
+
+@dataclass(frozen=True)
+class Promise:
+    """That a time is at most `most` times another; time(results) -> how many times it is, None if not measured.
+
+    tried: what was tried where it is not kept, or why it cannot be.
+    """
+
+    claim: str
+    most: float
+    time: Callable[[Results], float | None]
+    tried: str = ""
+
+    def verdict(self, results: Results) -> str:
+        time = self.time(results)
+        if time is None:
+            return "not measured"
+        return "met" if time <= self.most else f"missed by {time / self.most - 1:.0%}"
+
+
+def _one(rows: list[Mapping[str, str]], **case: object) -> Mapping[str, str] | None:
+    return next((row for row in rows if all(row[key] == str(value) for key, value in case.items())), None)
+
+
+def _over_copy(dtype: str, kernel: str, most: float, tried: str = "") -> Promise:
+    def time(results: Results) -> float | None:
+        row = _one(results["kernels"], dtype=dtype, size=2**24, kernel=kernel)
+        return float(row["time_over_copy"]) if row else None
+
+    return Promise(f"{dtype}, 2^24: {kernel}, over copying as many bytes", most, time, tried)
+
+
+def _over(
+    dtype: str, size: int, ours: str, theirs: str, most: float, tried: str = "", default_malloc: bool = False
+) -> Promise:
+    def time(results: Results) -> float | None:
+        case = {"dtype": dtype, "size": size, "pass": "forward+backward"}
+        rows = [row for row in results["peers"] if (row["allocator"] == "default") == default_malloc]
+        both = [_one(rows, implementation=name, **case) for name in (ours, theirs)]
+        return float(both[0]["seconds_median"]) / float(both[1]["seconds_median"]) if all(both) else None
+
+    labels = [IMPLEMENTATIONS[name].label for name in (ours, theirs)]
+    malloc = ", default malloc" if default_malloc else ""
+    claim = f"{dtype}, {size_label(size)}{malloc}: {labels[0]}, over {labels[1]}"
+    return Promise(claim, most, time, tried)
+
+
+PROMISES = (
+    _over_copy("float32", "forward, 2 bits", 1.03),
+    _over_copy("bfloat16", "forward, 2 bits", 1.05),
+    _over_copy("float32", "backward, clipped_relu", 1.03),
+    _over_copy("bfloat16", "backward, clipped_relu", 1.03),
+    _over_copy("bfloat16", "backward, log_tailed_relu", 1.15),
+    _over_copy("bfloat16", "backward, reverse_exponential", 1.15),
+    *(_over(dtype, 2**24, "qrelu_learned", "qrelu", 1.15) for dtype in DTYPES),
+    *(_over(dtype, 4, "qrelu", "relu", 1.3) for dtype in DTYPES),
+    *(_over(dtype, 2**16, "qrelu", "relu", 1.0) for dtype in DTYPES),
+    *(
+        _over(dtype, size, "qrelu", theirs, most)
+        for dtype, over_relu in (("float32", 1 / 1.4), ("bfloat16", 1 / 1.15))
+        for size in (2**22, 2**24)
+        for theirs, most in (("relu", over_relu), ("compile", 1 / 1.4), ("eager", 1 / 5))
+    ),
+    *(_over(dtype, 2**26, "qrelu_inplace", "relu", 1 / 1.8, default_malloc=True) for dtype in DTYPES),
+)

@@ -1,0 +1,184 @@
+"""bench.kernels, bench.peers and bench.report: they check before they time, and the page follows from the CSV."""
+
+from __future__ import annotations
+
+import csv
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from bench import activations, harness, kernels, peers, report
+from bench.promises import Promise
+
+import coarsegrad as cg
+
+ROOT = Path(__file__).resolve().parent.parent
+# Peers' own packages are not there in every environment, and torch.compile takes long.
+OURS = ["qrelu", "qrelu_inplace", "qrelu_learned", "eager", "fake_quantize", "learnable"]
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    """In this process, whose output is captured and whose threads are put back."""
+    monkeypatch.setattr(harness, "in_new_process", lambda allocator, function, *arguments: function(*arguments))
+    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def in_order(row, name):
+    return float(row[f"{name}_q20"]) <= float(row[f"{name}_q80"])
+
+
+def test_kernels_rows(tmp_path, capsys):
+    out = tmp_path / "kernels.csv"
+    kernels.main(["--sizes", "2^14", "1000", "--rounds", "5", "--out", str(out)])
+    rows = rows_of(out)
+    assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
+    for size, left_out in (("16384", set()), ("1000", {"backward, learned step, per channel"})):
+        names = [row["kernel"] for row in rows if row["size"] == size and row["dtype"] == "float32"]
+        assert names == ["copy", *(name for name in kernels.KERNELS if name not in left_out)]
+    assert all(in_order(row, "seconds") and in_order(row, "time_over_copy") for row in rows)
+    assert {row["time_over_copy"] for row in rows if row["kernel"] == "copy"} == {"1"}
+    moved = {(row["dtype"], row["kernel"]): float(row["bytes_per_element"]) for row in rows}
+    assert moved["float32", "forward, 2 bits"] == 8 + 1 / 8
+    assert moved["bfloat16", "backward, reverse_exponential"] == 6
+    assert moved["bfloat16", "codes to levels, 2 bits"] == 2 + 2 / 8
+    assert {(row["threads"], row["clock"], row["rounds"]) for row in rows} == {("1", "thread CPU time", "5")}
+    shown = capsys.readouterr().out
+    assert "2^14" in shown and "of copy" in shown and f"Written: {out}" in shown
+
+
+@pytest.mark.parametrize("name", ["forward, 2 bits", "backward, reverse_exponential", "backward, learned step"])
+def test_a_wrong_kernel_is_no_report(tmp_path, monkeypatch, name):
+    right = kernels.KERNELS[name]
+    which = 1 if right.sums else 0
+
+    def wrong(tensors):
+        results = list(right.call(tensors))
+        if not on_reference:
+            results[which] = results[which] * 1.01 if right.rtol or right.sums else results[which].roll(1)
+        return tuple(results)
+
+    on_reference = []
+    use_backend = cg.use_backend
+
+    def marked(backend):
+        on_reference.append(backend)
+        return use_backend(backend)
+
+    monkeypatch.setattr(cg, "use_backend", marked)
+    monkeypatch.setitem(kernels.KERNELS, name, replace(right, call=wrong))
+    out = tmp_path / "kernels.csv"
+    with pytest.raises(SystemExit, match="no times are reported"):
+        kernels.main(["--sizes", "1000", "--only", name, "--rounds", "5", "--out", str(out)])
+    assert on_reference and not out.exists()
+
+
+def test_peers_rows(tmp_path, capsys):
+    out = tmp_path / "peers.csv"
+    peers.main(["--sizes", "4", "2^12", "--only", *OURS, "--rounds", "5", "--out", str(out)])
+    rows = rows_of(out)
+    cases = {(row["dtype"], row["size"], row["pass"]) for row in rows}
+    assert len(cases) == 8
+    for case in cases:
+        mine = [row for row in rows if (row["dtype"], row["size"], row["pass"]) == case]
+        assert [row["implementation"] for row in mine] == ["relu", *OURS]
+        assert float(mine[0]["speed_over_relu"]) == 1
+    assert all(in_order(row, "seconds") and in_order(row, "speed_over_relu") for row in rows)
+    shown = capsys.readouterr().out
+    assert "QReLU in place" in shown and f"Written: {out}" in shown
+
+
+def test_a_peer_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
+    absent = replace(activations.IMPLEMENTATIONS["brevitas"], package="no_such_package")
+    monkeypatch.setitem(activations.IMPLEMENTATIONS, "brevitas", absent)
+    out = tmp_path / "peers.csv"
+    peers.main(["--sizes", "4", "--dtypes", "float32", "--only", "brevitas", "--rounds", "5", "--out", str(out)])
+    assert "Left out, as it is not installed: brevitas" in capsys.readouterr().out
+    assert {row["implementation"] for row in rows_of(out)} == {"relu"}
+
+
+@pytest.mark.parametrize(
+    "name, make, message",
+    [
+        ("eager", lambda: lambda x: cg.qrelu(x, 0.25, 2), "the output of eager differs from the reference in"),
+        ("eager", lambda: lambda x: cg.qrelu(x, 0.5, 2, ste="relu"), "the gradient of eager differs"),
+        ("fake_quantize", lambda: lambda x: cg.qrelu(x, 0.5, 2), "output of fake_quantize is not the nearest level in"),
+        ("fake_quantize", lambda: lambda x: cg.qrelu(x, 0.5, 3), "output of fake_quantize is not the nearest level in"),
+        ("eager", lambda: lambda x: x.no_such_method(), r"eager failed \(--only leaves it out\)"),
+    ],
+)
+def test_a_wrong_implementation_is_no_report(tmp_path, monkeypatch, name, make, message):
+    monkeypatch.setitem(activations.IMPLEMENTATIONS, name, replace(activations.IMPLEMENTATIONS[name], make=make))
+    out = tmp_path / "peers.csv"
+    with pytest.raises(SystemExit, match=message):
+        peers.main(["--sizes", "2^12", "--only", name, "--rounds", "5", "--out", str(out)])
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--sizes", "2^29"], "a size must be 1 to 2\\^28 elements"),
+        (["--sizes", "many"], "'many' is no number of elements"),
+        (["--rounds", "4"], "at least 5"),
+        (["--only", "nothing"], "invalid choice: 'nothing'"),
+        *([] if torch.cuda.is_available() else [(["--device", "cuda"], "torch sees no CUDA device here")]),
+    ],
+)
+@pytest.mark.parametrize("command", [kernels, peers])
+def test_bad_options_are_refused(capsys, command, arguments, message):
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", [3, 2**19 + 1])
+def test_the_copy_copies(threads, size):
+    torch.set_num_threads(threads)
+    for dtype in harness.DTYPES.values():
+        source, to = torch.randn(size).to(dtype), torch.zeros(size, dtype=dtype)
+        harness.copying(to, source)()
+        assert torch.equal(to, source)
+
+
+def test_verdicts():
+    promise = Promise("claim", 1.1, lambda results: results["x"])
+    assert [promise.verdict({"x": x}) for x in (None, 1.1, 1.2101)] == ["not measured", "met", "missed by 10%"]
+
+
+def test_report_from_a_folder(tmp_path, capsys):
+    kernels.main(["--sizes", "2^14", "--rounds", "5", "--out", str(tmp_path / "kernels.csv")])
+    peers.main(["--sizes", "4", "--only", "qrelu", "--rounds", "5", "--out", str(tmp_path / "peers.csv")])
+    page = tmp_path / "page.md"
+    report.main(["--results", str(tmp_path), "--page", str(page)])
+    assert {path.name for path in tmp_path.glob("*.png")} == {"roofline.png", "peers.png"}
+    text = page.read_text()
+    assert "| forward, 2 bits |" in text and "| QReLU |" in text and "Whole training steps" not in text
+    shown = capsys.readouterr().out
+    assert "float32, 4: QReLU, over nn.ReLU" in shown and "not measured" in shown
+
+
+def test_report_without_results(tmp_path):
+    with pytest.raises(SystemExit, match="has none of kernels.csv, peers.csv, training.csv, memory.csv"):
+        report.main(["--results", str(tmp_path), "--page", str(tmp_path / "page.md")])
+
+
+@pytest.mark.parametrize("command", ["kernels", "peers", "report"])
+def test_help_helps(command):
+    shown = subprocess.run(
+        [sys.executable, "-m", f"bench.{command}", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "--page" in shown if command == "report" else "--rounds" in shown
