@@ -22,6 +22,7 @@ from .harness import (
     Suite,
     Times,
     checked_options,
+    copying,
     quantiles,
     run_parts,
     size_label,
@@ -38,8 +39,8 @@ learned step, beside nn.ReLU; the same staircase as an eager
 torch.autograd.Function and in torch.compile, in its fastest form and in the
 idiom that people write; and torch's fake_quantize, with a fixed and a learned
 step, brevitas' QuantReLU and torchao's fake quantizer, each in its fastest fair
-setting. `pip install brevitas torchao` brings the last two; what is not
-installed is left out, and named.
+setting. `pip install -e .[peers]` brings the last two; what is not installed is
+left out, and named.
 """
 _EPILOG = """
 Without --quick and --sizes: 4, 2^16, 2^22 and 2^24 elements, and at 2^26 what
@@ -53,7 +54,7 @@ in one process, in a new order each round. A time is the median over the rounds,
 with the 20% and 80% quantiles; a speed is nn.ReLU's time over this one's, of the
 medians, with the quantiles round by round. GB/s counts what any implementation
 has to move: x and y, dy and dx, and one bit an element written and read for the
-backward.
+backward; "of copy" is its share of what a copy of x (and dy) reaches, in its turn.
 
 --allocator keep has glibc's malloc keep what is freed (MALLOC_MMAP_THRESHOLD_
 and MALLOC_TRIM_THRESHOLD_ set in a new process). With the default it gives large
@@ -63,6 +64,7 @@ last column counts them. A preloaded tcmalloc or jemalloc is recognised.
 --device cuda times by CUDA events, each call with a flushed L2, and jobs of up to
 2^20 elements as a CUDA graph, so that launches are not what is measured.
 """
+_COPY = "copy"
 _IN_PLACE_STUDY = ("relu", "relu_inplace", "qrelu", "qrelu_inplace")
 
 # -------------------------------------------------------------------------------------- measuring
@@ -172,6 +174,8 @@ def _cases(part: Part, dtype: str, size: int) -> Iterator[Case]:
         grad = passes != "forward"
         with torch.set_grad_enabled(grad):
             jobs = _checked_jobs(part.names, x, dy, passes, expected)
+        copies = [copying(torch.empty_like(t), t) for t in ((x, dy) if grad else (x,))]
+        jobs[_COPY] = lambda copies=copies: [copy() for copy in copies]
         yield Case(passes, jobs, grad)
 
 
@@ -181,24 +185,28 @@ def _cases(part: Part, dtype: str, size: int) -> Iterator[Case]:
 def _rows(dtype: str, size: int, passes: str, times: dict[str, Times]) -> list[Row]:
     """The CSV: a row for each implementation."""
     itemsize = DTYPES[dtype].itemsize
-    moved = size * (2 * itemsize if passes == "forward" else 4 * itemsize + 2 / 8)
+    copied = size * itemsize * (2 if passes == "forward" else 4)
+    moved = copied + (0 if passes == "forward" else size * 2 / 8)
     medians = {name: quantiles(own.seconds)[1] for name, own in times.items()}
     rows = []
     for name, own in times.items():
+        if name == _COPY:
+            continue
         slow, _, fast = quantiles(own.speeds_over(times["relu"]))
         rows.append({
             "dtype": dtype, "size": size, "pass": passes, "implementation": name, **timed(own),
             "speed_over_relu": f"{medians['relu'] / medians[name]:.4g}",
             "speed_over_relu_q20": f"{slow:.4g}", "speed_over_relu_q80": f"{fast:.4g}",
             "gb_per_second": f"{moved / medians[name] / 1e9:.4g}",
+            "share_of_copy": f"{medians[_COPY] * moved / copied / medians[name]:.3f}",
         })  # fmt: skip
     return rows
 
 
-_COLUMNS = "{:<9}{:>5}  {:<17}{:<17}{:>10}  {:<22}{:>6}  {:<15}{:>6}{:>8}"
+_COLUMNS = "{:<9}{:>5}  {:<17}{:<17}{:>10}  {:<22}{:>6}  {:<15}{:>6}{:>8}{:>8}"
 _HEADER = _COLUMNS.format(
     *("dtype", "size", "pass", "implementation", "us", "(20% to 80%)"),
-    *("speed", "(over nn.ReLU)", "GB/s", "faults"),
+    *("speed", "(over nn.ReLU)", "GB/s", "of copy", "faults"),
 )
 
 
@@ -208,7 +216,8 @@ def _line(row: Row) -> str:
     return _COLUMNS.format(
         row["dtype"], size_label(row["size"]), row["pass"], IMPLEMENTATIONS[row["implementation"]].label,
         f"{median:.1f}", f"({low:.1f} to {high:.1f})", f"{float(row['speed_over_relu']):.3g}",
-        f"({slow:.3g} to {fast:.3g})", f"{float(row['gb_per_second']):.1f}", f"{float(row['page_faults']):.0f}",
+        f"({slow:.3g} to {fast:.3g})", f"{float(row['gb_per_second']):.1f}", row["share_of_copy"],
+        f"{float(row['page_faults']):.0f}",
     ).rstrip()  # fmt: skip
 
 
