@@ -15,8 +15,8 @@ import coarsegrad as cg
 from coarsegrad.ste import ROUNDINGS
 
 from .activations import IMPLEMENTATIONS
-from .harness import DTYPES, size_label
 from .peers import PASSES
+from .suite import DTYPES, size_label
 
 Row = dict[str, str]
 

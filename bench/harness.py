@@ -6,33 +6,27 @@ import argparse
 import csv
 import datetime
 import io
-import itertools
 import os
 import platform
 import random
 import resource
 import statistics
-import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from coarsegrad.backends import preloaded_malloc
 from coarsegrad.experiments.files import replacing
 from coarsegrad.experiments.measure import environment
 
 T = TypeVar("T")
+Row = dict[str, object]
 
 
 class BenchError(Exception):
@@ -233,183 +227,6 @@ def facts(device: torch.device, allocator: str) -> dict[str, object]:
         "malloc": other or " ".join([*platform.libc_ver(), *settings]).strip() or "the system's",
         "clock": "thread CPU time" if torch.get_num_threads() == 1 else "wall",
     }
-
-
-# ----------------------------------------------------------------------------- a copy, as the measure
-
-
-def copying(to: Tensor, source: Tensor) -> Callable[[], object]:
-    """A job that copies source into to, both contiguous: on a CPU by the C library's memcpy, a piece for each thread.
-
-    From 8 MiB on memcpy has non-temporal stores, where the C library is glibc and `in_new_process` made the process.
-    """
-    if source.device.type != "cpu":
-        return lambda: to.copy_(source)
-    to, source = (t.view(torch.uint8).numpy() for t in (to, source))
-    threads = torch.get_num_threads()
-    if threads == 1 or source.nbytes < 2**20:
-        return lambda: np.copyto(to, source)
-    pieces = list(zip(np.array_split(to, threads), np.array_split(source, threads)))
-    pool = ThreadPoolExecutor(threads)
-    return lambda: deque(pool.map(lambda piece: np.copyto(*piece), pieces), maxlen=0)
-
-
-# ---------------------------------------------------------------------- benchmarks of tensors, by size
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# On a GPU jobs of at most as many elements are timed as a graph.
-_GRAPH_SIZE = 2**20
-
-Row = dict[str, object]
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one process measures; allocator is one of ALLOCATORS, names are of what takes turns."""
-
-    device: str
-    allocator: str
-    sizes: tuple[int, ...]
-    dtypes: tuple[str, ...]
-    names: tuple[str, ...]
-    rounds: int
-    threads: int
-
-
-@dataclass(frozen=True)
-class Case:
-    """Checked jobs that take turns, with or without gradients; what tells the case from others of a dtype and size."""
-
-    name: str
-    jobs: dict[str, Callable[[], object]]
-    grad: bool = False
-
-
-@dataclass(frozen=True)
-class Suite:
-    """A benchmark by dtype and size.
-
-    cases(part, dtype, size) -> Case after Case, each when it is asked for; rows(dtype, size, case's name, times) -> the
-    rows of the CSV, to which what they depend on is added; header and line(row): what is printed of them.
-    """
-
-    cases: Callable[[Part, str, int], Iterator[Case]]
-    rows: Callable[[str, int, str, dict[str, Times]], list[Row]]
-    header: str
-    line: Callable[[Row], str]
-
-    def measure(self, part: Part) -> list[Row]:
-        """Everything in `part`, in this process; prints each case as it comes."""
-        sys.stdout.reconfigure(line_buffering=True)  # each case at once, into a pipe as well
-        torch.set_num_threads(part.threads)
-        device = torch.device(part.device)
-        here = facts(device, part.allocator)
-        print(*(f"{name.ljust(10)}  {value}" for name, value in here.items()), "", self.header, sep="\n")
-        timer = CpuTimer() if part.device == "cpu" else GpuTimer(device)
-        found: list[Row] = []
-        inputs = list(itertools.product(part.dtypes, part.sizes))
-        with tqdm(total=len(inputs), disable=None, leave=False, unit="input") as progress:
-            for dtype, size in inputs:
-                progress.set_description(f"{dtype} {size_label(size)}")
-                for case in self.cases(part, dtype, size):
-                    jobs = case.jobs
-                    with torch.set_grad_enabled(case.grad):
-                        if part.device != "cpu" and size <= _GRAPH_SIZE:
-                            jobs = {name: in_graph(job) for name, job in jobs.items()}
-                        times = interleaved(jobs, timer, part.rounds, progress.refresh)
-                    rows = self.rows(dtype, size, case.name, times)
-                    for line in (*map(self.line, rows), ""):
-                        progress.write(line)
-                    found += [{**row, **here} for row in rows]
-                progress.update()
-        return found
-
-
-def size_label(size: int) -> str:
-    """2^22 for 4194304, but 4 for 4."""
-    return f"2^{size.bit_length() - 1}" if size > 1024 and size.bit_count() == 1 else str(size)
-
-
-def timed(times: Times) -> Row:
-    """The columns that every table of times has."""
-    low, median, high = quantiles(times.seconds)
-    return {
-        "seconds_median": f"{median:.6g}",
-        "seconds_q20": f"{low:.6g}",
-        "seconds_q80": f"{high:.6g}",
-        "page_faults": f"{statistics.median(times.page_faults):.6g}",
-        "rounds": len(times.seconds),
-        "calls_per_round": times.calls,
-    }
-
-
-def run_parts(program: str, suite: Suite, parts: Iterable[Part], out: Path) -> list[Row]:
-    """The rows of all parts, each measured in a process of its own; written to `out` after each part."""
-    rows: list[Row] = []
-    try:
-        for part in parts:
-            rows += in_new_process(part.allocator, suite.measure, part)
-            write_csv(rows, out)
-    except (BenchError, OSError) as error:
-        raise SystemExit(f"{program}: {error}") from error
-    except KeyboardInterrupt:
-        print("\nStopped.", f"{out} has what was finished." if rows else "Nothing was written.")
-        raise SystemExit(130) from None
-    print(f"Written: {out}. `python -m bench.report` draws it, and makes docs/benchmarks.md from all results.")
-    return rows
-
-
-def size_options(parser: argparse.ArgumentParser, results: Path, names: Iterable[str], always: str) -> None:
-    """The options of a Suite; those of a GPU go beside `results`."""
-    names = list(names)
-    add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where (default cpu)")
-    add("--quick", action="store_true", help="fewer sizes and rounds")
-    add("--sizes", nargs="+", type=_elements, metavar="N",
-        help="these numbers of elements alone, as 65536 or 2^16")
-    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE",
-        help=f"{' and/or '.join(DTYPES)} (default: both)")
-    add("--only", nargs="+", choices=names, default=names, metavar="NAME",
-        help=f"some of {', '.join(names)}; {always} is always there, as the measure (default: all)")
-    add("--rounds", type=at_least(5), metavar="N",
-        help="rounds that count, at least 5 (default 31; with --quick 11)")
-    add("--threads", type=at_least(1), default=1, metavar="N",
-        help="threads (default 1, timed by its CPU time; more by the wall clock)")
-    add("--allocator", choices=ALLOCATORS, default="keep",
-        help="whether freed memory is kept, or the environment stays as it is (default keep)")
-    add("--out", type=Path, metavar="CSV",
-        help=f"the results (default {os.path.relpath(results)}; of a GPU, {os.path.relpath(_of_gpu(results))})")
-
-
-def _of_gpu(results: Path) -> Path:
-    return results.with_name(f"{results.stem}-cuda.csv")
-
-
-def checked_options(parser: argparse.ArgumentParser, argv: list[str] | None, results: Path) -> argparse.Namespace:
-    """The options given, with `out` and `rounds` filled in; an error where the device is not there."""
-    args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here; `python -m bench.sass` tells what a model says")
-    args.out = args.out or (results if args.device == "cpu" else _of_gpu(results))
-    args.rounds = args.rounds or (11 if args.quick else 31)
-    if args.device == "cuda":
-        args.allocator = "default"
-    elif args.allocator == "keep" and platform.libc_ver()[0] != "glibc":
-        print("--allocator keep knows how to ask glibc alone; measuring with the allocator as it is")
-        args.allocator = "default"
-    return args
-
-
-def _elements(text: str) -> int:
-    base, power, exponent = text.replace("**", "^").partition("^")
-    try:
-        size = int(base) ** int(exponent) if power else int(base)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of elements, as 65536 or 2^16") from None
-    if not 1 <= size <= 2**28:
-        raise argparse.ArgumentTypeError(f"a size must be 1 to 2^28 elements, got {text}")
-    return size
 
 
 # ------------------------------------------------------------------------------- options and files

@@ -21,9 +21,9 @@ from coarsegrad.experiments.transformers import OPT_125M, T5_SMALL, Opt, T5Encod
 from coarsegrad.ste import format_table
 
 from .harness import BenchError, CpuTimer, at_least, facts, in_new_process, interleaved, quantiles, write_csv
+from .suite import DTYPES
 
 RESULTS = Path(__file__).parent / "results" / "memory.csv"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _DESCRIPTION = """
 Measures training steps of four networks with nn.ReLU, with nn.ReLU in

@@ -13,22 +13,8 @@ import coarsegrad as cg
 from coarsegrad.testing import hard_inputs
 
 from .activations import ALPHA, BITS, IMPLEMENTATIONS, TOP, Implementation
-from .harness import (
-    DTYPES,
-    BenchError,
-    Case,
-    Part,
-    Row,
-    Suite,
-    Times,
-    checked_options,
-    copying,
-    quantiles,
-    run_parts,
-    size_label,
-    size_options,
-    timed,
-)
+from .harness import BenchError, Row, Times, quantiles
+from .suite import DTYPES, Case, Part, Suite, checked_options, copying, run_parts, size_label, size_options, timed
 
 RESULTS = Path(__file__).parent / "results" / "peers.csv"
 PASSES = ("forward", "forward+backward")

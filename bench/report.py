@@ -15,9 +15,9 @@ from coarsegrad.ste import format_table
 
 from . import figures
 from .activations import IMPLEMENTATIONS
-from .harness import DTYPES, size_label
 from .peers import PASSES
 from .promises import PROMISES, Results
+from .suite import DTYPES, size_label
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"

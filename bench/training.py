@@ -13,7 +13,8 @@ import coarsegrad as cg
 from coarsegrad.ste import format_table
 
 from .harness import BenchError, CpuTimer, Times, facts, in_new_process, interleaved, quantiles, write_csv
-from .memory import DTYPES, NETWORKS, network_options
+from .memory import NETWORKS, network_options
+from .suite import DTYPES
 
 RESULTS = Path(__file__).parent / "results" / "training.csv"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench import activations, harness, kernels, peers, report
+from bench import activations, kernels, peers, report, suite
 from bench.promises import Promise
 
 import coarsegrad as cg
@@ -24,7 +24,7 @@ OURS = ["qrelu", "qrelu_inplace", "qrelu_learned", "eager", "fake_quantize", "le
 @pytest.fixture(autouse=True)
 def here(monkeypatch):
     """In this process, whose output is captured and whose threads are put back."""
-    monkeypatch.setattr(harness, "in_new_process", lambda allocator, function, *arguments: function(*arguments))
+    monkeypatch.setattr(suite, "in_new_process", lambda allocator, function, *arguments: function(*arguments))
     monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
     threads = torch.get_num_threads()
     yield
@@ -148,9 +148,9 @@ def test_bad_options_are_refused(capsys, command, arguments, message):
 @pytest.mark.parametrize("size", [3, 2**19 + 1])
 def test_the_copy_copies(threads, size):
     torch.set_num_threads(threads)
-    for dtype in harness.DTYPES.values():
+    for dtype in suite.DTYPES.values():
         source, to = torch.randn(size).to(dtype), torch.zeros(size, dtype=dtype)
-        harness.copying(to, source)()
+        suite.copying(to, source)()
         assert torch.equal(to, source)
 
 
