@@ -22,10 +22,8 @@ CG_HD void read_kept(const Backward& a, int64_t block, int count, KeptBlock& kep
   }
   if (a.codes) {
     read_codes(a.codes, block, count, packed_width(a.bits), kept.codes);
-    if (a.kind == MaskKind::nothing && a.ste == Ste::relu) {  // rounding is ceil or hwgq: x > 0 is c > 0
-      kept.gate = 0;
-      for (int i = 0; i < kBlock; ++i) kept.gate |= static_cast<uint64_t>(kept.codes[i] != 0) << i;
-    }
+    // Rounding is ceil or hwgq: x > 0 is c > 0.
+    if (a.kind == MaskKind::nothing && a.ste == Ste::relu) kept.gate = nonzero_codes(kept.codes);
   }
 }
 

@@ -222,6 +222,57 @@ CG_HD void keep_bits(const U* from, U* to, uint64_t bits, bool stream) {
   }
 }
 
+// The codes are loaded in the pieces that they may have been stored in: a load wider than the stores before it waits
+// for them to leave the store buffer.
+CG_HD __m512i load_stored_codes(const uint8_t* codes) {
+  const __m128i* p = reinterpret_cast<const __m128i*>(codes);
+  __m512i v = _mm512_castsi128_si512(_mm_loadu_si128(p));
+  v = _mm512_inserti32x4(v, _mm_loadu_si128(p + 1), 1);
+  v = _mm512_inserti32x4(v, _mm_loadu_si128(p + 2), 2);
+  return _mm512_inserti32x4(v, _mm_loadu_si128(p + 3), 3);
+}
+// A sum of products gathers neighbouring fields, two at a time.
+template <int kWidth>
+CG_HD void pack_codes(const uint8_t* codes, uint8_t* packed) {
+  const __m512i v = load_stored_codes(codes);
+  if constexpr (kWidth == 1) {
+    const uint64_t bits = _mm512_test_epi8_mask(v, v);
+    memcpy(packed, &bits, sizeof(bits));
+  } else if constexpr (kWidth == 2) {
+    const __m512i words = _mm512_maddubs_epi16(v, _mm512_set1_epi16(0x0401));
+    const __m512i dwords = _mm512_madd_epi16(words, _mm512_set1_epi32(0x00100001));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi32_epi8(dwords));
+  } else if constexpr (kWidth == 4) {
+    const __m512i words = _mm512_maddubs_epi16(v, _mm512_set1_epi16(0x1001));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), _mm512_cvtepi16_epi8(words));
+  } else {
+    _mm512_storeu_si512(packed, v);
+  }
+}
+template <int kWidth>
+CG_HD void unpack_codes(const uint8_t* packed, uint8_t* codes) {
+  __m512i v;
+  if constexpr (kWidth == 1) {
+    uint64_t bits;
+    memcpy(&bits, packed, sizeof(bits));
+    v = _mm512_maskz_set1_epi8(bits, 1);
+  } else if constexpr (kWidth == 2) {
+    const __m512i dwords = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+    v = _mm512_or_si512(dwords, _mm512_slli_epi32(dwords, 12));
+    v = _mm512_and_si512(_mm512_or_si512(v, _mm512_slli_epi32(v, 6)), _mm512_set1_epi8(3));
+  } else if constexpr (kWidth == 4) {
+    const __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+    v = _mm512_and_si512(_mm512_or_si512(words, _mm512_slli_epi16(words, 4)), _mm512_set1_epi8(15));
+  } else {
+    v = _mm512_loadu_si512(packed);
+  }
+  _mm512_storeu_si512(codes, v);
+}
+CG_HD uint64_t nonzero_codes(const uint8_t* codes) {
+  const __m512i v = _mm512_loadu_si512(codes);
+  return _mm512_test_epi8_mask(v, v);
+}
+
 template <class P>
 struct LargeTable;
 template <>

@@ -8,9 +8,12 @@
 //   Ordered             16-bit numbers as signed integers, in the order of their bits (dtype.h), and tables of
 //                       2^CG_TABLE_BITS of them; none here
 //   keep_bits(...)      64 elements of raw bits, kept where the mask says, else zero
+//   pack_codes<w>(...)  64 codes, a byte each, to w bits each (math/bits.h); and unpack_codes<w>(...) back
+//   nonzero_codes(...)  the bits of c > 0 of 64 codes
 #pragma once
 
 #include "../math/alpha_grad.h"
+#include "../math/bits.h"
 
 #define CG_TABLE_BITS 0
 
@@ -50,6 +53,30 @@ struct Io {
 template <class U>
 CG_HD void keep_bits(const U* from, U* to, uint64_t bits, bool) {
   for (int i = 0; i < 64; ++i) to[i] = (bits >> i) & 1 ? from[i] : U(0);
+}
+
+template <int kWidth>
+CG_HD void pack_codes(const uint8_t* codes, uint8_t* packed) {
+  for (int i = 0; i < 8; ++i) {
+    uint64_t eight;
+    memcpy(&eight, codes + 8 * i, 8);
+    eight = ByteFields<kWidth>::gather(eight);
+    memcpy(packed + kWidth * i, &eight, kWidth);
+  }
+}
+template <int kWidth>
+CG_HD void unpack_codes(const uint8_t* packed, uint8_t* codes) {
+  for (int i = 0; i < 8; ++i) {
+    uint64_t eight = 0;
+    memcpy(&eight, packed + kWidth * i, kWidth);
+    eight = ByteFields<kWidth>::scatter(eight);
+    memcpy(codes + 8 * i, &eight, 8);
+  }
+}
+CG_HD uint64_t nonzero_codes(const uint8_t* codes) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 64; ++i) bits |= static_cast<uint64_t>(codes[i] != 0) << i;
+  return bits;
 }
 
 template <class A>
