@@ -232,6 +232,9 @@ struct Ordered {
     const __m128i low = _mm256_castsi256_si128(a.v), high = _mm256_extracti128_si256(a.v, 1);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(low, high));
   }
+  static CG_HD Ordered load_codes(const uint8_t* p) {
+    return {_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
   static CG_HD uint64_t bits(Mask m) {
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
     return static_cast<uint32_t>(_mm_movemask_epi8(bytes));

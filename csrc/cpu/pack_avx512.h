@@ -114,6 +114,10 @@ CG_HD __m512i bf16_round_bits(__m512 v) {
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   return _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
 }
+CG_HD __m512i bf16_round_or_quiet_bits(__m512 v) {
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_mask_or_epi32(bf16_round_bits(v), is_nan, _mm512_castps_si512(v), _mm512_set1_epi32(0x400000));
+}
 CG_HD Floats keep_upper_half(__m512i u) {
   return _mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
@@ -131,8 +135,7 @@ CG_HD Floats round_to<float>(Floats v) {
 }
 template <>
 CG_HD Floats round_to<bf16>(Floats v) {
-  const __m512i quiet = _mm512_or_si512(_mm512_castps_si512(v.v), _mm512_set1_epi32(0x400000));
-  return keep_upper_half(_mm512_mask_blend_epi32((v != v).m, bf16_round_bits(v.v), quiet));
+  return keep_upper_half(bf16_round_or_quiet_bits(v.v));
 }
 template <>
 CG_HD Floats round_level<bf16>(Floats v) {
@@ -195,6 +198,9 @@ struct Ordered {
   static CG_HD void stream(int16_t* p, Ordered a) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), a.v); }
   static CG_HD void store_codes(uint8_t* p, Ordered a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(a.v));
+  }
+  static CG_HD Ordered load_codes(const uint8_t* p) {
+    return {_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
   static CG_HD uint64_t bits(Mask m) { return m; }
   static CG_HD Ordered look_up(Ordered table, Ordered index) { return {_mm512_permutexvar_epi16(index.v, table.v)}; }
