@@ -281,7 +281,7 @@ void times_slopes_of(const TimesSlopes& args, int64_t begin, int64_t end) {
     const bool whole = count == kBlock;
     T* dx_block = whole ? static_cast<T*>(a.grad_x) + block * kBlock : dx_copy;
     for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
-      const P dx = round_to<T>(times_slope(Io<T>::load(grad_y + i), table.at(codes + i)));
+      const P dx = round_for_store<T>(times_slope(Io<T>::load(grad_y + i), table.at(codes + i)));
       if (whole && a.stream) Io<T>::stream(dx_block + i, dx);
       else Io<T>::store(dx_block + i, dx);
     }

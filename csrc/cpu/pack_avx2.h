@@ -144,6 +144,11 @@ CG_HD __m256i bf16_round_bits(__m256 v) {
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   return _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
 }
+CG_HD __m256i bf16_round_or_quiet_bits(__m256 v) {
+  const __m256 quiet = _mm256_or_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x400000)));
+  const __m256 rounded = _mm256_castsi256_ps(bf16_round_bits(v)), is_nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+  return _mm256_castps_si256(_mm256_blendv_ps(rounded, quiet, is_nan));
+}
 CG_HD Floats keep_upper_half(__m256i u) {
   return _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
@@ -161,9 +166,7 @@ CG_HD Floats round_to<float>(Floats v) {
 }
 template <>
 CG_HD Floats round_to<bf16>(Floats v) {
-  const __m256 quiet = _mm256_or_ps(v.v, _mm256_castsi256_ps(_mm256_set1_epi32(0x400000)));
-  const __m256 rounded = _mm256_castsi256_ps(bf16_round_bits(v.v));
-  return keep_upper_half(_mm256_castps_si256(_mm256_blendv_ps(rounded, quiet, (v != v).m)));
+  return keep_upper_half(bf16_round_or_quiet_bits(v.v));
 }
 template <>
 CG_HD Floats round_level<bf16>(Floats v) {
@@ -179,6 +182,20 @@ CG_HD Doubles round_to(Doubles v) {
 }
 template <class T>
 CG_HD Doubles round_level(Doubles v) {
+  return v;
+}
+
+// Rounding for Io<T>::store, which itself rounds to f16 and drops the lower half for bf16.
+template <class T>
+CG_HD Floats round_for_store(Floats v) {
+  return v;
+}
+template <>
+CG_HD Floats round_for_store<bf16>(Floats v) {
+  return _mm256_castsi256_ps(bf16_round_or_quiet_bits(v.v));
+}
+template <class T>
+CG_HD Doubles round_for_store(Doubles v) {
   return v;
 }
 

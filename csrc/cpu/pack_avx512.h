@@ -154,6 +154,20 @@ CG_HD Doubles round_level(Doubles v) {
   return v;
 }
 
+// Rounding for Io<T>::store, which itself rounds to f16 and drops the lower half for bf16.
+template <class T>
+CG_HD Floats round_for_store(Floats v) {
+  return v;
+}
+template <>
+CG_HD Floats round_for_store<bf16>(Floats v) {
+  return _mm512_castsi512_ps(bf16_round_or_quiet_bits(v.v));
+}
+template <class T>
+CG_HD Doubles round_for_store(Doubles v) {
+  return v;
+}
+
 template <class T>
 struct Io;
 template <>
@@ -274,9 +288,11 @@ CG_HD void unpack_codes(const uint8_t* packed, uint8_t* codes) {
   }
   _mm512_storeu_si512(codes, v);
 }
+// By halves: a whole register loaded just after it was stored waits too.
 CG_HD uint64_t nonzero_codes(const uint8_t* codes) {
-  const __m512i v = _mm512_loadu_si512(codes);
-  return _mm512_test_epi8_mask(v, v);
+  const __m256i* p = reinterpret_cast<const __m256i*>(codes);
+  const __m256i low = _mm256_loadu_si256(p), high = _mm256_loadu_si256(p + 1);
+  return _mm256_test_epi8_mask(low, low) | static_cast<uint64_t>(_mm256_test_epi8_mask(high, high)) << 32;
 }
 
 template <class P>

@@ -3,6 +3,7 @@
 //   Pack<A>             numbers of compute type A: the operations of math/macros.h
 //   Lanes<P>            kCount; masks to and from bits; codes to and from bytes; the sum over lanes
 //   Io<T>               load; store and stream (past the caches, aligned) a pack whose numbers are numbers of T
+//   round_for_store<T>  what is left to do for Io<T>::store of any number to store it rounded to T
 //   LargeTable<P>       at(codes): the entries of a table of up to 256 numbers for a pack's codes, from memory
 //   SmallTable<P>       the same for up to kSize numbers, from registers; none where kSize is 0
 //   Ordered             16-bit numbers as signed integers, in the order of their bits (dtype.h), and tables of
@@ -34,6 +35,10 @@ struct Lanes {
   static CG_HD A sum(A v) { return v; }
 };
 
+template <class T>
+CG_HD compute_t<T> round_for_store(compute_t<T> v) {
+  return v;
+}
 CG_HD float widen(float v) { return v; }
 CG_HD double widen(double v) { return v; }
 CG_HD float widen(bf16 v) { return to_float(v); }
