@@ -22,10 +22,8 @@ CG_HD void read_kept(const Backward& a, int64_t block, int count, KeptBlock& kep
   }
   if (a.codes) {
     read_codes(a.codes, block, count, packed_width(a.bits), kept.codes);
-    if (a.kind == MaskKind::nothing && a.ste == Ste::relu) {  // rounding is ceil or hwgq: x > 0 is c > 0
-      kept.gate = 0;
-      for (int i = 0; i < kBlock; ++i) kept.gate |= static_cast<uint64_t>(kept.codes[i] != 0) << i;
-    }
+    // Rounding is ceil or hwgq: x > 0 is c > 0.
+    if (a.kind == MaskKind::nothing && a.ste == Ste::relu) kept.gate = nonzero_codes(kept.codes);
   }
 }
 
@@ -270,8 +268,17 @@ void backward(const Backward& a, int64_t begin, int64_t end) {
 }
 
 template <class T, class Table>
-void times_slopes_of(const TimesSlopes& args, int64_t begin, int64_t end) {
+CG_HD void times_slopes_block(const T* grad_y, const uint8_t* codes, const Table& table, T* grad_x, bool stream) {
   using P = Pack<compute_t<T>>;
+  for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
+    const P dx = round_for_store<T>(times_slope(Io<T>::load(grad_y + i), table.at(codes + i)));
+    if (stream) Io<T>::stream(grad_x + i, dx);
+    else Io<T>::store(grad_x + i, dx);
+  }
+}
+
+template <class T, class Table>
+void times_slopes_of(const TimesSlopes& args, int64_t begin, int64_t end) {
   const TimesSlopes a = args;
   const Table table(static_cast<const compute_t<T>*>(a.slopes), 1 << a.bits);
   for (int64_t block = begin; block < end; ++block) {
@@ -281,12 +288,8 @@ void times_slopes_of(const TimesSlopes& args, int64_t begin, int64_t end) {
     T dy_copy[kBlock], dx_copy[kBlock];
     const T* grad_y = read_block(static_cast<const T*>(a.grad_y), block, count, dy_copy);
     const bool whole = count == kBlock;
-    T* dx_block = whole ? static_cast<T*>(a.grad_x) + block * kBlock : dx_copy;
-    for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
-      const P dx = round_to<T>(times_slope(Io<T>::load(grad_y + i), table.at(codes + i)));
-      if (whole && a.stream) Io<T>::stream(dx_block + i, dx);
-      else Io<T>::store(dx_block + i, dx);
-    }
+    T* dx = whole ? static_cast<T*>(a.grad_x) + block * kBlock : dx_copy;
+    times_slopes_block(grad_y, codes, table, dx, whole && a.stream);
     if (!whole) memcpy(static_cast<T*>(a.grad_x) + block * kBlock, dx_copy, count * sizeof(T));
   }
 }

@@ -125,27 +125,17 @@ CG_HD void write_mask(uint8_t* to, MaskKind kind, int64_t block, int count, uint
 
 template <int kWidth>
 CG_HD void write_codes_of(uint8_t* to, int64_t block, int count, const uint8_t* codes) {
-  uint64_t words[8];
-  uint8_t* packed = reinterpret_cast<uint8_t*>(words);
-  for (int i = 0; i < 8; ++i) {
-    uint64_t eight;
-    memcpy(&eight, codes + 8 * i, 8);
-    eight = ByteFields<kWidth>::gather(eight);
-    memcpy(packed + kWidth * i, &eight, kWidth);
-  }
+  if (count == kBlock) return pack_codes<kWidth>(codes, to + block * 8 * kWidth);
+  uint64_t words[kWidth];
+  pack_codes<kWidth>(codes, reinterpret_cast<uint8_t*>(words));
   write_packed<kWidth>(to, block, count, words);
 }
 template <int kWidth>
 CG_HD void read_codes_of(const uint8_t* from, int64_t block, int count, uint8_t* codes) {
-  uint64_t words[8];
-  const uint8_t* packed = reinterpret_cast<const uint8_t*>(words);
+  if (count == kBlock) return unpack_codes<kWidth>(from + block * 8 * kWidth, codes);
+  uint64_t words[kWidth];
   read_packed<kWidth>(from, block, count, words);
-  for (int i = 0; i < 8; ++i) {
-    uint64_t eight = 0;
-    memcpy(&eight, packed + kWidth * i, kWidth);
-    eight = ByteFields<kWidth>::scatter(eight);
-    memcpy(codes + 8 * i, &eight, 8);
-  }
+  unpack_codes<kWidth>(reinterpret_cast<const uint8_t*>(words), codes);
 }
 
 void write_codes(uint8_t* to, int64_t block, int count, int width, const uint8_t* codes) {

@@ -189,25 +189,81 @@ void forward(const Forward& a, int64_t begin, int64_t end) {
   });
 }
 
-void dequantize(const Dequantize& args, int64_t begin, int64_t end) {
+// body(codes, y, stream) makes the levels of a block.
+template <class T, class Body>
+CG_HD void dequantize_block(const Dequantize& a, int64_t block, const Body& body) {
+  const int count = block_count(a.count, block);
+  uint8_t codes[kBlock];
+  read_codes(a.codes, block, count, packed_width(a.bits), codes);
+  T copy[kBlock];
+  T* y = static_cast<T*>(a.y) + block * kBlock;
+  if (count == kBlock) return body(codes, y, a.stream);
+  body(codes, copy, false);
+  memcpy(y, copy, count * sizeof(T));
+}
+
+template <class T, class Source>
+CG_HD void levels_block(const uint8_t* codes, T* y, bool stream, const Source& source) {
+  using P = Pack<compute_t<T>>;
+  for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
+    const P v = level<T>(Lanes<P>::load_codes(codes + i), source.at(i).alpha);
+    if (stream) Io<T>::stream(y + i, v);
+    else Io<T>::store(y + i, v);
+  }
+}
+
+template <class T>
+void dequantize_arithmetic(const Dequantize& args, int64_t begin, int64_t end) {
   const Dequantize a = args;
+  for_each_block<compute_t<T>>(a.steps, begin, end, [&](int64_t block, const auto& source) {
+    dequantize_block<T>(a, block, [&](const uint8_t* codes, T* y, bool stream) {
+      levels_block<T>(codes, y, stream, source);
+    });
+  });
+}
+
+#if CG_TABLE_BITS
+// In a 16-bit type the levels of one alpha are looked up in a register.
+template <class T>
+void dequantize_table(const Dequantize& args, int64_t begin, int64_t end) {
+  const Dequantize a = args;
+  const auto levels_of = [](float alpha) {
+    int16_t bits[Ordered::kCount];
+    for (int i = 0; i < Ordered::kCount; ++i) bits[i] = floor_bits<T>(level<T>(float(i % (1 << CG_TABLE_BITS)), alpha));
+    return Ordered::load(bits);
+  };
+  const float* alpha = static_cast<const float*>(a.steps.alpha);
+  int64_t channel = 0;
+  Ordered levels = levels_of(alpha[channel]);
+  for_each_block<float>(a.steps, begin, end, [&](int64_t block, const auto& source) {
+    dequantize_block<T>(a, block, [&](const uint8_t* codes, T* y, bool stream) {
+      if constexpr (std::is_same_v<std::decay_t<decltype(source)>, Uniform<float>>) {
+        if (source.channel != channel) levels = levels_of(alpha[channel = source.channel]);
+        int16_t* to = reinterpret_cast<int16_t*>(y);
+        for (int i = 0; i < kBlock; i += Ordered::kCount) {
+          const Ordered level = Ordered::look_up(levels, Ordered::load_codes(codes + i));
+          if (stream) Ordered::stream(to + i, level);
+          else Ordered::store(to + i, level);
+        }
+      } else {
+        levels_block<T>(codes, y, stream, source);
+      }
+    });
+  });
+}
+#endif  // CG_TABLE_BITS
+
+void dequantize(const Dequantize& a, int64_t begin, int64_t end) {
   with_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    using P = Pack<compute_t<T>>;
-    for_each_block<compute_t<T>>(a.steps, begin, end, [&](int64_t block, const auto& source) {
-      const int count = block_count(a.count, block);
-      uint8_t codes[kBlock];
-      read_codes(a.codes, block, count, packed_width(a.bits), codes);
-      T copy[kBlock];
-      T* y = count == kBlock ? static_cast<T*>(a.y) + block * kBlock : copy;
-      const bool stream = a.stream && count == kBlock;
-      for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
-        const P v = level<T>(Lanes<P>::load_codes(codes + i), source.at(i).alpha);
-        if (stream) Io<T>::stream(y + i, v);
-        else Io<T>::store(y + i, v);
-      }
-      if (count < kBlock) memcpy(static_cast<T*>(a.y) + block * kBlock, copy, count * sizeof(T));
-    });
+    bool done = false;
+#if CG_TABLE_BITS
+    if constexpr (sizeof(T) == 2) {
+      done = a.bits <= CG_TABLE_BITS;
+      if (done) dequantize_table<T>(a, begin, end);
+    }
+#endif
+    if (!done) dequantize_arithmetic<T>(a, begin, end);
     if (a.stream) stream_fence();
   });
 }

@@ -144,6 +144,11 @@ CG_HD __m256i bf16_round_bits(__m256 v) {
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   return _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
 }
+CG_HD __m256i bf16_round_or_quiet_bits(__m256 v) {
+  const __m256 quiet = _mm256_or_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x400000)));
+  const __m256 rounded = _mm256_castsi256_ps(bf16_round_bits(v)), is_nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+  return _mm256_castps_si256(_mm256_blendv_ps(rounded, quiet, is_nan));
+}
 CG_HD Floats keep_upper_half(__m256i u) {
   return _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
@@ -161,9 +166,7 @@ CG_HD Floats round_to<float>(Floats v) {
 }
 template <>
 CG_HD Floats round_to<bf16>(Floats v) {
-  const __m256 quiet = _mm256_or_ps(v.v, _mm256_castsi256_ps(_mm256_set1_epi32(0x400000)));
-  const __m256 rounded = _mm256_castsi256_ps(bf16_round_bits(v.v));
-  return keep_upper_half(_mm256_castps_si256(_mm256_blendv_ps(rounded, quiet, (v != v).m)));
+  return keep_upper_half(bf16_round_or_quiet_bits(v.v));
 }
 template <>
 CG_HD Floats round_level<bf16>(Floats v) {
@@ -179,6 +182,20 @@ CG_HD Doubles round_to(Doubles v) {
 }
 template <class T>
 CG_HD Doubles round_level(Doubles v) {
+  return v;
+}
+
+// Rounding for Io<T>::store, which itself rounds to f16 and drops the lower half for bf16.
+template <class T>
+CG_HD Floats round_for_store(Floats v) {
+  return v;
+}
+template <>
+CG_HD Floats round_for_store<bf16>(Floats v) {
+  return _mm256_castsi256_ps(bf16_round_or_quiet_bits(v.v));
+}
+template <class T>
+CG_HD Doubles round_for_store(Doubles v) {
   return v;
 }
 
@@ -232,6 +249,9 @@ struct Ordered {
     const __m128i low = _mm256_castsi256_si128(a.v), high = _mm256_extracti128_si256(a.v, 1);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(low, high));
   }
+  static CG_HD Ordered load_codes(const uint8_t* p) {
+    return {_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
   static CG_HD uint64_t bits(Mask m) {
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
     return static_cast<uint32_t>(_mm_movemask_epi8(bytes));
@@ -266,6 +286,72 @@ CG_HD void keep_bits(const U* from, U* to, uint64_t bits, bool stream) {
     if (stream) _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), v);
     else _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), v);
   }
+}
+
+// A half of the codes, loaded in the pieces that they may have been stored in: a load wider than the stores before it
+// waits for them to leave the store buffer.
+CG_HD __m256i load_stored_codes(const uint8_t* codes) {
+  const auto sixteen = [](const uint8_t* p) {
+    const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(low), reinterpret_cast<const __m64*>(p + 8)));
+  };
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(sixteen(codes)), sixteen(codes + 16), 1);
+}
+CG_HD uint64_t sign_bits(__m256i low, __m256i high) {
+  return static_cast<uint32_t>(_mm256_movemask_epi8(low)) |
+         static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(high))) << 32;
+}
+// A sum of products gathers neighbouring fields, two at a time.
+template <int kWidth>
+CG_HD void pack_codes(const uint8_t* codes, uint8_t* packed) {
+  const __m256i low = load_stored_codes(codes), high = load_stored_codes(codes + 32);
+  if constexpr (kWidth == 1) {
+    const uint64_t bits = sign_bits(_mm256_slli_epi16(low, 7), _mm256_slli_epi16(high, 7));
+    memcpy(packed, &bits, sizeof(bits));
+  } else if constexpr (kWidth == 2) {
+    const auto dwords = [](__m256i v) {
+      return _mm256_madd_epi16(_mm256_maddubs_epi16(v, _mm256_set1_epi16(0x0401)), _mm256_set1_epi32(0x00100001));
+    };
+    const __m256i words = _mm256_packus_epi32(dwords(low), dwords(high)), bytes = _mm256_packus_epi16(words, words);
+    const __m256i in_order = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm256_castsi256_si128(in_order));
+  } else if constexpr (kWidth == 4) {
+    const __m256i pair = _mm256_set1_epi16(0x1001);
+    const __m256i bytes = _mm256_packus_epi16(_mm256_maddubs_epi16(low, pair), _mm256_maddubs_epi16(high, pair));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), _mm256_permute4x64_epi64(bytes, 0xd8));
+  } else {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), low);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed + 32), high);
+  }
+}
+template <int kWidth>
+CG_HD void unpack_codes(const uint8_t* packed, uint8_t* codes) {
+  for (int half = 0; half < 2; ++half, packed += 4 * kWidth) {
+    __m256i v;
+    if constexpr (kWidth == 1) {
+      int bits;
+      memcpy(&bits, packed, sizeof(bits));
+      const __m256i of_byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+      const __m256i place = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201u));
+      const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(bits), of_byte);
+      v = _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(bytes, place), place), _mm256_set1_epi8(1));
+    } else if constexpr (kWidth == 2) {
+      const __m256i dwords = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
+      v = _mm256_or_si256(dwords, _mm256_slli_epi32(dwords, 12));
+      v = _mm256_and_si256(_mm256_or_si256(v, _mm256_slli_epi32(v, 6)), _mm256_set1_epi8(3));
+    } else if constexpr (kWidth == 4) {
+      const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+      v = _mm256_and_si256(_mm256_or_si256(words, _mm256_slli_epi16(words, 4)), _mm256_set1_epi8(15));
+    } else {
+      v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + 32 * half), v);
+  }
+}
+CG_HD uint64_t nonzero_codes(const uint8_t* codes) {
+  const __m256i* p = reinterpret_cast<const __m256i*>(codes);
+  const __m256i zero = _mm256_setzero_si256();
+  return ~sign_bits(_mm256_cmpeq_epi8(_mm256_loadu_si256(p), zero), _mm256_cmpeq_epi8(_mm256_loadu_si256(p + 1), zero));
 }
 
 template <class P>

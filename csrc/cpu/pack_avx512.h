@@ -114,6 +114,10 @@ CG_HD __m512i bf16_round_bits(__m512 v) {
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   return _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
 }
+CG_HD __m512i bf16_round_or_quiet_bits(__m512 v) {
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_mask_or_epi32(bf16_round_bits(v), is_nan, _mm512_castps_si512(v), _mm512_set1_epi32(0x400000));
+}
 CG_HD Floats keep_upper_half(__m512i u) {
   return _mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
@@ -131,8 +135,7 @@ CG_HD Floats round_to<float>(Floats v) {
 }
 template <>
 CG_HD Floats round_to<bf16>(Floats v) {
-  const __m512i quiet = _mm512_or_si512(_mm512_castps_si512(v.v), _mm512_set1_epi32(0x400000));
-  return keep_upper_half(_mm512_mask_blend_epi32((v != v).m, bf16_round_bits(v.v), quiet));
+  return keep_upper_half(bf16_round_or_quiet_bits(v.v));
 }
 template <>
 CG_HD Floats round_level<bf16>(Floats v) {
@@ -148,6 +151,20 @@ CG_HD Doubles round_to(Doubles v) {
 }
 template <class T>
 CG_HD Doubles round_level(Doubles v) {
+  return v;
+}
+
+// Rounding for Io<T>::store, which itself rounds to f16 and drops the lower half for bf16.
+template <class T>
+CG_HD Floats round_for_store(Floats v) {
+  return v;
+}
+template <>
+CG_HD Floats round_for_store<bf16>(Floats v) {
+  return _mm512_castsi512_ps(bf16_round_or_quiet_bits(v.v));
+}
+template <class T>
+CG_HD Doubles round_for_store(Doubles v) {
   return v;
 }
 
@@ -196,6 +213,9 @@ struct Ordered {
   static CG_HD void store_codes(uint8_t* p, Ordered a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(a.v));
   }
+  static CG_HD Ordered load_codes(const uint8_t* p) {
+    return {_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
   static CG_HD uint64_t bits(Mask m) { return m; }
   static CG_HD Ordered look_up(Ordered table, Ordered index) { return {_mm512_permutexvar_epi16(index.v, table.v)}; }
   static CG_HD Ordered add(Ordered a, Ordered b) { return {_mm512_add_epi16(a.v, b.v)}; }
@@ -220,6 +240,59 @@ CG_HD void keep_bits(const U* from, U* to, uint64_t bits, bool stream) {
     if (stream) _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), v);
     else _mm512_storeu_si512(to + i, v);
   }
+}
+
+// The codes are loaded in the pieces that they may have been stored in: a load wider than the stores before it waits
+// for them to leave the store buffer.
+CG_HD __m512i load_stored_codes(const uint8_t* codes) {
+  const __m128i* p = reinterpret_cast<const __m128i*>(codes);
+  __m512i v = _mm512_castsi128_si512(_mm_loadu_si128(p));
+  v = _mm512_inserti32x4(v, _mm_loadu_si128(p + 1), 1);
+  v = _mm512_inserti32x4(v, _mm_loadu_si128(p + 2), 2);
+  return _mm512_inserti32x4(v, _mm_loadu_si128(p + 3), 3);
+}
+// A sum of products gathers neighbouring fields, two at a time.
+template <int kWidth>
+CG_HD void pack_codes(const uint8_t* codes, uint8_t* packed) {
+  const __m512i v = load_stored_codes(codes);
+  if constexpr (kWidth == 1) {
+    const uint64_t bits = _mm512_test_epi8_mask(v, v);
+    memcpy(packed, &bits, sizeof(bits));
+  } else if constexpr (kWidth == 2) {
+    const __m512i words = _mm512_maddubs_epi16(v, _mm512_set1_epi16(0x0401));
+    const __m512i dwords = _mm512_madd_epi16(words, _mm512_set1_epi32(0x00100001));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi32_epi8(dwords));
+  } else if constexpr (kWidth == 4) {
+    const __m512i words = _mm512_maddubs_epi16(v, _mm512_set1_epi16(0x1001));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), _mm512_cvtepi16_epi8(words));
+  } else {
+    _mm512_storeu_si512(packed, v);
+  }
+}
+template <int kWidth>
+CG_HD void unpack_codes(const uint8_t* packed, uint8_t* codes) {
+  __m512i v;
+  if constexpr (kWidth == 1) {
+    uint64_t bits;
+    memcpy(&bits, packed, sizeof(bits));
+    v = _mm512_maskz_set1_epi8(bits, 1);
+  } else if constexpr (kWidth == 2) {
+    const __m512i dwords = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+    v = _mm512_or_si512(dwords, _mm512_slli_epi32(dwords, 12));
+    v = _mm512_and_si512(_mm512_or_si512(v, _mm512_slli_epi32(v, 6)), _mm512_set1_epi8(3));
+  } else if constexpr (kWidth == 4) {
+    const __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+    v = _mm512_and_si512(_mm512_or_si512(words, _mm512_slli_epi16(words, 4)), _mm512_set1_epi8(15));
+  } else {
+    v = _mm512_loadu_si512(packed);
+  }
+  _mm512_storeu_si512(codes, v);
+}
+// By halves: a whole register loaded just after it was stored waits too.
+CG_HD uint64_t nonzero_codes(const uint8_t* codes) {
+  const __m256i* p = reinterpret_cast<const __m256i*>(codes);
+  const __m256i low = _mm256_loadu_si256(p), high = _mm256_loadu_si256(p + 1);
+  return _mm256_test_epi8_mask(low, low) | static_cast<uint64_t>(_mm256_test_epi8_mask(high, high)) << 32;
 }
 
 template <class P>
@@ -258,6 +331,33 @@ struct SmallTable<Floats> {
     return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(bytes), entries);
   }
 };
+
+// times_slopes_block of backward.inl for 32 numbers of bf16 at a time: those in even and those in odd places become
+// floats by a shift and a mask, and are rounded together as the upper and lower halves of their bits. A NaN of dy has
+// nothing in its lower half and a product makes it quiet, so rounding keeps it; a NaN slope is made so first.
+CG_HD void times_slopes_block(const bf16* grad_y, const uint8_t* codes, const SmallTable<Floats>& table, bf16* grad_x,
+                              bool stream) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  const Floats entries(table.entries), slopes = select(entries != entries, round_to<bf16>(entries), entries);
+  const auto product = [&](__m512i dy, __m512i index) {
+    const Floats slope = _mm512_permutexvar_ps(index, slopes.v);  // which heeds the low 4 bits of an index
+    return _mm512_castps_si512(times_slope(Floats(_mm512_castsi512_ps(dy)), slope).v);
+  };
+  constexpr __mmask32 kOdd = 0xaaaaaaaa;
+  for (int i = 0; i < 64; i += 32) {
+    const __m512i dy = _mm512_loadu_si512(grad_y + i);
+    const __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i)));
+    const __m512i even = product(_mm512_slli_epi32(dy, 16), index);
+    const __m512i odd = product(_mm512_and_si512(dy, upper), _mm512_srli_epi32(index, 16));
+    const __m512i high = _mm512_mask_blend_epi16(kOdd, _mm512_srli_epi32(even, 16), odd);
+    const __m512i low = _mm512_mask_blend_epi16(kOdd, even, _mm512_slli_epi32(odd, 16));
+    const __m512i one = _mm512_set1_epi16(1), half = _mm512_set1_epi16(static_cast<short>(0x8000));
+    const __m512i beyond_even = _mm512_adds_epu16(low, _mm512_and_si512(high, one));
+    const __m512i dx = _mm512_mask_add_epi16(high, _mm512_cmpgt_epu16_mask(beyond_even, half), high, one);
+    if (stream) _mm512_stream_si512(reinterpret_cast<__m512i*>(grad_x + i), dx);
+    else _mm512_storeu_si512(grad_x + i, dx);
+  }
+}
 
 // Streamed stores are weakly ordered: fence before another thread may read.
 CG_HD void stream_fence() { _mm_sfence(); }

@@ -3,14 +3,18 @@
 //   Pack<A>             numbers of compute type A: the operations of math/macros.h
 //   Lanes<P>            kCount; masks to and from bits; codes to and from bytes; the sum over lanes
 //   Io<T>               load; store and stream (past the caches, aligned) a pack whose numbers are numbers of T
+//   round_for_store<T>  what is left to do for Io<T>::store of any number to store it rounded to T
 //   LargeTable<P>       at(codes): the entries of a table of up to 256 numbers for a pack's codes, from memory
 //   SmallTable<P>       the same for up to kSize numbers, from registers; none where kSize is 0
 //   Ordered             16-bit numbers as signed integers, in the order of their bits (dtype.h), and tables of
 //                       2^CG_TABLE_BITS of them; none here
 //   keep_bits(...)      64 elements of raw bits, kept where the mask says, else zero
+//   pack_codes<w>(...)  64 codes, a byte each, to w bits each (math/bits.h); and unpack_codes<w>(...) back
+//   nonzero_codes(...)  the bits of c > 0 of 64 codes
 #pragma once
 
 #include "../math/alpha_grad.h"
+#include "../math/bits.h"
 
 #define CG_TABLE_BITS 0
 
@@ -31,6 +35,10 @@ struct Lanes {
   static CG_HD A sum(A v) { return v; }
 };
 
+template <class T>
+CG_HD compute_t<T> round_for_store(compute_t<T> v) {
+  return v;
+}
 CG_HD float widen(float v) { return v; }
 CG_HD double widen(double v) { return v; }
 CG_HD float widen(bf16 v) { return to_float(v); }
@@ -50,6 +58,30 @@ struct Io {
 template <class U>
 CG_HD void keep_bits(const U* from, U* to, uint64_t bits, bool) {
   for (int i = 0; i < 64; ++i) to[i] = (bits >> i) & 1 ? from[i] : U(0);
+}
+
+template <int kWidth>
+CG_HD void pack_codes(const uint8_t* codes, uint8_t* packed) {
+  for (int i = 0; i < 8; ++i) {
+    uint64_t eight;
+    memcpy(&eight, codes + 8 * i, 8);
+    eight = ByteFields<kWidth>::gather(eight);
+    memcpy(packed + kWidth * i, &eight, kWidth);
+  }
+}
+template <int kWidth>
+CG_HD void unpack_codes(const uint8_t* packed, uint8_t* codes) {
+  for (int i = 0; i < 8; ++i) {
+    uint64_t eight = 0;
+    memcpy(&eight, packed + kWidth * i, kWidth);
+    eight = ByteFields<kWidth>::scatter(eight);
+    memcpy(codes + 8 * i, &eight, 8);
+  }
+}
+CG_HD uint64_t nonzero_codes(const uint8_t* codes) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 64; ++i) bits |= static_cast<uint64_t>(codes[i] != 0) << i;
+  return bits;
 }
 
 template <class A>
