@@ -5,14 +5,12 @@
 //   Io<T>               load; store and stream (past the caches, aligned) a pack whose numbers are numbers of T
 //   LargeTable<P>       at(codes): the entries of a table of up to 256 numbers for a pack's codes, from memory
 //   SmallTable<P>       the same for up to kSize numbers, from registers; none where kSize is 0
-//   Ordered             16-bit numbers as signed integers, in the order of their bits (dtype.h), and tables of
-//                       2^CG_TABLE_BITS of them; none here
+//   Ordered<T>          numbers of T as ordered_t<T> (dtype.h), and look_up(): table entries by indices, which begin at
+//                       kIndexStart and count in kIndexUnit; for staircases of up to kMaxBits
 //   keep_bits(...)      64 elements of raw bits, kept where the mask says, else zero
 #pragma once
 
 #include "../math/alpha_grad.h"
-
-#define CG_TABLE_BITS 0
 
 namespace cg::CG_ISA {
 
@@ -61,6 +59,11 @@ struct LargeTable {
 template <class A>
 struct SmallTable {
   static constexpr int kSize = 0;
+};
+
+template <class T>
+struct Ordered {
+  static constexpr int kMaxBits = 0;
 };
 
 CG_HD void stream_fence() {}
