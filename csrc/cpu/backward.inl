@@ -122,24 +122,26 @@ void backward_kept(const Backward& args, int64_t begin, int64_t end) {
   using U = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
   const Backward a = args;
   ChannelSums<A> sums(a);
-  for_each_block<A, false>(a.steps, begin, end, [&](int64_t block, const auto& source) {
-    const int count = block_count(a.count, block);
-    KeptBlock kept;
-    read_kept(a, block, count, kept);
-    if (a.grad_x) backward_gate<U>(a, block, count, kept.gate);
-    if (!a.partial) return;
-    T copy[kBlock];
-    const T* grad_y = read_block(static_cast<const T*>(a.grad_y), block, count, copy);
-    sums.start(block, source);
-    for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
-      const P dy = Io<T>::load(grad_y + i);
-      if (a.codes) {
-        sums.add(source, i, masked_product(dy, Lanes<P>::load_codes(kept.codes + i)));
-      } else {
-        sums.add_flagged(source, i, dy, Lanes<P>::mask(kept.inside >> i), Lanes<P>::mask(kept.above >> i));
+  for_each_range<A, false>(a.steps, begin, end, [&](int64_t first, int64_t last, const auto& source) {
+    for (int64_t block = first; block < last; ++block) {
+      const int count = block_count(a.count, block);
+      KeptBlock kept;
+      read_kept(a, block, count, kept);
+      if (a.grad_x) backward_gate<U>(a, block, count, kept.gate);
+      if (!a.partial) continue;
+      T copy[kBlock];
+      const T* grad_y = read_block(static_cast<const T*>(a.grad_y), block, count, copy);
+      sums.start(block, source);
+      for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
+        const P dy = Io<T>::load(grad_y + i);
+        if (a.codes) {
+          sums.add(source, i, masked_product(dy, Lanes<P>::load_codes(kept.codes + i)));
+        } else {
+          sums.add_flagged(source, i, dy, Lanes<P>::mask(kept.inside >> i), Lanes<P>::mask(kept.above >> i));
+        }
       }
+      sums.finish(block, source);
     }
-    sums.finish(block, source);
   });
 }
 
@@ -219,34 +221,33 @@ void backward_x(const Backward& args, int64_t begin, int64_t end) {
     if (a.steps.regular) dx_run<T, SteT, k16>(x, grad_y, dx, count, stream, source, q);
     else dx_run<T, SteT, false>(x, grad_y, dx, count, stream, source, q);
   };
-  if (!a.partial && a.steps.channels == 1) {  // all whole blocks at once
-    const int64_t whole = end < a.count / kBlock ? end : a.count / kBlock;
-    if (begin < whole) {
-      for_each_block<A>(a.steps, begin, begin + 1, [&](int64_t, const auto& source) {
-        const int64_t first = begin * kBlock;
-        dx_of(static_cast<const T*>(a.x) + first, static_cast<const T*>(a.grad_y) + first,
-              static_cast<T*>(a.grad_x) + first, (whole - begin) * kBlock, a.stream, source);
-      });
-      begin = whole;
-    }
-  }
   ChannelSums<A> sums(a);
-  for_each_block<A>(a.steps, begin, end, [&](int64_t block, const auto& source) {
-    const int count = block_count(a.count, block);
-    T x_copy[kBlock], dy_copy[kBlock], dx_copy[kBlock];
-    const T* x = read_block(static_cast<const T*>(a.x), block, count, x_copy);
-    const T* grad_y = read_block(static_cast<const T*>(a.grad_y), block, count, dy_copy);
-    if (a.grad_x) {
-      const bool whole = count == kBlock;
-      T* grad_x = static_cast<T*>(a.grad_x) + block * kBlock;
-      T* dx = whole ? grad_x : dx_copy;
-      dx_of(x, grad_y, dx, kBlock, whole && a.stream, source);
-      if (!whole) memcpy(grad_x, dx_copy, count * sizeof(T));
+  for_each_range<A>(a.steps, begin, end, [&](int64_t first, int64_t last, const auto& source) {
+    if (!a.partial) {  // all whole blocks at once
+      const int64_t whole = last < a.count / kBlock ? last : a.count / kBlock, at = first * kBlock;
+      if (first < whole) {
+        dx_of(static_cast<const T*>(a.x) + at, static_cast<const T*>(a.grad_y) + at, static_cast<T*>(a.grad_x) + at,
+              (whole - first) * kBlock, a.stream, source);
+        first = whole;
+      }
     }
-    if (!a.partial) return;
-    sums.start(block, source);
-    add_terms<T, SteT>(a, x, grad_y, source, sums);
-    sums.finish(block, source);
+    for (int64_t block = first; block < last; ++block) {
+      const int count = block_count(a.count, block);
+      T x_copy[kBlock], dy_copy[kBlock], dx_copy[kBlock];
+      const T* x = read_block(static_cast<const T*>(a.x), block, count, x_copy);
+      const T* grad_y = read_block(static_cast<const T*>(a.grad_y), block, count, dy_copy);
+      if (a.grad_x) {
+        const bool whole = count == kBlock;
+        T* grad_x = static_cast<T*>(a.grad_x) + block * kBlock;
+        T* dx = whole ? grad_x : dx_copy;
+        dx_of(x, grad_y, dx, kBlock, whole && a.stream, source);
+        if (!whole) memcpy(grad_x, dx_copy, count * sizeof(T));
+      }
+      if (!a.partial) continue;
+      sums.start(block, source);
+      add_terms<T, SteT>(a, x, grad_y, source, sums);
+      sums.finish(block, source);
+    }
   });
 }
 

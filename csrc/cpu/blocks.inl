@@ -42,10 +42,10 @@ CG_HD void for_each_run(const Steps& steps, int64_t block, const Body& body) {
   }
 }
 
-// body(block, source) for each block, with the source of alpha that fits it; without kSteps the source only tells
-// whether the block has one channel, and which.
+// body(first, last, source) for ranges of blocks, with the source of alpha that fits them; without kSteps the source only
+// tells whether a block has one channel, and which. Blocks of more channels than one come one by one.
 template <class A, bool kSteps = true, class Body>
-CG_HD void for_each_block(const Steps& steps, int64_t begin, int64_t end, const Body& body) {
+CG_HD void for_each_range(const Steps& steps, int64_t begin, int64_t end, const Body& body) {
   const A* alpha = static_cast<const A*>(steps.alpha);
   const A* inverse = static_cast<const A*>(steps.inverse);
   const auto uniform = [&](int64_t channel) {
@@ -53,20 +53,22 @@ CG_HD void for_each_block(const Steps& steps, int64_t begin, int64_t end, const 
     else return Uniform<A>{{}, channel};
   };
   if (steps.channels == 1) {
-    const Uniform<A> one = uniform(0);
-    for (int64_t block = begin; block < end; ++block) body(block, one);
+    body(begin, end, uniform(0));
     return;
   }
-  for (int64_t block = begin; block < end; ++block) {
+  for (int64_t block = begin; block < end;) {
     const int64_t start = block * kBlock;
     if (steps.inner == 1) {
       const int64_t channel = start % steps.channels;
-      body(block, Varying<A>{alpha + channel, inverse + channel});
+      body(block, block + 1, Varying<A>{alpha + channel, inverse + channel});
+      ++block;
       continue;
     }
-    const int64_t segment = start / steps.inner;
-    if (start + kBlock <= (segment + 1) * steps.inner) {
-      body(block, uniform(segment % steps.channels));
+    const int64_t segment = start / steps.inner, whole = (segment + 1) * steps.inner / kBlock;
+    if (block < whole) {
+      const int64_t last = whole < end ? whole : end;
+      body(block, last, uniform(segment % steps.channels));
+      block = last;
       continue;
     }
     A alphas[kBlock], inverses[kBlock];
@@ -75,7 +77,8 @@ CG_HD void for_each_block(const Steps& steps, int64_t begin, int64_t end, const 
         for (int i = first; i < last; ++i) alphas[i] = alpha[channel], inverses[i] = inverse[channel];
       });
     }
-    body(block, Varying<A>{alphas, inverses});
+    body(block, block + 1, Varying<A>{alphas, inverses});
+    ++block;
   }
 }
 
@@ -112,14 +115,14 @@ CG_HD void read_packed(const uint8_t* from, int64_t block, int count, uint64_t* 
   }
 }
 
-CG_HD void write_mask(uint8_t* to, MaskKind kind, int64_t block, int count, uint64_t positive, uint64_t above) {
-  const uint64_t inside = positive & ~above;
+CG_HD void write_mask(uint8_t* to, MaskKind kind, int64_t block, int count, uint64_t inside, uint64_t above) {
   if (kind == MaskKind::state) {
     const uint64_t words[2] = {spread_bits(inside) | spread_bits(above) << 1,
                                spread_bits(inside >> 32) | spread_bits(above >> 32) << 1};
     write_packed<2>(to, block, count, words);
   } else {
-    write_packed<1>(to, block, count, kind == MaskKind::inside ? &inside : &positive);
+    if (kind == MaskKind::positive) inside |= above;
+    write_packed<1>(to, block, count, &inside);
   }
 }
 

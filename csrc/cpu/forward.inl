@@ -10,156 +10,157 @@ CG_HD Quantized<P> quantize_pack(P x, const StepPack<compute_t<T>>& step, P q) {
 }
 
 template <class T, Rounding R, bool kRegular, bool kCodes, class Source>
-CG_HD void forward_block(const Forward& a, int64_t block, const Source& source) {
+void forward_range(const Forward& args, int64_t first, int64_t last, const Source& source) {
   using A = compute_t<T>;
   using P = Pack<A>;
-  const int count = block_count(a.count, block);
+  const Forward a = args;  // a copy of its own: stores through char pointers cannot change it
   const P q(A((1 << a.bits) - 1));
-  T x_copy[kBlock], y_copy[kBlock];
-  const T* x = read_block(static_cast<const T*>(a.x), block, count, x_copy);
-  const bool whole = a.y && count == kBlock, stream = whole && a.stream;
-  T* y = whole ? static_cast<T*>(a.y) + block * kBlock : y_copy;
-  uint8_t codes[kBlock];
-  uint64_t positive = 0, above = 0;
-  for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
-    const StepPack<A> step = source.at(i);
-    const P v = Io<T>::load(x + i);
-    const Quantized<P> result = quantize_pack<T, R, kRegular>(v, step, q);
-    if (stream) Io<T>::stream(y + i, result.y);
-    else Io<T>::store(y + i, result.y);
-    positive |= Lanes<P>::bits(is_positive(v)) << i;
-    above |= Lanes<P>::bits(v > level<T>(q, step.alpha)) << i;
-    if constexpr (kCodes) Lanes<P>::store_codes(codes + i, result.code);
+  for (int64_t block = first; block < last; ++block) {
+    const int count = block_count(a.count, block);
+    T x_copy[kBlock], y_copy[kBlock];
+    const T* x = read_block(static_cast<const T*>(a.x), block, count, x_copy);
+    const bool whole = a.y && count == kBlock, stream = whole && a.stream;
+    T* y = whole ? static_cast<T*>(a.y) + block * kBlock : y_copy;
+    uint8_t codes[kBlock];
+    uint64_t positive = 0, above = 0;
+    for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
+      const StepPack<A> step = source.at(i);
+      const P v = Io<T>::load(x + i);
+      const Quantized<P> result = quantize_pack<T, R, kRegular>(v, step, q);
+      if (stream) Io<T>::stream(y + i, result.y);
+      else Io<T>::store(y + i, result.y);
+      positive |= Lanes<P>::bits(is_positive(v)) << i;
+      above |= Lanes<P>::bits(v > level<T>(q, step.alpha)) << i;
+      if constexpr (kCodes) Lanes<P>::store_codes(codes + i, result.code);
+    }
+    if (a.y && count < kBlock) memcpy(static_cast<T*>(a.y) + block * kBlock, y_copy, count * sizeof(T));
+    if (a.mask) write_mask(a.mask, a.kind, block, count, positive & ~above, above);
+    if constexpr (kCodes) write_codes(a.codes, block, count, packed_width(a.bits), codes);
   }
-  if (a.y && count < kBlock) memcpy(static_cast<T*>(a.y) + block * kBlock, y_copy, count * sizeof(T));
-  if (a.mask) write_mask(a.mask, a.kind, block, count, positive, above);
-  if constexpr (kCodes) write_codes(a.codes, block, count, packed_width(a.bits), codes);
 }
 
-#if CG_TABLE_BITS
-// The staircase of one alpha in a 16-bit type as two small tables in registers: x is searched in the thresholds, the
-// code looked up in the levels. That takes fewer instructions than the arithmetic, and no conversion. (In float32 the
-// arithmetic was faster from 2 bits up.)
+// The staircase of one alpha as small tables in registers, for the few bits for which a search takes less time than the
+// arithmetic. kBits comparisons with a threshold each halve the codes that are left; which threshold comes next, and the
+// level in the end, are looked up by what came out before: bit d of an index is the comparison d.
 template <class T, Rounding R, int kBits>
 struct Table {
-  static constexpr int kTop = (1 << kBits) - 1;
-  static constexpr bool kStraight = kBits <= 2;  // one comparison after the other, a level at a time
-  Ordered thresholds, levels, top, each_threshold[3], each_level[3];
+  using O = Ordered<T>;
+  using Element = typename O::Element;
+  using Index = typename O::Index;
+  static constexpr int kPacks = kBlock / O::kCount;
+  static constexpr int registers(int comparison) {
+    return 1 << comparison <= O::kEntries ? 1 : (1 << comparison) / O::kEntries;
+  }
+  static constexpr int kTop = (1 << kBits) - 1, kLast = kBits - 1, kRegisters = registers(kLast);
+  O thresholds[kBits][kRegisters], below[kRegisters], above[kRegisters], top;
+
+  // For each outcome of the comparisons before the given one, the entry of the lowest code that it leaves.
+  static CG_HD void fill(O* packs, int comparison, const Element* of_code) {
+    Element entries[kRegisters * O::kCount];
+    const int count = registers(comparison) * O::kCount;
+    for (int i = 0; i < count; ++i) {
+      const int outcome = i / O::kCount * O::kEntries + i % O::kEntries;
+      int code = 0;
+      for (int d = 0; d < comparison; ++d) code |= (outcome >> d & 1) << (kLast - d);
+      entries[i] = of_code[code];
+    }
+    for (int i = 0; i < registers(comparison); ++i) packs[i] = O::load(entries + i * O::kCount);
+  }
 
   explicit CG_HD Table(float alpha) {
-    int16_t threshold_bits[Ordered::kCount], level_bits[Ordered::kCount];
-    for (int i = 0; i < Ordered::kCount; ++i) {
-      const int k = i & kTop;
-      threshold_bits[i] = k == 0 ? int16_t{0} : floor_bits<T>(threshold<T, R>(float(k), alpha));
-      level_bits[i] = floor_bits<T>(level<T>(float(k), alpha));
+    Element all_thresholds[kTop + 1], all_levels[kTop + 1];
+    for (int k = 0; k <= kTop; ++k) {
+      all_thresholds[k] = ordered_floor<T>(threshold<T, R>(float(k), alpha));
+      all_levels[k] = ordered_floor<T>(level<T>(float(k), alpha));
     }
-    thresholds = Ordered::load(threshold_bits);
-    levels = Ordered::load(level_bits);
-    top = Ordered::all(level_bits[kTop]);
-    if constexpr (kStraight) {
-      for (int k = 1; k <= kTop; ++k) {
-        each_threshold[k - 1] = Ordered::all(threshold_bits[k]);
-        each_level[k - 1] = Ordered::all(level_bits[k]);
-      }
-    }
+    for (int d = 0; d < kBits; ++d) fill(thresholds[d], d, all_thresholds + (1 << (kLast - d)));
+    fill(below, kLast, all_levels);
+    fill(above, kLast, all_levels + 1);
+    top = O::all(all_levels[kTop]);
   }
 
-  CG_HD Ordered level_of(Ordered x) const {
-    if constexpr (!kStraight) {
-      return Ordered::look_up(levels, search(x));
+  // The levels of a block's x, and their codes where kCodes; all its packs side by side, as a comparison waits for the
+  // one before it.
+  template <bool kCodes, int kComparison = 0>
+  CG_HD void search(const O (&x)[kPacks], Index (&index)[kPacks], Index (&codes)[kPacks], O (&levels)[kPacks]) const {
+    constexpr int kCount = registers(kComparison);
+    O at[kPacks];
+    typename O::Mask greater[kPacks];
+    for (int i = 0; i < kPacks; ++i) {
+      at[i] = O::template look_up<kCount>(thresholds[kComparison], index[i]);
+      greater[i] = O::greater(x[i], at[i]);
+      if constexpr (kCodes) codes[i] = O::raise(codes[i], greater[i], 1 << (kLast - kComparison));
+    }
+    if constexpr (kComparison < kLast) {
+      for (int i = 0; i < kPacks; ++i) index[i] = O::raise(index[i], greater[i], O::kIndexUnit << kComparison);
+      search<kCodes, kComparison + 1>(x, index, codes, levels);
     } else {
-      Ordered level = Ordered::select(Ordered::greater(x, each_threshold[0]), each_level[0], Ordered::all(0));
-      for (int k = 1; k < kTop; ++k) {
-        level = Ordered::select(Ordered::greater(x, each_threshold[k]), each_level[k], level);
+      for (int i = 0; i < kPacks; ++i) {  // under ceil a threshold is the level below it
+        const O low = R == Rounding::ceil ? at[i] : O::template look_up<kCount>(below, index[i]);
+        levels[i] = O::select(greater[i], O::template look_up<kCount>(above, index[i]), low);
       }
-      return level;
     }
-  }
-
-  CG_HD Ordered search(Ordered x) const {
-    Ordered code = Ordered::all(0);
-    for (int step = 1 << (kBits - 1); step > 0; step /= 2) {
-      const Ordered up = Ordered::all(step);
-      const Ordered threshold = Ordered::look_up(thresholds, Ordered::add(code, up));
-      code = Ordered::add_where(Ordered::greater(x, threshold), code, up);
-    }
-    return code;
   }
 };
 
-template <class T, Rounding R, int kBits, bool kCodes>
-CG_HD void forward_table_block(const Forward& a, int64_t block, const Table<T, R, kBits>& table) {
-  const int count = block_count(a.count, block);
-  int16_t x_copy[kBlock], y_copy[kBlock];
-  const int16_t* x = read_block(static_cast<const int16_t*>(a.x), block, count, x_copy);
-  const bool whole = a.y && count == kBlock, stream = whole && a.stream;
-  int16_t* y = whole ? static_cast<int16_t*>(a.y) + block * kBlock : y_copy;
-  uint8_t codes[kBlock];
-  uint64_t positive = 0, above = 0;
-  const Ordered zero = Ordered::all(0), infinity = Ordered::all(kInfinityBits<T>);
-  for (int i = 0; i < kBlock; i += Ordered::kCount) {
-    const Ordered v = Ordered::load(x + i);
-    const auto is_nan = Ordered::greater(Ordered::magnitude(v), infinity);
-    Ordered code, level;
-    if constexpr (kCodes) {
-      code = table.search(v);
-      level = Ordered::look_up(table.levels, code);
-    } else {
-      level = table.level_of(v);
-    }
-    level = Ordered::select(is_nan, v, level);
-    if (stream) Ordered::stream(y + i, level);
-    else Ordered::store(y + i, level);
-    const uint64_t nan = Ordered::bits(is_nan);
-    positive |= (Ordered::bits(Ordered::greater(v, zero)) | nan) << i;
-    above |= (Ordered::bits(Ordered::greater(v, table.top)) & ~nan) << i;
-    if constexpr (kCodes) {
-      Ordered::store_codes(codes + i, Ordered::select(is_nan, Ordered::all(Table<T, R, kBits>::kTop), code));
-    }
-  }
-  if (a.y && count < kBlock) memcpy(static_cast<int16_t*>(a.y) + block * kBlock, y_copy, count * sizeof(T));
-  if (a.mask) write_mask(a.mask, a.kind, block, count, positive, above);
-  if constexpr (kCodes) write_codes(a.codes, block, count, packed_width(a.bits), codes);
-}
-
 template <class T, Rounding R, bool kCodes, int kBits>
-void forward_table(const Forward& args, int64_t begin, int64_t end) {
+void forward_table(const Forward& args, int64_t first, int64_t last, const Uniform<float>& source) {
+  using O = Ordered<T>;
+  using Element = typename O::Element;
+  constexpr int kPacks = kBlock / O::kCount;
   const Forward a = args;
-  const float* alpha = static_cast<const float*>(a.steps.alpha);
-  int64_t channel = 0;
-  Table<T, R, kBits> table(alpha[channel]);
-  for_each_block<float>(a.steps, begin, end, [&](int64_t block, const auto& source) {
-    if constexpr (std::is_same_v<std::decay_t<decltype(source)>, Uniform<float>>) {
-      if (source.channel != channel) {
-        channel = source.channel;
-        table = Table<T, R, kBits>(alpha[channel]);
-      }
-      forward_table_block<T, R, kBits, kCodes>(a, block, table);
-    } else {
-      forward_block<T, R, true, kCodes>(a, block, source);
+  const Table<T, R, kBits> table(static_cast<const float*>(a.steps.alpha)[source.channel]);
+  for (int64_t block = first; block < last; ++block) {
+    const Element* x = static_cast<const Element*>(a.x) + block * kBlock;
+    if (block_count(a.count, block) < kBlock || O::any_nan(x)) {
+      forward_range<T, R, true, kCodes>(a, block, block + 1, source);
+      continue;
     }
-  });
+    Element y_unused[kBlock];
+    Element* y = a.y ? static_cast<Element*>(a.y) + block * kBlock : y_unused;
+    uint8_t codes[kBlock];
+    uint64_t inside = 0, above = 0;
+    O v[kPacks], levels[kPacks];
+    typename O::Index index[kPacks], code[kPacks];
+    for (int i = 0; i < kPacks; ++i) {
+      v[i] = O::load(x + i * O::kCount);
+      index[i] = O::indices(O::kIndexStart);
+      code[i] = O::indices(0);
+    }
+    table.template search<kCodes>(v, index, code, levels);
+    for (int i = 0; i < kPacks; ++i) {
+      const int at = i * O::kCount;
+      if (a.stream) O::stream(y + at, levels[i]);
+      else O::store(y + at, levels[i]);
+      inside |= O::bits(O::within(v[i], O::all(0), table.top)) << at;
+      if (a.kind != MaskKind::inside) above |= O::bits(O::greater(v[i], table.top)) << at;
+      if constexpr (kCodes) O::store_codes(codes + at, code[i]);
+    }
+    if (a.mask) write_mask(a.mask, a.kind, block, kBlock, inside, above);
+    if constexpr (kCodes) write_codes(a.codes, block, kBlock, packed_width(a.bits), codes);
+  }
 }
 
-#endif  // CG_TABLE_BITS
+// A table takes about as long to make as it saves in a block for each of its levels.
+template <class T, Rounding R, bool kCodes, int kBits = 1>
+void forward_uniform(const Forward& a, int64_t first, int64_t last, const Uniform<compute_t<T>>& source) {
+  if constexpr (kBits <= Ordered<T>::kMaxBits) {
+    if (a.bits != kBits) return forward_uniform<T, R, kCodes, kBits + 1>(a, first, last, source);
+    if (last - first >= 1 << kBits) return forward_table<T, R, kCodes, kBits>(a, first, last, source);
+  }
+  forward_range<T, R, true, kCodes>(a, first, last, source);
+}
 
 template <class T, Rounding R, bool kRegular, bool kCodes>
-void forward_arithmetic(const Forward& args, int64_t begin, int64_t end) {
-  const Forward a = args;  // a copy of its own: stores through char pointers cannot change it
-  for_each_block<compute_t<T>>(a.steps, begin, end, [&](int64_t block, const auto& source) {
-    forward_block<T, R, kRegular, kCodes>(a, block, source);
-  });
-}
-
-template <class T, Rounding R, bool kRegular, bool kCodes, int kBits = 1>
 void forward_best(const Forward& a, int64_t begin, int64_t end) {
-#if CG_TABLE_BITS
-  if constexpr (sizeof(T) == 2 && kBits <= CG_TABLE_BITS) {
-    if (a.bits == kBits) return forward_table<T, R, kCodes, kBits>(a, begin, end);
-    return forward_best<T, R, kRegular, kCodes, kBits + 1>(a, begin, end);
-  }
-#endif
-  forward_arithmetic<T, R, kRegular, kCodes>(a, begin, end);
+  using A = compute_t<T>;
+  for_each_range<A>(a.steps, begin, end, [&](int64_t first, int64_t last, const auto& source) {
+    if constexpr (kRegular && std::is_same_v<std::decay_t<decltype(source)>, Uniform<A>>) {
+      forward_uniform<T, R, kCodes>(a, first, last, source);
+    } else {
+      forward_range<T, R, kRegular, kCodes>(a, first, last, source);
+    }
+  });
 }
 
 template <class T, Rounding R, bool kRegular>
@@ -203,67 +204,50 @@ CG_HD void dequantize_block(const Dequantize& a, int64_t block, const Body& body
 }
 
 template <class T, class Source>
-CG_HD void levels_block(const uint8_t* codes, T* y, bool stream, const Source& source) {
+CG_HD void dequantize_range(const Dequantize& a, int64_t first, int64_t last, const Source& source) {
   using P = Pack<compute_t<T>>;
-  for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
-    const P v = level<T>(Lanes<P>::load_codes(codes + i), source.at(i).alpha);
-    if (stream) Io<T>::stream(y + i, v);
-    else Io<T>::store(y + i, v);
+  for (int64_t block = first; block < last; ++block) {
+    dequantize_block<T>(a, block, [&](const uint8_t* codes, T* y, bool stream) {
+      for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
+        const P v = level<T>(Lanes<P>::load_codes(codes + i), source.at(i).alpha);
+        if (stream) Io<T>::stream(y + i, v);
+        else Io<T>::store(y + i, v);
+      }
+    });
   }
 }
 
+// The levels of one alpha, looked up in a register.
 template <class T>
-void dequantize_arithmetic(const Dequantize& args, int64_t begin, int64_t end) {
-  const Dequantize a = args;
-  for_each_block<compute_t<T>>(a.steps, begin, end, [&](int64_t block, const auto& source) {
-    dequantize_block<T>(a, block, [&](const uint8_t* codes, T* y, bool stream) {
-      levels_block<T>(codes, y, stream, source);
-    });
-  });
-}
-
-#if CG_TABLE_BITS
-// In a 16-bit type the levels of one alpha are looked up in a register.
-template <class T>
-void dequantize_table(const Dequantize& args, int64_t begin, int64_t end) {
-  const Dequantize a = args;
-  const auto levels_of = [](float alpha) {
-    int16_t bits[Ordered::kCount];
-    for (int i = 0; i < Ordered::kCount; ++i) bits[i] = floor_bits<T>(level<T>(float(i % (1 << CG_TABLE_BITS)), alpha));
-    return Ordered::load(bits);
-  };
-  const float* alpha = static_cast<const float*>(a.steps.alpha);
-  int64_t channel = 0;
-  Ordered levels = levels_of(alpha[channel]);
-  for_each_block<float>(a.steps, begin, end, [&](int64_t block, const auto& source) {
-    dequantize_block<T>(a, block, [&](const uint8_t* codes, T* y, bool stream) {
-      if constexpr (std::is_same_v<std::decay_t<decltype(source)>, Uniform<float>>) {
-        if (source.channel != channel) levels = levels_of(alpha[channel = source.channel]);
-        int16_t* to = reinterpret_cast<int16_t*>(y);
-        for (int i = 0; i < kBlock; i += Ordered::kCount) {
-          const Ordered level = Ordered::look_up(levels, Ordered::load_codes(codes + i));
-          if (stream) Ordered::stream(to + i, level);
-          else Ordered::store(to + i, level);
-        }
-      } else {
-        levels_block<T>(codes, y, stream, source);
+CG_HD void dequantize_table(const Dequantize& a, int64_t first, int64_t last, float alpha) {
+  using O = Ordered<T>;
+  using Element = typename O::Element;
+  Element entries[O::kCount];
+  for (int i = 0; i < O::kCount; ++i) entries[i] = ordered_floor<T>(level<T>(float(i % O::kEntries), alpha));
+  const O levels = O::load(entries);
+  for (int64_t block = first; block < last; ++block) {
+    dequantize_block<Element>(a, block, [&](const uint8_t* codes, Element* y, bool stream) {
+      for (int i = 0; i < kBlock; i += O::kCount) {
+        const O level = O::template look_up<1>(&levels, O::load_indices(codes + i));
+        if (stream) O::stream(y + i, level);
+        else O::store(y + i, level);
       }
     });
-  });
+  }
 }
-#endif  // CG_TABLE_BITS
 
-void dequantize(const Dequantize& a, int64_t begin, int64_t end) {
+void dequantize(const Dequantize& args, int64_t begin, int64_t end) {
+  const Dequantize a = args;
   with_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    bool done = false;
-#if CG_TABLE_BITS
-    if constexpr (sizeof(T) == 2) {
-      done = a.bits <= CG_TABLE_BITS;
-      if (done) dequantize_table<T>(a, begin, end);
-    }
-#endif
-    if (!done) dequantize_arithmetic<T>(a, begin, end);
+    using A = compute_t<T>;
+    for_each_range<A>(a.steps, begin, end, [&](int64_t first, int64_t last, const auto& source) {
+      if constexpr (Ordered<T>::kMaxBits > 0 && std::is_same_v<std::decay_t<decltype(source)>, Uniform<A>>) {
+        const bool fits = 1 << a.bits <= Ordered<T>::kEntries;
+        if (fits) return dequantize_table<T>(a, first, last, static_cast<const A*>(a.steps.alpha)[source.channel]);
+      }
+      dequantize_range<T>(a, first, last, source);
+    });
     if (a.stream) stream_fence();
   });
 }

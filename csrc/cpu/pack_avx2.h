@@ -6,8 +6,6 @@
 #include "../math/alpha_grad.h"
 #include "../math/bits.h"
 
-#define CG_TABLE_BITS 3
-
 namespace cg::CG_ISA {
 
 struct FloatMask {
@@ -236,36 +234,57 @@ struct Io<f16> {
   static CG_HD void stream(f16* p, Floats v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), halves(v)); }
 };
 
-// A table is 8 entries in each half of a register.
+// A table is 8 entries in each half of a register, and an index the two bytes of its entry.
+template <class T>
 struct Ordered {
-  static constexpr int kCount = 16;
+  static constexpr int kMaxBits = sizeof(T) == 2 ? 8 : 0, kCount = 16, kEntries = 8;
+  static constexpr int kIndexStart = 0x0100, kIndexUnit = 0x0202;
+  using Element = int16_t;
   using Mask = __m256i;
+  using Index = __m256i;
   __m256i v;
-  static CG_HD Ordered all(int from) { return {_mm256_set1_epi16(static_cast<short>(from))}; }
+  static CG_HD Ordered all(int from) { return {indices(from)}; }
   static CG_HD Ordered load(const int16_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
   static CG_HD void store(int16_t* p, Ordered a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
   static CG_HD void stream(int16_t* p, Ordered a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), a.v); }
-  static CG_HD void store_codes(uint8_t* p, Ordered a) {
-    const __m128i low = _mm256_castsi256_si128(a.v), high = _mm256_extracti128_si256(a.v, 1);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(low, high));
-  }
-  static CG_HD Ordered load_codes(const uint8_t* p) {
-    return {_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  static CG_HD Mask greater(Ordered a, Ordered b) { return _mm256_cmpgt_epi16(a.v, b.v); }
+  static CG_HD Mask within(Ordered a, Ordered low, Ordered high) {
+    return _mm256_andnot_si256(greater(a, high), greater(a, low));
   }
   static CG_HD uint64_t bits(Mask m) {
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
     return static_cast<uint32_t>(_mm_movemask_epi8(bytes));
   }
-  static CG_HD Ordered look_up(Ordered table, Ordered index) {
-    const __m256i twice = _mm256_add_epi16(index.v, index.v);  // the low byte of an entry, and beside it the high one
-    const __m256i bytes = _mm256_or_si256(twice, _mm256_slli_epi16(twice, 8));
-    return {_mm256_shuffle_epi8(table.v, _mm256_add_epi16(bytes, _mm256_set1_epi16(0x0100)))};
-  }
-  static CG_HD Ordered add(Ordered a, Ordered b) { return {_mm256_add_epi16(a.v, b.v)}; }
-  static CG_HD Ordered add_where(Mask m, Ordered a, Ordered b) { return add(a, {_mm256_and_si256(m, b.v)}); }
   static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm256_blendv_epi8(b.v, a.v, m)}; }
-  static CG_HD Ordered magnitude(Ordered a) { return {_mm256_and_si256(a.v, _mm256_set1_epi16(0x7fff))}; }
-  static CG_HD Mask greater(Ordered a, Ordered b) { return _mm256_cmpgt_epi16(a.v, b.v); }
+  static CG_HD bool any_nan(const int16_t* x) {
+    __m256i most = _mm256_setzero_si256();
+    for (int i = 0; i < 64; i += kCount) {
+      most = _mm256_max_epi16(most, _mm256_and_si256(load(x + i).v, _mm256_set1_epi16(0x7fff)));
+    }
+    return _mm256_movemask_epi8(_mm256_cmpgt_epi16(most, _mm256_set1_epi16(kInfinityBits<T>))) != 0;
+  }
+  static CG_HD Index indices(int from) { return _mm256_set1_epi16(static_cast<short>(from)); }
+  static CG_HD Index load_indices(const uint8_t* codes) {
+    const __m256i code = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    return _mm256_add_epi16(_mm256_mullo_epi16(code, indices(kIndexUnit)), indices(kIndexStart));
+  }
+  static CG_HD Index raise(Index a, Mask m, int by) { return _mm256_add_epi16(a, _mm256_and_si256(m, indices(by))); }
+  template <int kRegisters>
+  static CG_HD Ordered look_up(const Ordered* table, Index index) {
+    if constexpr (kRegisters == 1) {
+      return {_mm256_shuffle_epi8(table[0].v, index)};
+    } else {
+      // The bit of the index that tells the half, moved to the top of each byte. A shuffle wants the top bit clear.
+      constexpr int kHalf = kRegisters / 2, kShift = kRegisters == 2 ? 3 : kRegisters == 4 ? 2 : kRegisters == 8 ? 1 : 0;
+      const Mask upper = _mm256_slli_epi16(index, kShift);
+      if constexpr (kShift == 0) index = _mm256_and_si256(index, _mm256_set1_epi8(0x7f));
+      return select(upper, look_up<kHalf>(table + kHalf, index), look_up<kHalf>(table, index));
+    }
+  }
+  static CG_HD void store_codes(uint8_t* p, Index codes) {
+    const __m128i low = _mm256_castsi256_si128(codes), high = _mm256_extracti128_si256(codes, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(low, high));
+  }
 };
 
 template <class U>

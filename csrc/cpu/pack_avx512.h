@@ -6,8 +6,6 @@
 #include "../math/alpha_grad.h"
 #include "../math/bits.h"
 
-#define CG_TABLE_BITS 5
-
 namespace cg::CG_ISA {
 
 template <class M>
@@ -202,27 +200,42 @@ struct Io<f16> {
   static CG_HD void stream(f16* p, Floats v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), halves(v)); }
 };
 
+template <class T>
 struct Ordered {
-  static constexpr int kCount = 32;
+  static constexpr int kMaxBits = sizeof(T) == 2 ? 8 : 0, kCount = 32, kEntries = 32, kIndexStart = 0, kIndexUnit = 1;
+  using Element = int16_t;
   using Mask = __mmask32;
+  using Index = __m512i;
   __m512i v;
-  static CG_HD Ordered all(int from) { return {_mm512_set1_epi16(static_cast<short>(from))}; }
+  static CG_HD Ordered all(int from) { return {indices(from)}; }
   static CG_HD Ordered load(const int16_t* p) { return {_mm512_loadu_si512(p)}; }
   static CG_HD void store(int16_t* p, Ordered a) { _mm512_storeu_si512(p, a.v); }
   static CG_HD void stream(int16_t* p, Ordered a) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), a.v); }
-  static CG_HD void store_codes(uint8_t* p, Ordered a) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(a.v));
-  }
-  static CG_HD Ordered load_codes(const uint8_t* p) {
-    return {_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  static CG_HD Mask greater(Ordered a, Ordered b) { return _mm512_cmpgt_epi16_mask(a.v, b.v); }
+  static CG_HD Mask within(Ordered a, Ordered low, Ordered high) {
+    return _mm512_mask_cmple_epi16_mask(greater(a, low), a.v, high.v);
   }
   static CG_HD uint64_t bits(Mask m) { return m; }
-  static CG_HD Ordered look_up(Ordered table, Ordered index) { return {_mm512_permutexvar_epi16(index.v, table.v)}; }
-  static CG_HD Ordered add(Ordered a, Ordered b) { return {_mm512_add_epi16(a.v, b.v)}; }
-  static CG_HD Ordered add_where(Mask m, Ordered a, Ordered b) { return {_mm512_mask_add_epi16(a.v, m, a.v, b.v)}; }
   static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm512_mask_blend_epi16(m, b.v, a.v)}; }
-  static CG_HD Ordered magnitude(Ordered a) { return {_mm512_and_si512(a.v, _mm512_set1_epi16(0x7fff))}; }
-  static CG_HD Mask greater(Ordered a, Ordered b) { return _mm512_cmpgt_epi16_mask(a.v, b.v); }
+  static CG_HD bool any_nan(const int16_t* x) {
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+    const __m512i low = _mm512_and_si512(load(x).v, magnitude), high = _mm512_and_si512(load(x + 32).v, magnitude);
+    return _mm512_cmpgt_epi16_mask(_mm512_max_epi16(low, high), _mm512_set1_epi16(kInfinityBits<T>)) != 0;
+  }
+  static CG_HD Index indices(int from) { return _mm512_set1_epi16(static_cast<short>(from)); }
+  static CG_HD Index load_indices(const uint8_t* codes) {
+    return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+  }
+  static CG_HD Index raise(Index a, Mask m, int by) { return _mm512_mask_add_epi16(a, m, a, indices(by)); }
+  template <int kRegisters>
+  static CG_HD Ordered look_up(const Ordered* table, Index index) {
+    if constexpr (kRegisters == 1) return {_mm512_permutexvar_epi16(index, table[0].v)};
+    else if constexpr (kRegisters == 2) return {_mm512_permutex2var_epi16(table[0].v, index, table[1].v)};
+    else return select(_mm512_test_epi16_mask(index, indices(64)), look_up<2>(table + 2, index), look_up<2>(table, index));
+  }
+  static CG_HD void store_codes(uint8_t* p, Index codes) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(codes));
+  }
 };
 
 // Every machine with AVX-512 has these as one fast instruction.

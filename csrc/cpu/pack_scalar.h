@@ -6,8 +6,8 @@
 //   round_for_store<T>  what is left to do for Io<T>::store of any number to store it rounded to T
 //   LargeTable<P>       at(codes): the entries of a table of up to 256 numbers for a pack's codes, from memory
 //   SmallTable<P>       the same for up to kSize numbers, from registers; none where kSize is 0
-//   Ordered             16-bit numbers as signed integers, in the order of their bits (dtype.h), and tables of
-//                       2^CG_TABLE_BITS of them; none here
+//   Ordered<T>          numbers of T as ordered_t<T> (dtype.h), and look_up(): table entries by indices, which begin at
+//                       kIndexStart and count in kIndexUnit; for staircases of up to kMaxBits
 //   keep_bits(...)      64 elements of raw bits, kept where the mask says, else zero
 //   pack_codes<w>(...)  64 codes, a byte each, to w bits each (math/bits.h); and unpack_codes<w>(...) back
 //   nonzero_codes(...)  the bits of c > 0 of 64 codes
@@ -15,8 +15,6 @@
 
 #include "../math/alpha_grad.h"
 #include "../math/bits.h"
-
-#define CG_TABLE_BITS 0
 
 namespace cg::CG_ISA {
 
@@ -93,6 +91,11 @@ struct LargeTable {
 template <class A>
 struct SmallTable {
   static constexpr int kSize = 0;
+};
+
+template <class T>
+struct Ordered {
+  static constexpr int kMaxBits = 0;
 };
 
 CG_HD void stream_fence() {}

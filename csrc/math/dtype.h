@@ -111,17 +111,23 @@ CG_HD compute_t<T> round_level(compute_t<T> v) {
   return round_to<T>(v);
 }
 
-// The 16-bit numbers that are no NaN are in the order of their bits, read as a signed integer, from 0 up; below 0 every
-// pattern is negative. So x > v, for v >= 0, is a comparison of integers: bits(x) > floor_bits<T>(v), the bits of the
-// largest number of T that is at most v. Magnitudes above kInfinityBits are the NaNs.
+// The numbers of T as something that is compared fast: float as it is; 16-bit numbers that are no NaN as signed integers,
+// which are in the order of their bits from 0 up, and negative below 0. So x > v, for v >= 0, is
+// ordered(x) > ordered_floor<T>(v), the largest number of T that is at most v. Magnitudes above kInfinityBits are the NaNs.
 template <class T>
-int16_t floor_bits(float v);
+using ordered_t = std::conditional_t<sizeof(T) == 2, int16_t, compute_t<T>>;
+template <class T>
+ordered_t<T> ordered_floor(float v) = delete;
 template <>
-CG_HD int16_t floor_bits<bf16>(float v) {
+CG_HD float ordered_floor<float>(float v) {
+  return v;
+}
+template <>
+CG_HD int16_t ordered_floor<bf16>(float v) {
   return static_cast<int16_t>(bit_cast<uint32_t>(v) >> 16);
 }
 template <>
-CG_HD int16_t floor_bits<f16>(float v) {
+CG_HD int16_t ordered_floor<f16>(float v) {
   const f16 nearest = to_f16(v);
   return static_cast<int16_t>(nearest.bits - (to_float(nearest) > v ? 1 : 0));
 }
