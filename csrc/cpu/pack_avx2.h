@@ -37,8 +37,12 @@ CG_HD Floats ceil(Floats a) { return _mm256_ceil_ps(a.v); }
 CG_HD Floats shift_bits_left(Floats a, int count) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), count));
 }
-// min and max return their second operand where one is NaN.
-CG_HD Floats clamp_to_codes(Floats v, Floats q) { return _mm256_max_ps(_mm256_min_ps(v.v, q.v), _mm256_setzero_ps()); }
+CG_HD Floats min_of(Floats a, Floats b) { return _mm256_min_ps(a.v, b.v); }
+CG_HD Floats max_of(Floats a, Floats b) { return _mm256_max_ps(a.v, b.v); }
+CG_HD Floats scale_down(Floats a, Floats shifted) {
+  const __m256i exponents = _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23);
+  return _mm256_castsi256_ps(_mm256_sub_epi32(_mm256_castps_si256(a.v), exponents));
+}
 
 struct DoubleMask {
   __m256d m;
@@ -80,6 +84,11 @@ struct PackOf<double> {
 };
 template <class A>
 using Pack = typename PackOf<A>::type;
+
+template <class P>
+struct Two {
+  P first, second;
+};
 
 template <class P>
 struct Lanes;
@@ -217,6 +226,30 @@ struct Io<f16> {
   static CG_HD void stream(f16* p, Floats v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), halves(v)); }
 };
 
+CG_HD __m256i mask_of_words(uint64_t bits) {
+  const __m256i lane = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
+  const __m256i all = _mm256_set1_epi16(static_cast<short>(bits));
+  return _mm256_cmpeq_epi16(_mm256_and_si256(all, lane), lane);
+}
+
+// The numbers at even places and those at odd ones, in fewer instructions than the two halves take. None is a NaN but
+// one of bfloat16, so that rounding carries none over.
+CG_HD Two<Floats> even_and_odd(__m256i both) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), keep_upper_half(both)};
+}
+CG_HD Two<Floats> load_two(const bf16* p) {
+  return even_and_odd(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+CG_HD Two<Floats> load_two_where(const bf16* p, uint64_t bits) {
+  return even_and_odd(_mm256_and_si256(mask_of_words(bits), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+CG_HD void store_two(bf16* p, Two<Floats> v, bool stream) {
+  const __m256i even = _mm256_srli_epi32(bf16_round_bits(v.first.v), 16), odd = bf16_round_bits(v.second.v);
+  const __m256i both = _mm256_blend_epi16(even, odd, 0xaa);
+  if (stream) _mm256_stream_si256(reinterpret_cast<__m256i*>(p), both);
+  else _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), both);
+}
+
 // A table is 8 entries in each half of a register, and an index the two bytes of its entry.
 template <class T>
 struct Ordered {
@@ -272,9 +305,7 @@ CG_HD void keep_bits(const U* from, U* to, uint64_t bits, bool stream) {
   for (int i = 0; i < 64; i += kCount) {
     __m256i mask;
     if constexpr (sizeof(U) == 2) {
-      const __m256i lane = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
-      const __m256i all = _mm256_set1_epi16(static_cast<short>(bits >> i));
-      mask = _mm256_cmpeq_epi16(_mm256_and_si256(all, lane), lane);
+      mask = mask_of_words(bits >> i);
     } else if constexpr (sizeof(U) == 4) {
       mask = _mm256_castps_si256(Lanes<Floats>::mask(bits >> i).m);
     } else {

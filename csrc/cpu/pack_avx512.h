@@ -37,8 +37,12 @@ CG_HD Floats ceil(Floats a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_POS
 CG_HD Floats shift_bits_left(Floats a, int count) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), count));
 }
-// min and max return their second operand where one is NaN.
-CG_HD Floats clamp_to_codes(Floats v, Floats q) { return _mm512_max_ps(_mm512_min_ps(v.v, q.v), _mm512_setzero_ps()); }
+CG_HD Floats min_of(Floats a, Floats b) { return _mm512_min_ps(a.v, b.v); }
+CG_HD Floats max_of(Floats a, Floats b) { return _mm512_max_ps(a.v, b.v); }
+CG_HD Floats scale_down(Floats a, Floats shifted) {
+  const __m512i exponents = _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23);
+  return _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_castps_si512(a.v), exponents));
+}
 
 struct Doubles {
   using scalar = double;
@@ -72,6 +76,11 @@ struct PackOf<double> {
 };
 template <class A>
 using Pack = typename PackOf<A>::type;
+
+template <class P>
+struct Two {
+  P first, second;
+};
 
 template <class P>
 struct Lanes;
@@ -182,6 +191,22 @@ struct Io<f16> {
   static CG_HD void store(f16* p, Floats v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves(v)); }
   static CG_HD void stream(f16* p, Floats v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), halves(v)); }
 };
+
+// The numbers at even places and those at odd ones, in fewer instructions than the two halves take. None is a NaN but
+// one of bfloat16, so that rounding carries none over.
+CG_HD Two<Floats> even_and_odd(__m512i both) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), keep_upper_half(both)};
+}
+CG_HD Two<Floats> load_two(const bf16* p) { return even_and_odd(_mm512_loadu_si512(p)); }
+CG_HD Two<Floats> load_two_where(const bf16* p, uint64_t bits) {
+  return even_and_odd(_mm512_maskz_loadu_epi16(static_cast<__mmask32>(bits), p));
+}
+CG_HD void store_two(bf16* p, Two<Floats> v, bool stream) {
+  const __m512i even = _mm512_srli_epi32(bf16_round_bits(v.first.v), 16), odd = bf16_round_bits(v.second.v);
+  const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaau, even, odd);
+  if (stream) _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both);
+  else _mm512_storeu_si512(p, both);
+}
 
 template <class T>
 struct Ordered {
