@@ -253,7 +253,7 @@ CG_HD void store_two(bf16* p, Two<Floats> v, bool stream) {
 // A table is 8 entries in each half of a register, and an index the two bytes of its entry.
 template <class T>
 struct Ordered {
-  static constexpr int kMaxBits = sizeof(T) == 2 ? 8 : 0, kCount = 16, kEntries = 8;
+  static constexpr int kMaxBits = 8, kCount = 16, kEntries = 8;
   static constexpr int kIndexStart = 0x0100, kIndexUnit = 0x0202;
   using Element = int16_t;
   using Mask = __m256i;
@@ -296,6 +296,49 @@ struct Ordered {
   static CG_HD void store_codes(uint8_t* p, Index codes) {
     const __m128i low = _mm256_castsi256_si128(codes), high = _mm256_extracti128_si256(codes, 1);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(low, high));
+  }
+};
+
+template <>
+struct Ordered<double> {
+  static constexpr int kMaxBits = 0;
+};
+template <>
+struct Ordered<float> {
+  static constexpr int kMaxBits = 4, kCount = 8, kEntries = 8, kIndexStart = 0, kIndexUnit = 1;
+  using Element = float;
+  using Mask = __m256;
+  using Index = __m256i;
+  __m256 v;
+  static CG_HD Ordered all(float from) { return {_mm256_set1_ps(from)}; }
+  static CG_HD Ordered load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static CG_HD void store(float* p, Ordered a) { _mm256_storeu_ps(p, a.v); }
+  static CG_HD void stream(float* p, Ordered a) { _mm256_stream_ps(p, a.v); }
+  static CG_HD Mask greater(Ordered a, Ordered b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
+  static CG_HD Mask within(Ordered a, Ordered low, Ordered high) {
+    return _mm256_andnot_ps(greater(a, high), greater(a, low));
+  }
+  static CG_HD uint64_t bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
+  static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
+  static CG_HD bool any_nan(const float* x) {
+    __m256 nan = _mm256_setzero_ps();
+    for (int i = 0; i < 64; i += 2 * kCount) {
+      nan = _mm256_or_ps(nan, _mm256_cmp_ps(load(x + i).v, load(x + i + kCount).v, _CMP_UNORD_Q));
+    }
+    return _mm256_movemask_ps(nan) != 0;
+  }
+  static CG_HD Index indices(int from) { return _mm256_set1_epi32(from); }
+  static CG_HD Index raise(Index a, Mask m, int by) {
+    return _mm256_add_epi32(a, _mm256_and_si256(_mm256_castps_si256(m), indices(by)));
+  }
+  template <int kRegisters>
+  static CG_HD Ordered look_up(const Ordered* table, Index index) {
+    static_assert(kRegisters == 1);
+    return {_mm256_permutevar8x32_ps(table[0].v, index)};
+  }
+  static CG_HD void store_codes(uint8_t* p, Index codes) {
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
   }
 };
 

@@ -210,7 +210,7 @@ CG_HD void store_two(bf16* p, Two<Floats> v, bool stream) {
 
 template <class T>
 struct Ordered {
-  static constexpr int kMaxBits = sizeof(T) == 2 ? 8 : 0, kCount = 32, kEntries = 32, kIndexStart = 0, kIndexUnit = 1;
+  static constexpr int kMaxBits = 8, kCount = 32, kEntries = 32, kIndexStart = 0, kIndexUnit = 1;
   using Element = int16_t;
   using Mask = __mmask32;
   using Index = __m512i;
@@ -240,6 +240,43 @@ struct Ordered {
   }
   static CG_HD void store_codes(uint8_t* p, Index codes) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(codes));
+  }
+};
+
+template <>
+struct Ordered<double> {
+  static constexpr int kMaxBits = 0;
+};
+template <>
+struct Ordered<float> {
+  static constexpr int kMaxBits = 3, kCount = 16, kEntries = 16, kIndexStart = 0, kIndexUnit = 1;
+  using Element = float;
+  using Mask = __mmask16;
+  using Index = __m512i;
+  __m512 v;
+  static CG_HD Ordered all(float from) { return {_mm512_set1_ps(from)}; }
+  static CG_HD Ordered load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static CG_HD void store(float* p, Ordered a) { _mm512_storeu_ps(p, a.v); }
+  static CG_HD void stream(float* p, Ordered a) { _mm512_stream_ps(p, a.v); }
+  static CG_HD Mask greater(Ordered a, Ordered b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+  static CG_HD Mask within(Ordered a, Ordered low, Ordered high) {
+    return _mm512_mask_cmp_ps_mask(greater(a, low), a.v, high.v, _CMP_LE_OQ);
+  }
+  static CG_HD uint64_t bits(Mask m) { return m; }
+  static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
+  static CG_HD bool any_nan(const float* x) {
+    return (_mm512_cmp_ps_mask(load(x).v, load(x + 16).v, _CMP_UNORD_Q) |
+            _mm512_cmp_ps_mask(load(x + 32).v, load(x + 48).v, _CMP_UNORD_Q)) != 0;
+  }
+  static CG_HD Index indices(int from) { return _mm512_set1_epi32(from); }
+  static CG_HD Index raise(Index a, Mask m, int by) { return _mm512_mask_add_epi32(a, m, a, indices(by)); }
+  template <int kRegisters>
+  static CG_HD Ordered look_up(const Ordered* table, Index index) {
+    static_assert(kRegisters == 1);
+    return {_mm512_permutexvar_ps(index, table[0].v)};
+  }
+  static CG_HD void store_codes(uint8_t* p, Index codes) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(codes));
   }
 };
 
