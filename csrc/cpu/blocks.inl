@@ -64,8 +64,8 @@ CG_HD void for_each_run(const Steps& steps, int64_t block, const Body& body) {
   }
 }
 
-// body(first, last, source) for ranges of blocks, with the source of alpha that fits them; without kSteps the source only
-// tells whether a block has one channel, and which. Blocks of more channels than one come one by one.
+// body(first, last, source) for ranges of blocks, with the source of alpha that fits them; without kSteps the source
+// only tells whether a block has one channel, and which. Blocks of more channels than one come one by one.
 template <class A, bool kSteps = true, class Body>
 CG_HD void for_each_range(const Steps& steps, int64_t begin, int64_t end, const Body& body) {
   const A* alpha = static_cast<const A*>(steps.alpha);

@@ -287,7 +287,8 @@ struct Ordered {
       return {_mm256_shuffle_epi8(table[0].v, index)};
     } else {
       // The bit of the index that tells the half, moved to the top of each byte. A shuffle wants the top bit clear.
-      constexpr int kHalf = kRegisters / 2, kShift = kRegisters == 2 ? 3 : kRegisters == 4 ? 2 : kRegisters == 8 ? 1 : 0;
+      constexpr int kHalf = kRegisters / 2;
+      constexpr int kShift = kRegisters == 2 ? 3 : kRegisters == 4 ? 2 : kRegisters == 8 ? 1 : 0;
       const Mask upper = _mm256_slli_epi16(index, kShift);
       if constexpr (kShift == 0) index = _mm256_and_si256(index, _mm256_set1_epi8(0x7f));
       return select(upper, look_up<kHalf>(table + kHalf, index), look_up<kHalf>(table, index));

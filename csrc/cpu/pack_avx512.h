@@ -236,7 +236,8 @@ struct Ordered {
   static CG_HD Ordered look_up(const Ordered* table, Index index) {
     if constexpr (kRegisters == 1) return {_mm512_permutexvar_epi16(index, table[0].v)};
     else if constexpr (kRegisters == 2) return {_mm512_permutex2var_epi16(table[0].v, index, table[1].v)};
-    else return select(_mm512_test_epi16_mask(index, indices(64)), look_up<2>(table + 2, index), look_up<2>(table, index));
+    else return select(_mm512_test_epi16_mask(index, indices(64)),  // its bit for the upper half
+                       look_up<2>(table + 2, index), look_up<2>(table, index));
   }
   static CG_HD void store_codes(uint8_t* p, Index codes) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(codes));
