@@ -86,6 +86,25 @@ def test_all_65536_values_of_a_half_dtype(backend, dtype, rounding, bits):
     assert torch.equal(unpacked_codes(x[1], alpha[1:], bits, rounding), code[1])
 
 
+@pytest.mark.parametrize("bits", (1, 2, 3, 4))
+@pytest.mark.parametrize("rounding", oracle.ROUNDINGS)
+@pytest.mark.parametrize("dtype", (torch.float32, *oracle.HALF_DTYPES), ids=str)
+def test_many_numbers_of_one_alpha_in_any_order(backend, dtype, rounding, bits):
+    """Enough of them for the tables that native kernels search, with NaNs here and there and a short last block."""
+    alpha, x, code, y = threshold_case(dtype, rounding, bits)
+    row, generator = 4, torch.Generator().manual_seed(bits)
+    order = torch.randint(x.shape[1], (64 * 2 ** (bits + 1) + 37,), generator=generator)
+    finite = order[~x[row][order].isnan()]
+    for pick in (order, finite):
+        chosen, step = x[row][pick].clone().requires_grad_(), alpha[row : row + 1]
+        got = cg.qrelu(chosen, step, bits, rounding=rounding)
+        assert_same(got.detach(), y[row][pick], chosen, step)
+        assert torch.equal(unpacked_codes(chosen.detach(), step, bits, rounding), code[row][pick])
+        top = oracle.levels(step, bits, dtype)[0, -1]
+        (dx,) = torch.autograd.grad(got, chosen, torch.ones_like(got))
+        assert torch.equal(dx != 0, ~(chosen <= 0) & ~(chosen > top))
+
+
 # Levels that collapse onto each other, overflow to infinity, or are subnormal; products that overflow.
 EXTREME_ALPHAS = {
     torch.float16: [1e-8, 3e-8, 6e-8, 1e-7, 1e-5, 260.0, 1000.0, 65504.0, 1e6, 1e-20],

@@ -3,28 +3,29 @@
 namespace cg::CG_ISA {
 namespace {
 
-// What was kept of x, for one block: flags as words, and the codes where there are any.
-struct KeptBlock {
+// What was kept of x, for one block, as flags; and the codes where there are any.
+struct Flags {
   uint64_t gate = ~uint64_t{0}, inside = 0, above = 0;
-  uint8_t codes[kBlock];
 };
 
-CG_HD void read_kept(const Backward& a, int64_t block, int count, KeptBlock& kept) {
+CG_HD Flags read_kept(const Backward& a, int64_t block, int count, uint8_t* codes) {
+  Flags flags;
   if (a.kind == MaskKind::state) {
     uint64_t words[2];
     read_packed<2>(a.mask, block, count, words);
-    kept.inside = unspread_bits(words[0]) | unspread_bits(words[1]) << 32;
-    kept.above = unspread_bits(words[0] >> 1) | unspread_bits(words[1] >> 1) << 32;
-    if (a.ste == Ste::clipped_relu) kept.gate = kept.inside;
-    if (a.ste == Ste::relu) kept.gate = kept.inside | kept.above;
+    flags.inside = unspread_bits(words[0]) | unspread_bits(words[1]) << 32;
+    flags.above = unspread_bits(words[0] >> 1) | unspread_bits(words[1] >> 1) << 32;
+    if (a.ste == Ste::clipped_relu) flags.gate = flags.inside;
+    if (a.ste == Ste::relu) flags.gate = flags.inside | flags.above;
   } else if (a.kind != MaskKind::nothing) {
-    read_packed<1>(a.mask, block, count, &kept.gate);
+    read_packed<1>(a.mask, block, count, &flags.gate);
   }
   if (a.codes) {
-    read_codes(a.codes, block, count, packed_width(a.bits), kept.codes);
+    read_codes(a.codes, block, count, packed_width(a.bits), codes);
     // Rounding is ceil or hwgq: x > 0 is c > 0.
-    if (a.kind == MaskKind::nothing && a.ste == Ste::relu) kept.gate = nonzero_codes(kept.codes);
+    if (a.kind == MaskKind::nothing && a.ste == Ste::relu) flags.gate = nonzero_codes(codes);
   }
+  return flags;
 }
 
 // dx from a gate: the numbers of dy pass as they are, whatever their type.
@@ -48,31 +49,32 @@ CG_HD P masked_product(P dy, P value) {
 template <class A>
 class ChannelSums {
   using P = Pack<A>;
-  using Mask = decltype(Lanes<P>::mask(0));
 
  public:
   explicit CG_HD ChannelSums(const Backward& a)
       : a_(a), q_(A((1 << a.bits) - 1)), inside_factor_(inside_value(a.rule, A((1 << a.bits) - 1))) {}
   CG_HD ~ChannelSums() { flush(); }
 
-  // Before the terms of a block.
+  // Before the terms of a block, one after the other.
   CG_HD void start(int64_t block, const Uniform<A>& source) {
-    A* sum = sums_of_chunk(block) + source.channel;
-    if (sum != sum_) flush();
-    sum_ = sum;
+    if (block < chunk_end_ && source.channel == channel_) return;
+    flush();
+    chunk_end_ = (block / a_.chunk_blocks + 1) * a_.chunk_blocks;
+    channel_ = source.channel;
+    sum_ = sums_of_chunk(block) + channel_;
   }
   CG_HD void start(int64_t, const Varying<A>&) {}
 
   CG_HD void add(const Uniform<A>&, int, P term) { total_ = total_ + term; }
   CG_HD void add(const Varying<A>&, int i, P term) { Lanes<P>::store(terms_ + i, term); }
 
-  // The same for what A is inside and above, factored out of the sums where it can be.
-  CG_HD void add_flagged(const Uniform<A>&, int, P dy, Mask inside, Mask above) {
-    inside_ = inside_ + select(inside, dy, P(A(0)));
-    above_ = above_ + select(above, dy, P(A(0)));
+  // The same where the terms are dy inside and above, times what A is there: factored out of the sums where it can be.
+  CG_HD void add_flagged(const Uniform<A>&, int, P inside, P above) {
+    inside_ = inside_ + inside;
+    above_ = above_ + above;
   }
-  CG_HD void add_flagged(const Varying<A>& source, int i, P dy, Mask inside, Mask above) {
-    add(source, i, select(above, mul(dy, q_), select(inside, masked_product(dy, inside_factor_), P(A(0)))));
+  CG_HD void add_flagged(const Varying<A>& source, int i, P inside, P above) {
+    add(source, i, masked_product(inside, inside_factor_) + mul(above, q_));
   }
 
   // After them.
@@ -110,6 +112,7 @@ class ChannelSums {
   const Backward& a_;
   const P q_, inside_factor_;
   A* sum_ = nullptr;
+  int64_t chunk_end_ = 0, channel_ = 0;
   P total_ = P(A(0)), inside_ = total_, above_ = total_;
   A terms_[kBlock];
 };
@@ -120,24 +123,38 @@ void backward_kept(const Backward& args, int64_t begin, int64_t end) {
   using A = compute_t<T>;
   using P = Pack<A>;
   using U = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  constexpr int kCount = Lanes<P>::kCount;
   const Backward a = args;
   ChannelSums<A> sums(a);
   for_each_range<A, false>(a.steps, begin, end, [&](int64_t first, int64_t last, const auto& source) {
     for (int64_t block = first; block < last; ++block) {
       const int count = block_count(a.count, block);
-      KeptBlock kept;
-      read_kept(a, block, count, kept);
+      uint8_t codes[kBlock];
+      const Flags kept = read_kept(a, block, count, codes);
       if (a.grad_x) backward_gate<U>(a, block, count, kept.gate);
       if (!a.partial) continue;
       T copy[kBlock];
       const T* grad_y = read_block(static_cast<const T*>(a.grad_y), block, count, copy);
       sums.start(block, source);
-      for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
-        const P dy = Io<T>::load(grad_y + i);
-        if (a.codes) {
-          sums.add(source, i, masked_product(dy, Lanes<P>::load_codes(kept.codes + i)));
-        } else {
-          sums.add_flagged(source, i, dy, Lanes<P>::mask(kept.inside >> i), Lanes<P>::mask(kept.above >> i));
+      if (a.codes) {
+        for (int i = 0; i < kBlock; i += kCount) {
+          sums.add(source, i, masked_product(Io<T>::load(grad_y + i), Lanes<P>::load_codes(codes + i)));
+        }
+      } else if constexpr (std::is_same_v<std::decay_t<decltype(source)>, Uniform<A>>) {
+        P inside(A(0)), above(A(0));
+        for (int i = 0; i < kBlock; i += 2 * kCount) {
+          const Two<P> in = load_two_where(grad_y + i, kept.inside >> i);
+          const Two<P> over = load_two_where(grad_y + i, kept.above >> i);
+          inside = inside + (in.first + in.second);
+          above = above + (over.first + over.second);
+        }
+        sums.add_flagged(source, 0, inside, above);
+      } else {
+        const P zero(A(0));
+        for (int i = 0; i < kBlock; i += kCount) {
+          const P dy = Io<T>::load(grad_y + i);
+          sums.add_flagged(source, i, select(Lanes<P>::mask(kept.inside >> i), dy, zero),
+                           select(Lanes<P>::mask(kept.above >> i), dy, zero));
         }
       }
       sums.finish(block, source);
@@ -168,14 +185,23 @@ template <class T, class SteT, bool k16, class Source>
 CG_HD void dx_run(const T* x, const T* grad_y, T* dx, int64_t count, bool stream, const Source source,
                   Pack<compute_t<T>> q) {
   using P = Pack<compute_t<T>>;
+  constexpr int kCount = Lanes<P>::kCount;
   const P inverse_q = P(scalar_of<P>(1)) / q;
-  for (int64_t i = 0; i < count; i += Lanes<P>::kCount) {
-    const P v = Io<T>::load(x + i);
+  const auto dx_of = [&](P v, P dy, int64_t i) {
     const P u = k16 ? mul(v, source.inverse_at(i)) : v / source.alpha_at(i);
-    const Point<P> p{v, u, q, inverse_q, level<T>(q, source.alpha_at(i))};
-    const P result = round_to<T>(times_slope(Io<T>::load(grad_y + i), slope<SteT, k16>(p)));
-    if (stream) Io<T>::stream(dx + i, result);
-    else Io<T>::store(dx + i, result);
+    return times_slope_at<SteT, k16>(dy, Point<P>{v, u, q, inverse_q, level<T>(q, source.alpha_at(i))});
+  };
+  if constexpr (std::is_same_v<Source, Uniform<compute_t<T>>>) {
+    for (int64_t i = 0; i < count; i += 2 * kCount) {
+      const Two<P> v = load_two(x + i), dy = load_two(grad_y + i);
+      store_two(dx + i, Two<P>{dx_of(v.first, dy.first, i), dx_of(v.second, dy.second, i)}, stream);
+    }
+  } else {
+    for (int64_t i = 0; i < count; i += kCount) {
+      const P result = round_to<T>(dx_of(Io<T>::load(x + i), Io<T>::load(grad_y + i), i));
+      if (stream) Io<T>::stream(dx + i, result);
+      else Io<T>::store(dx + i, result);
+    }
   }
 }
 

@@ -1,6 +1,28 @@
 // Walking the blocks of a tensor with the alpha of each element, and reading and writing what is packed.
 
 namespace cg::CG_ISA {
+
+// Two packs, in an order that load_two and store_two share; what is stored is rounded to T.
+template <class T>
+CG_HD auto load_two(const T* p) {
+  using P = Pack<compute_t<T>>;
+  return Two<P>{Io<T>::load(p), Io<T>::load(p + Lanes<P>::kCount)};
+}
+// The same, zero where a bit is not set.
+template <class T>
+CG_HD auto load_two_where(const T* p, uint64_t bits) {
+  using P = Pack<compute_t<T>>;
+  constexpr int kCount = Lanes<P>::kCount;
+  const P zero(compute_t<T>(0));
+  return Two<P>{select(Lanes<P>::mask(bits), Io<T>::load(p), zero),
+                select(Lanes<P>::mask(bits >> kCount), Io<T>::load(p + kCount), zero)};
+}
+template <class T, class P>
+CG_HD void store_two(T* p, Two<P> v, bool stream) {
+  if (stream) Io<T>::stream(p, v.first), Io<T>::stream(p + Lanes<P>::kCount, v.second);
+  else Io<T>::store(p, v.first), Io<T>::store(p + Lanes<P>::kCount, v.second);
+}
+
 namespace {
 
 template <class A>
@@ -42,8 +64,8 @@ CG_HD void for_each_run(const Steps& steps, int64_t block, const Body& body) {
   }
 }
 
-// body(first, last, source) for ranges of blocks, with the source of alpha that fits them; without kSteps the source only
-// tells whether a block has one channel, and which. Blocks of more channels than one come one by one.
+// body(first, last, source) for ranges of blocks, with the source of alpha that fits them; without kSteps the source
+// only tells whether a block has one channel, and which. Blocks of more channels than one come one by one.
 template <class A, bool kSteps = true, class Body>
 CG_HD void for_each_range(const Steps& steps, int64_t begin, int64_t end, const Body& body) {
   const A* alpha = static_cast<const A*>(steps.alpha);

@@ -37,8 +37,12 @@ CG_HD Floats ceil(Floats a) { return _mm256_ceil_ps(a.v); }
 CG_HD Floats shift_bits_left(Floats a, int count) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), count));
 }
-// min and max return their second operand where one is NaN.
-CG_HD Floats clamp_to_codes(Floats v, Floats q) { return _mm256_max_ps(_mm256_min_ps(v.v, q.v), _mm256_setzero_ps()); }
+CG_HD Floats min_of(Floats a, Floats b) { return _mm256_min_ps(a.v, b.v); }
+CG_HD Floats max_of(Floats a, Floats b) { return _mm256_max_ps(a.v, b.v); }
+CG_HD Floats scale_down(Floats a, Floats shifted) {
+  const __m256i exponents = _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23);
+  return _mm256_castsi256_ps(_mm256_sub_epi32(_mm256_castps_si256(a.v), exponents));
+}
 
 struct DoubleMask {
   __m256d m;
@@ -80,6 +84,11 @@ struct PackOf<double> {
 };
 template <class A>
 using Pack = typename PackOf<A>::type;
+
+template <class P>
+struct Two {
+  P first, second;
+};
 
 template <class P>
 struct Lanes;
@@ -234,10 +243,34 @@ struct Io<f16> {
   static CG_HD void stream(f16* p, Floats v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), halves(v)); }
 };
 
+CG_HD __m256i mask_of_words(uint64_t bits) {
+  const __m256i lane = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
+  const __m256i all = _mm256_set1_epi16(static_cast<short>(bits));
+  return _mm256_cmpeq_epi16(_mm256_and_si256(all, lane), lane);
+}
+
+// The numbers at even places and those at odd ones, in fewer instructions than the two halves take. None is a NaN but
+// one of bfloat16, so that rounding carries none over.
+CG_HD Two<Floats> even_and_odd(__m256i both) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), keep_upper_half(both)};
+}
+CG_HD Two<Floats> load_two(const bf16* p) {
+  return even_and_odd(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+CG_HD Two<Floats> load_two_where(const bf16* p, uint64_t bits) {
+  return even_and_odd(_mm256_and_si256(mask_of_words(bits), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+CG_HD void store_two(bf16* p, Two<Floats> v, bool stream) {
+  const __m256i even = _mm256_srli_epi32(bf16_round_bits(v.first.v), 16), odd = bf16_round_bits(v.second.v);
+  const __m256i both = _mm256_blend_epi16(even, odd, 0xaa);
+  if (stream) _mm256_stream_si256(reinterpret_cast<__m256i*>(p), both);
+  else _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), both);
+}
+
 // A table is 8 entries in each half of a register, and an index the two bytes of its entry.
 template <class T>
 struct Ordered {
-  static constexpr int kMaxBits = sizeof(T) == 2 ? 8 : 0, kCount = 16, kEntries = 8;
+  static constexpr int kMaxBits = 8, kCount = 16, kEntries = 8;
   static constexpr int kIndexStart = 0x0100, kIndexUnit = 0x0202;
   using Element = int16_t;
   using Mask = __m256i;
@@ -275,7 +308,8 @@ struct Ordered {
       return {_mm256_shuffle_epi8(table[0].v, index)};
     } else {
       // The bit of the index that tells the half, moved to the top of each byte. A shuffle wants the top bit clear.
-      constexpr int kHalf = kRegisters / 2, kShift = kRegisters == 2 ? 3 : kRegisters == 4 ? 2 : kRegisters == 8 ? 1 : 0;
+      constexpr int kHalf = kRegisters / 2;
+      constexpr int kShift = kRegisters == 2 ? 3 : kRegisters == 4 ? 2 : kRegisters == 8 ? 1 : 0;
       const Mask upper = _mm256_slli_epi16(index, kShift);
       if constexpr (kShift == 0) index = _mm256_and_si256(index, _mm256_set1_epi8(0x7f));
       return select(upper, look_up<kHalf>(table + kHalf, index), look_up<kHalf>(table, index));
@@ -287,15 +321,56 @@ struct Ordered {
   }
 };
 
+template <>
+struct Ordered<double> {
+  static constexpr int kMaxBits = 0;
+};
+template <>
+struct Ordered<float> {
+  static constexpr int kMaxBits = 4, kCount = 8, kEntries = 8, kIndexStart = 0, kIndexUnit = 1;
+  using Element = float;
+  using Mask = __m256;
+  using Index = __m256i;
+  __m256 v;
+  static CG_HD Ordered all(float from) { return {_mm256_set1_ps(from)}; }
+  static CG_HD Ordered load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static CG_HD void store(float* p, Ordered a) { _mm256_storeu_ps(p, a.v); }
+  static CG_HD void stream(float* p, Ordered a) { _mm256_stream_ps(p, a.v); }
+  static CG_HD Mask greater(Ordered a, Ordered b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
+  static CG_HD Mask within(Ordered a, Ordered low, Ordered high) {
+    return _mm256_andnot_ps(greater(a, high), greater(a, low));
+  }
+  static CG_HD uint64_t bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
+  static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
+  static CG_HD bool any_nan(const float* x) {
+    __m256 nan = _mm256_setzero_ps();
+    for (int i = 0; i < 64; i += 2 * kCount) {
+      nan = _mm256_or_ps(nan, _mm256_cmp_ps(load(x + i).v, load(x + i + kCount).v, _CMP_UNORD_Q));
+    }
+    return _mm256_movemask_ps(nan) != 0;
+  }
+  static CG_HD Index indices(int from) { return _mm256_set1_epi32(from); }
+  static CG_HD Index raise(Index a, Mask m, int by) {
+    return _mm256_add_epi32(a, _mm256_and_si256(_mm256_castps_si256(m), indices(by)));
+  }
+  template <int kRegisters>
+  static CG_HD Ordered look_up(const Ordered* table, Index index) {
+    static_assert(kRegisters == 1);
+    return {_mm256_permutevar8x32_ps(table[0].v, index)};
+  }
+  static CG_HD void store_codes(uint8_t* p, Index codes) {
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+  }
+};
+
 template <class U>
 CG_HD void keep_bits(const U* from, U* to, uint64_t bits, bool stream) {
   constexpr int kCount = 32 / sizeof(U);
   for (int i = 0; i < 64; i += kCount) {
     __m256i mask;
     if constexpr (sizeof(U) == 2) {
-      const __m256i lane = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
-      const __m256i all = _mm256_set1_epi16(static_cast<short>(bits >> i));
-      mask = _mm256_cmpeq_epi16(_mm256_and_si256(all, lane), lane);
+      mask = mask_of_words(bits >> i);
     } else if constexpr (sizeof(U) == 4) {
       mask = _mm256_castps_si256(Lanes<Floats>::mask(bits >> i).m);
     } else {

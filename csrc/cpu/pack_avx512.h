@@ -37,8 +37,12 @@ CG_HD Floats ceil(Floats a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_POS
 CG_HD Floats shift_bits_left(Floats a, int count) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), count));
 }
-// min and max return their second operand where one is NaN.
-CG_HD Floats clamp_to_codes(Floats v, Floats q) { return _mm512_max_ps(_mm512_min_ps(v.v, q.v), _mm512_setzero_ps()); }
+CG_HD Floats min_of(Floats a, Floats b) { return _mm512_min_ps(a.v, b.v); }
+CG_HD Floats max_of(Floats a, Floats b) { return _mm512_max_ps(a.v, b.v); }
+CG_HD Floats scale_down(Floats a, Floats shifted) {
+  const __m512i exponents = _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23);
+  return _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_castps_si512(a.v), exponents));
+}
 
 struct Doubles {
   using scalar = double;
@@ -72,6 +76,11 @@ struct PackOf<double> {
 };
 template <class A>
 using Pack = typename PackOf<A>::type;
+
+template <class P>
+struct Two {
+  P first, second;
+};
 
 template <class P>
 struct Lanes;
@@ -200,9 +209,25 @@ struct Io<f16> {
   static CG_HD void stream(f16* p, Floats v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), halves(v)); }
 };
 
+// The numbers at even places and those at odd ones, in fewer instructions than the two halves take. None is a NaN but
+// one of bfloat16, so that rounding carries none over.
+CG_HD Two<Floats> even_and_odd(__m512i both) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), keep_upper_half(both)};
+}
+CG_HD Two<Floats> load_two(const bf16* p) { return even_and_odd(_mm512_loadu_si512(p)); }
+CG_HD Two<Floats> load_two_where(const bf16* p, uint64_t bits) {
+  return even_and_odd(_mm512_maskz_loadu_epi16(static_cast<__mmask32>(bits), p));
+}
+CG_HD void store_two(bf16* p, Two<Floats> v, bool stream) {
+  const __m512i even = _mm512_srli_epi32(bf16_round_bits(v.first.v), 16), odd = bf16_round_bits(v.second.v);
+  const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaau, even, odd);
+  if (stream) _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both);
+  else _mm512_storeu_si512(p, both);
+}
+
 template <class T>
 struct Ordered {
-  static constexpr int kMaxBits = sizeof(T) == 2 ? 8 : 0, kCount = 32, kEntries = 32, kIndexStart = 0, kIndexUnit = 1;
+  static constexpr int kMaxBits = 8, kCount = 32, kEntries = 32, kIndexStart = 0, kIndexUnit = 1;
   using Element = int16_t;
   using Mask = __mmask32;
   using Index = __m512i;
@@ -231,10 +256,48 @@ struct Ordered {
   static CG_HD Ordered look_up(const Ordered* table, Index index) {
     if constexpr (kRegisters == 1) return {_mm512_permutexvar_epi16(index, table[0].v)};
     else if constexpr (kRegisters == 2) return {_mm512_permutex2var_epi16(table[0].v, index, table[1].v)};
-    else return select(_mm512_test_epi16_mask(index, indices(64)), look_up<2>(table + 2, index), look_up<2>(table, index));
+    else return select(_mm512_test_epi16_mask(index, indices(64)),  // its bit for the upper half
+                       look_up<2>(table + 2, index), look_up<2>(table, index));
   }
   static CG_HD void store_codes(uint8_t* p, Index codes) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(codes));
+  }
+};
+
+template <>
+struct Ordered<double> {
+  static constexpr int kMaxBits = 0;
+};
+template <>
+struct Ordered<float> {
+  static constexpr int kMaxBits = 3, kCount = 16, kEntries = 16, kIndexStart = 0, kIndexUnit = 1;
+  using Element = float;
+  using Mask = __mmask16;
+  using Index = __m512i;
+  __m512 v;
+  static CG_HD Ordered all(float from) { return {_mm512_set1_ps(from)}; }
+  static CG_HD Ordered load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static CG_HD void store(float* p, Ordered a) { _mm512_storeu_ps(p, a.v); }
+  static CG_HD void stream(float* p, Ordered a) { _mm512_stream_ps(p, a.v); }
+  static CG_HD Mask greater(Ordered a, Ordered b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+  static CG_HD Mask within(Ordered a, Ordered low, Ordered high) {
+    return _mm512_mask_cmp_ps_mask(greater(a, low), a.v, high.v, _CMP_LE_OQ);
+  }
+  static CG_HD uint64_t bits(Mask m) { return m; }
+  static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
+  static CG_HD bool any_nan(const float* x) {
+    return (_mm512_cmp_ps_mask(load(x).v, load(x + 16).v, _CMP_UNORD_Q) |
+            _mm512_cmp_ps_mask(load(x + 32).v, load(x + 48).v, _CMP_UNORD_Q)) != 0;
+  }
+  static CG_HD Index indices(int from) { return _mm512_set1_epi32(from); }
+  static CG_HD Index raise(Index a, Mask m, int by) { return _mm512_mask_add_epi32(a, m, a, indices(by)); }
+  template <int kRegisters>
+  static CG_HD Ordered look_up(const Ordered* table, Index index) {
+    static_assert(kRegisters == 1);
+    return {_mm512_permutexvar_ps(index, table[0].v)};
+  }
+  static CG_HD void store_codes(uint8_t* p, Index codes) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(codes));
   }
 };
 

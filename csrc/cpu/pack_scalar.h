@@ -4,6 +4,7 @@
 //   Lanes<P>            kCount; masks to and from bits; codes to and from bytes; the sum over lanes
 //   Io<T>               load; store and stream (past the caches, aligned) a pack whose numbers are numbers of T
 //   round_for_store<T>  what is left to do for Io<T>::store of any number to store it rounded to T
+//   Two<P>              two packs; load_two and store_two of blocks.inl may be overloaded for a T
 //   LargeTable<P>       at(codes): the entries of a table of up to 256 numbers for a pack's codes, from memory
 //   SmallTable<P>       the same for up to kSize numbers, from registers; none where kSize is 0
 //   Ordered<T>          numbers of T as ordered_t<T> (dtype.h), and look_up(): table entries by indices, which begin at
@@ -20,6 +21,11 @@ namespace cg::CG_ISA {
 
 template <class A>
 using Pack = A;
+
+template <class P>
+struct Two {
+  P first, second;
+};
 
 template <class A>
 struct Lanes {

@@ -1,6 +1,8 @@
 // The four storage types, the type each is computed in, and rounding to a storage type (to nearest, ties to even).
 #pragma once
 
+#include <type_traits>
+
 #include "macros.h"
 
 namespace cg {
@@ -111,9 +113,9 @@ CG_HD compute_t<T> round_level(compute_t<T> v) {
   return round_to<T>(v);
 }
 
-// The numbers of T as something that is compared fast: float as it is; 16-bit numbers that are no NaN as signed integers,
-// which are in the order of their bits from 0 up, and negative below 0. So x > v, for v >= 0, is
-// ordered(x) > ordered_floor<T>(v), the largest number of T that is at most v. Magnitudes above kInfinityBits are the NaNs.
+// The numbers of T as something that is compared fast: float as it is; 16-bit numbers that are no NaN as signed
+// integers, which are in the order of their bits from 0 up, and negative below 0. So x > v, for v >= 0, is
+// ordered(x) > ordered_floor<T>(v), the largest number of T that is at most v. Magnitudes above kInfinityBits are NaNs.
 template <class T>
 using ordered_t = std::conditional_t<sizeof(T) == 2, int16_t, compute_t<T>>;
 template <class T>

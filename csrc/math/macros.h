@@ -33,6 +33,15 @@ CG_HD double mul(double a, double b) {
 
 CG_HD float select(bool m, float a, float b) { return m ? a : b; }
 CG_HD double select(bool m, double a, double b) { return m ? a : b; }
+// b where a is NaN.
+template <class F>
+CG_HD F min_of(F a, F b) {
+  return select(a < b, a, b);
+}
+template <class F>
+CG_HD F max_of(F a, F b) {
+  return select(a > b, a, b);
+}
 CG_HD float ceil(float a) { return ::ceilf(a); }
 CG_HD double ceil(double a) { return ::ceil(a); }
 
@@ -47,6 +56,10 @@ CG_HD To bit_cast(From from) {
 // The bits of the number moved up by `count`: how pow2 puts an integer into the exponent field.
 CG_HD float shift_bits_left(float a, int count) { return bit_cast<float>(bit_cast<uint32_t>(a) << count); }
 CG_HD double shift_bits_left(double a, int count) { return bit_cast<double>(bit_cast<uint64_t>(a) << count); }
+// a * 2^-n, where n is the integer in the low bits of `shifted` and the result is in the normal range.
+CG_HD float scale_down(float a, float shifted) {
+  return bit_cast<float>(bit_cast<uint32_t>(a) - (bit_cast<uint32_t>(shifted) << 23));
+}
 
 // The scalar under F: float for float and its packs, double for double and its packs.
 template <class F>

@@ -53,8 +53,7 @@ struct Quantized {
 // Into [0, q], NaN to q.
 template <class F>
 CG_HD F clamp_to_codes(F v, F q) {
-  const F below_top = select(v < q, v, q);
-  return select(below_top > F(0), below_top, F(0));
+  return max_of(min_of(v, q), F(0));
 }
 
 // A guess by one multiplication, settled by comparing x with the thresholds beside it. Needs `regular`.

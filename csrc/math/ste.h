@@ -73,16 +73,15 @@ CG_HD F exp_minus(F t) {
   return mul(mul(sum, pow2(F(0) - half)), pow2(half - n));
 }
 
-// exp(-t) for t >= 0 within 2^-13 of itself: a fifth of a float16's ulp. Below 2^-126 it is 2^-126, as far as exp_minus is
-// not 0. 2^-y by a cubic that is 1 at 0 and of least relative error on [-1/2, 1/2].
+// 2^-y for y >= 0 within 2^-13 of itself: a fifth of a float16's ulp. Below 2^-126 it is 2^-126, and 0 from y = 150 on. A
+// cubic that is 1 at 0 and of least relative error on [-1/2, 1/2].
 template <class F>
-CG_HD F exp_minus_16(F t) {
-  const F y = mul(t, F(1.44269504f));
-  const F bounded = select(y < F(126), y, F(126));
-  const F n = (bounded + F(0x1.8p23f)) - F(0x1.8p23f);
-  const F r = n - bounded;
+CG_HD F exp2_minus_16(F y) {
+  const F bounded = min_of(y, F(126));
+  const F shifted = bounded + F(0x1.8p23f);
+  const F r = (shifted - F(0x1.8p23f)) - bounded;
   const F power = mul(mul(mul(F(0x1.c2a168p-5f), r) + F(0x1.f00c54p-3f), r) + F(0x1.62f5fcp-1f), r) + F(1);
-  return select(y < F(150), mul(power, pow2(F(0) - n)), F(0));
+  return select(y < F(150), scale_down(power, shifted), F(0));
 }
 
 struct Identity {
@@ -139,8 +138,8 @@ struct ReverseExponential {
   }
   template <bool k16, class F>
   static CG_HD F g(const Point<F>& p) {
-    const F u = select(p.u > F(0), p.u, F(0));
-    if constexpr (k16) return exp_minus_16(mul(u, p.inverse_q));
+    const F u = max_of(p.u, F(0));
+    if constexpr (k16) return exp2_minus_16(mul(u, mul(p.inverse_q, F(1.44269504f))));
     else return exp_minus(u / p.q);
   }
 };
@@ -157,6 +156,16 @@ CG_HD F slope(const Point<F>& p) {
 template <class F>
 CG_HD F times_slope(F v, F slope) {
   return select(slope != F(0), mul(v, slope), F(0));
+}
+
+template <class Ste, bool k16 = false, class F>
+CG_HD F times_slope_at(F v, const Point<F>& p) {
+  if constexpr (Ste::kNeeds == Needs::nothing) {
+    return v;
+  } else {
+    const F g = Ste::template g<k16>(p);
+    return select(Ste::gate(p) & (g != F(0)), mul(v, g), F(0));
+  }
 }
 
 }  // namespace cg
