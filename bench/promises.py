@@ -60,20 +60,21 @@ def _over(
 
 _EXPONENTIAL = (
     "`reverse_exponential` in bfloat16: about 27 instructions for 16 numbers, where about 18 would do: a cubic for the"
-    " power of two, added to the exponent as an integer, no division, even and odd numbers unpacked by a shift or a mask,"
-    " were each a gain. `vcvtne2ps2bf16` and `vdpbf16ps` were thought through and not built: they flush subnormals."
+    " power of two, added to the exponent as an integer, no division, even and odd numbers unpacked by a shift or a"
+    " mask, were each a gain. `vcvtne2ps2bf16` and `vdpbf16ps` were thought through and not built: they flush"
+    " subnormals."
 )
 _LEARNED = (
     "A learned step: its sums take adds that a fixed step does not have, and two bits an element are read. Sums of"
     " numbers, not of products, and flags kept in registers were gains; what is left is arithmetic."
 )
 _SMALL = (
-    "4 elements: what is left is the call of a module and of an op through torch's dispatcher, twice, as the mask and the"
-    " output come from an op below autograd. Attributes are looked up once and the derivative is C++."
+    "4 elements: what is left is the call of a module and of an op through torch's dispatcher, twice, as the mask and"
+    " the output come from an op below autograd. Attributes are looked up once and the derivative is C++."
 )
 _IN_CACHE = (
-    "2^16 elements: the forward by table search took half of the arithmetic's time in cache; what is left is the bits of"
-    " the mask, and the call (4 elements)."
+    "2^16 elements: the forward by table search took half of the arithmetic's time in cache; what is left is the bits"
+    " of the mask, and the call (4 elements)."
 )
 _RELU = (
     "Beside `nn.ReLU` and compiled forms on one thread: memory is the limit, and `nn.ReLU`'s own loops come near it;"
