@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from bench import activations, kernels, peers, report, suite
-from bench.promises import Promise
+from bench.promises import PROMISES, Promise
 
 import coarsegrad as cg
 
@@ -157,6 +157,23 @@ def test_the_copy_copies(threads, size):
 def test_verdicts():
     promise = Promise("claim", 1.1, lambda results: results["x"])
     assert [promise.verdict({"x": x}) for x in (None, 1.1, 1.2101)] == ["not measured", "met", "missed by 10%"]
+
+
+def test_promises_are_about_what_is_there():
+    """Every promise finds its rows in the committed results."""
+    results = report.load(report.RESULTS)
+    assert all(promise.time(results) is not None for promise in PROMISES)
+    assert len({promise.claim for promise in PROMISES}) == len(PROMISES)
+    missed = [promise for promise in PROMISES if promise.verdict(results).startswith("missed")]
+    assert all(promise.tried for promise in missed), [promise.claim for promise in missed if not promise.tried]
+
+
+def test_the_page_is_that_of_the_committed_results():
+    page = report.page(report.load(report.RESULTS))
+    assert (ROOT / "docs" / "benchmarks.md").read_text() == page
+    for table in report.TABLES:
+        rows = rows_of(report.RESULTS / f"{table}.csv")
+        assert all("dirty" not in row["git"] and row["git"] for row in rows), table
 
 
 def test_report_from_a_folder(tmp_path, capsys):
