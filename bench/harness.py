@@ -147,7 +147,7 @@ ALLOCATORS = ("keep", "default")
 
 # Larger than any tensor of a benchmark; an int, as older versions of glibc read it.
 _KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**31 - 1), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-# From this size on glibc's memcpy stores past the caches, as QReLU's kernels do.
+# From this size on glibc's memcpy is asked to store past the caches, as QReLU's kernels do.
 _COPY = {"GLIBC_TUNABLES": f"glibc.cpu.x86_non_temporal_threshold={2**23}"}
 # A block of this size or more has pages of its own, which go back to the system as it is freed.
 _RETURN = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

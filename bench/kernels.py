@@ -36,9 +36,10 @@ with the 20% and 80% quantiles.
 
 "of copy" is the kernel's time over the time in which the copy moves as many
 bytes, each element read and written once: of the medians, with the quantiles
-round by round. 1.00 is the speed of memory. The copy is the C library's memcpy,
-with non-temporal stores from 8 MiB on where that is glibc; on a GPU it is
-Tensor.copy_. Below 1.00 a kernel is faster than the copy.
+round by round. The copy is the C library's memcpy, which is asked for
+non-temporal stores from 8 MiB on where that is glibc; on a GPU it is
+Tensor.copy_. Below 1.00 a kernel is faster than that copy: memcpy need not reach
+the speed of memory. GB/s tell more where the two differ.
 """
 
 # ------------------------------------------------------------------------------------- the kernels
