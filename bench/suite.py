@@ -41,8 +41,8 @@ from .harness import (
 def copying(to: Tensor, source: Tensor) -> Callable[[], object]:
     """A job that copies source into to, both contiguous: on a CPU by the C library's memcpy, a piece for each thread.
 
-    From 8 MiB on memcpy is asked for non-temporal stores, if it is glibc's and `in_new_process` made the process. What it
-    reaches then depends on the machine: kernels that store past the caches can be faster than it.
+    From 8 MiB on memcpy is asked for non-temporal stores, if it is glibc's and `in_new_process` made the process. What
+    it reaches then depends on the machine: kernels that store past the caches can be faster than it.
     """
     if source.device.type != "cpu":
         return lambda: to.copy_(source)
