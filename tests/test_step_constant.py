@@ -51,6 +51,24 @@ def test_the_reference_of_the_whole_backward_says_the_same():
             torch.testing.assert_close(learned.grad, want_alpha, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_every_16_bit_number_times_any_slope(bits, dtype):
+    """The reference's bits, for slopes of any kind: a signalling NaN, which must not round to inf, is still a NaN."""
+    kinds = [0x7FFFFFFF, 0x7F800001, 0, 0x3F800000, -8388609, 0x7F800000, 1, 0x3F808000]
+    slopes = torch.tensor(kinds * 32, dtype=torch.int32).view(torch.float32)[: 2**bits]
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).repeat(2 ** min(bits, 3))
+    codes = torch.arange(every.numel()) // 2**16 % 2**bits
+    width = {1: 1, 2: 2, 3: 4, 4: 4, 8: 8}[bits]
+    packed = sum(part << i * width for i, part in enumerate(codes.view(-1, 8 // width).unbind(1))).to(torch.uint8)
+    found = torch.ops.coarsegrad.times_slopes(every, packed, slopes, bits)
+    with cg.use_backend("reference"):
+        right = torch.ops.coarsegrad.times_slopes(every, packed, slopes, bits)
+    assert torch.equal(found.isnan(), right.isnan())
+    numbers = ~right.isnan()
+    assert torch.equal(found[numbers].view(torch.int16), right[numbers].view(torch.int16))
+
+
 def test_slopes_that_do_not_fit_are_refused():
     dy, codes, op = torch.randn(8), torch.zeros(2, dtype=torch.uint8), torch.ops.coarsegrad.times_slopes
     for slopes, bits, error in (
