@@ -21,13 +21,15 @@ from coarsegrad.experiments.data import Split
 from coarsegrad.experiments.files import ExperimentError
 from coarsegrad.experiments.table import Run, Schedule, Table, finished
 from coarsegrad.experiments.table_summary import summary
+from coarsegrad.nn import half_gaussian_alpha
 from coarsegrad.ste import ALPHA_GRADS, BUILT_IN
 
 ROOT = Path(__file__).parent.parent
 STES = (*BUILT_IN, "reverse_exponential_step")
 BATCH = 8
 RUNS = (Run("full", 2, "relu"), Run("full", 2, "identity"), Run("short", 4, "relu", seed=1),
-        Run("short", 4, "relu", "exact", True, seed=1))  # fmt: skip
+        Run("short", 4, "relu", "exact", True, seed=1),
+        Run("short", 4, "clipped_relu+relu+clipped_relu", seed=1, range_bits=2))  # fmt: skip
 
 
 def small_load(folder):
@@ -121,6 +123,36 @@ def test_what_it_leaves(whole):
         "accuracy-full.png", "accuracy-short.png", "features-full.png"]  # fmt: skip
     alphas = got["short/4bit-relu-exact_alpha-per_channel-seed1/results.json"]["alpha"]
     assert all(alphas[f"act{i}"]["min"] < alphas[f"act{i}"]["max"] for i in (1, 2, 3))
+    alphas = got["short/4bit-clipped_relu+relu+clipped_relu-range_of_2bit-seed1/results.json"]["alpha"]
+    wanted = half_gaussian_alpha(2) * 3 / 15
+    assert all(alphas[f"act{i}"] == dict.fromkeys(_SPREAD, pytest.approx(wanted)) for i in (1, 2, 3))
+
+
+def test_the_shares_are_those_of_the_network_that_a_run_ends_with(whole, tmp_path):
+    run = RUNS[0]
+    got = json.loads((whole / run.name / "results.json").read_text())["shares"]
+    model = models.quantized(models.lenet5(nn.ReLU), 2, run.ste)
+    model.load_state_dict(torch.load(whole / run.name / "checkpoint.pt")["model"])
+    seen = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, cg.QReLU):
+            layer.register_forward_hook(lambda layer, inputs, y, name=name: seen.update({name: (inputs[0] / 0.486603)}))
+    model.eval()(small_load(None)[1].x)
+    assert got.keys() == seen.keys() == {"act1", "act2", "act3"}
+    for name, u in seen.items():
+        assert got[name]["zero"] == pytest.approx((u <= 0).double().mean().item(), abs=1e-4)
+        assert got[name]["saturated"] == pytest.approx((u > 3).double().mean().item(), abs=1e-4)
+        assert 0 < got[name]["saturated"] < got[name]["zero"] < 1
+
+
+def test_an_estimator_for_each_activation():
+    float_model = models.lenet5(nn.ReLU)
+    model = models.quantized(float_model, 2, "relu+clipped_relu+identity")
+    assert [model.act1.ste, model.act2.ste, model.act3.ste] == ["relu", "clipped_relu", "identity"]
+    model = models.quantized(float_model, 2, "relu")
+    assert [model.act1.ste, model.act2.ste, model.act3.ste] == 3 * ["relu"]
+    with pytest.raises(ValueError, match="ste names 2 estimators, wanted one or 3: 'relu\\+relu'"):
+        models.quantized(float_model, 2, "relu+relu")
 
 
 def test_finished_runs_need_no_checkpoint(whole, tmp_path, monkeypatch):
@@ -184,7 +216,8 @@ def test_parts_of_a_table(whole, tmp_path, capsys):
     assert [run for run, _ in finished(SMALL, tmp_path)] == [RUNS[2]]
     printed = capsys.readouterr().out
     assert "Not run: all of it." in printed
-    assert "Not run: at 4 bits `relu-exact_alpha-per_channel`." in printed
+    assert "Not run: at 4 bits `relu-exact_alpha-per_channel`, `clipped_relu+relu+clipped_relu-range_of_2bit`."\
+           in " ".join(printed.split())
 
 
 def test_results_of_something_else_are_refused(whole, tmp_path):
@@ -268,6 +301,18 @@ def test_summary_means_and_spreads():
     assert "3 runs, 6 epochs, 3.0 hours of training, on a CPU, cpu, 1 thread, torch 2, native; coarsegrad at commit "\
            "0123456789." in plain
     assert "seed 1 (2) started from more than one float network" in plain and "seed 0" not in plain
+
+
+def test_summary_of_an_estimator_for_each_layer_and_of_another_range():
+    mixed, ranged = Run("full", 2, "relu+clipped_relu+relu"), Run("full", 2, "relu", range_bits=4)
+    done = [made_up(RUNS[0], *[0.98] * 3), made_up(mixed, *[0.99] * 3), made_up(ranged, *[0.97] * 3)]
+    done[1][1]["shares"] = {"act1": {"zero": 0.416, "saturated": 0.05}, "act2": {"zero": 0.5, "saturated": 0.004}}
+    text = "".join(summary(dataclasses.replace(SMALL, runs=(RUNS[0], mixed, ranged)), "full", done))
+    rows = [line.split() for line in text.splitlines()]
+    assert ["2", "relu", "yes", "1", "98.00", "98.00", "99.40", "99.24"] in rows
+    assert "2 relu+clipped_relu+relu no 1 99.00 99.00 99.40 42 50 5 0".split() in rows
+    assert "2, range of 4 relu yes 1 97.00 97.00 99.40".split() in rows
+    assert "Not run" not in text
 
 
 def test_published_numbers_stand_beside_the_full_schedule():

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import QReLU
+from ..nn import QReLU, half_gaussian_alpha
 
 
 def lenet5(activation: Callable[[], nn.Module]) -> nn.Sequential:
@@ -101,13 +101,24 @@ def quantized(
     rounding: str = "ceil",
     learn_alpha: str | None = None,
     per_channel: bool = False,
+    range_bits: int | None = None,
 ) -> nn.Module:
     """A copy of a trained network with QReLU in the place of each nn.ReLU.
 
+    `ste` is one name for all activations, or one for each in their order, as "relu+clipped_relu+clipped_relu".
     `learn_alpha` is the rule of alpha's gradient, or None for an alpha fixed at the half-Gaussian optimum.
     `per_channel`: one alpha for each channel of the BatchNorm before the activation, else one for each activation.
+    `range_bits`: alpha is such that the top level is that of the optimum at so many bits, if not of `bits`.
     """
     learn = {} if learn_alpha is None else {"learn_alpha": True, "alpha_grad": learn_alpha}
+    alpha = None
+    if range_bits is not None:
+        alpha = half_gaussian_alpha(range_bits, rounding) * (2**range_bits - 1) / (2**bits - 1)
+    count = sum(isinstance(module, nn.ReLU) for module in float_model.modules())
+    stes = ste.split("+") if "+" in ste else [ste] * count
+    if len(stes) != count:
+        raise ValueError(f"ste names {len(stes)} estimators, wanted one or {count}: {ste!r}")
+    remaining = iter(stes)
     model = copy.deepcopy(float_model)
     device = next(model.parameters()).device
     for parent in list(model.modules()):
@@ -116,6 +127,8 @@ def quantized(
                 channels = child.num_features
             elif isinstance(child, nn.ReLU):
                 num_channels = channels if per_channel else None
-                activation = QReLU(bits, ste=ste, rounding=rounding, num_channels=num_channels, **learn)
+                activation = QReLU(
+                    bits, alpha=alpha, ste=next(remaining), rounding=rounding, num_channels=num_channels, **learn
+                )
                 setattr(parent, name, activation.to(device))
     return model

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import QReLU
+from ..stats import stats
 from .arguments import positive, usable_device
 from .data import Split
 from .files import ExperimentError, replacing
@@ -58,7 +59,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Run:
-    """One training with low-bit activations, from the float network of the same seed."""
+    """One training with low-bit activations, from the float network of the same seed; see `models.quantized`."""
 
     schedule: str
     bits: int
@@ -66,6 +67,7 @@ class Run:
     learn_alpha: str | None = None
     per_channel: bool = False
     seed: int = 0
+    range_bits: int | None = None
 
     @property
     def name(self) -> str:
@@ -74,7 +76,8 @@ class Run:
     @property
     def variant(self) -> str:
         alpha = f"-{self.learn_alpha}_alpha" if self.learn_alpha else ""
-        return self.ste + alpha + ("-per_channel" if self.per_channel else "")
+        of_range = f"-range_of_{self.range_bits}bit" if self.range_bits else ""
+        return self.ste + alpha + ("-per_channel" if self.per_channel else "") + of_range
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,7 @@ class _Session:
     def train(self, run: Run) -> None:
         """Trains `run`, and writes its results; that it diverges is a result."""
         float_model, start = self._float_network(run)
-        model = quantized(float_model, run.bits, run.ste, "ceil", run.learn_alpha, run.per_channel)
+        model = quantized(float_model, run.bits, run.ste, "ceil", run.learn_alpha, run.per_channel, run.range_bits)
         config = _config(self.table, run) | {"data": self.sha256}
         folder = self.out / run.name
         try:
@@ -187,6 +190,7 @@ class _Session:
         report = {
             "config": config, "environment": self.environment, "start": start, "diverged": diverged,
             "alpha": {name: _spread(m.alpha) for name, m in model.named_modules() if isinstance(m, QReLU)},
+            "shares": None if diverged else _shares(model, self.test_set),
             "features": None if diverged or run.seed else project(model, self.test_set), "history": history,
         }  # fmt: skip
         _write(report, folder / "results.json")
@@ -227,6 +231,12 @@ def _digest(model: nn.Module) -> str:
 
 def _spread(alpha: Tensor) -> dict[str, float]:
     return {"min": alpha.min().item(), "mean": alpha.mean().item(), "max": alpha.max().item()}
+
+
+def _shares(model: nn.Module, split: Split) -> dict[str, dict[str, float]]:
+    """Of the inputs of each QReLU, how many gave code 0, and how many were above the top level."""
+    layers = stats(model, split.x.split(1000), progress=False)
+    return {layer.name: {"zero": layer.zero, "saturated": layer.saturated} for layer in layers}
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ def draw(table: Table, results: list[tuple[Run, dict]], folder: Path) -> list[Pa
 def _accuracy(results: list[tuple[Run, dict]], title: str) -> Figure:
     """The test error on a log scale, a panel for each number of bits, in it a line for each run."""
     bits = sorted({run.bits for run, _ in results})
-    stes = list(dict.fromkeys(run.ste for run, _ in results))
+    variants = list(dict.fromkeys(run.variant for run, _ in results))
     figure = Figure(figsize=(max(7.5, 4 * len(bits)), 4), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, len(bits), sharey=True, squeeze=False)[0]
@@ -54,7 +54,7 @@ def _accuracy(results: list[tuple[Run, dict]], title: str) -> Figure:
             if run.bits == b:
                 x = [row["epoch"] for row in result["history"]]
                 y = [100 * (1 - row["test_accuracy"]) for row in result["history"]]
-                lines[run.ste], = axes.plot(x, y, color=f"C{stes.index(run.ste)}", linewidth=1)
+                lines[run.variant], = axes.plot(x, y, color=f"C{variants.index(run.variant)}", linewidth=1)
         axes.set(xlabel="epoch", yscale="log", title=f"{b} bit{'s' if b > 1 else ''}")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:.2g}")
@@ -67,7 +67,7 @@ def _accuracy(results: list[tuple[Run, dict]], title: str) -> Figure:
 def _features(float_result: dict, results: list[tuple[Run, dict]], title: str) -> Figure:
     """A row for each number of bits: the float network, and each run's."""
     bits = sorted({run.bits for run, _ in results})
-    rows = [[("nn.ReLU", float_result)] + [(run.ste, r) for run, r in results if run.bits == b] for b in bits]
+    rows = [[("nn.ReLU", float_result)] + [(run.variant, r) for run, r in results if run.bits == b] for b in bits]
     columns = max(map(len, rows))
     figure = Figure(figsize=(_WIDTH * columns, 0.6 + _WIDTH * len(rows)), layout="constrained")
     figure.suptitle(f"{title}: inputs of the last layer,\non the first two principal components", fontsize=10)

@@ -22,7 +22,7 @@ def summary(table: Table, schedule: str, results: Results) -> Iterator[str]:
         yield _indented(_fixed_table(fixed, table.schedules[schedule], table.published if schedule == "full" else {}))
     if learned:
         kinds = {(run.bits, run.ste) for run, _ in learned}
-        base = [(run, result) for run, result in fixed if (run.bits, run.ste) in kinds]
+        base = [(run, result) for run, result in fixed if (run.bits, run.ste) in kinds and run.range_bits is None]
         yield "The height of a stair fixed, and learned:\n\n"
         yield _indented(_learned_table(base + learned))
     planned = [run for run in table.runs if run.schedule == schedule]
@@ -49,16 +49,23 @@ def _fixed_table(results: Results, schedule: Schedule, published: dict[tuple[int
     header = ("bits", "ste", "in class", "seeds", "last epoch, %", "best epoch, %", "float, %")
     header += (f"epochs {low[0]} to {low[-1]}, %",) if len(low) > 1 else ()
     header += ("published, %",) if published else ()
+    # Results of earlier versions of the command have no shares.
+    shares = any("shares" in result for _, result in results)
+    header += ("zero in each layer, %", "saturated, %") if shares else ()
     rows = []
-    for (bits, ste), cell in _cells(results, lambda run: (run.bits, run.ste)):
-        row = [str(bits), ste, "yes" if get_ste(ste).in_class else "no", str(len(cell)), *_accuracies(cell)]
+    for (bits, ste, range_bits), cell in _cells(results, lambda run: (run.bits, run.ste, run.range_bits)):
+        in_class = all(get_ste(name).in_class for name in ste.split("+"))
+        row = [f"{bits}, range of {range_bits}" if range_bits else str(bits)]
+        row += [ste, "yes" if in_class else "no", str(len(cell)), *_accuracies(cell)]
         if len(low) > 1:
             whole = [epoch for _, result in cell if not result["diverged"] for epoch in result["history"]]
             row.append(_mean([epoch["test_accuracy"] for epoch in whole if epoch["epoch"] in low]))
         if published:
-            row.append(f"{published[bits, ste]:.2f}" if (bits, ste) in published else "")
-        rows.append(tuple(row))
-    return format_table(header, sorted(rows, key=lambda row: int(row[0])))
+            row.append(f"{published[bits, ste]:.2f}" if (bits, ste) in published and not range_bits else "")
+        if shares:
+            row += [_shares(cell, "zero"), _shares(cell, "saturated")]
+        rows.append((bits, tuple(row)))
+    return format_table(header, [row for _, row in sorted(rows, key=lambda pair: pair[0])])
 
 
 def _learned_table(results: Results) -> str:
@@ -89,6 +96,12 @@ def _accuracies(cell: Results) -> tuple[str, str, str]:
         epochs = sorted(len(result["history"]) + 1 for _, result in cell if result["diverged"])
         last += f" ({len(epochs)} diverged, in epoch {', '.join(map(str, epochs))})"
     return last.strip(), best, _mean([result["start"]["test_accuracy"] for _, result in cell])
+
+
+def _shares(cell: Results, of: str) -> str:
+    """Of the inputs of each layer, in whole %, the mean over the seeds."""
+    found = [result["shares"].values() for _, result in cell if result.get("shares")]
+    return " ".join(f"{100 * statistics.mean(layer[of] for layer in layers):.0f}" for layers in zip(*found))
 
 
 def _mean(accuracies: list[float]) -> str:
