@@ -147,8 +147,6 @@ ALLOCATORS = ("keep", "default")
 
 # Larger than any tensor of a benchmark; an int, as older versions of glibc read it.
 _KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**31 - 1), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-# From this size on glibc's memcpy is asked to store past the caches, as QReLU's kernels do.
-_COPY = {"GLIBC_TUNABLES": f"glibc.cpu.x86_non_temporal_threshold={2**23}"}
 # A block of this size or more has pages of its own, which go back to the system as it is freed.
 _RETURN = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 _MALLOC = {"keep": _KEEP, "default": {}, "return": _RETURN}
@@ -164,7 +162,7 @@ def in_new_process(allocator: str, function: Callable[..., T], *arguments: objec
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run_and_send, args=(sender, function, arguments), daemon=True)
     before = dict(os.environ)
-    os.environ.update(_MALLOC[allocator] | _COPY)
+    os.environ.update(_MALLOC[allocator])
     try:
         process.start()
     finally:

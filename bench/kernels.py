@@ -36,10 +36,9 @@ with the 20% and 80% quantiles.
 
 "of copy" is the kernel's time over the time in which the copy moves as many
 bytes, each element read and written once: of the medians, with the quantiles
-round by round. The copy is the C library's memcpy, which is asked for
-non-temporal stores from 8 MiB on where that is glibc; on a GPU it is
-Tensor.copy_. Below 1.00 a kernel is faster than that copy: memcpy need not reach
-the speed of memory. GB/s tell more where the two differ.
+round by round. The copy has the loads, stores (non-temporal from 8 MiB on) and
+threads of the kernels, and nothing between; on a GPU, and without the native
+library, it is Tensor.copy_.
 """
 
 # ------------------------------------------------------------------------------------- the kernels

@@ -41,10 +41,8 @@ A time over another, of the medians, and what it is at most to be. Without a pas
 _KERNELS = """\
 ## The kernels
 
-The time of each kernel over the time in which a copy (the C library's memcpy) moves as many bytes. At 2^16 elements all
-is in cache, and so is the copy. memcpy is asked for non-temporal stores from 8 MiB on, but it does not reach the speed
-of memory here: the backward of `clipped_relu`, which copies dy by non-temporal stores where a mask says so, is the
-fastest row, and its time is the better measure of what is left to gain. GB/s are in the CSV.
+The time of each kernel over the time in which a copy moves as many bytes, with the loads, stores (past the caches from
+8 MiB on) and threads of the kernels and nothing between. At 2^16 elements all is in cache, and so is the copy.
 
 ![Time of each kernel and of other libraries against the bytes moved](../bench/results/roofline.png)
 """

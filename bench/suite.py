@@ -8,16 +8,15 @@ import os
 import platform
 import statistics
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from coarsegrad import _ops
 
 from .harness import (
     ALLOCATORS,
@@ -39,20 +38,15 @@ from .harness import (
 
 
 def copying(to: Tensor, source: Tensor) -> Callable[[], object]:
-    """A job that copies source into to, both contiguous: on a CPU by the C library's memcpy, a piece for each thread.
+    """A job that copies source into to, both contiguous.
 
-    From 8 MiB on memcpy is asked for non-temporal stores, if it is glibc's and `in_new_process` made the process. What
-    it reaches then depends on the machine: kernels that store past the caches can be faster than it.
+    On a CPU it is the native library's own copy: the loads, stores (past the caches from 8 MiB on) and threads of its
+    kernels with nothing between, so that a kernel's time over it is what the arithmetic costs. memcpy is no measure: it
+    can be a third as fast. Elsewhere, and without the native library, it is `Tensor.copy_`.
     """
-    if source.device.type != "cpu":
-        return lambda: to.copy_(source)
-    to, source = (t.view(torch.uint8).numpy() for t in (to, source))
-    threads = torch.get_num_threads()
-    if threads == 1 or source.nbytes < 2**20:
-        return lambda: np.copyto(to, source)
-    pieces = list(zip(np.array_split(to, threads), np.array_split(source, threads)))
-    pool = ThreadPoolExecutor(threads)
-    return lambda: deque(pool.map(lambda piece: np.copyto(*piece), pieces), maxlen=0)
+    if source.device.type == "cpu" and _ops.native is not None:
+        return lambda: _ops.native.copy(to, source)
+    return lambda: to.copy_(source)
 
 
 # ---------------------------------------------------------------------- benchmarks of tensors, by size

@@ -42,6 +42,8 @@ PYBIND11_MODULE(_C, m) {
       },
       "The instruction sets this machine can use, best first.");
   m.def("set_isa", [](const std::string& name) { cg::use_isa(name); }, "Use the kernels of one of isas(); for tests.");
+  m.def("copy", &cg::copy_cpu, pybind11::arg("to"), pybind11::arg("from"),
+        "Copies bytes with the loads, stores and threads of the CPU kernels; what benchmarks measure these by.");
   m.def("stes", [] { return names(cg::kStes); }, "The coarse gradients compiled in.");
   m.def("alpha_grads", [] { return names(cg::kAlphaGrads); }, "The rules for alpha's gradient compiled in.");
 }

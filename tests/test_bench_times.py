@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from bench import activations, kernels, peers, report, suite
 from bench.promises import PROMISES, Promise
 
 import coarsegrad as cg
+from coarsegrad import _ops
 
 ROOT = Path(__file__).resolve().parent.parent
 # Peers' own packages are not there in every environment, and torch.compile takes long.
@@ -145,13 +147,25 @@ def test_bad_options_are_refused(capsys, command, arguments, message):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("size", [3, 2**19 + 1])
-def test_the_copy_copies(threads, size):
+@pytest.mark.parametrize("size", [0, 3, 128, 2**19 + 1, 2**22 + 77])  # the last past the caches
+def test_the_copy_copies(monkeypatch, threads, size):
     torch.set_num_threads(threads)
-    for dtype in suite.DTYPES.values():
-        source, to = torch.randn(size).to(dtype), torch.zeros(size, dtype=dtype)
-        suite.copying(to, source)()
-        assert torch.equal(to, source)
+    for native, dtype in product((_ops.native, None), suite.DTYPES.values()):
+        monkeypatch.setattr(_ops, "native", native)
+        source, to = torch.randn(size).to(dtype), torch.zeros(size + 1, dtype=dtype)
+        suite.copying(to[:-1], source)()
+        assert torch.equal(to[:-1], source) and to[-1] == 0
+
+
+@pytest.mark.skipif(_ops.native is None, reason="there is no native library")
+def test_what_the_native_copy_refuses():
+    x = torch.zeros(4, 4)
+    with pytest.raises(ValueError, match=r"to must have from's 64 bytes, got 60"):
+        _ops.native.copy(torch.zeros(15), x)
+    with pytest.raises(ValueError, match="from must be contiguous on a CPU, got torch.FloatTensor with strides \\[1, 4\\]"):
+        _ops.native.copy(x, x.t())
+    with pytest.raises(ValueError, match="to must be contiguous on a CPU"):
+        _ops.native.copy(x.to("meta"), x)
 
 
 def test_verdicts():

@@ -8,5 +8,5 @@
 #include "kernels.inl"
 
 namespace cg {
-const Kernels kKernelsAvx2 = {"avx2", CG_ISA::forward, CG_ISA::backward, CG_ISA::dequantize, CG_ISA::times_slopes};
+const Kernels kKernelsAvx2 = {"avx2", CG_ISA::forward, CG_ISA::backward, CG_ISA::dequantize, CG_ISA::times_slopes, CG_ISA::copy};
 }

@@ -75,6 +75,13 @@ struct TimesSlopes {
   bool stream;
 };
 
+// Blocks of float32 from one place to another.
+struct Copy {
+  const float* from;
+  float* to;
+  bool stream;
+};
+
 // Each runs blocks [begin, end); with `partial`, whole chunks.
 struct Kernels {
   const char* isa;
@@ -82,6 +89,7 @@ struct Kernels {
   void (*backward)(const Backward&, int64_t begin, int64_t end);
   void (*dequantize)(const Dequantize&, int64_t begin, int64_t end);
   void (*times_slopes)(const TimesSlopes&, int64_t begin, int64_t end);
+  void (*copy)(const Copy&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kKernelsDefault;  // the only one that serves steps that are not regular

@@ -255,6 +255,22 @@ Tensor times_slopes(const Tensor& grad_y, const Tensor& codes, const Tensor& slo
 
 }  // namespace
 
+void copy_cpu(const Tensor& to, const Tensor& from) {
+  for (const auto& [tensor, name] : {std::pair{&to, "to"}, std::pair{&from, "from"}}) {
+    TORCH_CHECK_VALUE(tensor->device().is_cpu() && tensor->is_contiguous(), name, " must be contiguous on a CPU, got ",
+                      tensor->toString(), " with strides ", tensor->strides());
+  }
+  TORCH_CHECK_VALUE(to.nbytes() == from.nbytes(), "to must have from's ", from.nbytes(), " bytes, got ", to.nbytes());
+  const Copy a{static_cast<const float*>(from.const_data_ptr()), static_cast<float*>(to.mutable_data_ptr()),
+               streams(to)};
+  constexpr int64_t kBytes = kBlock * sizeof(float);
+  const int64_t bytes = from.nbytes(), whole = bytes / kBytes;
+  const auto run = active_kernels().copy;
+  // As many bytes a thread as the others take in float32.
+  at::parallel_for(0, whole, kGrainBlocks, [&](int64_t begin, int64_t end) { run(a, begin, end); });
+  memcpy(a.to + whole * kBlock, a.from + whole * kBlock, bytes - whole * kBytes);
+}
+
 void register_cpu(torch::Library& library) {
   library.impl("qrelu_forward", qrelu_forward);
   library.impl("qrelu_forward_", qrelu_forward_);
