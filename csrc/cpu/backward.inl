@@ -13,8 +13,7 @@ CG_HD Flags read_kept(const Backward& a, int64_t block, int count, uint8_t* code
   if (a.kind == MaskKind::state) {
     uint64_t words[2];
     read_packed<2>(a.mask, block, count, words);
-    flags.inside = unspread_bits(words[0]) | unspread_bits(words[1]) << 32;
-    flags.above = unspread_bits(words[0] >> 1) | unspread_bits(words[1] >> 1) << 32;
+    unpack_states(reinterpret_cast<const uint8_t*>(words), &flags.inside, &flags.above);
     if (a.ste == Ste::clipped_relu) flags.gate = flags.inside;
     if (a.ste == Ste::relu) flags.gate = flags.inside | flags.above;
   } else if (a.kind != MaskKind::nothing) {
@@ -34,8 +33,21 @@ CG_HD void backward_gate(const Backward& a, int64_t block, int count, uint64_t g
   U dy_copy[kBlock], dx_copy[kBlock];
   const U* dy = read_block(static_cast<const U*>(a.grad_y), block, count, dy_copy);
   U* grad_x = static_cast<U*>(a.grad_x) + block * kBlock;
-  keep_bits(dy, count == kBlock ? grad_x : dx_copy, gate, a.stream && count == kBlock);
+  keep_bits<kBlock>(dy, count == kBlock ? grad_x : dx_copy, gate, 0, a.stream && count == kBlock);
   if (count < kBlock) memcpy(grad_x, dx_copy, count * sizeof(U));
+}
+
+// The sums of a block's dy inside and above; and its dx too where that is not null. dy is then read once.
+template <class T, class U, class P>
+CG_HD void sum_flagged(const T* grad_y, const Flags& kept, U* grad_x, bool stream, P& inside, P& above) {
+  constexpr int kCount = 2 * Lanes<P>::kCount;
+#pragma GCC unroll 16
+  for (int i = 0; i < kBlock; i += kCount) {
+    const Two<P> in = load_two_where(grad_y, kept.inside, i), over = load_two_where(grad_y, kept.above, i);
+    if (grad_x) keep_bits<kCount>(reinterpret_cast<const U*>(grad_y), grad_x, kept.gate, i, stream);
+    inside = inside + (in.first + in.second);
+    above = above + (over.first + over.second);
+  }
 }
 
 // A term is a select, not a product: dy may be infinite where A is 0.
@@ -130,8 +142,11 @@ void backward_kept(const Backward& args, int64_t begin, int64_t end) {
     for (int64_t block = first; block < last; ++block) {
       const int count = block_count(a.count, block);
       uint8_t codes[kBlock];
+      prefetch(static_cast<const T*>(a.grad_y) + block * kBlock);
       const Flags kept = read_kept(a, block, count, codes);
-      if (a.grad_x) backward_gate<U>(a, block, count, kept.gate);
+      constexpr bool kUniform = std::is_same_v<std::decay_t<decltype(source)>, Uniform<A>>;
+      const bool together = kUniform && a.partial && !a.codes && count == kBlock;
+      if (a.grad_x && !together) backward_gate<U>(a, block, count, kept.gate);
       if (!a.partial) continue;
       T copy[kBlock];
       const T* grad_y = read_block(static_cast<const T*>(a.grad_y), block, count, copy);
@@ -140,14 +155,10 @@ void backward_kept(const Backward& args, int64_t begin, int64_t end) {
         for (int i = 0; i < kBlock; i += kCount) {
           sums.add(source, i, masked_product(Io<T>::load(grad_y + i), Lanes<P>::load_codes(codes + i)));
         }
-      } else if constexpr (std::is_same_v<std::decay_t<decltype(source)>, Uniform<A>>) {
+      } else if constexpr (kUniform) {
         P inside(A(0)), above(A(0));
-        for (int i = 0; i < kBlock; i += 2 * kCount) {
-          const Two<P> in = load_two_where(grad_y + i, kept.inside >> i);
-          const Two<P> over = load_two_where(grad_y + i, kept.above >> i);
-          inside = inside + (in.first + in.second);
-          above = above + (over.first + over.second);
-        }
+        U* grad_x = together && a.grad_x ? static_cast<U*>(a.grad_x) + block * kBlock : nullptr;
+        sum_flagged<T>(grad_y, kept, grad_x, a.stream, inside, above);
         sums.add_flagged(source, 0, inside, above);
       } else {
         const P zero(A(0));
@@ -167,7 +178,9 @@ CG_HD void codes_rounding(const T* x, const Source& source, int bits, uint8_t* c
   using P = Pack<compute_t<T>>;
   const P q(compute_t<T>((1 << bits) - 1));
   for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
-    Lanes<P>::store_codes(codes + i, quantize_pack<T, R, kRegular>(Io<T>::load(x + i), source.at(i), q).code);
+    const P v = Io<T>::load(x + i);
+    const auto result = quantize_pack<T, R, kRegular>(v, source.alpha_at(i), source.inverse_at(i), q);
+    Lanes<P>::store_codes(codes + i, result.code);
   }
 }
 
@@ -187,20 +200,35 @@ CG_HD void dx_run(const T* x, const T* grad_y, T* dx, int64_t count, bool stream
   using P = Pack<compute_t<T>>;
   constexpr int kCount = Lanes<P>::kCount;
   const P inverse_q = P(scalar_of<P>(1)) / q;
-  const auto dx_of = [&](P v, P dy, int64_t i) {
-    const P u = k16 ? mul(v, source.inverse_at(i)) : v / source.alpha_at(i);
-    return times_slope_at<SteT, k16>(dy, Point<P>{v, u, q, inverse_q, level<T>(q, source.alpha_at(i))});
+  const auto dx_of = [&](auto v, auto dy, int64_t i) {  // of a pack, or of more
+    using F = decltype(v);
+    const F u = k16 ? mul(v, F(source.inverse_at(i))) : v / F(source.alpha_at(i));
+    const P top = level<T>(q, source.alpha_at(i));
+    return times_slope_at<SteT, k16>(dy, Point<F>{v, u, F(q), F(inverse_q), F(top)});
   };
-  if constexpr (std::is_same_v<Source, Uniform<compute_t<T>>>) {
-    for (int64_t i = 0; i < count; i += 2 * kCount) {
-      const Two<P> v = load_two(x + i), dy = load_two(grad_y + i);
-      store_two(dx + i, Two<P>{dx_of(v.first, dy.first, i), dx_of(v.second, dy.second, i)}, stream);
-    }
-  } else {
-    for (int64_t i = 0; i < count; i += kCount) {
-      const P result = round_to<T>(dx_of(Io<T>::load(x + i), Io<T>::load(grad_y + i), i));
-      if (stream) Io<T>::stream(dx + i, result);
-      else Io<T>::store(dx + i, result);
+  for (int64_t end = 0; end < count;) {
+    int64_t i = end;
+    end += kBlock;
+    prefetch(x + i);
+    prefetch(grad_y + i);
+    if constexpr (!std::is_same_v<Source, Uniform<compute_t<T>>>) {
+      for (; i < end; i += kCount) {
+        const P result = round_to<T>(dx_of(Io<T>::load(x + i), Io<T>::load(grad_y + i), i));
+        if (stream) Io<T>::stream(dx + i, result);
+        else Io<T>::store(dx + i, result);
+      }
+    } else if constexpr (kChains == 2) {
+      for (; i < end; i += 4 * kCount) {
+        const int64_t j = i + 2 * kCount;
+        const auto result = dx_of(Two{load_two(x + i), load_two(x + j)}, Two{load_two(grad_y + i), load_two(grad_y + j)}, i);
+        store_two(dx + i, result.first, stream);
+        store_two(dx + j, result.second, stream);
+      }
+    } else {
+      for (; i < end; i += 2 * kCount) {
+        const Two<P> v = load_two(x + i), dy = load_two(grad_y + i);
+        store_two(dx + i, Two<P>{dx_of(v.first, dy.first, i), dx_of(v.second, dy.second, i)}, stream);
+      }
     }
   }
 }
@@ -223,7 +251,7 @@ CG_HD void add_terms(const Backward& a, const T* x, const T* grad_y, const Sourc
       codes_block<T, true>(a.rounding, x, source, a.bits, codes);
   }
   for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
-    const P alpha = source.at(i).alpha, v = Io<T>::load(x + i);
+    const P alpha = source.alpha_at(i), v = Io<T>::load(x + i);
     const Point<P> p{v, v / alpha, q, P(A(1)) / q, level<T>(q, alpha)};
     P value;
     if (by_code) {
@@ -313,6 +341,7 @@ void times_slopes_of(const TimesSlopes& args, int64_t begin, int64_t end) {
     uint8_t codes[kBlock];
     read_codes(a.codes, block, count, packed_width(a.bits), codes);
     T dy_copy[kBlock], dx_copy[kBlock];
+    prefetch(static_cast<const T*>(a.grad_y) + block * kBlock);
     const T* grad_y = read_block(static_cast<const T*>(a.grad_y), block, count, dy_copy);
     const bool whole = count == kBlock;
     T* dx = whole ? static_cast<T*>(a.grad_x) + block * kBlock : dx_copy;

@@ -8,14 +8,14 @@ CG_HD auto load_two(const T* p) {
   using P = Pack<compute_t<T>>;
   return Two<P>{Io<T>::load(p), Io<T>::load(p + Lanes<P>::kCount)};
 }
-// The same, zero where a bit is not set.
+// The same from the given place in a block, zero where a bit of the block's is not set.
 template <class T>
-CG_HD auto load_two_where(const T* p, uint64_t bits) {
+CG_HD auto load_two_where(const T* block, uint64_t bits, int first) {
   using P = Pack<compute_t<T>>;
   constexpr int kCount = Lanes<P>::kCount;
   const P zero(compute_t<T>(0));
-  return Two<P>{select(Lanes<P>::mask(bits), Io<T>::load(p), zero),
-                select(Lanes<P>::mask(bits >> kCount), Io<T>::load(p + kCount), zero)};
+  return Two<P>{select(Lanes<P>::mask(bits >> first), Io<T>::load(block + first), zero),
+                select(Lanes<P>::mask(bits >> (first + kCount)), Io<T>::load(block + first + kCount), zero)};
 }
 template <class T, class P>
 CG_HD void store_two(T* p, Two<P> v, bool stream) {
@@ -25,19 +25,13 @@ CG_HD void store_two(T* p, Two<P> v, bool stream) {
 
 namespace {
 
-template <class A>
-struct StepPack {
-  Pack<A> alpha{}, inverse{};
-};
-
 // One alpha for the whole block.
 template <class A>
 struct Uniform {
-  StepPack<A> step;
+  Pack<A> alpha, inverse;
   int64_t channel;
-  CG_HD StepPack<A> at(int) const { return step; }
-  CG_HD Pack<A> alpha_at(int) const { return step.alpha; }
-  CG_HD Pack<A> inverse_at(int) const { return step.inverse; }
+  CG_HD Pack<A> alpha_at(int) const { return alpha; }
+  CG_HD Pack<A> inverse_at(int) const { return inverse; }
 };
 
 // An alpha for each element, read from two arrays.
@@ -45,7 +39,6 @@ template <class A>
 struct Varying {
   const A* alpha;
   const A* inverse;
-  CG_HD StepPack<A> at(int i) const { return {alpha_at(i), inverse_at(i)}; }
   CG_HD Pack<A> alpha_at(int i) const { return Lanes<Pack<A>>::load(alpha + i); }
   CG_HD Pack<A> inverse_at(int i) const { return Lanes<Pack<A>>::load(inverse + i); }
 };
@@ -71,8 +64,8 @@ CG_HD void for_each_range(const Steps& steps, int64_t begin, int64_t end, const 
   const A* alpha = static_cast<const A*>(steps.alpha);
   const A* inverse = static_cast<const A*>(steps.inverse);
   const auto uniform = [&](int64_t channel) {
-    if constexpr (kSteps) return Uniform<A>{{Pack<A>(alpha[channel]), Pack<A>(inverse[channel])}, channel};
-    else return Uniform<A>{{}, channel};
+    if constexpr (kSteps) return Uniform<A>{Pack<A>(alpha[channel]), Pack<A>(inverse[channel]), channel};
+    else return Uniform<A>{{}, {}, channel};
   };
   if (steps.channels == 1) {
     body(begin, end, uniform(0));
@@ -107,6 +100,15 @@ CG_HD void for_each_range(const Steps& steps, int64_t begin, int64_t end, const 
 CG_HD int block_count(int64_t count, int64_t block) {
   const int64_t left = count - block * kBlock;
   return left < kBlock ? static_cast<int>(left) : kBlock;
+}
+
+// Asks for the block that is kPrefetchBytes ahead; past the end that is harmless.
+template <class T>
+CG_HD void prefetch(const T* block) {
+  if constexpr (kPrefetchBytes > 0) {
+    const uintptr_t ahead = reinterpret_cast<uintptr_t>(block) + kPrefetchBytes;
+    for (size_t i = 0; i < kBlock * sizeof(T); i += 64) __builtin_prefetch(reinterpret_cast<const void*>(ahead + i));
+  }
 }
 
 // The last block may be short: it is read from a copy padded with zeros, and written through one.

@@ -4,9 +4,9 @@ namespace cg::CG_ISA {
 namespace {
 
 template <class T, Rounding R, bool kRegular, class P>
-CG_HD Quantized<P> quantize_pack(P x, const StepPack<compute_t<T>>& step, P q) {
-  if constexpr (kRegular) return quantize<T, R>(x, step.alpha, step.inverse, q);
-  else return quantize_any<T, R>(x, step.alpha, q);
+CG_HD Quantized<P> quantize_pack(P x, P alpha, P inverse, P q) {
+  if constexpr (kRegular) return quantize<T, R>(x, alpha, inverse, q);
+  else return quantize_any<T, R>(x, alpha, q);
 }
 
 template <class T, Rounding R, bool kRegular, bool kCodes, class Source>
@@ -18,19 +18,19 @@ void forward_range(const Forward& args, int64_t first, int64_t last, const Sourc
   for (int64_t block = first; block < last; ++block) {
     const int count = block_count(a.count, block);
     T x_copy[kBlock], y_copy[kBlock];
+    prefetch(static_cast<const T*>(a.x) + block * kBlock);
     const T* x = read_block(static_cast<const T*>(a.x), block, count, x_copy);
     const bool whole = a.y && count == kBlock, stream = whole && a.stream;
     T* y = whole ? static_cast<T*>(a.y) + block * kBlock : y_copy;
     uint8_t codes[kBlock];
     uint64_t positive = 0, above = 0;
     for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
-      const StepPack<A> step = source.at(i);
-      const P v = Io<T>::load(x + i);
-      const Quantized<P> result = quantize_pack<T, R, kRegular>(v, step, q);
+      const P v = Io<T>::load(x + i), alpha = source.alpha_at(i);
+      const Quantized<P> result = quantize_pack<T, R, kRegular>(v, alpha, source.inverse_at(i), q);
       if (stream) Io<T>::stream(y + i, result.y);
       else Io<T>::store(y + i, result.y);
       positive |= Lanes<P>::bits(is_positive(v)) << i;
-      above |= Lanes<P>::bits(v > level<T>(q, step.alpha)) << i;
+      above |= Lanes<P>::bits(v > level<T>(q, alpha)) << i;
       if constexpr (kCodes) Lanes<P>::store_codes(codes + i, result.code);
     }
     if (a.y && count < kBlock) memcpy(static_cast<T*>(a.y) + block * kBlock, y_copy, count * sizeof(T));
@@ -39,8 +39,42 @@ void forward_range(const Forward& args, int64_t first, int64_t last, const Sourc
   }
 }
 
-// The staircase of one alpha as small tables in registers, for the few bits for which a search takes less time than the
-// arithmetic. kBits comparisons with a threshold each halve the codes that are left; which threshold comes next, and the
+// The staircase of one alpha, for numbers that are no NaN, by a comparison with each threshold: the fastest where these
+// are few, and a comparison is no dearer than a look-up.
+template <class T, Rounding R, int kBits>
+struct Comparisons {
+  using O = Ordered<T>;
+  static constexpr int kTop = (1 << kBits) - 1, kPacks = O::kGroup;
+  O thresholds[kTop], levels[kTop];  // of the codes from 1 up
+
+  explicit CG_HD Comparisons(float alpha) {
+    for (int k = 1; k <= kTop; ++k) {
+      thresholds[k - 1] = O::all(ordered_floor<T>(threshold<T, R>(float(k), alpha)));
+      levels[k - 1] = O::all(ordered_floor<T>(level<T>(float(k), alpha)));
+    }
+  }
+  CG_HD O top() const { return levels[kTop - 1]; }
+
+  // The levels of some packs of x, their codes where kCodes, and where x > 0.
+  template <bool kCodes>
+  CG_HD void apply(const O (&x)[kPacks], O (&y)[kPacks], typename O::Index (&codes)[kPacks],
+                   typename O::Mask (&positive)[kPacks]) const {
+    for (int i = 0; i < kPacks; ++i) {
+      auto greater = O::greater(x[i], thresholds[0]);
+      positive[i] = R == Rounding::nearest ? O::greater(x[i], O::all(0)) : greater;  // else the first threshold is 0
+      y[i] = O::keep(greater, levels[0]);
+      codes[i] = O::raise(O::indices(0), greater, 1);
+      for (int k = 1; k < kTop; ++k) {
+        greater = O::greater(x[i], thresholds[k]);
+        y[i] = O::select(greater, levels[k], y[i]);
+        codes[i] = O::raise(codes[i], greater, 1);
+      }
+    }
+  }
+};
+
+// The same as small tables in registers, for the few bits for which a search takes less time than the arithmetic. kBits
+// comparisons with a threshold each halve the codes that are left; which threshold comes next, and the
 // level in the end, are looked up by what came out before: bit d of an index is the comparison d.
 template <class T, Rounding R, int kBits>
 struct Table {
@@ -52,7 +86,7 @@ struct Table {
     return 1 << comparison <= O::kEntries ? 1 : (1 << comparison) / O::kEntries;
   }
   static constexpr int kTop = (1 << kBits) - 1, kLast = kBits - 1, kRegisters = registers(kLast);
-  O thresholds[kBits][kRegisters], below[kRegisters], above[kRegisters], top;
+  O thresholds[kBits][kRegisters], below[kRegisters], above[kRegisters], highest;
 
   // For each outcome of the comparisons before the given one, the entry of the lowest code that it leaves.
   static CG_HD void fill(O* packs, int comparison, const Element* of_code) {
@@ -76,11 +110,24 @@ struct Table {
     for (int d = 0; d < kBits; ++d) fill(thresholds[d], d, all_thresholds + (1 << (kLast - d)));
     fill(below, kLast, all_levels);
     fill(above, kLast, all_levels + 1);
-    top = O::all(all_levels[kTop]);
+    highest = O::all(all_levels[kTop]);
+  }
+  CG_HD O top() const { return highest; }
+
+  // All packs of a block side by side, as a comparison waits for the one before it.
+  template <bool kCodes>
+  CG_HD void apply(const O (&x)[kPacks], O (&y)[kPacks], Index (&codes)[kPacks],
+                   typename O::Mask (&positive)[kPacks]) const {
+    Index index[kPacks];
+    for (int i = 0; i < kPacks; ++i) {
+      index[i] = O::indices(O::kIndexStart);
+      codes[i] = O::indices(0);
+      positive[i] = O::greater(x[i], O::all(0));
+    }
+    search<kCodes>(x, index, codes, y);
   }
 
-  // The levels of a block's x, and their codes where kCodes; all its packs side by side, as a comparison waits for the
-  // one before it.
+ private:
   template <bool kCodes, int kComparison = 0>
   CG_HD void search(const O (&x)[kPacks], Index (&index)[kPacks], Index (&codes)[kPacks], O (&levels)[kPacks]) const {
     constexpr int kCount = registers(kComparison);
@@ -104,49 +151,52 @@ struct Table {
 };
 
 template <class T, Rounding R, bool kCodes, int kBits>
-void forward_table(const Forward& args, int64_t first, int64_t last, const Uniform<float>& source) {
+void forward_ordered(const Forward& args, int64_t first, int64_t last, const Uniform<float>& source) {
   using O = Ordered<T>;
   using Element = typename O::Element;
-  constexpr int kPacks = kBlock / O::kCount;
+  using Staircase = std::conditional_t<kBits <= O::kCompareBits, Comparisons<T, R, kBits>, Table<T, R, kBits>>;
+  constexpr int kPacks = Staircase::kPacks;
   const Forward a = args;
-  const Table<T, R, kBits> table(static_cast<const float*>(a.steps.alpha)[source.channel]);
+  const Staircase staircase(static_cast<const float*>(a.steps.alpha)[source.channel]);
   for (int64_t block = first; block < last; ++block) {
     const Element* x = static_cast<const Element*>(a.x) + block * kBlock;
     if (block_count(a.count, block) < kBlock || O::any_nan(x)) {
       forward_range<T, R, true, kCodes>(a, block, block + 1, source);
       continue;
     }
+    prefetch(x);
     Element y_unused[kBlock];
     Element* y = a.y ? static_cast<Element*>(a.y) + block * kBlock : y_unused;
     uint8_t codes[kBlock];
     uint64_t inside = 0, above = 0;
-    O v[kPacks], levels[kPacks];
-    typename O::Index index[kPacks], code[kPacks];
-    for (int i = 0; i < kPacks; ++i) {
-      v[i] = O::load(x + i * O::kCount);
-      index[i] = O::indices(O::kIndexStart);
-      code[i] = O::indices(0);
-    }
-    table.template search<kCodes>(v, index, code, levels);
-    for (int i = 0; i < kPacks; ++i) {
-      const int at = i * O::kCount;
-      if (a.stream) O::stream(y + at, levels[i]);
-      else O::store(y + at, levels[i]);
-      inside |= O::bits(O::within(v[i], O::all(0), table.top)) << at;
-      if (a.kind != MaskKind::inside) above |= O::bits(O::greater(v[i], table.top)) << at;
-      if constexpr (kCodes) O::store_codes(codes + at, code[i]);
+    for (int first = 0; first < kBlock; first += kPacks * O::kCount) {
+      O v[kPacks], levels[kPacks];
+      typename O::Index code[kPacks];
+      typename O::Mask positive[kPacks], beyond[kPacks];
+      for (int i = 0; i < kPacks; ++i) v[i] = O::load(x + first + i * O::kCount);
+      staircase.template apply<kCodes>(v, levels, code, positive);
+      for (int i = 0; i < kPacks; ++i) {
+        const int at = first + i * O::kCount;
+        if (a.stream) O::stream(y + at, levels[i]);
+        else O::store(y + at, levels[i]);
+        beyond[i] = O::greater(v[i], staircase.top());
+        positive[i] = O::at_most(positive[i], v[i], staircase.top());
+        if constexpr (kCodes) O::store_codes(codes + at, code[i]);
+      }
+      inside |= O::bits(positive) << first;
+      if (a.kind != MaskKind::inside) above |= O::bits(beyond) << first;
     }
     if (a.mask) write_mask(a.mask, a.kind, block, kBlock, inside, above);
     if constexpr (kCodes) write_codes(a.codes, block, kBlock, packed_width(a.bits), codes);
   }
 }
 
-// A table takes about as long to make as it saves in a block for each of its levels.
+// What is looked up or compared with takes about as long to make as it saves in a block for each level.
 template <class T, Rounding R, bool kCodes, int kBits = 1>
 void forward_uniform(const Forward& a, int64_t first, int64_t last, const Uniform<compute_t<T>>& source) {
   if constexpr (kBits <= Ordered<T>::kMaxBits) {
     if (a.bits != kBits) return forward_uniform<T, R, kCodes, kBits + 1>(a, first, last, source);
-    if (last - first >= 1 << kBits) return forward_table<T, R, kCodes, kBits>(a, first, last, source);
+    if (last - first >= 1 << kBits) return forward_ordered<T, R, kCodes, kBits>(a, first, last, source);
   }
   forward_range<T, R, true, kCodes>(a, first, last, source);
 }
@@ -209,7 +259,7 @@ CG_HD void dequantize_range(const Dequantize& a, int64_t first, int64_t last, co
   for (int64_t block = first; block < last; ++block) {
     dequantize_block<T>(a, block, [&](const uint8_t* codes, T* y, bool stream) {
       for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
-        const P v = level<T>(Lanes<P>::load_codes(codes + i), source.at(i).alpha);
+        const P v = level<T>(Lanes<P>::load_codes(codes + i), source.alpha_at(i));
         if (stream) Io<T>::stream(y + i, v);
         else Io<T>::store(y + i, v);
       }

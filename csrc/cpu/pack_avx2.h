@@ -5,6 +5,7 @@
 
 #include "../math/alpha_grad.h"
 #include "../math/bits.h"
+#include "two.h"
 
 namespace cg::CG_ISA {
 
@@ -38,6 +39,7 @@ CG_HD Floats shift_bits_left(Floats a, int count) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), count));
 }
 CG_HD Floats min_of(Floats a, Floats b) { return _mm256_min_ps(a.v, b.v); }
+CG_HD FloatMask is_positive(Floats a) { return {_mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_NLE_UQ)}; }
 CG_HD Floats max_of(Floats a, Floats b) { return _mm256_max_ps(a.v, b.v); }
 CG_HD Floats scale_down(Floats a, Floats shifted) {
   const __m256i exponents = _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23);
@@ -84,11 +86,6 @@ struct PackOf<double> {
 };
 template <class A>
 using Pack = typename PackOf<A>::type;
-
-template <class P>
-struct Two {
-  P first, second;
-};
 
 template <class P>
 struct Lanes;
@@ -243,11 +240,29 @@ struct Io<f16> {
   static CG_HD void stream(f16* p, Floats v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), halves(v)); }
 };
 
-CG_HD __m256i mask_of_words(uint64_t bits) {
-  const __m256i lane = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
-  const __m256i all = _mm256_set1_epi16(static_cast<short>(bits));
-  return _mm256_cmpeq_epi16(_mm256_and_si256(all, lane), lane);
-}
+// The bits of a block in each half of a register, from where a shuffle takes those of a pack.
+struct BlockBits {
+  __m256i all;
+  CG_HD BlockBits(uint64_t bits) : all(_mm256_set1_epi64x(static_cast<long long>(bits))) {}
+
+  // As a mask, those of the numbers of kBytes each from the given one on, which begins a pack.
+  template <int kBytes>
+  CG_HD __m256i mask(int first) const {
+    const __m256i byte = _mm256_set1_epi8(static_cast<char>(first / 8));
+    if constexpr (kBytes == 2) {
+      const __m256i place = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128);
+      const __m256i in_half = _mm256_setr_m128i(_mm_setzero_si128(), _mm_set1_epi8(1));
+      const __m256i bits = _mm256_shuffle_epi8(all, _mm256_add_epi8(byte, in_half));
+      return _mm256_cmpeq_epi16(_mm256_and_si256(bits, place), place);
+    } else if constexpr (kBytes == 4) {
+      const __m256i place = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+      return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_shuffle_epi8(all, byte), place), place);
+    } else {
+      const __m256i place = _mm256_sllv_epi64(_mm256_setr_epi64x(1, 2, 4, 8), _mm256_set1_epi64x(first % 8));
+      return _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_shuffle_epi8(all, byte), place), place);
+    }
+  }
+};
 
 // The numbers at even places and those at odd ones, in fewer instructions than the two halves take. None is a NaN but
 // one of bfloat16, so that rounding carries none over.
@@ -257,8 +272,15 @@ CG_HD Two<Floats> even_and_odd(__m256i both) {
 CG_HD Two<Floats> load_two(const bf16* p) {
   return even_and_odd(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-CG_HD Two<Floats> load_two_where(const bf16* p, uint64_t bits) {
-  return even_and_odd(_mm256_and_si256(mask_of_words(bits), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+CG_HD Two<Floats> load_two_where(const bf16* block, uint64_t bits, int first) {
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + first));
+  return even_and_odd(_mm256_and_si256(BlockBits(bits).mask<2>(first), v));
+}
+CG_HD Two<Floats> load_two_where(const float* block, uint64_t bits, int first) {
+  const auto load = [&](int i) {
+    return Floats(_mm256_and_ps(_mm256_castsi256_ps(BlockBits(bits).mask<4>(i)), _mm256_loadu_ps(block + i)));
+  };
+  return {load(first), load(first + 8)};
 }
 CG_HD void store_two(bf16* p, Two<Floats> v, bool stream) {
   const __m256i even = _mm256_srli_epi32(bf16_round_bits(v.first.v), 16), odd = bf16_round_bits(v.second.v);
@@ -270,7 +292,7 @@ CG_HD void store_two(bf16* p, Two<Floats> v, bool stream) {
 // A table is 8 entries in each half of a register, and an index the two bytes of its entry.
 template <class T>
 struct Ordered {
-  static constexpr int kMaxBits = 8, kCount = 16, kEntries = 8;
+  static constexpr int kMaxBits = 6, kCompareBits = 2, kCount = 16, kGroup = 2, kEntries = 8;
   static constexpr int kIndexStart = 0x0100, kIndexUnit = 0x0202;
   using Element = int16_t;
   using Mask = __m256i;
@@ -281,12 +303,16 @@ struct Ordered {
   static CG_HD void store(int16_t* p, Ordered a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
   static CG_HD void stream(int16_t* p, Ordered a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), a.v); }
   static CG_HD Mask greater(Ordered a, Ordered b) { return _mm256_cmpgt_epi16(a.v, b.v); }
-  static CG_HD Mask within(Ordered a, Ordered low, Ordered high) {
-    return _mm256_andnot_si256(greater(a, high), greater(a, low));
-  }
-  static CG_HD uint64_t bits(Mask m) {
-    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
-    return static_cast<uint32_t>(_mm_movemask_epi8(bytes));
+  static CG_HD Mask at_most(Mask m, Ordered a, Ordered high) { return _mm256_andnot_si256(greater(a, high), m); }
+  static CG_HD Ordered keep(Mask m, Ordered a) { return {_mm256_and_si256(m, a.v)}; }
+  template <size_t kMasks>
+  static CG_HD uint64_t bits(const Mask (&m)[kMasks]) {
+    uint64_t all = 0;
+    for (size_t i = 0; i < kMasks; i += 2) {
+      const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(m[i], m[i + 1]), 0xd8);
+      all |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(bytes))) << i * kCount;
+    }
+    return all;
   }
   static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm256_blendv_epi8(b.v, a.v, m)}; }
   static CG_HD bool any_nan(const int16_t* x) {
@@ -307,11 +333,10 @@ struct Ordered {
     if constexpr (kRegisters == 1) {
       return {_mm256_shuffle_epi8(table[0].v, index)};
     } else {
-      // The bit of the index that tells the half, moved to the top of each byte. A shuffle wants the top bit clear.
+      // The bit of the index that tells the half, moved to the top of each byte.
+      static_assert(kRegisters <= 4);
       constexpr int kHalf = kRegisters / 2;
-      constexpr int kShift = kRegisters == 2 ? 3 : kRegisters == 4 ? 2 : kRegisters == 8 ? 1 : 0;
-      const Mask upper = _mm256_slli_epi16(index, kShift);
-      if constexpr (kShift == 0) index = _mm256_and_si256(index, _mm256_set1_epi8(0x7f));
+      const Mask upper = _mm256_slli_epi16(index, kRegisters == 2 ? 3 : 2);
       return select(upper, look_up<kHalf>(table + kHalf, index), look_up<kHalf>(table, index));
     }
   }
@@ -327,7 +352,7 @@ struct Ordered<double> {
 };
 template <>
 struct Ordered<float> {
-  static constexpr int kMaxBits = 4, kCount = 8, kEntries = 8, kIndexStart = 0, kIndexUnit = 1;
+  static constexpr int kMaxBits = 2, kCompareBits = 2, kCount = 8, kGroup = 4;
   using Element = float;
   using Mask = __m256;
   using Index = __m256i;
@@ -337,10 +362,14 @@ struct Ordered<float> {
   static CG_HD void store(float* p, Ordered a) { _mm256_storeu_ps(p, a.v); }
   static CG_HD void stream(float* p, Ordered a) { _mm256_stream_ps(p, a.v); }
   static CG_HD Mask greater(Ordered a, Ordered b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
-  static CG_HD Mask within(Ordered a, Ordered low, Ordered high) {
-    return _mm256_andnot_ps(greater(a, high), greater(a, low));
+  static CG_HD Mask at_most(Mask m, Ordered a, Ordered high) { return _mm256_andnot_ps(greater(a, high), m); }
+  static CG_HD Ordered keep(Mask m, Ordered a) { return {_mm256_and_ps(m, a.v)}; }
+  static CG_HD uint64_t bits(const Mask (&m)[kGroup]) {
+    const auto words = [](Mask a, Mask b) { return _mm256_packs_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)); };
+    const __m256i bytes = _mm256_packs_epi16(words(m[0], m[1]), words(m[2], m[3]));
+    const __m256i in_order = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    return static_cast<uint32_t>(_mm256_movemask_epi8(in_order));
   }
-  static CG_HD uint64_t bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
   static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
   static CG_HD bool any_nan(const float* x) {
     __m256 nan = _mm256_setzero_ps();
@@ -353,30 +382,24 @@ struct Ordered<float> {
   static CG_HD Index raise(Index a, Mask m, int by) {
     return _mm256_add_epi32(a, _mm256_and_si256(_mm256_castps_si256(m), indices(by)));
   }
-  template <int kRegisters>
-  static CG_HD Ordered look_up(const Ordered* table, Index index) {
-    static_assert(kRegisters == 1);
-    return {_mm256_permutevar8x32_ps(table[0].v, index)};
-  }
   static CG_HD void store_codes(uint8_t* p, Index codes) {
     const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
   }
 };
 
-template <class U>
-CG_HD void keep_bits(const U* from, U* to, uint64_t bits, bool stream) {
-  constexpr int kCount = 32 / sizeof(U);
-  for (int i = 0; i < 64; i += kCount) {
-    __m256i mask;
-    if constexpr (sizeof(U) == 2) {
-      mask = mask_of_words(bits >> i);
-    } else if constexpr (sizeof(U) == 4) {
-      mask = _mm256_castps_si256(Lanes<Floats>::mask(bits >> i).m);
-    } else {
-      mask = _mm256_castpd_si256(Lanes<Doubles>::mask(bits >> i).m);
-    }
-    const __m256i v = _mm256_and_si256(mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+// A number's bits times themselves, without carries, are the bits with zeros between.
+CG_HD uint64_t spread_bits(uint64_t v) {
+  const __m128i low = _mm_cvtsi64_si128(static_cast<long long>(v & 0xffffffffu));
+  return static_cast<uint64_t>(_mm_cvtsi128_si64(_mm_clmulepi64_si128(low, low, 0)));
+}
+
+template <int kCount, class U>
+CG_HD void keep_bits(const U* from, U* to, BlockBits bits, int first, bool stream) {
+#pragma GCC unroll 16
+  for (int i = first; i < first + kCount; i += 32 / static_cast<int>(sizeof(U))) {
+    const __m256i dy = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+    const __m256i v = _mm256_and_si256(bits.mask<sizeof(U)>(i), dy);
     if (stream) _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), v);
     else _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), v);
   }
@@ -442,6 +465,18 @@ CG_HD void unpack_codes(const uint8_t* packed, uint8_t* codes) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + 32 * half), v);
   }
 }
+// The flags of a block's 2-bit states: the low bits, and the high bits.
+CG_HD void unpack_states(const uint8_t* packed, uint64_t* inside, uint64_t* above) {
+  __m256i v[2];  // a state a byte, with others' bits above it
+  for (int half = 0; half < 2; ++half) {
+    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + 8 * half));
+    const __m256i dwords = _mm256_cvtepu8_epi32(eight);
+    v[half] = _mm256_or_si256(dwords, _mm256_slli_epi32(dwords, 12));
+    v[half] = _mm256_or_si256(v[half], _mm256_slli_epi32(v[half], 6));
+  }
+  *inside = sign_bits(_mm256_slli_epi16(v[0], 7), _mm256_slli_epi16(v[1], 7));
+  *above = sign_bits(_mm256_slli_epi16(v[0], 6), _mm256_slli_epi16(v[1], 6));
+}
 CG_HD uint64_t nonzero_codes(const uint8_t* codes) {
   const __m256i* p = reinterpret_cast<const __m256i*>(codes);
   const __m256i zero = _mm256_setzero_si256();
@@ -490,6 +525,10 @@ struct SmallTable<Floats> {
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), upper);
   }
 };
+
+// How far ahead of the loads memory is asked for. Hardware does it too, but only some instructions ahead.
+constexpr int kPrefetchBytes = 2048;
+constexpr int kChains = 2;
 
 // Streamed stores are weakly ordered: fence before another thread may read.
 CG_HD void stream_fence() { _mm_sfence(); }

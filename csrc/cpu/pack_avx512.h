@@ -5,6 +5,7 @@
 
 #include "../math/alpha_grad.h"
 #include "../math/bits.h"
+#include "two.h"
 
 namespace cg::CG_ISA {
 
@@ -76,11 +77,6 @@ struct PackOf<double> {
 };
 template <class A>
 using Pack = typename PackOf<A>::type;
-
-template <class P>
-struct Two {
-  P first, second;
-};
 
 template <class P>
 struct Lanes;
@@ -215,8 +211,8 @@ CG_HD Two<Floats> even_and_odd(__m512i both) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), keep_upper_half(both)};
 }
 CG_HD Two<Floats> load_two(const bf16* p) { return even_and_odd(_mm512_loadu_si512(p)); }
-CG_HD Two<Floats> load_two_where(const bf16* p, uint64_t bits) {
-  return even_and_odd(_mm512_maskz_loadu_epi16(static_cast<__mmask32>(bits), p));
+CG_HD Two<Floats> load_two_where(const bf16* block, uint64_t bits, int first) {
+  return even_and_odd(_mm512_maskz_loadu_epi16(static_cast<__mmask32>(bits >> first), block + first));
 }
 CG_HD void store_two(bf16* p, Two<Floats> v, bool stream) {
   const __m512i even = _mm512_srli_epi32(bf16_round_bits(v.first.v), 16), odd = bf16_round_bits(v.second.v);
@@ -227,7 +223,8 @@ CG_HD void store_two(bf16* p, Two<Floats> v, bool stream) {
 
 template <class T>
 struct Ordered {
-  static constexpr int kMaxBits = 8, kCount = 32, kEntries = 32, kIndexStart = 0, kIndexUnit = 1;
+  static constexpr int kMaxBits = 8, kCompareBits = 0;
+  static constexpr int kCount = 32, kEntries = 32, kIndexStart = 0, kIndexUnit = 1;
   using Element = int16_t;
   using Mask = __mmask32;
   using Index = __m512i;
@@ -237,10 +234,8 @@ struct Ordered {
   static CG_HD void store(int16_t* p, Ordered a) { _mm512_storeu_si512(p, a.v); }
   static CG_HD void stream(int16_t* p, Ordered a) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), a.v); }
   static CG_HD Mask greater(Ordered a, Ordered b) { return _mm512_cmpgt_epi16_mask(a.v, b.v); }
-  static CG_HD Mask within(Ordered a, Ordered low, Ordered high) {
-    return _mm512_mask_cmple_epi16_mask(greater(a, low), a.v, high.v);
-  }
-  static CG_HD uint64_t bits(Mask m) { return m; }
+  static CG_HD Mask at_most(Mask m, Ordered a, Ordered high) { return _mm512_mask_cmple_epi16_mask(m, a.v, high.v); }
+  static CG_HD uint64_t bits(const Mask (&m)[2]) { return m[0] | uint64_t{m[1]} << 32; }
   static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm512_mask_blend_epi16(m, b.v, a.v)}; }
   static CG_HD bool any_nan(const int16_t* x) {
     const __m512i magnitude = _mm512_set1_epi16(0x7fff);
@@ -270,7 +265,8 @@ struct Ordered<double> {
 };
 template <>
 struct Ordered<float> {
-  static constexpr int kMaxBits = 3, kCount = 16, kEntries = 16, kIndexStart = 0, kIndexUnit = 1;
+  static constexpr int kMaxBits = 3, kCompareBits = 0;
+  static constexpr int kCount = 16, kEntries = 16, kIndexStart = 0, kIndexUnit = 1;
   using Element = float;
   using Mask = __mmask16;
   using Index = __m512i;
@@ -280,10 +276,12 @@ struct Ordered<float> {
   static CG_HD void store(float* p, Ordered a) { _mm512_storeu_ps(p, a.v); }
   static CG_HD void stream(float* p, Ordered a) { _mm512_stream_ps(p, a.v); }
   static CG_HD Mask greater(Ordered a, Ordered b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
-  static CG_HD Mask within(Ordered a, Ordered low, Ordered high) {
-    return _mm512_mask_cmp_ps_mask(greater(a, low), a.v, high.v, _CMP_LE_OQ);
+  static CG_HD Mask at_most(Mask m, Ordered a, Ordered high) {
+    return _mm512_mask_cmp_ps_mask(m, a.v, high.v, _CMP_LE_OQ);
   }
-  static CG_HD uint64_t bits(Mask m) { return m; }
+  static CG_HD uint64_t bits(const Mask (&m)[4]) {
+    return m[0] | uint64_t{m[1]} << 16 | uint64_t{m[2]} << 32 | uint64_t{m[3]} << 48;
+  }
   static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
   static CG_HD bool any_nan(const float* x) {
     return (_mm512_cmp_ps_mask(load(x).v, load(x + 16).v, _CMP_UNORD_Q) |
@@ -305,10 +303,16 @@ struct Ordered<float> {
 CG_HD uint64_t spread_bits(uint64_t v) { return _pdep_u64(v, 0x5555555555555555u); }
 CG_HD uint64_t unspread_bits(uint64_t v) { return _pext_u64(v, 0x5555555555555555u); }
 
-template <class U>
-CG_HD void keep_bits(const U* from, U* to, uint64_t bits, bool stream) {
-  constexpr int kCount = 64 / sizeof(U);
-  for (int i = 0; i < 64; i += kCount) {
+CG_HD void unpack_states(const uint8_t* packed, uint64_t* inside, uint64_t* above) {
+  uint64_t words[2];
+  memcpy(words, packed, sizeof(words));
+  *inside = unspread_bits(words[0]) | unspread_bits(words[1]) << 32;
+  *above = unspread_bits(words[0] >> 1) | unspread_bits(words[1] >> 1) << 32;
+}
+
+template <int kCount, class U>
+CG_HD void keep_bits(const U* from, U* to, uint64_t bits, int first, bool stream) {
+  for (int i = first; i < first + kCount; i += 64 / static_cast<int>(sizeof(U))) {
     __m512i v;
     if constexpr (sizeof(U) == 2) v = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(bits >> i), from + i);
     else if constexpr (sizeof(U) == 4) v = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(bits >> i), from + i);
@@ -434,6 +438,8 @@ CG_HD void times_slopes_block(const bf16* grad_y, const uint8_t* codes, const Sm
     else _mm512_storeu_si512(grad_x + i, dx);
   }
 }
+
+constexpr int kPrefetchBytes = 0, kChains = 1;
 
 // Streamed stores are weakly ordered: fence before another thread may read.
 CG_HD void stream_fence() { _mm_sfence(); }

@@ -4,28 +4,27 @@
 //   Lanes<P>            kCount; masks to and from bits; codes to and from bytes; the sum over lanes
 //   Io<T>               load; store and stream (past the caches, aligned) a pack whose numbers are numbers of T
 //   round_for_store<T>  what is left to do for Io<T>::store of any number to store it rounded to T
-//   Two<P>              two packs; load_two and store_two of blocks.inl may be overloaded for a T
+//   Two<P>              two packs (two.h); load_two and store_two of blocks.inl may be overloaded for a T
+//   kChains             how many Twos a formula that is one chain of operations is evaluated for side by side: 1 or 2
 //   LargeTable<P>       at(codes): the entries of a table of up to 256 numbers for a pack's codes, from memory
 //   SmallTable<P>       the same for up to kSize numbers, from registers; none where kSize is 0
-//   Ordered<T>          numbers of T as ordered_t<T> (dtype.h), and look_up(): table entries by indices, which begin at
-//                       kIndexStart and count in kIndexUnit; for staircases of up to kMaxBits
-//   keep_bits(...)      64 elements of raw bits, kept where the mask says, else zero
+//   Ordered<T>          numbers of T as ordered_t<T> (dtype.h), for staircases of up to kMaxBits: by comparisons up to
+//                       kCompareBits, from there by look_up(): table entries by indices, which begin at kIndexStart
+//                       and count in kIndexUnit
+//   keep_bits<n>(...)   n elements of raw bits of a block from `first` on, kept where the block's mask says, else zero
+//   unpack_states(...)  the low bits and the high bits of a block's 2-bit states
 //   pack_codes<w>(...)  64 codes, a byte each, to w bits each (math/bits.h); and unpack_codes<w>(...) back
 //   nonzero_codes(...)  the bits of c > 0 of 64 codes
 #pragma once
 
 #include "../math/alpha_grad.h"
 #include "../math/bits.h"
+#include "two.h"
 
 namespace cg::CG_ISA {
 
 template <class A>
 using Pack = A;
-
-template <class P>
-struct Two {
-  P first, second;
-};
 
 template <class A>
 struct Lanes {
@@ -59,9 +58,16 @@ struct Io {
   static CG_HD void stream(T* p, compute_t<T> v) { narrow(p, v); }
 };
 
-template <class U>
-CG_HD void keep_bits(const U* from, U* to, uint64_t bits, bool) {
-  for (int i = 0; i < 64; ++i) to[i] = (bits >> i) & 1 ? from[i] : U(0);
+template <int kCount, class U>
+CG_HD void keep_bits(const U* from, U* to, uint64_t bits, int first, bool) {
+  for (int i = first; i < first + kCount; ++i) to[i] = (bits >> i) & 1 ? from[i] : U(0);
+}
+
+CG_HD void unpack_states(const uint8_t* packed, uint64_t* inside, uint64_t* above) {
+  uint64_t words[2];
+  memcpy(words, packed, sizeof(words));
+  *inside = unspread_bits(words[0]) | unspread_bits(words[1]) << 32;
+  *above = unspread_bits(words[0] >> 1) | unspread_bits(words[1] >> 1) << 32;
 }
 
 template <int kWidth>
@@ -103,6 +109,8 @@ template <class T>
 struct Ordered {
   static constexpr int kMaxBits = 0;
 };
+
+constexpr int kPrefetchBytes = 0, kChains = 1;
 
 CG_HD void stream_fence() {}
 
