@@ -162,7 +162,7 @@ def test_what_the_native_copy_refuses():
     x = torch.zeros(4, 4)
     with pytest.raises(ValueError, match=r"to must have from's 64 bytes, got 60"):
         _ops.native.copy(torch.zeros(15), x)
-    with pytest.raises(ValueError, match="from must be contiguous on a CPU, got torch.FloatTensor with strides \\[1, 4\\]"):
+    with pytest.raises(ValueError, match=r"from must be contiguous on a CPU, got torch\.\w+ with strides \[1, 4\]"):
         _ops.native.copy(x, x.t())
     with pytest.raises(ValueError, match="to must be contiguous on a CPU"):
         _ops.native.copy(x.to("meta"), x)

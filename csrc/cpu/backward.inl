@@ -13,7 +13,8 @@ CG_HD Flags read_kept(const Backward& a, int64_t block, int count, uint8_t* code
   if (a.kind == MaskKind::state) {
     uint64_t words[2];
     read_packed<2>(a.mask, block, count, words);
-    unpack_states(reinterpret_cast<const uint8_t*>(words), &flags.inside, &flags.above);
+    flags.inside = unspread_bits(words[0]) | unspread_bits(words[1]) << 32;
+    flags.above = unspread_bits(words[0] >> 1) | unspread_bits(words[1] >> 1) << 32;
     if (a.ste == Ste::clipped_relu) flags.gate = flags.inside;
     if (a.ste == Ste::relu) flags.gate = flags.inside | flags.above;
   } else if (a.kind != MaskKind::nothing) {
@@ -33,20 +34,35 @@ CG_HD void backward_gate(const Backward& a, int64_t block, int count, uint64_t g
   U dy_copy[kBlock], dx_copy[kBlock];
   const U* dy = read_block(static_cast<const U*>(a.grad_y), block, count, dy_copy);
   U* grad_x = static_cast<U*>(a.grad_x) + block * kBlock;
-  keep_bits<kBlock>(dy, count == kBlock ? grad_x : dx_copy, gate, 0, a.stream && count == kBlock);
+  keep_bits<kBlock>(dy, count == kBlock ? grad_x : dx_copy, BlockBits(gate), 0, a.stream && count == kBlock);
   if (count < kBlock) memcpy(grad_x, dx_copy, count * sizeof(U));
 }
 
-// The sums of a block's dy inside and above; and its dx too where that is not null. dy is then read once.
-template <class T, class U, class P>
-CG_HD void sum_flagged(const T* grad_y, const Flags& kept, U* grad_x, bool stream, P& inside, P& above) {
-  constexpr int kCount = 2 * Lanes<P>::kCount;
+// dx alone from one bit an element, for the whole blocks in [begin, end): returns the block after them.
+template <class U>
+CG_HD int64_t backward_mask(const Backward& args, int64_t begin, int64_t end) {
+  const Backward a = args;
+  const int64_t whole = end < a.count / kBlock ? end : a.count / kBlock;
+  const U* dy = static_cast<const U*>(a.grad_y);
+  U* dx = static_cast<U*>(a.grad_x);
+  for (int64_t block = begin; block < whole; ++block) {
+    uint64_t gate;
+    memcpy(&gate, a.mask + block * 8, 8);
+    prefetch(dy + block * kBlock);
+    keep_bits<kBlock>(dy + block * kBlock, dx + block * kBlock, BlockBits(gate), 0, a.stream);
+  }
+  return begin < whole ? whole : begin;
+}
+
+// Adds up a block's dy inside and above; each two packs go to visit(first) too.
+template <class T, class Bits, class P, class Visit>
+CG_HD void sum_flagged(const T* grad_y, Bits in, Bits over, P& inside, P& above, const Visit& visit) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kBlock; i += kCount) {
-    const Two<P> in = load_two_where(grad_y, kept.inside, i), over = load_two_where(grad_y, kept.above, i);
-    if (grad_x) keep_bits<kCount>(reinterpret_cast<const U*>(grad_y), grad_x, kept.gate, i, stream);
-    inside = inside + (in.first + in.second);
-    above = above + (over.first + over.second);
+  for (int i = 0; i < kBlock; i += 2 * Lanes<P>::kCount) {
+    const Two<P> v = load_two_where(grad_y, in, i), w = load_two_where(grad_y, over, i);
+    visit(i);
+    inside = inside + (v.first + v.second);
+    above = above + (w.first + w.second);
   }
 }
 
@@ -129,6 +145,30 @@ class ChannelSums {
   A terms_[kBlock];
 };
 
+// dx and dalpha from the 2-bit states of one channel, for the whole blocks in [begin, end), each read once: returns the
+// block after them. gate(states) are the bits for dx.
+template <class T, class U, class Gate>
+CG_HD int64_t backward_states(const Backward& args, int64_t begin, int64_t end, const Uniform<compute_t<T>>& source,
+                              ChannelSums<compute_t<T>>& sums, const Gate& gate) {
+  using P = Pack<compute_t<T>>;
+  const Backward a = args;
+  const int64_t whole = end < a.count / kBlock ? end : a.count / kBlock;
+  for (int64_t block = begin; block < whole; ++block) {
+    const T* grad_y = static_cast<const T*>(a.grad_y) + block * kBlock;
+    U* grad_x = static_cast<U*>(a.grad_x) + block * kBlock;
+    const BlockStates states(a.mask + block * 16);
+    P inside(compute_t<T>(0)), above(compute_t<T>(0));
+    prefetch(grad_y);
+    sum_flagged(grad_y, states.inside(), states.above(), inside, above, [&](int i) {
+      constexpr int kCount = 2 * Lanes<P>::kCount;
+      keep_bits<kCount>(reinterpret_cast<const U*>(grad_y), grad_x, gate(states), i, a.stream);
+    });
+    sums.start(block, source);
+    sums.add_flagged(source, 0, inside, above);
+  }
+  return begin < whole ? whole : begin;
+}
+
 // From the kept bits or codes: dx, and dalpha for the rules that need no x.
 template <class T>
 void backward_kept(const Backward& args, int64_t begin, int64_t end) {
@@ -137,16 +177,25 @@ void backward_kept(const Backward& args, int64_t begin, int64_t end) {
   using U = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
   constexpr int kCount = Lanes<P>::kCount;
   const Backward a = args;
+  const bool one_bit = a.kind == MaskKind::positive || a.kind == MaskKind::inside;
+  if (one_bit && a.grad_x && !a.partial && !a.codes) begin = backward_mask<U>(a, begin, end);
   ChannelSums<A> sums(a);
   for_each_range<A, false>(a.steps, begin, end, [&](int64_t first, int64_t last, const auto& source) {
+    constexpr bool kUniform = std::is_same_v<std::decay_t<decltype(source)>, Uniform<A>>;
+    if constexpr (kUniform) {
+      if (a.kind == MaskKind::state && a.grad_x && a.partial && !a.codes) {
+        const auto run = [&](const auto& gate) { first = backward_states<T, U>(a, first, last, source, sums, gate); };
+        if (a.ste == Ste::clipped_relu) run([](const BlockStates& states) { return states.inside(); });
+        else if (a.ste == Ste::relu) run([](const BlockStates& states) { return states.either(); });
+        else run([](const BlockStates&) { return BlockBits(~uint64_t{0}); });
+      }
+    }
     for (int64_t block = first; block < last; ++block) {
       const int count = block_count(a.count, block);
       uint8_t codes[kBlock];
       prefetch(static_cast<const T*>(a.grad_y) + block * kBlock);
       const Flags kept = read_kept(a, block, count, codes);
-      constexpr bool kUniform = std::is_same_v<std::decay_t<decltype(source)>, Uniform<A>>;
-      const bool together = kUniform && a.partial && !a.codes && count == kBlock;
-      if (a.grad_x && !together) backward_gate<U>(a, block, count, kept.gate);
+      if (a.grad_x) backward_gate<U>(a, block, count, kept.gate);
       if (!a.partial) continue;
       T copy[kBlock];
       const T* grad_y = read_block(static_cast<const T*>(a.grad_y), block, count, copy);
@@ -157,8 +206,7 @@ void backward_kept(const Backward& args, int64_t begin, int64_t end) {
         }
       } else if constexpr (kUniform) {
         P inside(A(0)), above(A(0));
-        U* grad_x = together && a.grad_x ? static_cast<U*>(a.grad_x) + block * kBlock : nullptr;
-        sum_flagged<T>(grad_y, kept, grad_x, a.stream, inside, above);
+        sum_flagged(grad_y, BlockBits(kept.inside), BlockBits(kept.above), inside, above, [](int) {});
         sums.add_flagged(source, 0, inside, above);
       } else {
         const P zero(A(0));

@@ -141,8 +141,8 @@ CG_HD void read_packed(const uint8_t* from, int64_t block, int count, uint64_t* 
 
 CG_HD void write_mask(uint8_t* to, MaskKind kind, int64_t block, int count, uint64_t inside, uint64_t above) {
   if (kind == MaskKind::state) {
-    const uint64_t words[2] = {spread_bits(inside) | spread_bits(above) << 1,
-                               spread_bits(inside >> 32) | spread_bits(above >> 32) << 1};
+    uint64_t words[2];
+    pack_states(inside, above, words);
     write_packed<2>(to, block, count, words);
   } else {
     if (kind == MaskKind::positive) inside |= above;

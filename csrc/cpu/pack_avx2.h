@@ -243,7 +243,7 @@ struct Io<f16> {
 // The bits of a block in each half of a register, from where a shuffle takes those of a pack.
 struct BlockBits {
   __m256i all;
-  CG_HD BlockBits(uint64_t bits) : all(_mm256_set1_epi64x(static_cast<long long>(bits))) {}
+  explicit CG_HD BlockBits(uint64_t bits) : all(_mm256_set1_epi64x(static_cast<long long>(bits))) {}
 
   // As a mask, those of the numbers of kBytes each from the given one on, which begins a pack.
   template <int kBytes>
@@ -264,6 +264,48 @@ struct BlockBits {
   }
 };
 
+// One bit of each of a block's 2-bit states, in the same way.
+struct StateBits {
+  __m256i all;
+  int bit;
+
+  template <int kBytes>
+  CG_HD __m256i mask(int first) const {
+    const __m256i byte = _mm256_set1_epi8(static_cast<char>(first / 4));
+    if constexpr (kBytes == 2) {
+      const __m256i place = _mm256_set1_epi64x(static_cast<long long>(0x0040001000040001u << bit));
+      const __m256i next = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+      const __m256i bits = _mm256_shuffle_epi8(all, _mm256_add_epi8(byte, next));
+      return _mm256_cmpeq_epi16(_mm256_and_si256(bits, place), place);
+    } else if constexpr (kBytes == 4) {
+      const __m256i one = _mm256_setr_epi32(1, 4, 16, 64, 1, 4, 16, 64), place = _mm256_slli_epi32(one, bit);
+      const __m256i next = _mm256_setr_epi64x(0, 0, 0x0101010101010101, 0x0101010101010101);
+      const __m256i bits = _mm256_shuffle_epi8(all, _mm256_add_epi8(byte, next));
+      return _mm256_cmpeq_epi32(_mm256_and_si256(bits, place), place);
+    } else {
+      const __m256i place = _mm256_slli_epi64(_mm256_setr_epi64x(1, 4, 16, 64), bit);
+      return _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_shuffle_epi8(all, byte), place), place);
+    }
+  }
+};
+struct EitherBits {
+  StateBits a, b;
+  template <int kBytes>
+  CG_HD __m256i mask(int first) const {
+    return _mm256_or_si256(a.mask<kBytes>(first), b.mask<kBytes>(first));
+  }
+};
+struct BlockStates {
+  __m256i all;
+  explicit CG_HD BlockStates(const uint8_t* packed)
+      : all(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)))) {}
+  CG_HD StateBits inside() const { return {all, 0}; }
+  CG_HD StateBits above() const { return {all, 1}; }
+  CG_HD EitherBits either() const { return {inside(), above()}; }
+};
+CG_HD Floats kept(Floats v, __m256i mask) { return _mm256_and_ps(v.v, _mm256_castsi256_ps(mask)); }
+CG_HD Doubles kept(Doubles v, __m256i mask) { return _mm256_and_pd(v.v, _mm256_castsi256_pd(mask)); }
+
 // The numbers at even places and those at odd ones, in fewer instructions than the two halves take. None is a NaN but
 // one of bfloat16, so that rounding carries none over.
 CG_HD Two<Floats> even_and_odd(__m256i both) {
@@ -272,15 +314,16 @@ CG_HD Two<Floats> even_and_odd(__m256i both) {
 CG_HD Two<Floats> load_two(const bf16* p) {
   return even_and_odd(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-CG_HD Two<Floats> load_two_where(const bf16* block, uint64_t bits, int first) {
-  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + first));
-  return even_and_odd(_mm256_and_si256(BlockBits(bits).mask<2>(first), v));
-}
-CG_HD Two<Floats> load_two_where(const float* block, uint64_t bits, int first) {
-  const auto load = [&](int i) {
-    return Floats(_mm256_and_ps(_mm256_castsi256_ps(BlockBits(bits).mask<4>(i)), _mm256_loadu_ps(block + i)));
-  };
-  return {load(first), load(first + 8)};
+template <class T, class Bits>
+CG_HD auto load_two_where(const T* block, Bits bits, int first) {
+  using P = Pack<compute_t<T>>;
+  if constexpr (std::is_same_v<T, bf16>) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + first));
+    return even_and_odd(_mm256_and_si256(bits.template mask<2>(first), v));
+  } else {
+    const auto load = [&](int i) { return kept(Io<T>::load(block + i), bits.template mask<sizeof(compute_t<T>)>(i)); };
+    return Two<P>{load(first), load(first + Lanes<P>::kCount)};
+  }
 }
 CG_HD void store_two(bf16* p, Two<Floats> v, bool stream) {
   const __m256i even = _mm256_srli_epi32(bf16_round_bits(v.first.v), 16), odd = bf16_round_bits(v.second.v);
@@ -389,17 +432,21 @@ struct Ordered<float> {
 };
 
 // A number's bits times themselves, without carries, are the bits with zeros between.
-CG_HD uint64_t spread_bits(uint64_t v) {
-  const __m128i low = _mm_cvtsi64_si128(static_cast<long long>(v & 0xffffffffu));
-  return static_cast<uint64_t>(_mm_cvtsi128_si64(_mm_clmulepi64_si128(low, low, 0)));
+CG_HD void pack_states(uint64_t inside, uint64_t above, uint64_t (&words)[2]) {
+  const auto spread = [](uint64_t bits) {
+    const __m128i v = _mm_cvtsi64_si128(static_cast<long long>(bits));
+    return _mm_clmulepi64_si128(v, v, 0);
+  };
+  const __m128i both = _mm_or_si128(spread(inside), _mm_slli_epi64(spread(above), 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(words), both);
 }
 
-template <int kCount, class U>
-CG_HD void keep_bits(const U* from, U* to, BlockBits bits, int first, bool stream) {
+template <int kCount, class U, class Bits>
+CG_HD void keep_bits(const U* from, U* to, Bits bits, int first, bool stream) {
 #pragma GCC unroll 16
   for (int i = first; i < first + kCount; i += 32 / static_cast<int>(sizeof(U))) {
     const __m256i dy = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
-    const __m256i v = _mm256_and_si256(bits.mask<sizeof(U)>(i), dy);
+    const __m256i v = _mm256_and_si256(bits.template mask<sizeof(U)>(i), dy);
     if (stream) _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), v);
     else _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), v);
   }
@@ -464,18 +511,6 @@ CG_HD void unpack_codes(const uint8_t* packed, uint8_t* codes) {
     }
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + 32 * half), v);
   }
-}
-// The flags of a block's 2-bit states: the low bits, and the high bits.
-CG_HD void unpack_states(const uint8_t* packed, uint64_t* inside, uint64_t* above) {
-  __m256i v[2];  // a state a byte, with others' bits above it
-  for (int half = 0; half < 2; ++half) {
-    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed + 8 * half));
-    const __m256i dwords = _mm256_cvtepu8_epi32(eight);
-    v[half] = _mm256_or_si256(dwords, _mm256_slli_epi32(dwords, 12));
-    v[half] = _mm256_or_si256(v[half], _mm256_slli_epi32(v[half], 6));
-  }
-  *inside = sign_bits(_mm256_slli_epi16(v[0], 7), _mm256_slli_epi16(v[1], 7));
-  *above = sign_bits(_mm256_slli_epi16(v[0], 6), _mm256_slli_epi16(v[1], 6));
 }
 CG_HD uint64_t nonzero_codes(const uint8_t* codes) {
   const __m256i* p = reinterpret_cast<const __m256i*>(codes);

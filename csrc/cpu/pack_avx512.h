@@ -303,11 +303,22 @@ struct Ordered<float> {
 CG_HD uint64_t spread_bits(uint64_t v) { return _pdep_u64(v, 0x5555555555555555u); }
 CG_HD uint64_t unspread_bits(uint64_t v) { return _pext_u64(v, 0x5555555555555555u); }
 
-CG_HD void unpack_states(const uint8_t* packed, uint64_t* inside, uint64_t* above) {
-  uint64_t words[2];
-  memcpy(words, packed, sizeof(words));
-  *inside = unspread_bits(words[0]) | unspread_bits(words[1]) << 32;
-  *above = unspread_bits(words[0] >> 1) | unspread_bits(words[1] >> 1) << 32;
+using BlockBits = uint64_t;
+struct BlockStates {
+  uint64_t low, high;
+  explicit CG_HD BlockStates(const uint8_t* packed) {
+    uint64_t words[2];
+    memcpy(words, packed, sizeof(words));
+    low = unspread_bits(words[0]) | unspread_bits(words[1]) << 32;
+    high = unspread_bits(words[0] >> 1) | unspread_bits(words[1] >> 1) << 32;
+  }
+  CG_HD uint64_t inside() const { return low; }
+  CG_HD uint64_t above() const { return high; }
+  CG_HD uint64_t either() const { return low | high; }
+};
+CG_HD void pack_states(uint64_t inside, uint64_t above, uint64_t (&words)[2]) {
+  words[0] = spread_bits(inside) | spread_bits(above) << 1;
+  words[1] = spread_bits(inside >> 32) | spread_bits(above >> 32) << 1;
 }
 
 template <int kCount, class U>

@@ -12,7 +12,9 @@
 //                       kCompareBits, from there by look_up(): table entries by indices, which begin at kIndexStart
 //                       and count in kIndexUnit
 //   keep_bits<n>(...)   n elements of raw bits of a block from `first` on, kept where the block's mask says, else zero
-//   unpack_states(...)  the low bits and the high bits of a block's 2-bit states
+//   BlockBits           64 bits, as keep_bits and load_two_where take them
+//   BlockStates         64 2-bit states, from what is packed: inside(), above() and either() are such bits
+//   pack_states(...)    and back
 //   pack_codes<w>(...)  64 codes, a byte each, to w bits each (math/bits.h); and unpack_codes<w>(...) back
 //   nonzero_codes(...)  the bits of c > 0 of 64 codes
 #pragma once
@@ -63,11 +65,22 @@ CG_HD void keep_bits(const U* from, U* to, uint64_t bits, int first, bool) {
   for (int i = first; i < first + kCount; ++i) to[i] = (bits >> i) & 1 ? from[i] : U(0);
 }
 
-CG_HD void unpack_states(const uint8_t* packed, uint64_t* inside, uint64_t* above) {
-  uint64_t words[2];
-  memcpy(words, packed, sizeof(words));
-  *inside = unspread_bits(words[0]) | unspread_bits(words[1]) << 32;
-  *above = unspread_bits(words[0] >> 1) | unspread_bits(words[1] >> 1) << 32;
+using BlockBits = uint64_t;
+struct BlockStates {
+  uint64_t low, high;
+  explicit CG_HD BlockStates(const uint8_t* packed) {
+    uint64_t words[2];
+    memcpy(words, packed, sizeof(words));
+    low = unspread_bits(words[0]) | unspread_bits(words[1]) << 32;
+    high = unspread_bits(words[0] >> 1) | unspread_bits(words[1] >> 1) << 32;
+  }
+  CG_HD uint64_t inside() const { return low; }
+  CG_HD uint64_t above() const { return high; }
+  CG_HD uint64_t either() const { return low | high; }
+};
+CG_HD void pack_states(uint64_t inside, uint64_t above, uint64_t (&words)[2]) {
+  words[0] = spread_bits(inside) | spread_bits(above) << 1;
+  words[1] = spread_bits(inside >> 32) | spread_bits(above >> 32) << 1;
 }
 
 template <int kWidth>
