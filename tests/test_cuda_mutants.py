@@ -38,7 +38,7 @@ MUTANTS = {
     "tiles that are done again": ("vec.cuh", "tile += gridDim.x * kTile", "tile += kTile"),
     "tiles that are left out": ("vec.cuh", "tile += gridDim.x * kTile", "tile += 2 * gridDim.x * kTile"),
     "misaligned packs moved at once": ("launches.cuh", "return low % 16 == 0;", "return low < ~uintptr_t{0};"),
-    "floor for ceil": ("../math/staircase.h", "ceil(clamp_to_codes(mul(x, inverse), q))", "::floor(clamp_to_codes(mul(x, inverse), q))"),
+    "floor for ceil": ("../math/staircase.h", "max_of(ceil(min_of(u, q)), F(1))", "max_of(F(::floor(min_of(u, q))), F(1))"),
     "the fma of ceil rounds downwards": ("steps.cuh", "__fmaf_ru", "__fmaf_rd"),
     "the fma of nearest rounds upwards": ("steps.cuh", "__fmaf_rd(", "__fmaf_ru("),
     "< for <= at a threshold of ceil": ("steps.cuh", "!(x[i] <= below[i])", "!(x[i] < below[i])"),

@@ -50,10 +50,10 @@ struct Quantized {
   F code, y;
 };
 
-// Into [0, q], NaN to q.
+// What is in units of alpha, up to a whole number in [1, q], NaN to q.
 template <class F>
-CG_HD F clamp_to_codes(F v, F q) {
-  return max_of(min_of(v, q), F(0));
+CG_HD F up_to_code(F u, F q) {
+  return max_of(ceil(min_of(u, q)), F(1));
 }
 
 // A guess by one multiplication, settled by comparing x with the thresholds beside it. Needs `regular`.
@@ -63,16 +63,14 @@ CG_HD Quantized<F> quantize(F x, F alpha, F inverse, F q) {
   if constexpr (R == Rounding::ceil) {
     // The guess is right or one too high. From 1 up, so that the same comparison (x <= L[0] = 0) settles x <= 0, and
     // a positive x whose product underflowed still gets code 1.
-    const F rounded = ceil(clamp_to_codes(mul(x, inverse), q));
-    const F guess = select(rounded > F(1), rounded, F(1));
+    const F guess = up_to_code(mul(x, inverse), q);
     const F below = level<T>(guess - F(1), alpha);
     const auto too_high = x <= below;
     code = select(too_high, guess - F(1), guess);
     y = select(too_high, below, level<T>(guess, alpha));
   } else {
     // The guess is within one of the code; from 1 up for the same reason. Under hwgq T[1] = 0.
-    const F rounded = ceil(clamp_to_codes(mul(x, inverse) - F(0.5), q));
-    const F guess = select(rounded > F(1), rounded, F(1));
+    const F guess = up_to_code(mul(x, inverse) - F(0.5), q);
     const F next = guess + F(1);
     const F raised = select(next < q, next, q);
     code = select(x > threshold<T, R>(next, alpha), raised,

@@ -223,7 +223,7 @@ def _slow_reasons() -> list[str]:
         reasons.append("no native library: plain torch serves the CPU, many times slower")
     elif _ops.native.isa() != "avx512":
         reasons.append(
-            f"no AVX-512, but {_ops.native.isa()}: 16-bit dtypes and gradients with an exponential are slower"
+            f"no AVX-512, but {_ops.native.isa()}: staircases from 3 bits up and gradients with an exponential are slower"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if torch.get_num_threads() == 1 < cores:
