@@ -222,9 +222,8 @@ def _slow_reasons() -> list[str]:
     if _ops.native is None:
         reasons.append("no native library: plain torch serves the CPU, many times slower")
     elif _ops.native.isa() != "avx512":
-        reasons.append(
-            f"no AVX-512, but {_ops.native.isa()}: staircases from 3 bits up and gradients with an exponential are slower"
-        )
+        here = _ops.native.isa()
+        reasons.append(f"no AVX-512, but {here}: 3 bits and more, and gradients with an exponential, are slower")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if torch.get_num_threads() == 1 < cores:
         reasons.append(f"1 thread on {cores} cores: torch.set_num_threads or OMP_NUM_THREADS gives more")
