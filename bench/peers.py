@@ -139,8 +139,8 @@ def _checked_jobs(
     jobs = {}
     for name in names:
         implementation = IMPLEMENTATIONS[name]
-        jobs[name] = _set_up(implementation, x, dy, passes)
         try:
+            jobs[name] = _set_up(implementation, x, dy, passes)
             got = jobs[name]()
         except Exception as error:
             raise BenchError(f"{implementation.label} failed (--only leaves it out): {error}") from error

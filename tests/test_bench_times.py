@@ -119,6 +119,7 @@ def test_a_peer_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
         ("fake_quantize", lambda: lambda x: cg.qrelu(x, 0.5, 2), "output of fake_quantize is not the nearest level in"),
         ("fake_quantize", lambda: lambda x: cg.qrelu(x, 0.5, 3), "output of fake_quantize is not the nearest level in"),
         ("eager", lambda: lambda x: x.no_such_method(), r"eager failed \(--only leaves it out\)"),
+        ("eager", lambda: 1 / 0, r"eager failed \(--only leaves it out\): division by zero"),
     ],
 )
 def test_a_wrong_implementation_is_no_report(tmp_path, monkeypatch, name, make, message):
