@@ -65,15 +65,21 @@ def _cpu_name() -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit of the working copy that tracks this file, `-dirty` if changed since; else None."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """The commit of the working copy that tracks this file, `-dirty` if changed since; else None.
+
+    Results and pages made of them do not count: a command that writes several would call itself dirty by the first.
+    """
+    made = (":(exclude,top)bench/results", ":(exclude,top)docs")
     try:
-        tracked = subprocess.run(
-            [*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True
-        )
-        described = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True
-        )
+        tracked = _git("ls-files", "--error-unmatch", Path(__file__).name)
+        described = _git("describe", "--always", "--abbrev=40")
+        changed = _git("diff", "--quiet", "HEAD", "--", ":(top)", *made)
     except OSError:
         return None
-    return described.stdout.decode().strip() or None if tracked.returncode == 0 else None
+    if tracked.returncode or described.returncode:
+        return None
+    return described.stdout.decode().strip() + ("-dirty" if changed.returncode else "")
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True)
