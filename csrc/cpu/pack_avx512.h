@@ -8,6 +8,14 @@
 #include "two.h"
 
 namespace cg::CG_ISA {
+// Every machine with AVX-512 has these as one fast instruction.
+CG_HD uint64_t spread_bits(uint64_t v) { return _pdep_u64(v, 0x5555555555555555u); }
+CG_HD uint64_t unspread_bits(uint64_t v) { return _pext_u64(v, 0x5555555555555555u); }
+}  // namespace cg::CG_ISA
+
+#include "states.h"  // which calls them
+
+namespace cg::CG_ISA {
 
 template <class M>
 struct LaneMask {
@@ -298,28 +306,6 @@ struct Ordered<float> {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(codes));
   }
 };
-
-// Every machine with AVX-512 has these as one fast instruction.
-CG_HD uint64_t spread_bits(uint64_t v) { return _pdep_u64(v, 0x5555555555555555u); }
-CG_HD uint64_t unspread_bits(uint64_t v) { return _pext_u64(v, 0x5555555555555555u); }
-
-using BlockBits = uint64_t;
-struct BlockStates {
-  uint64_t low, high;
-  explicit CG_HD BlockStates(const uint8_t* packed) {
-    uint64_t words[2];
-    memcpy(words, packed, sizeof(words));
-    low = unspread_bits(words[0]) | unspread_bits(words[1]) << 32;
-    high = unspread_bits(words[0] >> 1) | unspread_bits(words[1] >> 1) << 32;
-  }
-  CG_HD uint64_t inside() const { return low; }
-  CG_HD uint64_t above() const { return high; }
-  CG_HD uint64_t either() const { return low | high; }
-};
-CG_HD void pack_states(uint64_t inside, uint64_t above, uint64_t (&words)[2]) {
-  words[0] = spread_bits(inside) | spread_bits(above) << 1;
-  words[1] = spread_bits(inside >> 32) | spread_bits(above >> 32) << 1;
-}
 
 template <int kCount, class U>
 CG_HD void keep_bits(const U* from, U* to, uint64_t bits, int first, bool stream) {

@@ -21,6 +21,7 @@
 
 #include "../math/alpha_grad.h"
 #include "../math/bits.h"
+#include "states.h"
 #include "two.h"
 
 namespace cg::CG_ISA {
@@ -63,24 +64,6 @@ struct Io {
 template <int kCount, class U>
 CG_HD void keep_bits(const U* from, U* to, uint64_t bits, int first, bool) {
   for (int i = first; i < first + kCount; ++i) to[i] = (bits >> i) & 1 ? from[i] : U(0);
-}
-
-using BlockBits = uint64_t;
-struct BlockStates {
-  uint64_t low, high;
-  explicit CG_HD BlockStates(const uint8_t* packed) {
-    uint64_t words[2];
-    memcpy(words, packed, sizeof(words));
-    low = unspread_bits(words[0]) | unspread_bits(words[1]) << 32;
-    high = unspread_bits(words[0] >> 1) | unspread_bits(words[1] >> 1) << 32;
-  }
-  CG_HD uint64_t inside() const { return low; }
-  CG_HD uint64_t above() const { return high; }
-  CG_HD uint64_t either() const { return low | high; }
-};
-CG_HD void pack_states(uint64_t inside, uint64_t above, uint64_t (&words)[2]) {
-  words[0] = spread_bits(inside) | spread_bits(above) << 1;
-  words[1] = spread_bits(inside >> 32) | spread_bits(above >> 32) << 1;
 }
 
 template <int kWidth>
