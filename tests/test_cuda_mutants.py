@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 
 import cuda_host
@@ -18,11 +17,9 @@ SMALL_GRID = (
     ("launches.cuh", "kMaxSums = 1024, kSumBlocks = 2048", "kMaxSums = 2, kSumBlocks = 7"),
 )
 
-# The cases are in float32 and bfloat16: what is for the other two need not be compiled for every mistake.
-FEW_DTYPES = (
-    ("launches.cuh", "    case Dtype::float64: return body(Tag<double>{});\n", ""),
-    ("launches.cuh", "    case Dtype::float16: return body(Tag<f16>{});\n", ""),
-)
+# A mistake shows in one dtype: what is for the other three need not be compiled for every one. Most do in bfloat16.
+DTYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "f16"}
+IN_FLOAT32 = ("a return before the shuffle", "half a warp in the mask of the bits", "nibbles of a byte swapped")
 
 # name: (file, what it says, what it says instead). The text must be there once.
 MUTANTS = {
@@ -77,20 +74,18 @@ MUTANTS = {
 }  # fmt: skip
 
 
-def make_cases():
+def make_cases(dtype):
     """Some of every kind of case, more than a tile and less than the grid of SMALL_GRID takes at once."""
-    cases = []
-    for dtype in (torch.float32, torch.bfloat16):
-        cases += tests.forward_cases(dtype, (33, 4097), (2, 8))
-        cases += tests.dequantize_cases(dtype, (33, 4097))
-        cases += tests.times_slopes_cases(dtype, (33, 4097, 30_000), (1, 3, 8))
-        cases += tests.backward_cases(dtype, (33, 4097), (2, 4), ("nearest",))
-        cases += list(tests.channel_cases(dtype))[::3]
-        cases += tests.forward_cases(dtype, (30_000,), (3,))
-        cases += tests.backward_cases(dtype, (30_000,), (2,), ("ceil",))
-        cases += tests.illegal_alpha_cases(dtype) + tests.select_cases(dtype)
+    cases = list(tests.forward_cases(dtype, (33, 4097), (2, 8)))
+    cases += tests.dequantize_cases(dtype, (33, 4097))
+    cases += tests.times_slopes_cases(dtype, (33, 4097, 30_000), (1, 3, 8))
+    cases += tests.backward_cases(dtype, (33, 4097), (2, 4), ("nearest",))
+    cases += list(tests.channel_cases(dtype))[::3]
+    cases += tests.forward_cases(dtype, (30_000,), (3,))
+    cases += tests.backward_cases(dtype, (30_000,), (2,), ("ceil",))
+    cases += tests.illegal_alpha_cases(dtype) + tests.select_cases(dtype)
     # Codes whose low bits are zero, with a gate read from them.
-    for dtype, bits in itertools.product((torch.float32, torch.bfloat16), (3, 4, 8)):
+    for bits in (3, 4, 8):
         alpha = tests.alpha_tensor([0.5], dtype)
         x = tests.make_x(dtype, 0.5, bits, "ceil", 4097, bits)
         cases.append(tests.backward_case(x, tests.make_grad(dtype, 4097, bits), alpha, bits, "relu", "ceil", "exact"))
@@ -98,15 +93,21 @@ def make_cases():
 
 
 class Copy:
-    """A copy of the sources, built with what is put into it."""
+    """A copy of the sources for one dtype, built with what is put into it."""
 
-    def __init__(self, root):
+    def __init__(self, root, dtype):
+        self.cases = make_cases(dtype)
         self.root, self.build = root / "source", root / "build"
         for name in ("csrc", "tests/cpp"):
             shutil.copytree(cuda_host.ROOT / name, self.root / name)
         for name in ("CMakeLists.txt", "pyproject.toml"):
             shutil.copy(cuda_host.ROOT / name, self.root)
-        for edit in SMALL_GRID + FEW_DTYPES:
+        others = [
+            ("launches.cuh", f"    case Dtype::{str(other).removeprefix('torch.')}: return body(Tag<{name}>{{}});\n", "")
+            for other, name in DTYPES.items()
+            if other != dtype
+        ]
+        for edit in (*SMALL_GRID, *others):
             self.replace(*edit)
         # Misaligned moves work on a CPU: the sanitizer tells.
         cuda_host.configure(self.root, self.build, "-O0 -fsanitize=alignment -fno-sanitize-recover=all")
@@ -118,38 +119,43 @@ class Copy:
         path.write_text(text.replace(old, new))
         return path, text
 
-    def fails(self, cases) -> str | None:
+    def fails(self) -> str | None:
         """What the tests notice: an output, or a message of the program; None where all is well."""
         program = cuda_host.build(self.build)
         try:
-            results = cuda_host.run(program, cases)
+            results = cuda_host.run(program, self.cases)
         except cuda_host.HostRunnerError as error:
             return str(error)
-        for case, result in zip(cases, results, strict=True):
+        for case, result in zip(self.cases, results, strict=True):
             if wrong := tests.wrong_outputs(case, result):
                 return f"{wrong[0]} of {case.op}"
         return None
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    return Copy(tmp_path_factory.mktemp("mutants"))
+def copies(tmp_path_factory):
+    """dtype -> its copy, made when it is asked for."""
+    made = {}
+
+    def copy_for(dtype):
+        if dtype not in made:
+            made[dtype] = Copy(tmp_path_factory.mktemp("mutants"), dtype)
+        return made[dtype]
+
+    return copy_for
 
 
-@pytest.fixture(scope="module")
-def cases():
-    return make_cases()
-
-
-def test_a_small_grid_is_no_mistake(copy, cases):
-    assert copy.fails(cases) is None
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_small_grid_is_no_mistake(copies, dtype):
+    assert copies(dtype).fails() is None
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_caught(copy, cases, name):
+def test_mutant_is_caught(copies, name):
+    copy = copies(torch.float32 if name in IN_FLOAT32 else torch.bfloat16)
     path, text = copy.replace(*MUTANTS[name])
     try:
-        noticed = copy.fails(cases)
+        noticed = copy.fails()
     finally:
         path.write_text(text)
     assert noticed is not None
