@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import coarsegrad as cg
-from coarsegrad.experiments import data, download, measure, mnist, training
+from coarsegrad.experiments import data, download, mnist, training
 from coarsegrad.experiments.files import ExperimentError, replacing
 from coarsegrad.experiments.models import lenet5, quantized
 
@@ -476,29 +476,3 @@ def test_replacing_keeps_the_old_file_when_writing_fails(tmp_path):
     with replacing(path) as file:
         file.write(b"new")
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
-
-
-def test_which_commit_a_result_is_of(tmp_path, monkeypatch):
-    def git(*arguments):
-        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
-        return subprocess.run(["git", "-C", tmp_path, *who, *arguments], check=True, capture_output=True, text=True)
-
-    source, result = tmp_path / "python" / "measure.py", tmp_path / "bench" / "results" / "times.csv"
-    for path in (source, result):
-        path.parent.mkdir(parents=True)
-        path.write_text("old\n")
-    monkeypatch.setattr(measure, "__file__", str(source))
-    git("init", "--quiet")
-    git("add", "bench")
-    git("commit", "--quiet", "-m", "one")
-    assert measure._git_commit() is None  # the file is not part of the repository
-    git("add", ".")
-    git("commit", "--quiet", "-m", "two")
-    commit = git("rev-parse", "HEAD").stdout.strip()
-    assert measure._git_commit() == commit
-    result.write_text("new\n")
-    assert measure._git_commit() == commit
-    source.write_text("new\n")
-    assert measure._git_commit() == f"{commit}-dirty"
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert measure._git_commit() is None
