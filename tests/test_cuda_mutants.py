@@ -13,8 +13,8 @@ pytestmark = pytest.mark.skipif(cuda_host.why_not() is not None, reason=str(cuda
 
 # Few blocks, so that the loops over the grid turn more than once; no mistake by itself.
 SMALL_GRID = (
-    ("launches.cuh", "kMaxBlocks = 4096", "kMaxBlocks = 3"),
-    ("launches.cuh", "kMaxSums = 1024, kSumBlocks = 2048", "kMaxSums = 2, kSumBlocks = 7"),
+    ("launches.cuh", "kMaxBlocks = 1 << 30", "kMaxBlocks = 3"),
+    ("launches.cuh", "kMaxSums = 4096, kSumBlocks = 4096", "kMaxSums = 2, kSumBlocks = 7"),
 )
 
 # A mistake shows in one dtype: what is for the other three need not be compiled for every one. Most do in bfloat16.
@@ -28,7 +28,7 @@ MUTANTS = {
     "half a warp in the mask of a sum": ("reduce.cuh", "__shfl_down_sync(0xffffffffu, v", "__shfl_down_sync(0xffffu, v"),
     "half a warp in the mask of the bits": ("vec.cuh", "__shfl_down_sync(0xffffffffu, own", "__shfl_down_sync(0xffffu, own"),
     "a return before the shuffle": ("vec.cuh", "const uint32_t own =", "if (count == 0) return;\n    const uint32_t own ="),
-    "a sum of slices that some lanes skip": ("reduce.cuh", "  total = warp_sum(total);\n  if (lane", "  if (lane >= slices) return;\n  total = warp_sum(total);\n  if (lane"),
+    "a sum of slices that some lanes skip": ("reduce.cuh", "  total = block_sum(total);\n  if (threadIdx.x == 0) grad_alpha", "  if (threadIdx.x >= slices) return;\n  total = block_sum(total);\n  if (threadIdx.x == 0) grad_alpha"),
     "half of the levels of a warp's sum": ("reduce.cuh", "down > 0; down /= 2", "down > 1; down /= 2"),
     "the last short pack is left out": ("vec.cuh", "(count + kPack<T> - 1) / kPack<T>", "count / kPack<T>"),
     "the last element is left out": ("vec.cuh", "left = count - pack * kPack<T>", "left = count - 1 - pack * kPack<T>"),
@@ -63,9 +63,14 @@ MUTANTS = {
     "no barrier before the slopes are read": ("backward.cuh", "__syncthreads();\n  const auto slope_of", "const auto slope_of"),
     "one partial sum for all blocks": ("reduce.cuh", "partial[blockIdx.x] = total", "partial[0] = total"),
     "slices for channels": ("reduce.cuh", "partial[slice * channels + channel]", "partial[slice + channel * slices]"),
-    "elements of the wrong channel": ("reduce.cuh", "terms(outer * row + start + at", "terms((outer * inner + at) * steps.channels / kUnit + share.channel"),
-    "channels of a pack that are one": ("backward.cuh", "innermost ? channel + k : channel", "channel"),
-    "totals that stay where they are": ("backward.cuh", "total[kUnit - 1] = first;", "total[kUnit - 1] = first * 0 + total[0];"),
+    "elements of the wrong channel": ("reduce.cuh", "unit = outer * row + start + at", "unit = (outer * inner + at) * steps.channels / kUnit + share.channel"),
+    "the second of two units left out": ("reduce.cuh", "if (more) terms.add(second, two, total);", ""),
+    "the last unit counted twice": ("reduce.cuh", "if (more) terms.add", "terms.add"),
+    "channels of a pack that are one": ("backward.cuh", "[channel + k], a.rounding", "[channel], a.rounding"),
+    "terms of a pack's channels added up": ("backward.cuh", "total[i % kTotals] +=", "total[0] +="),
+    "the code of NaN in a sum": ("backward.cuh", "factor = fminf(code[i], q)", "factor = code[i]"),
+    "any step taken for a simple one": ("backward.cuh", "if (own.simple(q)) {", "if (true) {"),
+    "dx of the pack before": ("backward.cuh", "store_words<T>(a.grad_x, unit, dx)", "store_words<T>(a.grad_x, unit - (unit > 0), dx)"),
     "sums of the wrong part of a pack": ("reduce.cuh", "to[k] = sum", "to[kUnit - 1 - k] = sum"),
     "alpha of the next run": ("steps.cuh", "static_cast<uint32_t>(pack) / run", "static_cast<uint32_t>(pack + 1) / run"),
     "packs that straddle channels moved at once": ("launches.cuh", "a.steps.inner % kPack<T> == 0", "a.steps.inner > 1"),

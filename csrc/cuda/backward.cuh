@@ -129,26 +129,56 @@ __global__ void __launch_bounds__(kThreads) qrelu_backward_kept_kernel(const Bac
   if (a.partial) sum_blocks(total, static_cast<A*>(a.partial));
 }
 
-// The same sums, of many alphas. kUnit: 1, or a pack.
+// Of many alphas: dx, and the terms of the sums. kUnit: 1, or a pack.
+template <class T, bool kState, int kWidth, int kUnit>
+struct KeptTerms {
+  using A = compute_t<T>;
+  const Backward& a;
+  bool masked;
+  A q, inside;
+
+  struct Loaded {
+    Words dy;
+    KeptValues<kState, kWidth> kept;
+    uint64_t mask;
+  };
+
+  template <int kBits>
+  CG_D static uint64_t bits_of(const uint8_t* from, int64_t unit) {
+    if constexpr (kUnit == 1) return from[unit * kBits / 8] >> (unit * kBits % 8) & ((1u << kBits) - 1);
+    else return read_bits<kUnit, kBits>(from, unit, kUnit, true);
+  }
+  CG_D Loaded load(int64_t unit) const {
+    Loaded loaded;
+    if constexpr (kUnit > 1) loaded.dy = load_words<T>(a.grad_y, unit);
+    loaded.kept.bits = bits_of<kWidth>(kState ? a.mask : a.codes, unit);
+    loaded.mask = masked ? bits_of<1>(a.mask, unit) : 0;
+    return loaded;
+  }
+  CG_D void add(int64_t unit, const Loaded& loaded, A (&total)[kUnit]) const {
+    const uint64_t gate = masked ? loaded.mask : loaded.kept.gate(a.ste);
+    if constexpr (kUnit == 1) {
+      const T dy = static_cast<const T*>(a.grad_y)[unit];
+      if (a.grad_x) static_cast<T*>(a.grad_x)[unit] = gate & 1 ? dy : T{};
+      total[0] += times_slope(A(widen(dy)), loaded.kept.factor(0, inside, q));
+    } else {
+      if (a.grad_x) {
+        store_words<T>(a.grad_x, unit, masked ? keep<T, 1>(loaded.dy, gate) : keep<T, kWidth>(loaded.dy, gate));
+      }
+      float dy[kUnit];
+      unpack<T>(loaded.dy, dy);
+#pragma unroll
+      for (int k = 0; k < kUnit; ++k) total[k] += times_slope(dy[k], loaded.kept.factor(k, inside, q));
+    }
+  }
+};
+
 template <class T, bool kState, int kWidth, int kUnit>
 __global__ void __launch_bounds__(kThreads) qrelu_backward_kept_channels_kernel(const Backward a) {
   using A = compute_t<T>;
-  using Values = KeptValues<kState, kWidth>;
-  const A q = A((1 << a.bits) - 1), inside = inside_value(a.rule, q);
-  const uint8_t* values = kState ? a.mask : a.codes;
-  sum_channel<kUnit>(a.steps, a.count, static_cast<A*>(a.partial), [&](int64_t unit, int64_t, A(&total)[kUnit]) {
-    if constexpr (kUnit == 1) {
-      const uint32_t shift = unit * kWidth % 8;
-      const Values kept{static_cast<uint64_t>(values[unit * kWidth / 8] >> shift)};
-      total[0] += times_slope(A(widen(static_cast<const T*>(a.grad_y)[unit])), kept.factor(0, inside, q));
-    } else {
-      const Values kept{read_bits<kUnit, kWidth>(values, unit, kUnit, true)};
-      float dy[kUnit];
-      unpack<T>(load_words<T>(a.grad_y, unit), dy);
-#pragma unroll
-      for (int k = 0; k < kUnit; ++k) total[k] += times_slope(dy[k], kept.factor(k, inside, q));
-    }
-  });
+  const A q = A((1 << a.bits) - 1);
+  const KeptTerms<T, kState, kWidth, kUnit> terms{a, !kState && a.kind != MaskKind::nothing, q, inside_value(a.rule, q)};
+  sum_channel<kUnit>(a.steps, a.count, static_cast<A*>(a.partial), [&](int64_t) { return terms; });
 }
 
 template <class T>
@@ -159,6 +189,9 @@ CG_D compute_t<T> code_by_bisection(Rounding rounding, compute_t<T> x, compute_t
     default: return quantize_any<T, Rounding::hwgq>(x, alpha, q).code;
   }
 }
+
+// Whether a rule asks for the code itself.
+CG_D bool needs_code(AlphaGrad rule) { return rule == AlphaGrad::exact || rule == AlphaGrad::chain; }
 
 // One element of a backward from x: dx before rounding, and the term of dalpha where `sum` asks for it.
 template <class A>
@@ -174,7 +207,7 @@ CG_D Gradients<compute_t<T>> gradients(const Backward& a, compute_t<T> x, comput
   const A g = slope<SteT>(p);
   A factor = A(0);
   if (sum) {
-    if (a.rule == AlphaGrad::exact || a.rule == AlphaGrad::chain) {
+    if (needs_code(a.rule)) {
       factor = code_by_bisection<T>(a.rounding, x, alpha, q);
       if (a.rule == AlphaGrad::chain) factor = chain_value(p, factor, g);
     } else {
@@ -184,15 +217,61 @@ CG_D Gradients<compute_t<T>> gradients(const Backward& a, compute_t<T> x, comput
   return {times_slope(dy, g), times_slope(dy, factor)};
 }
 
+// The same of a pack, for `simple` steps; step(i) is that of element i. The terms are added to total[i], or total[0].
+template <class T, class SteT, class StepOf, int kTotals>
+CG_D Words gradients_of_pack(const Backward& a, const Words& x_words, const Words& dy_words, const StepOf& step,
+                             float (&total)[kTotals]) {
+  const float q = static_cast<float>((1 << a.bits) - 1), inverse_q = 1 / q;
+  float x[kPack<T>], dy[kPack<T>], code[kPack<T>] = {};
+  unpack<T>(x_words, x);
+  unpack<T>(dy_words, dy);
+  if (a.partial && needs_code(a.rule)) {
+    float y[kPack<T>];
+    switch (a.rounding) {
+      case Rounding::ceil: quantize_pack<T, Rounding::ceil>(x, step, q, code, y); break;
+      case Rounding::nearest: quantize_pack<T, Rounding::nearest>(x, step, q, code, y); break;
+      case Rounding::hwgq: quantize_pack<T, Rounding::hwgq>(x, step, q, code, y); break;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kPack<T>; ++i) {
+    const Step<T>& own = step(i);
+    const Point<float> p{x[i], quotient(x[i], own.alpha, own.inverse), q, inverse_q, own.top(q)};
+    const float g = slope<SteT>(p);
+    if (a.partial) {
+      float factor = fminf(code[i], q);  // of NaN it is q
+      if (a.rule == AlphaGrad::chain) factor = chain_value(p, factor, g);
+      else if (a.rule != AlphaGrad::exact) factor = select(p.x > p.top, q, select(is_positive(p.x), inside_value(a.rule, q), 0.f));
+      total[i % kTotals] += times_slope(dy[i], factor);
+    }
+    dy[i] = times_slope(dy[i], g);
+  }
+  return round_all<T>(dy);
+}
+
 // dx, and the partial sum where there is one alpha.
-template <class T, class SteT>
+template <class T, class SteT, Alphas kAlphas>
 __global__ void __launch_bounds__(kThreads) qrelu_backward_x_kernel(const Backward a, bool aligned) {
   using A = compute_t<T>;
-  A total = A(0);
+  const A q = A((1 << a.bits) - 1);
+  Step<T> own;
+  if constexpr (kAlphas == Alphas::one) own = Step<T>(static_cast<const A*>(a.steps.alpha)[0], a.rounding);
+  A total[1] = {};
+  const auto one_by_one = [&](int64_t start, int count) {
+    Run<A> alphas(a.steps, start);
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      const Gradients<A> g =
+          gradients<T, SteT>(a, widen(static_cast<const T*>(a.x)[start + i]),
+                             widen(static_cast<const T*>(a.grad_y)[start + i]), checked(alphas.next()), a.partial);
+      if (a.grad_x) static_cast<T*>(a.grad_x)[start + i] = narrow<T>(g.dx);
+      total[0] += g.term;
+    }
+  };
   for_each_pack<T>(
-      a.count, aligned,
+      a.count, aligned && kAlphas != Alphas::by_element,
       [&](int64_t first) {
-        if constexpr (kVector<T>) {
+        if constexpr (kVector<T> && kAlphas != Alphas::by_element) {
           Words x[kUnroll], dy[kUnroll];
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) {
@@ -202,58 +281,70 @@ __global__ void __launch_bounds__(kThreads) qrelu_backward_x_kernel(const Backwa
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) {
             const int64_t pack = first + u * kThreads;
-            Run<A> alphas(a.steps, pack * kPack<T>);
-            Words dx = {};
-#pragma unroll 1
-            for (int i = 0; i < kPack<T>; ++i) {
-              const Gradients<A> g = gradients<T, SteT>(a, widen(take<T>(x[u])), widen(take<T>(dy[u])),
-                                                        checked(alphas.next()), a.partial);
-              put<T>(dx, narrow<T>(g.dx));
-              total += g.term;
+            if constexpr (kAlphas == Alphas::by_pack) own = Step<T>(alpha_of_pack<T>(a.steps, pack), a.rounding);
+            if (own.simple(q)) {
+              const Words dx = gradients_of_pack<T, SteT>(a, x[u], dy[u], [&](int) { return own; }, total);
+              if (a.grad_x) store_words<T>(a.grad_x, pack, dx);
+            } else {
+              one_by_one(pack * kPack<T>, kPack<T>);
             }
-            if (a.grad_x) store_words<T>(a.grad_x, pack, dx);
           }
         }
       },
-      [&](int64_t pack, int count) {
-        const int64_t start = pack * kPack<T>;
-        Run<A> alphas(a.steps, start);
-#pragma unroll 1
-        for (int i = 0; i < count; ++i) {
-          const Gradients<A> g =
-              gradients<T, SteT>(a, widen(static_cast<const T*>(a.x)[start + i]),
-                                 widen(static_cast<const T*>(a.grad_y)[start + i]), checked(alphas.next()), a.partial);
-          if (a.grad_x) static_cast<T*>(a.grad_x)[start + i] = narrow<T>(g.dx);
-          total += g.term;
-        }
-      });
-  if (a.partial) sum_blocks(total, static_cast<A*>(a.partial));
+      [&](int64_t pack, int count) { one_by_one(pack * kPack<T>, count); });
+  if (a.partial) sum_blocks(total[0], static_cast<A*>(a.partial));
 }
 
-// The same sums, of many alphas. kUnit: 1, or a pack.
-template <class T, class SteT, int kUnit>
-__global__ void __launch_bounds__(kThreads) qrelu_backward_x_channels_kernel(const Backward a) {
+// Of many alphas: dx, and the terms of the sums. kUnit: 1, or a pack; kInnermost: whether the channels are, so that a pack
+// has kUnit of them.
+template <class T, class SteT, int kUnit, bool kInnermost>
+struct XTerms {
   using A = compute_t<T>;
-  const A* alphas = static_cast<const A*>(a.steps.alpha);
-  const bool innermost = a.steps.inner == 1;
-  sum_channel<kUnit>(a.steps, a.count, static_cast<A*>(a.partial), [&](int64_t unit, int64_t channel, A(&total)[kUnit]) {
-    const auto term = [&](T x, T dy, int64_t own) {
-      return gradients<T, SteT>(a, widen(x), widen(dy), checked(alphas[own]), true).term;
-    };
-    if constexpr (kUnit == 1) {
-      total[0] += term(static_cast<const T*>(a.x)[unit], static_cast<const T*>(a.grad_y)[unit], channel);
-    } else {
-      Words x = load_words<T>(a.x, unit), dy = load_words<T>(a.grad_y, unit);
-#pragma unroll 1
-      for (int k = 0; k < kUnit; ++k) {
-        // The totals go round, so that each is in a register though the loop is not unrolled.
-        const A first = total[0] + term(take<T>(x), take<T>(dy), innermost ? channel + k : channel);
+  static constexpr int kSteps = kInnermost ? kUnit : 1;
+  const Backward& a;
+  Step<T> steps[kSteps];
+  bool simple = true;
+
+  CG_D XTerms(const Backward& params, int64_t channel) : a(params) {
+    const A q = A((1 << a.bits) - 1);
 #pragma unroll
-        for (int i = 1; i < kUnit; ++i) total[i - 1] = total[i];
-        total[kUnit - 1] = first;
+    for (int k = 0; k < kSteps; ++k) {
+      steps[k] = Step<T>(static_cast<const A*>(a.steps.alpha)[channel + k], a.rounding);
+      simple &= steps[k].simple(q);
+    }
+  }
+
+  struct Loaded {
+    Words x, dy;
+  };
+  CG_D Loaded load(int64_t unit) const {
+    if constexpr (kUnit == 1) return {};
+    else return {load_words<T>(a.x, unit), load_words<T>(a.grad_y, unit)};
+  }
+  CG_D void add(int64_t unit, const Loaded& loaded, A (&total)[kUnit]) const {
+    if constexpr (kUnit > 1) {
+      if (simple) {
+        const Words dx =
+            gradients_of_pack<T, SteT>(a, loaded.x, loaded.dy, [&](int i) { return steps[i % kSteps]; }, total);
+        if (a.grad_x) store_words<T>(a.grad_x, unit, dx);
+        return;
       }
     }
-  });
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) {
+      const int64_t i = unit * kUnit + k;
+      const Gradients<A> g = gradients<T, SteT>(a, widen(static_cast<const T*>(a.x)[i]),
+                                                widen(static_cast<const T*>(a.grad_y)[i]), steps[k % kSteps].alpha, true);
+      if (a.grad_x) static_cast<T*>(a.grad_x)[i] = narrow<T>(g.dx);
+      total[k] += g.term;
+    }
+  }
+};
+
+template <class T, class SteT, int kUnit, bool kInnermost>
+__global__ void __launch_bounds__(kThreads) qrelu_backward_x_channels_kernel(const Backward a) {
+  sum_channel<kUnit>(a.steps, a.count, static_cast<compute_t<T>*>(a.partial),
+                     [&](int64_t channel) { return XTerms<T, SteT, kUnit, kInnermost>(a, channel); });
 }
 
 // dx = dy * slopes[code].

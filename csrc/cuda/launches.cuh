@@ -12,10 +12,11 @@
 
 namespace cg::cuda {
 
-// Blocks of an elementwise kernel at most: some waves of any GPU, so that what a thread does once is little.
-constexpr int64_t kMaxBlocks = 4096;
+// Blocks of an elementwise kernel at most: a tile each, as the next block's loads overlap with the last one's stores and
+// a next tile's do not.
+constexpr int64_t kMaxBlocks = 1 << 30;
 // Partial sums: of one alpha at most, and blocks to aim for where there are many.
-constexpr int64_t kMaxSums = 1024, kSumBlocks = 2048;
+constexpr int64_t kMaxSums = 4096, kSumBlocks = 4096;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -152,7 +153,7 @@ void launch_times_slopes(const TimesSlopes& a, Stream stream) {
 // Elements that the sums per channel read at once: a pack where each lies within a channel, or within a row of channels.
 inline int64_t channel_unit(const Backward& a) {
   const int64_t pack = pack_of(a.dtype), run = a.steps.inner == 1 ? a.steps.channels : a.steps.inner;
-  const bool whole = a.dtype != Dtype::float64 && run % pack == 0 && aligned({a.grad_y, a.x}, {a.mask, a.codes});
+  const bool whole = a.dtype != Dtype::float64 && run % pack == 0 && aligned({a.grad_y, a.grad_x, a.x}, {a.mask, a.codes});
   return whole ? pack : 1;
 }
 
@@ -182,19 +183,33 @@ void with_unit(const Backward& a, const Body& body) {
   body(Constant<1>{});
 }
 
+// A kernel of its own where there are many alphas to sum for: it does all.
+inline bool sums_channels(const Backward& a) { return a.grad_alpha && a.steps.channels > 1; }
+
 template <class T, class Stream>
 void launch_backward_x(const Backward& a, Stream stream, dim3 grid, bool whole) {
   const auto run = [&](auto ste) {
     using SteT = typename decltype(ste)::type;
-    if (a.grad_alpha && a.steps.channels > 1) {
-      with_unit<T>(a, [&](auto unit) {
-        launch(qrelu_backward_x_channels_kernel<T, SteT, unit.value>, channel_grid(a), dim3(kThreads), 0, stream, a);
+    const auto sum = [&](auto unit, auto innermost) {
+      launch(qrelu_backward_x_channels_kernel<T, SteT, unit.value, innermost.value>, channel_grid(a), dim3(kThreads), 0,
+             stream, a);
+    };
+    const auto map = [&](auto alphas) {
+      launch(qrelu_backward_x_kernel<T, SteT, alphas.value>, grid, dim3(kThreads), 0, stream, a, whole);
+    };
+    if (sums_channels(a)) {
+      return with_unit<T>(a, [&](auto unit) {
+        if constexpr (unit.value > 1) {
+          if (a.steps.inner == 1) return sum(unit, Constant<true>{});
+        }
+        sum(unit, Constant<false>{});
       });
-      if (!a.grad_x) return;
     }
-    Backward rest = a;
-    if (a.steps.channels > 1) rest.partial = nullptr;
-    launch(qrelu_backward_x_kernel<T, SteT>, grid, dim3(kThreads), 0, stream, rest, whole);
+    switch (alphas_of<T>(a)) {
+      case Alphas::one: return map(Constant<Alphas::one>{});
+      case Alphas::by_pack: if constexpr (kVector<T>) return map(Constant<Alphas::by_pack>{});
+      case Alphas::by_element: return map(Constant<Alphas::by_element>{});
+    }
   };
   switch (a.ste) {
 #define CG_CASE(name, Struct) \
@@ -206,16 +221,13 @@ void launch_backward_x(const Backward& a, Stream stream, dim3 grid, bool whole) 
 
 template <class T, bool kState, int kWidth, class Stream>
 void launch_backward_kept(const Backward& a, Stream stream, dim3 grid, bool whole) {
-  if (a.grad_alpha && a.steps.channels > 1) {
-    with_unit<T>(a, [&](auto unit) {
+  if (sums_channels(a)) {
+    return with_unit<T>(a, [&](auto unit) {
       launch(qrelu_backward_kept_channels_kernel<T, kState, kWidth, unit.value>, channel_grid(a), dim3(kThreads), 0,
              stream, a);
     });
-    if (!a.grad_x) return;
   }
-  Backward rest = a;
-  if (a.steps.channels > 1) rest.partial = nullptr;
-  launch(qrelu_backward_kept_kernel<T, kState, kWidth>, grid, dim3(kThreads), 0, stream, rest, whole);
+  launch(qrelu_backward_kept_kernel<T, kState, kWidth>, grid, dim3(kThreads), 0, stream, a, whole);
 }
 
 template <class Stream>
@@ -238,8 +250,7 @@ void launch_backward(const Backward& a, Stream stream) {
     }
     if (a.grad_alpha) {
       using A = compute_t<T>;
-      launch(sum_slices_kernel<A>, dim3(static_cast<unsigned>(divide_up(a.steps.channels, kThreads / kWarp))),
-             dim3(kThreads), 0, stream, static_cast<const A*>(a.partial), sum_slices(a), a.steps.channels, a.scale,
+      launch(sum_slices_kernel<A>, dim3(static_cast<unsigned>(a.steps.channels)), dim3(kThreads), 0, stream, static_cast<const A*>(a.partial), sum_slices(a), a.steps.channels, a.scale,
              static_cast<A*>(a.grad_alpha));
     }
   });

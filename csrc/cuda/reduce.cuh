@@ -54,13 +54,14 @@ struct ChannelShare {
 };
 
 // partial[slice, channel] = the sum over the slice's elements of the channel. They are read in units of kUnit consecutive
-// ones: terms(unit, channel, total) adds to total[k] the term of the unit's element k, which is of `channel`, or of
-// channel + k where the channel is the innermost dimension.
-template <int kUnit, class A, class Terms>
-CG_D void sum_channel(const Steps& steps, int64_t count, A* partial, const Terms& terms) {
+// ones, each once: of terms = terms_of(channel), add(unit, terms.load(unit), total) adds to total[k] the term of the unit's
+// element k, which is of `channel`, or of channel + k where the channel is the innermost dimension.
+template <int kUnit, class A, class TermsOf>
+CG_D void sum_channel(const Steps& steps, int64_t count, A* partial, const TermsOf& terms_of) {
   const ChannelShare<kUnit> share(steps);
   A total[kUnit] = {};
   if (share.channel < steps.channels) {
+    const auto terms = terms_of(share.channel);
     const int64_t inner = share.innermost ? 1 : steps.inner / kUnit;
     const int64_t row = share.innermost ? steps.channels / kUnit : steps.channels * inner;
     const int64_t start = share.innermost ? share.channel / kUnit : share.channel * inner;
@@ -70,11 +71,21 @@ CG_D void sum_channel(const Steps& steps, int64_t count, A* partial, const Terms
     };
     const int64_t step_outer = runs(share.step), step_at = share.step - step_outer * inner, end = count / kUnit;
     int64_t outer = runs(share.first), at = share.first - outer * inner;
-    while (outer * row < end) {
-      terms(outer * row + start + at, share.channel, total);
+    const auto next = [&] {
+      const int64_t unit = outer * row + start + at;
       outer += step_outer;
       at += step_at;
       if (at >= inner) at -= inner, ++outer;
+      return unit;
+    };
+    // Two at a time, so that both are asked for before the first is used.
+    while (outer * row < end) {
+      const int64_t first = next();
+      const bool more = outer * row < end;
+      const int64_t second = more ? next() : first;
+      const auto one = terms.load(first), two = terms.load(second);
+      terms.add(first, one, total);
+      if (more) terms.add(second, two, total);
     }
   }
   A* to = partial + blockIdx.y * steps.channels + share.channel;
@@ -100,18 +111,15 @@ CG_D void sum_channel(const Steps& steps, int64_t count, A* partial, const Terms
   }
 }
 
-// The second stage: a warp has a channel. grad_alpha[channel] = scale * sum over slices of partial[slice, channel].
+// The second stage: a block has a channel. grad_alpha[channel] = scale * sum over slices of partial[slice, channel].
 template <class A>
 __global__ void __launch_bounds__(kThreads) sum_slices_kernel(const A* partial, int64_t slices, int64_t channels,
                                                               double scale, A* grad_alpha) {
-  const int64_t channel = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp;
-  const int lane = threadIdx.x % kWarp;
+  const int64_t channel = blockIdx.x;
   A total = A(0);
-  if (channel < channels) {
-    for (int64_t slice = lane; slice < slices; slice += kWarp) total += partial[slice * channels + channel];
-  }
-  total = warp_sum(total);
-  if (lane == 0 && channel < channels) grad_alpha[channel] = static_cast<A>(total * scale);
+  for (int64_t slice = threadIdx.x; slice < slices; slice += kThreads) total += partial[slice * channels + channel];
+  total = block_sum(total);
+  if (threadIdx.x == 0) grad_alpha[channel] = static_cast<A>(total * scale);
 }
 
 }  // namespace cg::cuda

@@ -13,7 +13,7 @@
 
 namespace cg::cuda {
 
-constexpr int kThreads = 256, kWarp = 32;
+constexpr int kThreads = 128, kWarp = 32;
 // Packs that a thread has in flight at once.
 constexpr int kUnroll = 2;
 
@@ -90,30 +90,6 @@ CG_D Words round_all(const float (&v)[kPack<T>]) {
     else words.w[i] = round_two<T>(v[2 * i], v[2 * i + 1]);
   }
   return words;
-}
-
-// A pack as a queue: its first element taken off, an element put on at the end. For loops that are not unrolled.
-template <class T>
-CG_D T take(Words& words) {
-  uint32_t(&w)[4] = words.w;
-  const uint32_t first = w[0];
-  if constexpr (sizeof(T) == 4) {
-    w[0] = w[1], w[1] = w[2], w[2] = w[3];
-    return bit_cast<T>(first);
-  } else {
-    w[0] = first >> 16 | w[1] << 16, w[1] = w[1] >> 16 | w[2] << 16, w[2] = w[2] >> 16 | w[3] << 16, w[3] >>= 16;
-    return T{static_cast<uint16_t>(first)};
-  }
-}
-template <class T>
-CG_D void put(Words& words, T v) {
-  uint32_t(&w)[4] = words.w;
-  if constexpr (sizeof(T) == 4) {
-    w[0] = w[1], w[1] = w[2], w[2] = w[3], w[3] = bit_cast<uint32_t>(v);
-  } else {
-    w[0] = w[0] >> 16 | w[1] << 16, w[1] = w[1] >> 16 | w[2] << 16, w[2] = w[2] >> 16 | w[3] << 16;
-    w[3] = w[3] >> 16 | static_cast<uint32_t>(v.bits) << 16;
-  }
 }
 
 // Bits of kBytes bytes as one number, and the type that moves them at once.

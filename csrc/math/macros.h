@@ -31,6 +31,19 @@ CG_HD double mul(double a, double b) {
 #endif
 }
 
+// a / b, given 1 / b within two ulps. On a GPU it takes no division, which is a call there, and may be an ulp off.
+template <class F>
+CG_HD F quotient(F a, F b, F) {
+  return a / b;
+}
+#if defined(__CUDA_ARCH__)
+CG_HD float quotient(float a, float b, float inverse) {
+  const float guess = __fmul_rn(a, inverse);
+  const float settled = __fmaf_rn(__fmaf_rn(-guess, b, a), inverse, guess);
+  return guess < 0x1p126f ? settled : guess;  // infinity and NaN stay
+}
+#endif
+
 CG_HD float select(bool m, float a, float b) { return m ? a : b; }
 CG_HD double select(bool m, double a, double b) { return m ? a : b; }
 // b where a is NaN.
