@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
 import pytest
 import torch
 
+import coarsegrad as cg
 from coarsegrad import _ops
+from coarsegrad.backends import _BACKENDS
 from coarsegrad.testing import backend_ids, serving
 
 IDS = backend_ids() if _ops.native is not None else [*backend_ids(), "native"]
@@ -43,6 +46,18 @@ reference_or_native = pytest.fixture(
     _serve, scope="module", params=list(dict.fromkeys([*IDS[:2], *IDS[-1:]])) if "triton" in IDS else IDS[:2],
     name="reference_or_native",
 )  # fmt: skip
+
+
+@pytest.fixture
+def device(request):
+    """"cpu" or "cuda"; "cuda-native" and the like let that backend serve it."""
+    device, _, backend = request.param.partition("-")
+    with contextlib.ExitStack() as stack:
+        if backend:
+            if (why := _BACKENDS[backend].why_not(device)) is not None:
+                pytest.skip(f"{backend} does not serve {device}: {why}")
+            stack.enter_context(cg.use_backend(backend))
+        yield device
 
 
 # Files of one long test each: first, so that no process is left with one when all else is done.
