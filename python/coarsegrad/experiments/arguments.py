@@ -23,10 +23,14 @@ def positive(kind: type) -> Callable[[str], float]:
 
 
 def usable_device(name: str) -> torch.device:
-    """What --device `name` means, tried out; an ExperimentError if it cannot be used."""
+    """What --device `name` means, tried out; an ExperimentError if it cannot be used.
+
+    From here on float32 is float32 on a GPU as well: torch's convolutions would take TF32, of 10 bits.
+    """
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
+        torch.backends.cudnn.allow_tf32 = False
         return device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise ExperimentError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error

@@ -12,8 +12,10 @@ import fnmatch
 import hashlib
 import io
 import json
+import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,14 +33,15 @@ from .training import Diverged, fit
 _FEATURES_SHOWN = 500
 
 _EPILOG = """
-The runs are trained one after the other, those of the most worth first. A run that
-is finished is OUT/SCHEDULE/RUN/results.json and is not trained again, whatever
-machine it comes from. The same command again goes on where it was stopped: in an
-unfinished run after the last finished epoch, from its checkpoint.pt. The float
-network of each seed is OUT/float-.../checkpoint.pt; where that is not there it is
-trained anew, to the same weights on the same kind of machine with the same torch
-and number of threads; a run's results say which weights it started from. That a
-run diverges is a result. At the end, or with --report at any time: a table, and
+The runs are trained those of the most worth first, one after the other or --jobs
+at once, which changes no number on a CPU. A run that is finished is
+OUT/SCHEDULE/RUN/results.json and is not trained again, whatever machine it comes
+from. The same command again goes on where it was stopped: in an unfinished run
+after the last finished epoch, from its checkpoint.pt. The float network of each
+seed is OUT/float-.../checkpoint.pt; where that is not there it is trained anew, to
+the same weights on the same kind of machine with the same torch and number of
+threads; a run's results say which weights it started from. That a run diverges is
+a result. At the end, or with --report at any time: a table, and
 OUT/runs.csv, OUT/accuracy-SCHEDULE.png and OUT/features-SCHEDULE.png.
 """
 
@@ -109,6 +112,8 @@ def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     add("--report", action="store_true", help="make table and figures of the finished runs; train nothing")
     add("--device", default="cpu", help="as torch names it: cpu, cuda, cuda:1 (default cpu)")
     add("--threads", type=positive(int), metavar="N", help="threads on a CPU (default: torch's choice)")
+    add("--jobs", type=positive(int), default=1, metavar="N",
+        help="runs that are trained at once (default 1); on a GPU, which a small network leaves idle, some are faster")
     add("--out", type=Path, default=Path(out), metavar="FOLDER", help=f"results and checkpoints (default {out})")
 
 
@@ -140,10 +145,7 @@ def _run(table: Table, args: argparse.Namespace) -> None:
             torch.set_num_threads(args.threads)
         train, test, sha256 = table.load(args.data)
         session = _Session(table, args.out, train.to(device), test.to(device), sha256, device, environment(device))
-        for run in runs:
-            if _read(table, run, args.out, sha256) is None:
-                print(f"\n{run.name}", flush=True)
-                session.train(run)
+        session.train_all([run for run in runs if _read(table, run, args.out, sha256) is None], args.jobs)
     results = finished(table, args.out)
     if not results:
         raise ExperimentError(f"no run is finished in {args.out}")
@@ -175,15 +177,36 @@ class _Session:
     sha256: str
     device: torch.device
     environment: dict
+    stopped: threading.Event = field(default_factory=threading.Event)
 
-    def train(self, run: Run) -> None:
-        """Trains `run`, and writes its results; that it diverges is a result."""
+    def train_all(self, runs: list[Run], jobs: int) -> None:
+        """Trains `runs`, `jobs` at once; Ctrl-C stops all at their next batch."""
+        if jobs == 1:
+            for run in runs:
+                print(f"\n{run.name}", flush=True)
+                self.train(run)
+            return
+        starts = {float_folder(self.table.schedules[run.schedule], run.seed): run for run in runs}
+        for run in starts.values():  # which no two may train
+            self._float_network(run)
+        with ThreadPoolExecutor(jobs) as pool:
+            training = [pool.submit(self.train, run, f"{run.name}  ") for run in runs]
+            try:
+                for future in as_completed(training):
+                    future.result()
+            except BaseException:
+                self.stopped.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def train(self, run: Run, name: str = "") -> None:
+        """Trains `run`, and writes its results; that it diverges is a result. `name` begins each line printed."""
         float_model, start = self._float_network(run)
         model = quantized(float_model, run.bits, run.ste, "ceil", run.learn_alpha, run.per_channel, run.range_bits)
         config = _config(self.table, run) | {"data": self.sha256}
         folder = self.out / run.name
         try:
-            history, diverged = self._fit(model, config, folder), False
+            history, diverged = self._fit(model, config, folder, name), False
         except Diverged as error:
             print(error)
             history, diverged = error.history, True
@@ -217,9 +240,14 @@ class _Session:
             _write(report, folder / "results.json")
         return model, start
 
-    def _fit(self, model: nn.Module, config: dict, folder: Path) -> list[dict]:
+    def _fit(self, model: nn.Module, config: dict, folder: Path, name: str = "") -> list[dict]:
         folder.mkdir(parents=True, exist_ok=True)
-        return fit(model, self.train_set, self.test_set, config, folder / "checkpoint.pt", self.table.augment)
+        return fit(model, self.train_set, self.test_set, config, folder / "checkpoint.pt", self._augment, name)
+
+    def _augment(self, x: Tensor) -> Tensor:
+        if self.stopped.is_set():
+            raise KeyboardInterrupt
+        return self.table.augment(x)
 
 
 def _digest(model: nn.Module) -> str:

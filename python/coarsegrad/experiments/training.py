@@ -2,13 +2,17 @@
 
 Everything random in an epoch follows from (seed, phase, epoch), so a run that was killed and started again
 computes what an uninterrupted one does: on a CPU to the bit, given the same number of threads.
+
+On a GPU a small network's step is dozens of launches that take longer than their work; it is captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +30,12 @@ from .files import ExperimentError
 ALPHA_LR = 0.01
 
 _EVALUATION_BATCH = 1000
+
+# On a GPU the totals of an epoch are read, which waits for it, every so many batches.
+_READ_EVERY = 50
+# Steps at the same rates before one is captured: what they allocate once, as momenta, is then there.
+_WARM_UP_STEPS = 3
+_CAPTURING = threading.Lock()
 
 
 class Diverged(ExperimentError):
@@ -72,8 +82,9 @@ def fit(
     config: dict,
     checkpoint: Path,
     augment: Callable[[Tensor], Tensor] = lambda x: x,
+    name: str = "",
 ) -> list[dict]:
-    """Trains `model` in place and returns its history, one dict for each epoch.
+    """Trains `model` in place and returns its history, one dict for each epoch; `name` begins each line printed.
 
     `config` holds phase, epochs, batch_size, lr, seed, and whatever else decides the numbers. With "lr_drops", a list
     of epochs, lr is a tenth after each of them; without, it falls to 0 along half a cosine. If `checkpoint` exists,
@@ -92,12 +103,15 @@ def fit(
     scheduler = LambdaLR(optimizer, _lr_factor(batches, config["epochs"], config.get("lr_drops")))
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     history = load_checkpoint(checkpoint, config, parts)
+    steps = _Steps(model, optimizer, train.x.device)
 
     for epoch in range(len(history), config["epochs"]):
         start = time.perf_counter()
-        torch.manual_seed(seed_of(config["seed"], config["phase"], epoch))
-        title = f"{config['phase']} {epoch + 1}/{config['epochs']}"
-        loss, accuracy = _train_epoch(title, model, optimizer, scheduler, train, config["batch_size"], augment)
+        seed = seed_of(config["seed"], config["phase"], epoch)
+        torch.manual_seed(seed)
+        order = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(seed))
+        title = f"{name}{config['phase']} {epoch + 1}/{config['epochs']}"
+        loss, accuracy = _train_epoch(title, steps, scheduler, train, order, config["batch_size"], augment)
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} in {title}: training diverged; try a lower --lr", history)
         seconds = time.perf_counter() - start
@@ -126,27 +140,74 @@ def _lr_factor(batches: int, epochs: int, drops: Sequence[int] | None) -> Callab
     return lambda step: 0.1 ** sum(step >= batches * epoch for epoch in drops)
 
 
+class _Steps:
+    """Steps of a model on batches of one size; `totals` is float64 [the sum of the losses, the right answers].
+
+    On a GPU they are queued on a stream of their own, and one whose rates have been the optimizer's for some steps is
+    captured: until these change, it is replayed.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self._model, self._optimizer, self._device = model, optimizer, device
+        self.totals = torch.zeros(2, dtype=torch.float64, device=device)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._rates: list[float] = []
+        self._eager_steps = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @contextlib.contextmanager
+    def epoch(self) -> Iterator[None]:
+        """The totals begin at 0. Whoever reads them has waited for the steps before."""
+        self._model.train()
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            self.totals.zero_()
+            yield
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        if rates != self._rates:
+            self._rates, self._eager_steps, self._graph = rates, 0, None
+        if self._stream is None or self._eager_steps < _WARM_UP_STEPS:
+            self._eager_steps += 1
+            self._step(x, y)
+            return
+        if self._graph is None:
+            self._graph, self._batch = torch.cuda.CUDAGraph(), (x.clone(), y.clone())
+            # Other threads may train as well: what a capture forbids is not forbidden to them, but for another capture.
+            with _CAPTURING, torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._step(*self._batch)
+        for static, given in zip(self._batch, (x, y)):
+            static.copy_(given)
+        self._graph.replay()
+
+    def _step(self, x: Tensor, y: Tensor) -> None:
+        loss, right = train_step(self._model, self._optimizer, x, y)
+        self.totals += torch.stack([loss.double() * len(y), right.double()])
+
+
 def _train_epoch(
     title: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    steps: _Steps,
     scheduler: LambdaLR,
     train: Split,
+    order: Tensor,
     batch_size: int,
     augment: Callable[[Tensor], Tensor],
 ) -> tuple[float, float]:
     """Mean loss and accuracy of the epoch; it ends early where the loss is not finite, and that is returned."""
-    model.train()
-    order = torch.randperm(len(train.y)).to(train.y.device)
+    order = order.to(train.y.device)
     batches = len(order) // batch_size
-    total, right, seen = 0.0, 0, 0
-    with tqdm(total=batches, desc=title, unit="batch", leave=False, disable=None) as bar:
-        for indices in order[: batches * batch_size].split(batch_size):
-            loss, correct = train_step(model, optimizer, augment(train.x[indices]), train.y[indices])
+    every = 1 if train.y.device.type == "cpu" else _READ_EVERY
+    with tqdm(total=batches, desc=title, unit="batch", leave=False, disable=None) as bar, steps.epoch():
+        for number, indices in enumerate(order[: batches * batch_size].split(batch_size), 1):
+            steps(augment(train.x[indices]), train.y[indices])
             scheduler.step()
-            total, right, seen = total + loss.item() * batch_size, right + correct.item(), seen + batch_size
-            if not math.isfinite(total):
-                break
-            bar.set_postfix_str(f"loss {total / seen:.4f}, accuracy {right / seen:.2%}", refresh=False)
+            if number % every == 0 or number == batches:
+                loss, right = (total / (number * batch_size) for total in steps.totals.tolist())
+                if not math.isfinite(loss):
+                    break
+                bar.set_postfix_str(f"loss {loss:.4f}, accuracy {right:.2%}", refresh=False)
             bar.update()
-    return total / seen, right / seen
+    return loss, right

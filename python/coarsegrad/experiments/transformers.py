@@ -33,6 +33,7 @@ class TransformerConfig:
 
 # Zhang et al. 2022, arXiv 2205.01068, table 1; Raffel et al. 2020, arXiv 1910.10683, section 3.7.
 OPT_125M = TransformerConfig(50272, 2048, 12, 768, 12, 768, 3072)
+OPT_1_3B = TransformerConfig(50272, 2048, 24, 2048, 32, 2048, 8192)
 T5_SMALL = TransformerConfig(32128, 512, 6, 512, 8, 512, 2048, dropout=0.1)
 
 
