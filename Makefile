@@ -5,7 +5,7 @@ VENV   ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export CMAKE_GENERATOR ?= Ninja
 
-.PHONY: help setup build test demo bench bench-full lint clean
+.PHONY: help setup build test demo bench bench-full bench-gpu lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -41,6 +41,12 @@ bench-full: build  ## all benchmarks, docs/benchmarks.md and its figures; wants 
 	python -m bench.peers
 	python -m bench.training
 	python -m bench.memory
+	python -m bench.report
+
+bench-gpu: build  ## the benchmarks of a GPU and docs/benchmarks-cuda.md; brevitas and torchao where they are installed
+	python -m bench.kernels --device cuda
+	python -m bench.peers --device cuda
+	python -m bench.memory --device cuda
 	python -m bench.report
 
 lint: setup  ## ruff

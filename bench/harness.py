@@ -35,12 +35,23 @@ class BenchError(Exception):
 
 # ----------------------------------------------------------------------------------------- timing
 
+# A sample of a short job on a CPU is this long. On a GPU it has so many calls, and so many clocks, some 3 ms, to queue
+# them in.
+_SAMPLE_SECONDS = 2e-3
+_GPU_CALLS = 5
+_GPU_WAITS = 6_000_000
+
 
 class CpuTimer:
     """Times calls by the wall clock; those of one thread by its CPU time, which other programs disturb less."""
 
     def __init__(self) -> None:
         self._clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def calls(self, job: Callable[[], object]) -> int:
+        """How many calls make a sample: so many that it is far above the clock's grain."""
+        shortest = min(self.sample(job, 1)[0] for _ in range(3))
+        return max(1, round(_SAMPLE_SECONDS / shortest))
 
     def sample(self, job: Callable[[], object], calls: int) -> tuple[float, float]:
         """(seconds, page faults) of one call, the mean of `calls` calls."""
@@ -54,42 +65,34 @@ class CpuTimer:
 
 
 class GpuTimer:
-    """Times calls on a GPU by its events, each with cold caches: a buffer larger than the L2 is written before it.
+    """Times calls on a GPU by its events.
 
-    Writing it also takes the GPU longer than the CPU needs to launch what is timed. Small jobs, which would measure the
-    launches all the same, are to be captured in a graph (`in_graph`).
+    The GPU is kept waiting until all calls of a sample are queued: what the CPU needs to launch them is not timed, but
+    where a call waits for the GPU. cold: a sample is of some calls, before each of which a buffer larger than the L2 is
+    written; else it is of one, of a whole training step.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, cold: bool = True) -> None:
+        self._calls = _GPU_CALLS if cold else 1
         l2 = torch.cuda.get_device_properties(device).L2_cache_size
-        self._flush = torch.empty(max(4 * l2, 2**28), dtype=torch.int8, device=device)
+        self._flush = torch.empty(max(4 * l2, 2**28) if cold else 0, dtype=torch.int8, device=device)
+
+    def calls(self, job: Callable[[], object]) -> int:
+        """How many calls make a sample, after some to warm up."""
+        self.sample(job, 3)
+        return self._calls
 
     def sample(self, job: Callable[[], object], calls: int) -> tuple[float, float]:
         """(seconds, page faults: none) of one call, the mean of `calls` calls."""
-        seconds = 0.0
-        for _ in range(calls):
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        torch.cuda._sleep(_GPU_WAITS)
+        for start, end in events:
             self._flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             job()
             end.record()
-            end.synchronize()
-            seconds += start.elapsed_time(end) / 1e3
-        return seconds / calls, 0.0
-
-
-def in_graph(job: Callable[[], object]) -> Callable[[], object]:
-    """The job captured in a CUDA graph after some calls to warm up: what is timed is then what the GPU does."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            job()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        job()
-    return graph.replay
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in events) / 1e3 / calls, 0.0
 
 
 Timer = CpuTimer | GpuTimer
@@ -108,9 +111,7 @@ class Times:
         return [theirs / ours for ours, theirs in zip(self.seconds, other.seconds)]
 
 
-# A sample of a short job is this long, far above the clock's grain. Rounds before the first that counts let
-# the allocator find its steady state.
-_SAMPLE_SECONDS = 2e-3
+# Rounds before the first that counts let the allocator find its steady state.
 _WARM_UP_ROUNDS = 2
 
 
@@ -120,8 +121,7 @@ def interleaved(
     """The times of jobs that take turns, in a new order each round, so that a slow moment meets all alike."""
     times = {}
     for name, job in jobs.items():
-        shortest = min(timer.sample(job, 1)[0] for _ in range(3))
-        times[name] = Times(calls=max(1, round(_SAMPLE_SECONDS / shortest)))
+        times[name] = Times(calls=timer.calls(job))
     order, shuffle = list(jobs), random.Random(0).shuffle
     for number in range(_WARM_UP_ROUNDS + rounds):
         shuffle(order)

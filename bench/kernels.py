@@ -14,7 +14,19 @@ import coarsegrad as cg
 from coarsegrad import _ops
 
 from .harness import BenchError, Row, Times, quantiles
-from .suite import DTYPES, Case, Part, Suite, checked_options, copying, run_parts, size_label, size_options, timed
+from .suite import (
+    DTYPES,
+    Case,
+    Part,
+    Suite,
+    checked_options,
+    copying,
+    default_sizes,
+    run_parts,
+    size_label,
+    size_options,
+    timed,
+)
 
 RESULTS = Path(__file__).parent / "results" / "kernels.csv"
 
@@ -24,8 +36,8 @@ backward from the mask, from x and from codes, the gradient of a learned step,
 and codes to levels; with a copy as the measure.
 """
 _EPILOG = """
-Without --quick and --sizes: 2^16 (in cache), 2^22 and 2^24 elements; with --quick
-2^16 and 2^22.
+Without --quick and --sizes: 2^16 (in cache), 2^22 and 2^24 elements, on a GPU 2^27
+too; with --quick 2^16 and 2^22.
 
 Before a size is timed, what each kernel returns is compared with the reference:
 outputs, masks, codes and masked gradients bit for bit, a gradient with an
@@ -106,10 +118,10 @@ KERNELS = {
 COPY = "copy"
 
 
-def _inputs(dtype: torch.dtype, size: int) -> _Tensors:
+def _inputs(dtype: torch.dtype, size: int, device: str) -> _Tensors:
     generator = torch.Generator().manual_seed(0)
-    x, dy = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
-    t = {"x": x, "dy": dy, "alpha": torch.tensor([_ALPHA])}
+    x, dy = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(2))
+    t = {"x": x, "dy": dy, "alpha": torch.tensor([_ALPHA], device=device)}
     forward = _ops.ops.qrelu_forward
     _, t["mask"], t["codes"] = forward(x, t["alpha"], _BITS, "ceil", "inside", True, None)
     _, t["state"], _ = forward(x, t["alpha"], _BITS, "ceil", "state", False, None)
@@ -133,7 +145,7 @@ def _check(name: str, kernel: Kernel, got: tuple[Tensor, ...], t: _Tensors) -> N
             totals = totals + wanted[1].double()
             wanted = wanted[:1]
         for mine, right in zip(got, wanted):
-            mine, right = of(mine.cpu()), right.flatten()
+            mine, right = of(mine), right.flatten()
             if kernel.rtol and mine.is_floating_point():
                 # Where g' underflows the two may differ by a subnormal.
                 allowed = kernel.rtol * torch.finfo(dtype).eps * right.double().abs() + torch.finfo(dtype).tiny
@@ -147,20 +159,19 @@ def _check(name: str, kernel: Kernel, got: tuple[Tensor, ...], t: _Tensors) -> N
                 )
     if kernel.sums:
         scale = 2**_BITS * t["dy"].double().abs().sum()
-        if ((got[1].cpu().double() - totals).abs() > 1e-5 * scale).any():
+        if ((got[1].double() - totals).abs() > 1e-5 * scale).any():
             raise BenchError(f"the step's gradient in {name!r} is not the reference's ({dtype}); no times are reported")
 
 
 def _cases(part: Part, dtype: str, size: int) -> Iterator[Case]:
-    on_cpu = _inputs(DTYPES[dtype], size)
-    t = {key: value.to(part.device) for key, value in on_cpu.items()}
+    t = _inputs(DTYPES[dtype], size, part.device)
     to = torch.empty_like(t["x"])
     jobs = {COPY: copying(to, t["x"])}
     for name in part.names:
         kernel = KERNELS[name]
         if "per channel" in name and size % (_CHANNELS * 256):
             continue
-        _check(name, kernel, kernel.call(t), on_cpu)
+        _check(name, kernel, kernel.call(t), t)
         jobs[name] = lambda kernel=kernel: kernel.call(t)
     yield Case("", jobs)
 
@@ -213,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     size_options(parser, RESULTS, KERNELS, COPY)
     args = checked_options(parser, argv, RESULTS)
-    sizes = args.sizes or [2**16, 2**22] + ([] if args.quick else [2**24] if args.device == "cpu" else [2**24, 2**27])
+    sizes = args.sizes or default_sizes(args)
     names = tuple(name for name in KERNELS if name in args.only)
     part = Part(args.device, args.allocator, tuple(sizes), tuple(args.dtypes), names, args.rounds, args.threads)
     run_parts("bench.kernels", SUITE, [part], args.out)

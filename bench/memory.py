@@ -9,24 +9,36 @@ import statistics
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import coarsegrad as cg
 from coarsegrad.experiments.models import lenet5
-from coarsegrad.experiments.transformers import OPT_125M, T5_SMALL, Opt, T5Encoder
+from coarsegrad.experiments.transformers import OPT_1_3B, OPT_125M, T5_SMALL, Opt, T5Encoder
 from coarsegrad.ste import format_table
 
-from .harness import BenchError, CpuTimer, at_least, facts, in_new_process, interleaved, quantiles, write_csv
-from .suite import DTYPES
+from .harness import (
+    BenchError,
+    CpuTimer,
+    GpuTimer,
+    at_least,
+    facts,
+    in_new_process,
+    interleaved,
+    quantiles,
+    write_csv,
+)
+from .suite import DTYPES, add_device, find_device
 
 RESULTS = Path(__file__).parent / "results" / "memory.csv"
 
 _DESCRIPTION = """
-Measures training steps of four networks with nn.ReLU, with nn.ReLU in
+Measures training steps of some networks with nn.ReLU, with nn.ReLU in
 checkpointed networks, with relu and torch.fake_quantize, with the 2-bit
 activations of brevitas and torchao where they are installed, and with QReLU
 (2 bits, relu), its outputs kept whole and as packed codes. The T5 has its
@@ -41,6 +53,10 @@ time: the median over rounds in which all take turns in one process, and the
 median of this time over that of QReLU with its outputs kept whole, round by
 round. Before anything is timed, the gradients of QReLU packed and not are
 compared, bit for bit; if one differs there is no report.
+
+--device cuda has larger networks. There the peak is what torch's allocator hands
+out above what it had before the step, in one process, and the time is the GPU's,
+by its events, with all launches queued.
 """
 
 
@@ -99,6 +115,27 @@ NETWORKS = {
     "opt": Network(_opt, _tokens),
     "t5": Network(_t5, _tokens, T5_SMALL.dropout),
 }
+
+
+def _wide_mlp(activation: Callable[[], nn.Module], dropout: float) -> nn.Module:
+    hidden = [part for _ in range(4) for part in (nn.Linear(4096, 4096), activation())]
+    return nn.Sequential(*hidden, nn.Linear(4096, 10))
+
+
+# On a GPU: transformers as they are, on 16,384 and 4,096 tokens.
+GPU_NETWORKS = {
+    "wide mlp": Network(_wide_mlp, lambda: torch.randn(32768, 4096)),
+    "OPT-125M": Network(
+        lambda activation, _: Opt(OPT_125M, activation), lambda: torch.randint(OPT_125M.vocabulary, (16, 1024))
+    ),
+    "OPT-1.3B": Network(
+        lambda activation, _: Opt(OPT_1_3B, activation), lambda: torch.randint(OPT_1_3B.vocabulary, (4, 1024))
+    ),
+    "T5-small": Network(
+        lambda activation, dropout: T5Encoder(T5_SMALL.resized(dropout=dropout), activation),
+        lambda: torch.randint(T5_SMALL.vocabulary, (32, 512)), T5_SMALL.dropout,
+    ),
+}  # fmt: skip
 _PEERS = {"brevitas": _brevitas, "relu, torchao": _torchao}
 
 
@@ -115,16 +152,19 @@ def _activations() -> dict[str, Callable[[], nn.Module]]:
     }
 
 
-def _set_up(network: str, activation: str, dtype: str) -> tuple[nn.Module, Callable[[Tensor], Tensor], Tensor]:
+def _set_up(
+    network: str, activation: str, dtype: str, device: str = "cpu"
+) -> tuple[nn.Module, Callable[[Tensor], Tensor], Tensor]:
     """(the network, its forward as this case has it, the input)."""
     torch.manual_seed(0)
-    plan = NETWORKS[network]
-    x, make, dropout = plan.input(), _activations()[activation], plan.dropout
+    plan = (NETWORKS | GPU_NETWORKS)[network]
+    make, dropout = _activations()[activation], plan.dropout
     if make is cg.QReLU:
         make, dropout = (lambda: cg.QReLU(2, ste="relu", dropout=plan.dropout)), 0.0
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.device(device):
         warnings.simplefilter("ignore")  # peers deprecate things of their own
-        model = plan.build(make, dropout).to(DTYPES[dtype])
+        x = plan.input()
+        model = plan.build(make, dropout).to(device, DTYPES[dtype])
     if activation == "qrelu, packed":
         cg.pack_activations_(model)
     checkpointed = activation == "relu, checkpoint"
@@ -177,14 +217,44 @@ def _times(network: str, dtype: str, threads: int, rounds: int) -> dict[str, tup
     }
 
 
-def network_options(parser: argparse.ArgumentParser, dtype: str, rounds: int, results: Path) -> None:
-    """The options of a benchmark of NETWORKS, with its own defaults."""
+def _on_gpu(network: str, dtype: str, rounds: int) -> dict[str, tuple[float, float, int, int | None]]:
+    """activation -> (what _times says, what _peak says), on the GPU and in one process."""
+    jobs, gradients, memory = {}, {}, {}
+    for activation in _activations():
+        model, forward, x = _set_up(network, activation, dtype, "cuda")
+        if activation.startswith("qrelu"):
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.manual_seed(0)  # for dropout
+            with sdpa_kernel(SDPBackend.MATH):
+                _step(forward, x)
+            gradients[activation] = [p.grad.clone() for p in model.parameters()]
+            torch.use_deterministic_algorithms(False)
+        _step(forward, x)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        _step(forward, x)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        kept = cg.saved_memory(forward, x)
+        memory[activation] = peak, None if kept.unseen else kept.total
+        jobs[activation] = lambda forward=forward, x=x: _step(forward, x)
+    if not all(map(torch.equal, gradients["qrelu"], gradients["qrelu, packed"])):
+        raise BenchError(f"packing changes a gradient of {network} in {dtype}; nothing is reported")
+    times = interleaved(jobs, GpuTimer(torch.device("cuda"), cold=False), rounds, lambda: None)
+    return {
+        name: (quantiles(own.seconds)[1], statistics.median(times["qrelu"].speeds_over(own)), *memory[name])
+        for name, own in times.items()
+    }
+
+
+def network_options(parser: argparse.ArgumentParser, names: list[str], dtype: str, rounds: int) -> None:
+    """The options of a benchmark of networks, with its own defaults."""
     add = parser.add_argument
-    add("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), help="default: all")
+    add("--networks", nargs="+", choices=names, help="default: all")
     add("--dtypes", nargs="+", choices=list(DTYPES), default=[dtype], help=f"default: {dtype}")
     add("--rounds", type=at_least(2), default=rounds, help=f"rounds that count (default {rounds})")
     add("--threads", type=at_least(1), default=2, help="threads (default 2)")
-    add("--out", type=Path, default=results, metavar="CSV", help=f"the results (default {os.path.relpath(results)})")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -192,15 +262,25 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m bench.memory", description=_DESCRIPTION, epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    network_options(parser, "bfloat16", 10, RESULTS)
+    network_options(parser, [*NETWORKS, *GPU_NETWORKS], "bfloat16", 10)
+    add_device(parser, RESULTS)
     args = parser.parse_args(argv)
+    find_device(parser, args, RESULTS)
+    if args.device == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the gradients are compared to the bit
+    known = NETWORKS if args.device == "cpu" else GPU_NETWORKS
+    args.networks = args.networks or list(known)
+    if unknown := set(args.networks) - known.keys():
+        parser.error(f"--networks {', '.join(sorted(unknown))}: on {args.device} there are {', '.join(known)}")
+    torch.set_num_threads(args.threads)  # as in the processes that measure
+    here = facts(torch.device(args.device), "default")
+    rows: list[dict[str, object]] = []
     try:
-        rows = [row for network in args.networks for dtype in args.dtypes for row in _rows(network, dtype, args)]
+        for network, dtype in product(args.networks, args.dtypes):
+            rows += ({**row, **here} for row in _rows(network, dtype, args))
+            write_csv(rows, args.out)
     except BenchError as error:
         raise SystemExit(f"bench.memory: {error}") from error
-    torch.set_num_threads(args.threads)  # as in the processes that measured
-    here = facts(torch.device("cpu"), "default")
-    write_csv(({**row, **here} for row in rows), args.out)
     for name in sorted(_PEERS.keys() - _activations().keys()):
         print(f"\nLeft out, as it is not installed: {name.split(', ')[-1]}")
     print(f"\nWritten: {args.out}. `python -m bench.report` draws it.")
@@ -208,11 +288,16 @@ def main(argv: list[str] | None = None) -> None:
 
 def _rows(network: str, dtype: str, args: argparse.Namespace) -> list[dict[str, object]]:
     """One network in one dtype, measured and printed."""
-    times = in_new_process("default", _times, network, dtype, args.threads, args.rounds)
+    if args.device == "cuda":
+        found = in_new_process("default", _on_gpu, network, dtype, args.rounds)
+    else:
+        times = in_new_process("default", _times, network, dtype, args.threads, args.rounds)
+        found = {
+            name: (*times[name], *in_new_process("return", _peak, network, name, dtype, args.threads))
+            for name in _activations()
+        }
     rows = []
-    for activation in _activations():
-        peak, kept = in_new_process("return", _peak, network, activation, dtype, args.threads)
-        seconds, ratio = times[activation]
+    for activation, (seconds, ratio, peak, kept) in found.items():
         rows.append({
             "network": network, "dtype": dtype, "activation": activation, "kept_bytes": "" if kept is None else kept,
             "peak_bytes": peak, "seconds_median": f"{seconds:.6g}", "time_over_qrelu_median": f"{ratio:.4g}",
@@ -227,7 +312,7 @@ def _rows(network: str, dtype: str, args: argparse.Namespace) -> list[dict[str, 
         )
         for row in rows
     ]
-    print(f"\n{network}, {dtype}, {args.threads} threads\n")
+    print(f"\n{network}, {dtype}, {args.device}, {args.threads} threads\n")
     print(format_table(("activation", "kept, MiB", "peak, MiB", "step, ms", "over qrelu"), table), flush=True)
     return rows
 

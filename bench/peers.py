@@ -14,7 +14,19 @@ from coarsegrad.testing import hard_inputs
 
 from .activations import ALPHA, BITS, IMPLEMENTATIONS, TOP, Implementation
 from .harness import BenchError, Row, Times, quantiles
-from .suite import DTYPES, Case, Part, Suite, checked_options, copying, run_parts, size_label, size_options, timed
+from .suite import (
+    DTYPES,
+    Case,
+    Part,
+    Suite,
+    checked_options,
+    copying,
+    default_sizes,
+    run_parts,
+    size_label,
+    size_options,
+    timed,
+)
 
 RESULTS = Path(__file__).parent / "results" / "peers.csv"
 PASSES = ("forward", "forward+backward")
@@ -31,7 +43,7 @@ left out, and named.
 _EPILOG = """
 Without --quick and --sizes: 4, 2^16, 2^22 and 2^24 elements, and at 2^26 what
 writing in place is worth where every fresh output costs page faults
-(QReLU and nn.ReLU with the allocator as it is).
+(QReLU and nn.ReLU with the allocator as it is); on a GPU 2^16 to 2^27.
 
 Before a size is timed, outputs and gradients are compared with the reference,
 bit for bit (of fake quantizers, which round to the nearest level, it is checked
@@ -47,8 +59,8 @@ and MALLOC_TRIM_THRESHOLD_ set in a new process). With the default it gives larg
 blocks back to the system, and each fresh output pays for its pages again: the
 last column counts them. A preloaded tcmalloc or jemalloc is recognised.
 
---device cuda times by CUDA events, each call with a flushed L2, and jobs of up to
-2^20 elements as a CUDA graph, so that launches are not what is measured.
+--device cuda times by CUDA events, each call with a flushed L2, and all calls of a
+sample queued before the first begins, so that launches are not what is measured.
 """
 _COPY = "copy"
 _IN_PLACE_STUDY = ("relu", "relu_inplace", "qrelu", "qrelu_inplace")
@@ -57,7 +69,7 @@ _IN_PLACE_STUDY = ("relu", "relu_inplace", "qrelu", "qrelu_inplace")
 
 
 def _inputs(dtype: torch.dtype, size: int) -> tuple[Tensor, Tensor]:
-    """(x, dy): Gaussian, and in up to half of x every level with its two neighbours.
+    """(x, dy) on the CPU: Gaussian, and in up to half of x every level with its two neighbours.
 
     No NaN, whose gradient passes in QReLU alone, and no subnormal, which can be slower than other numbers.
     """
@@ -153,9 +165,8 @@ def _checked_jobs(
 
 def _cases(part: Part, dtype: str, size: int) -> Iterator[Case]:
     torch._dynamo.reset()  # else a new size or dtype is a recompilation, and after some all is eager
-    x, dy = _inputs(DTYPES[dtype], size)
-    expected = tuple(t.to(part.device) for t in _expected(x, dy))
-    x, dy = x.to(part.device), dy.to(part.device)
+    x, dy = (t.to(part.device) for t in _inputs(DTYPES[dtype], size))
+    expected = _expected(x, dy)
     for passes in PASSES:
         grad = passes != "forward"
         with torch.set_grad_enabled(grad):
@@ -229,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         return Part(args.device, allocator, tuple(sizes), tuple(args.dtypes), chosen, args.rounds, args.threads)
 
-    sizes = args.sizes or [4, 2**16, 2**22] + ([] if args.quick else [2**24] if on_cpu else [2**24, 2**27])
+    sizes = args.sizes or ([4] if on_cpu else []) + default_sizes(args)
     parts = [part(args.allocator, sizes, IMPLEMENTATIONS)]
     if on_cpu and not args.quick and not args.sizes:
         parts.append(part("default", [2**26], _IN_PLACE_STUDY))

@@ -1,4 +1,4 @@
-"""`python -m bench.report`: the figures of the benchmarks, and docs/benchmarks.md, from the CSV files alone."""
+"""`python -m bench.report`: the figures of the benchmarks, and their pages in docs, from the CSV files alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from . import figures
 from .activations import IMPLEMENTATIONS
 from .peers import PASSES
 from .promises import PROMISES, Results
-from .suite import DTYPES, size_label
+from .suite import DTYPES, of_gpu, size_label
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"
@@ -78,13 +78,50 @@ _SLOW = """\
 
 `python -m coarsegrad info` says which of these hold on a machine.
 """
+_GPU_INTRODUCTION = """\
+# Benchmarks on a GPU
+
+Made by `python -m bench.report` from [bench/results](../bench/results); the results by `make bench-gpu`. On a CPU:
+[benchmarks.md](benchmarks.md).
+
+All implementations take turns in one process, in a new order each round, after their results were compared with the
+reference. A time is the GPU's, by its events, the median over the rounds; each call finds a cold L2, and is queued
+before the first begins, so that launches are not what is measured. (In a network of small tensors they are: capture its
+step in a CUDA graph.)
+"""
+_GPU_KERNELS = """\
+## The kernels
+
+The time of each kernel over the time in which `Tensor.copy_` moves as many bytes.
+
+![Time of each kernel and of other libraries against the bytes moved](../bench/results/roofline-cuda.png)
+"""
+_GPU_PEERS = """\
+## QReLU beside others
+
+How many times as fast as `nn.ReLU`, forward and backward, 2 bits; the implementations are those of
+[benchmarks.md](benchmarks.md). One far below the others has its CPU wait for the GPU.
+
+![Speed over nn.ReLU of each implementation, by dtype and size](../bench/results/peers-cuda.png)
+"""
+_GPU_MEMORY = """\
+## Memory and whole steps
+
+Forward and backward of networks with 2-bit activations (`relu`): what autograd keeps after the forward, how far the
+allocated memory rises in a step, and its time. "packed" is `pack_activations_`; a checkpointed network hides what it
+keeps.
+
+![Memory and time of a step with each activation](../bench/results/memory-cuda.png)
+"""
 
 
-def load(folder: Path) -> Results:
+def load(folder: Path, on_gpu: bool = False) -> Results:
     """The rows of every table; none where a CSV is missing."""
     found = {}
     for table in TABLES:
         path = folder / f"{table}.csv"
+        if on_gpu:
+            path = of_gpu(path)
         found[table] = []
         if path.exists():
             with open(path, newline="") as file:
@@ -105,10 +142,10 @@ def _number(text: str) -> str:
 def _setting(rows: list[dict[str, str]]) -> str:
     row = rows[0]
     threads = "one thread" if row["threads"] == "1" else f"{row['threads']} threads"
-    return (
-        f"{row['cpu']}, {row['backend']}, caches {row['caches']}, {threads}, {row['malloc']}, torch {row['torch']},"
-        f" coarsegrad at {row['git'][:10]}, {row['date'][:10]}.\n"
-    )
+    machine = f"{row['cpu']}, {row['backend']}, caches {row['caches']}, {threads}, {row['malloc']}"
+    if row["device"] != "cpu":
+        machine = f"{row['device']}, {row['backend']}"
+    return f"{machine}, torch {row['torch']}, coarsegrad at {row['git'][:10]}, {row['date'][:10]}.\n"
 
 
 def _promise_rows(results: Results) -> list[tuple[str, ...]]:
@@ -163,6 +200,34 @@ def _training_table(rows: list[dict[str, str]]) -> str:
     )  # fmt: skip
 
 
+def _memory_table(rows: list[dict[str, str]]) -> str:
+    relu = {(row["network"], row["dtype"]): float(row["seconds_median"]) for row in rows if row["activation"] == "relu"}
+    return _markdown(
+        ("network", "dtype", "activation", "kept, MiB", "peak, MiB", "ms a step", "over nn.ReLU"),
+        (
+            (
+                row["network"], row["dtype"], row["activation"],
+                f"{int(row['kept_bytes']) / 2**20:,.0f}" if row["kept_bytes"] else "hidden",
+                f"{int(row['peak_bytes']) / 2**20:,.0f}", f"{1e3 * float(row['seconds_median']):.1f}",
+                f"{float(row['seconds_median']) / relu[row['network'], row['dtype']]:.3f}",
+            )
+            for row in rows
+        ),
+    )  # fmt: skip
+
+
+def gpu_page(results: Results) -> str:
+    """docs/benchmarks-cuda.md; a table without results is left out."""
+    parts = [_GPU_INTRODUCTION]
+    for table, text, make in (
+        ("kernels", _GPU_KERNELS, _kernel_table), ("peers", _GPU_PEERS, _peer_table),
+        ("memory", _GPU_MEMORY, _memory_table),
+    ):  # fmt: skip
+        if results[table]:
+            parts += [text, make(results[table]), _setting(results[table])]
+    return "\n".join(parts)
+
+
 def page(results: Results) -> str:
     """docs/benchmarks.md; a table without results is left out."""
     parts = [_INTRODUCTION]
@@ -173,7 +238,10 @@ def page(results: Results) -> str:
     ):  # fmt: skip
         if results[table]:
             parts += [text, make(results[table]), _setting(results[table])]
-    parts.append("Bytes, peaks and times of networks whose activations are packed: [memory.md](memory.md).\n")
+    parts.append(
+        "Bytes, peaks and times of networks whose activations are packed: [memory.md](memory.md). On a GPU:"
+        " [benchmarks-cuda.md](benchmarks-cuda.md).\n"
+    )
     parts.append(_SLOW)
     return "\n".join(part for part in parts if part)
 
@@ -196,6 +264,13 @@ def _save(figure: Figure, path: Path) -> None:
     print(f"Written: {path}")
 
 
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(text.encode())
+    print(f"Written: {path}")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.report",
@@ -205,23 +280,26 @@ def main(argv: list[str] | None = None) -> None:
     add("--results", type=Path, default=RESULTS, metavar="FOLDER",
         help=f"where the CSV files are, and the figures go (default {os.path.relpath(RESULTS)})")
     add("--page", type=Path, default=DOCS / "benchmarks.md", metavar="FILE",
-        help=f"the page (default {os.path.relpath(DOCS / 'benchmarks.md')})")
+        help=f"the page (default {os.path.relpath(DOCS / 'benchmarks.md')}); of a GPU, FILE-cuda.md beside it")
     add("--staircase", action="store_true",
         help=f"only draw {os.path.relpath(DOCS / 'staircase.png')}: the staircase and its coarse gradients")
     args = parser.parse_args(argv)
     if args.staircase:
         return _save(figures.staircase_figure(), DOCS / "staircase.png")
-    results = load(args.results)
-    if not any(results.values()):
+    results, of_a_gpu = load(args.results), load(args.results, on_gpu=True)
+    if not any((*results.values(), *of_a_gpu.values())):
         names = ", ".join(f"{table}.csv" for table in TABLES)
         raise SystemExit(f"bench.report: {args.results} has none of {names}; `make bench-full` writes them")
-    for name, figure in all_figures(results).items():
-        _save(figure, args.results / f"{name}.png")
-    args.page.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(args.page) as file:
-        file.write(page(results).encode())
-    print(f"Written: {args.page}\n")
-    print(format_table(("time over another", "at most", "is", ""), _promise_rows(results)))
+    if any(of_a_gpu.values()):
+        for name, figure in all_figures(of_a_gpu).items():
+            _save(figure, args.results / f"{name}-cuda.png")
+        _write(args.page.with_stem(f"{args.page.stem}-cuda"), gpu_page(of_a_gpu))
+    if any(results.values()):
+        for name, figure in all_figures(results).items():
+            _save(figure, args.results / f"{name}.png")
+        _write(args.page, page(results))
+        print()
+        print(format_table(("time over another", "at most", "is", ""), _promise_rows(results)))
 
 
 if __name__ == "__main__":

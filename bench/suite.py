@@ -27,7 +27,6 @@ from .harness import (
     Times,
     at_least,
     facts,
-    in_graph,
     in_new_process,
     interleaved,
     quantiles,
@@ -52,8 +51,6 @@ def copying(to: Tensor, source: Tensor) -> Callable[[], object]:
 # ---------------------------------------------------------------------- benchmarks of tensors, by size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# On a GPU jobs of at most as many elements are timed as a graph.
-_GRAPH_SIZE = 2**20
 
 
 @dataclass(frozen=True)
@@ -105,11 +102,8 @@ class Suite:
             for dtype, size in inputs:
                 progress.set_description(f"{dtype} {size_label(size)}")
                 for case in self.cases(part, dtype, size):
-                    jobs = case.jobs
                     with torch.set_grad_enabled(case.grad):
-                        if part.device != "cpu" and size <= _GRAPH_SIZE:
-                            jobs = {name: in_graph(job) for name, job in jobs.items()}
-                        times = interleaved(jobs, timer, part.rounds, progress.refresh)
+                        times = interleaved(case.jobs, timer, part.rounds, progress.refresh)
                     rows = self.rows(dtype, size, case.name, times)
                     for line in (*map(self.line, rows), ""):
                         progress.write(line)
@@ -156,7 +150,7 @@ def size_options(parser: argparse.ArgumentParser, results: Path, names: Iterable
     """The options of a Suite; those of a GPU go beside `results`."""
     names = list(names)
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where (default cpu)")
+    add_device(parser, results)
     add("--quick", action="store_true", help="fewer sizes and rounds")
     add("--sizes", nargs="+", type=_elements, metavar="N",
         help="these numbers of elements alone, as 65536 or 2^16")
@@ -170,20 +164,31 @@ def size_options(parser: argparse.ArgumentParser, results: Path, names: Iterable
         help="threads (default 1, timed by its CPU time; more by the wall clock)")
     add("--allocator", choices=ALLOCATORS, default="keep",
         help="whether freed memory is kept, or the environment stays as it is (default keep)")
-    add("--out", type=Path, metavar="CSV",
-        help=f"the results (default {os.path.relpath(results)}; of a GPU, {os.path.relpath(_of_gpu(results))})")
 
 
-def _of_gpu(results: Path) -> Path:
+def add_device(parser: argparse.ArgumentParser, results: Path) -> None:
+    """The options of where to measure, and where to write to; see `find_device`."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default cpu)")
+    parser.add_argument("--out", type=Path, metavar="CSV",
+        help=f"the results (default {os.path.relpath(results)}; of a GPU, {os.path.relpath(of_gpu(results))})")
+
+
+def of_gpu(results: Path) -> Path:
+    """Where results of a GPU go: beside those of a CPU."""
     return results.with_name(f"{results.stem}-cuda.csv")
+
+
+def find_device(parser: argparse.ArgumentParser, args: argparse.Namespace, results: Path) -> None:
+    """An error where the device is not there; fills in `out`."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here; `python -m bench.sass` tells what a model says")
+    args.out = args.out or (results if args.device == "cpu" else of_gpu(results))
 
 
 def checked_options(parser: argparse.ArgumentParser, argv: list[str] | None, results: Path) -> argparse.Namespace:
     """The options given, with `out` and `rounds` filled in; an error where the device is not there."""
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here; `python -m bench.sass` tells what a model says")
-    args.out = args.out or (results if args.device == "cpu" else _of_gpu(results))
+    find_device(parser, args, results)
     args.rounds = args.rounds or (11 if args.quick else 31)
     if args.device == "cuda":
         args.allocator = "default"
@@ -191,6 +196,11 @@ def checked_options(parser: argparse.ArgumentParser, argv: list[str] | None, res
         print("--allocator keep knows how to ask glibc alone; measuring with the allocator as it is")
         args.allocator = "default"
     return args
+
+
+def default_sizes(args: argparse.Namespace) -> list[int]:
+    """Numbers of elements where --sizes names none."""
+    return [2**16, 2**22] + ([] if args.quick else [2**24] if args.device == "cpu" else [2**24, 2**27])
 
 
 def _elements(text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,13 +104,15 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m bench.training", description=_DESCRIPTION, epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    network_options(parser, "float32", 15, RESULTS)
+    network_options(parser, list(NETWORKS), "float32", 15)
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="CSV",
+        help=f"the results (default {os.path.relpath(RESULTS)})")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)  # as in the processes that measure
     here = facts(torch.device("cpu"), "keep")
     rows = []
     try:
-        for network in args.networks:
+        for network in args.networks or NETWORKS:
             for dtype in args.dtypes:
                 times = in_new_process("keep", _measure, network, dtype, args.threads, args.rounds)
                 found = _rows(network, dtype, times)
