@@ -181,6 +181,18 @@ def test_ctrl_c_and_resume_give_the_same(whole, tmp_path, monkeypatch, capsys, s
     assert outcome(tmp_path) == outcome(whole)
 
 
+def test_runs_at_once_give_the_same(whole, tmp_path, monkeypatch, capsys):
+    call(SMALL, tmp_path / "at once", "--jobs", "3")
+    assert outcome(tmp_path / "at once") == outcome(whole)
+    assert "full/2bit-identity-seed0  quantized 3/3  loss" in capsys.readouterr().out
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        steps = counted(patch, 12)
+        call(SMALL, tmp_path / "stopped", "--jobs", "3")
+    assert ended.value.code == 130 and len(steps) < 20
+    call(SMALL, tmp_path / "stopped", "--jobs", "2")
+    assert outcome(tmp_path / "stopped") == outcome(whole)
+
+
 def test_that_a_run_diverges_is_a_result(whole, tmp_path, monkeypatch, capsys):
     def step(model, *args):
         loss, right = train_step(model, *args)
