@@ -238,10 +238,7 @@ def page(results: Results) -> str:
     ):  # fmt: skip
         if results[table]:
             parts += [text, make(results[table]), _setting(results[table])]
-    parts.append(
-        "Bytes, peaks and times of networks whose activations are packed: [memory.md](memory.md). On a GPU:"
-        " [benchmarks-cuda.md](benchmarks-cuda.md).\n"
-    )
+    parts.append("Bytes, peaks and times of networks whose activations are packed: [memory.md](memory.md).\n")
     parts.append(_SLOW)
     return "\n".join(part for part in parts if part)
 

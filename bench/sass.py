@@ -166,13 +166,12 @@ class Instance:
     threads: int  # of a block
     data: Data
     step: int  # elements of one thread that belong together
-    trips: int = 1  # of each loop within the bulk path
     wide: bool = True  # whether all numbers travel in 128-bit accesses
     shares: dict[str, float] = field(default_factory=dict)  # of the bandwidth, by architecture
 
 
 FLAGS = ("-std=c++20", "-fmad=false", f"-I{ROOT / 'csrc'}")
-_THREADS, _PACK_BYTES, _PACKS = 256, 16, 2
+_THREADS, _PACK_BYTES, _PACKS = 128, 16, 2
 PREAMBLE = f"""\
 #include "cuda/backward.cuh"
 #include "cuda/dequantize.cuh"
@@ -186,6 +185,7 @@ _PROMISED = {"sm_80": 1.0, "sm_90": 1.0, "sm_100": 0.9}
 # Name, kernel, numbers read, numbers written, bits kept, and what is special. Where a kernel decides at run time what
 # it does, the bits are the most that it may move.
 _FORWARD = "qrelu_forward_kernel<{{T}}, Rounding::{}, MaskKind::{}, {}>".format
+_X_CHANNELS = "qrelu_backward_x_channels_kernel<{T}, ReverseExponential, kPack<{T}>, false>"
 _KERNELS = (
     ("forward", _FORWARD("ceil", "nothing", "false"), 1, 1, 0, ""),
     ("forward, mask", _FORWARD("ceil", "inside", "false"), 1, 1, 1, "shares"),
@@ -200,8 +200,11 @@ _KERNELS = (
     ("backward, codes, dalpha", "qrelu_backward_kept_kernel<{T}, false, 2>", 1, 1, 3, ""),
     ("backward, slopes", "times_slopes_kernel<{T}, 2>", 1, 1, 2, ""),
     ("backward, slopes, 8 bits", "times_slopes_kernel<{T}, 8>", 1, 1, 8, ""),
-    ("backward, x", "qrelu_backward_x_kernel<{T}, ReverseExponential>", 2, 1, 0, "loops over a pack"),
-    ("dalpha, channels", "qrelu_backward_kept_channels_kernel<{T}, true, 2, kPack<{T}>>", 1, 0, 2, "a pack at a time"),
+    ("backward, x", "qrelu_backward_x_kernel<{T}, ReverseExponential, Alphas::one>", 2, 1, 0, ""),
+    ("backward, x, log_tailed", "qrelu_backward_x_kernel<{T}, LogTailedRelu, Alphas::one>", 2, 1, 0, ""),
+    ("backward, x, channels", "qrelu_backward_x_kernel<{T}, ReverseExponential, Alphas::by_pack>", 2, 1, 0, ""),
+    ("backward, x, dalpha, channels", _X_CHANNELS, 2, 1, 0, ""),
+    ("backward, state, dalpha, channels", "qrelu_backward_kept_channels_kernel<{T}, true, 2, kPack<{T}>>", 1, 1, 2, ""),
     ("dequantize", "dequantize_kernel<{T}, 2, Alphas::one>", 0, 1, 2, ""),
     ("dequantize, channels", "dequantize_kernel<{T}, 2, Alphas::by_pack>", 0, 1, 2, ""),
     ("dequantize, channels innermost", "dequantize_kernel<{T}, 2, Alphas::by_element>", 0, 1, 2, ""),
@@ -214,8 +217,7 @@ INSTANCES = [
         kernel.format(T=T, bits=8 * item),
         _THREADS,
         Data(item, reads, writes, bits),
-        step=(1 if special == "a pack at a time" else _PACKS) * _PACK_BYTES // item,
-        trips=_PACK_BYTES // item if special == "loops over a pack" else 1,
+        step=_PACKS * _PACK_BYTES // item,
         shares=_PROMISED if special == "shares" else {},
     )
     for name, kernel, reads, writes, bits, special in _KERNELS
@@ -258,7 +260,7 @@ class Report:
         used = kernel.resources
         path = bulk_path(kernel.function, instance.data)
         warps = occupancy(arch, instance.threads, used.registers, used.shared)
-        return cls(instance, kernel, Model(arch, path, instance.data, instance.step, instance.trips, warps))
+        return cls(instance, kernel, Model(arch, path, instance.data, instance.step, warps))
 
     def row(self) -> dict[str, object]:
         path, model, used = self.model.path, self.model, self.kernel.resources
@@ -303,7 +305,7 @@ class Report:
             )
         if path.calls:
             yield f"{path.calls} calls on the bulk path, promised none"
-        if path.inner and self.instance.trips == 1:
+        if path.inner:
             yield f"{len(path.inner)} instructions in loops within the bulk path, promised none"
         promised = self.instance.shares.get(model.arch.name, 0)
         if model.share < promised:

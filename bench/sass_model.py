@@ -390,15 +390,13 @@ class Model:
     """A bulk path on a card. Every share is of the card's memory bandwidth. Clocks are those that one pass of one
     warp takes of a multiprocessor's time.
 
-    step: elements of one thread that belong together; a pass handles some steps. trips: how often each loop within
-    the bulk path runs.
+    step: elements of one thread that belong together; a pass handles some steps.
     """
 
     arch: Arch
     path: BulkPath
     data: Data
     step: int
-    trips: int
     occupancy: float
 
     @cached_property
@@ -435,7 +433,7 @@ class Model:
     @property
     def instructions(self) -> int:
         """Of one pass."""
-        return len(self.path.instructions) + (self.trips - 1) * len(self.path.inner)
+        return len(self.path.instructions)
 
     @property
     def instructions_per_element(self) -> float:
@@ -486,5 +484,4 @@ class Model:
         return min(self.share, self.memory_clocks / self.alu_clocks if self.alu_clocks else 1.0)
 
     def _count(self, names: set[str]) -> int:
-        once, inner = (sum(each.name in names for each in some) for some in (self.path.instructions, self.path.inner))
-        return once + (self.trips - 1) * inner
+        return sum(each.name in names for each in self.path.instructions)

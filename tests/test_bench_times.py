@@ -204,6 +204,22 @@ def test_report_from_a_folder(tmp_path, capsys):
     assert "float32, 4: QReLU, over nn.ReLU" in shown and "not measured" in shown
 
 
+def test_report_of_a_gpu(tmp_path, capsys):
+    """From results of a GPU: of a CPU here, under the names that a GPU's have."""
+    for table in ("kernels", "peers", "memory"):
+        rows = rows_of(report.RESULTS / f"{table}.csv")
+        for row in rows:
+            row |= {"device": "a GPU", "git": "0123456789abcdef"}
+        suite.write_csv(rows, suite.of_gpu(tmp_path / f"{table}.csv"))
+    report.main(["--results", str(tmp_path), "--page", str(tmp_path / "page.md")])
+    names = {"roofline-cuda.png", "peers-cuda.png", "memory-cuda.png", "page-cuda.md"}
+    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".csv"} == names
+    text = (tmp_path / "page-cuda.md").read_text()
+    assert "a GPU, native (avx2), torch" in text and "coarsegrad at 0123456789," in text
+    assert "| QReLU in place |" in text and re.search(r"\| opt \| bfloat16 \| qrelu, packed \| \d", text)
+    assert "promised" not in text
+
+
 def test_report_without_results(tmp_path):
     with pytest.raises(SystemExit, match="has none of kernels.csv, peers.csv, training.csv, memory.csv"):
         report.main(["--results", str(tmp_path), "--page", str(tmp_path / "page.md")])

@@ -239,10 +239,11 @@ def channel_cases(dtype):
         yield forward_case(x, alpha, bits, rounding, MASKS[n % 4], n % 3 == 0, **settings)
         codes = reference.qrelu_codes(x.view(shape), alpha, bits, rounding, 1)
         yield dequantize_case(codes, alpha, bits, shape, dtype, 1, offset=n % 2, seed=n)
+        grad_y = make_grad(dtype, count, n)
+        yield backward_case(x, grad_y, alpha, bits, X_STES[n % 2], rounding, None, **settings)
         for alpha_grad in ALPHA_GRADS:
             finite = torch.where(x.abs() < 1e30, x, 1.0).to(dtype) if alpha_grad == "chain" else x
             ste = STES[(n + len(alpha_grad)) % len(STES)]
-            grad_y = make_grad(dtype, count, n)
             yield backward_case(finite, grad_y, alpha, bits, ste, rounding, alpha_grad, n % 5 > 0, **settings)
 
 
@@ -307,6 +308,23 @@ def test_irregular_alpha(program, dtype):
         cases.append(forward_case(x, pair, bits, rounding, "inside", True, shape=(1, 2, 8200)))
         cases.append(forward_case(x, pair, bits, rounding, "positive", False, shape=(8200, 2, 1)))
     check(program, cases)
+
+
+def irregular_backward_cases(dtype):
+    """From x: with one such alpha, and with another beside it, by pack and innermost."""
+    cases = []
+    for value, ste, alpha_grad in itertools.product(IRREGULAR[dtype], X_STES, (None, "exact", "two_valued")):
+        for alpha, shape in (([value], None), ([value, 0.5], (1, 2, 8200)), ([value, 0.5] * 4, (999, 8, 1))):
+            count = math.prod(shape or (999,))
+            x, grad_y = make_x(dtype, value, 2, "ceil", count, 1), make_grad(dtype, count, 2)
+            alpha = alpha_tensor(alpha, dtype)
+            cases.append(backward_case(x, grad_y, alpha, 2, ste, "ceil", alpha_grad, shape=shape))
+    return cases
+
+
+@by_dtype
+def test_irregular_alpha_backward(program, dtype):
+    check(program, irregular_backward_cases(dtype))
 
 
 def illegal_alpha_cases(dtype):

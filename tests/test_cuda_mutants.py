@@ -59,7 +59,7 @@ MUTANTS = {
     "above taken for inside": ("backward.cuh", "value == 2 ? q : value == 1 ? inside", "value == 2 ? inside : value == 1 ? q"),
     "codes of which the low bits are looked at": ("backward.cuh", "if (kWidth >= 4) any |= any >> 2;", ""),
     "a mask beside the codes that is not read": ("backward.cuh", "masked = !kState && a.kind != MaskKind::nothing", "masked = false"),
-    "half of the slopes": ("backward.cuh", "threadIdx.x < 1u << a.bits", "threadIdx.x < 1u << (a.bits - 1)"),
+    "half of the slopes": ("backward.cuh", "code < 1 << a.bits", "code < 1 << (a.bits - 1)"),
     "no barrier before the slopes are read": ("backward.cuh", "__syncthreads();\n  const auto slope_of", "const auto slope_of"),
     "one partial sum for all blocks": ("reduce.cuh", "partial[blockIdx.x] = total", "partial[0] = total"),
     "slices for channels": ("reduce.cuh", "partial[slice * channels + channel]", "partial[slice + channel * slices]"),
@@ -67,6 +67,8 @@ MUTANTS = {
     "the second of two units left out": ("reduce.cuh", "if (more) terms.add(second, two, total);", ""),
     "the last unit counted twice": ("reduce.cuh", "if (more) terms.add", "terms.add"),
     "channels of a pack that are one": ("backward.cuh", "[channel + k], a.rounding", "[channel], a.rounding"),
+    "the channel of another's alpha": ("backward.cuh", "[kInnermost ? channel + k : channel]", "[channel]"),
+    "totals that stay where they are": ("backward.cuh", "total[kUnit - 1] = first;", "total[kUnit - 1] = first * 0 + total[0];"),
     "terms of a pack's channels added up": ("backward.cuh", "total[i % kTotals] +=", "total[0] +="),
     "the code of NaN in a sum": ("backward.cuh", "factor = fminf(code[i], q)", "factor = code[i]"),
     "any step taken for a simple one": ("backward.cuh", "if (own.simple(q)) {", "if (true) {"),
@@ -88,7 +90,7 @@ def make_cases(dtype):
     cases += list(tests.channel_cases(dtype))[::3]
     cases += tests.forward_cases(dtype, (30_000,), (3,))
     cases += tests.backward_cases(dtype, (30_000,), (2,), ("ceil",))
-    cases += tests.illegal_alpha_cases(dtype) + tests.select_cases(dtype)
+    cases += tests.illegal_alpha_cases(dtype) + tests.select_cases(dtype) + tests.irregular_backward_cases(dtype)
     # Codes whose low bits are zero, with a gate read from them.
     for bits in (3, 4, 8):
         alpha = tests.alpha_tensor([0.5], dtype)

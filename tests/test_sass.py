@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from bench import sass, sass_triton
-from bench.sass_model import ARCHS, BulkPath, Data, Model, SassError, bulk_path, occupancy, parse
+from bench.sass_model import ARCHS, BulkPath, Data, SassError, bulk_path, occupancy, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -108,9 +108,6 @@ def test_of_nested_loops_the_inner_one_counts_if_it_moves_the_data_and_is_told_a
     path = _bulk(".L_x_1:", LOAD, *inner, STORE, "@P1 BRA `(.L_x_1)", "EXIT")
     assert _names(path) == ["LDG", "LDG", "FADD", "BRA", "STG", "BRA"]
     assert [each.name for each in path.inner] == ["LDG", "FADD", "BRA"] and path.accesses("load") == [16]
-    # A pass of 4 elements in which the loop within runs 4 times.
-    model = Model(ARCHS["sm_90"], path, Data(4, 1, 1, 0), step=4, trips=4, occupancy=1)
-    assert model.instructions_per_element == (3 + 4 * 3) / 4
 
 
 def test_branches_on_predicates_among_the_operands_may_fall_through():

@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads) qrelu_backward_kept_channels_kernel(
   using A = compute_t<T>;
   const A q = A((1 << a.bits) - 1);
   const KeptTerms<T, kState, kWidth, kUnit> terms{a, !kState && a.kind != MaskKind::nothing, q, inside_value(a.rule, q)};
-  sum_channel<kUnit>(a.steps, a.count, static_cast<A*>(a.partial), [&](int64_t) { return terms; });
+  sum_channel<kUnit>(a.steps, a.count, static_cast<A*>(a.partial), [&](int64_t, const auto& loop) { loop(terms); });
 }
 
 template <class T>
@@ -219,13 +219,13 @@ CG_D Gradients<compute_t<T>> gradients(const Backward& a, compute_t<T> x, comput
 
 // The same of a pack, for `simple` steps; step(i) is that of element i. The terms are added to total[i], or total[0].
 template <class T, class SteT, class StepOf, int kTotals>
-CG_D Words gradients_of_pack(const Backward& a, const Words& x_words, const Words& dy_words, const StepOf& step,
+CG_D Words gradients_of_pack(const Backward& a, const Words& x_words, const Words& dy_words, const StepOf& step, bool sum,
                              float (&total)[kTotals]) {
   const float q = static_cast<float>((1 << a.bits) - 1), inverse_q = 1 / q;
   float x[kPack<T>], dy[kPack<T>], code[kPack<T>] = {};
   unpack<T>(x_words, x);
   unpack<T>(dy_words, dy);
-  if (a.partial && needs_code(a.rule)) {
+  if (sum && needs_code(a.rule)) {
     float y[kPack<T>];
     switch (a.rounding) {
       case Rounding::ceil: quantize_pack<T, Rounding::ceil>(x, step, q, code, y); break;
@@ -238,7 +238,7 @@ CG_D Words gradients_of_pack(const Backward& a, const Words& x_words, const Word
     const Step<T>& own = step(i);
     const Point<float> p{x[i], quotient(x[i], own.alpha, own.inverse), q, inverse_q, own.top(q)};
     const float g = slope<SteT>(p);
-    if (a.partial) {
+    if (sum) {
       float factor = fminf(code[i], q);  // of NaN it is q
       if (a.rule == AlphaGrad::chain) factor = chain_value(p, factor, g);
       else if (a.rule != AlphaGrad::exact) factor = select(p.x > p.top, q, select(is_positive(p.x), inside_value(a.rule, q), 0.f));
@@ -256,6 +256,7 @@ __global__ void __launch_bounds__(kThreads) qrelu_backward_x_kernel(const Backwa
   const A q = A((1 << a.bits) - 1);
   Step<T> own;
   if constexpr (kAlphas == Alphas::one) own = Step<T>(static_cast<const A*>(a.steps.alpha)[0], a.rounding);
+  const bool sum = kAlphas == Alphas::one && a.partial;  // of many alphas qrelu_backward_x_channels_kernel
   A total[1] = {};
   const auto one_by_one = [&](int64_t start, int count) {
     Run<A> alphas(a.steps, start);
@@ -263,7 +264,7 @@ __global__ void __launch_bounds__(kThreads) qrelu_backward_x_kernel(const Backwa
     for (int i = 0; i < count; ++i) {
       const Gradients<A> g =
           gradients<T, SteT>(a, widen(static_cast<const T*>(a.x)[start + i]),
-                             widen(static_cast<const T*>(a.grad_y)[start + i]), checked(alphas.next()), a.partial);
+                             widen(static_cast<const T*>(a.grad_y)[start + i]), checked(alphas.next()), sum);
       if (a.grad_x) static_cast<T*>(a.grad_x)[start + i] = narrow<T>(g.dx);
       total[0] += g.term;
     }
@@ -283,7 +284,7 @@ __global__ void __launch_bounds__(kThreads) qrelu_backward_x_kernel(const Backwa
             const int64_t pack = first + u * kThreads;
             if constexpr (kAlphas == Alphas::by_pack) own = Step<T>(alpha_of_pack<T>(a.steps, pack), a.rounding);
             if (own.simple(q)) {
-              const Words dx = gradients_of_pack<T, SteT>(a, x[u], dy[u], [&](int) { return own; }, total);
+              const Words dx = gradients_of_pack<T, SteT>(a, x[u], dy[u], [&](int) { return own; }, sum, total);
               if (a.grad_x) store_words<T>(a.grad_x, pack, dx);
             } else {
               one_by_one(pack * kPack<T>, kPack<T>);
@@ -292,59 +293,71 @@ __global__ void __launch_bounds__(kThreads) qrelu_backward_x_kernel(const Backwa
         }
       },
       [&](int64_t pack, int count) { one_by_one(pack * kPack<T>, count); });
-  if (a.partial) sum_blocks(total[0], static_cast<A*>(a.partial));
+  if (sum) sum_blocks(total[0], static_cast<A*>(a.partial));
 }
 
-// Of many alphas: dx, and the terms of the sums. kUnit: 1, or a pack; kInnermost: whether the channels are, so that a pack
-// has kUnit of them.
+// Of many alphas: dx, and the terms of the sums, one by one. kUnit: 1, or a pack; kInnermost: whether the channels are, so
+// that a pack has kUnit of them, from `channel` on.
 template <class T, class SteT, int kUnit, bool kInnermost>
 struct XTerms {
   using A = compute_t<T>;
-  static constexpr int kSteps = kInnermost ? kUnit : 1;
   const Backward& a;
-  Step<T> steps[kSteps];
-  bool simple = true;
+  int64_t channel;
 
-  CG_D XTerms(const Backward& params, int64_t channel) : a(params) {
-    const A q = A((1 << a.bits) - 1);
+  struct Loaded {};
+  CG_D Loaded load(int64_t) const { return {}; }
+  CG_D void add(int64_t unit, Loaded, A (&total)[kUnit]) const {
+#pragma unroll 1
+    for (int k = 0; k < kUnit; ++k) {
+      const int64_t i = unit * kUnit + k;
+      const A alpha = checked(static_cast<const A*>(a.steps.alpha)[kInnermost ? channel + k : channel]);
+      const Gradients<A> g = gradients<T, SteT>(a, widen(static_cast<const T*>(a.x)[i]),
+                                                widen(static_cast<const T*>(a.grad_y)[i]), alpha, true);
+      if (a.grad_x) static_cast<T*>(a.grad_x)[i] = narrow<T>(g.dx);
+      // The totals go round, so that each is in a register though the loop is not unrolled.
+      const A first = total[0] + g.term;
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      steps[k] = Step<T>(static_cast<const A*>(a.steps.alpha)[channel + k], a.rounding);
-      simple &= steps[k].simple(q);
+      for (int other = 1; other < kUnit; ++other) total[other - 1] = total[other];
+      total[kUnit - 1] = first;
     }
   }
+};
+
+// The same of whole packs and `simple` steps, of which element i has steps[i % kSteps].
+template <class T, class SteT, int kSteps>
+struct XPackTerms {
+  const Backward& a;
+  const Step<T> (&steps)[kSteps];
 
   struct Loaded {
     Words x, dy;
   };
-  CG_D Loaded load(int64_t unit) const {
-    if constexpr (kUnit == 1) return {};
-    else return {load_words<T>(a.x, unit), load_words<T>(a.grad_y, unit)};
-  }
-  CG_D void add(int64_t unit, const Loaded& loaded, A (&total)[kUnit]) const {
-    if constexpr (kUnit > 1) {
-      if (simple) {
-        const Words dx =
-            gradients_of_pack<T, SteT>(a, loaded.x, loaded.dy, [&](int i) { return steps[i % kSteps]; }, total);
-        if (a.grad_x) store_words<T>(a.grad_x, unit, dx);
-        return;
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kUnit; ++k) {
-      const int64_t i = unit * kUnit + k;
-      const Gradients<A> g = gradients<T, SteT>(a, widen(static_cast<const T*>(a.x)[i]),
-                                                widen(static_cast<const T*>(a.grad_y)[i]), steps[k % kSteps].alpha, true);
-      if (a.grad_x) static_cast<T*>(a.grad_x)[i] = narrow<T>(g.dx);
-      total[k] += g.term;
-    }
+  CG_D Loaded load(int64_t unit) const { return {load_words<T>(a.x, unit), load_words<T>(a.grad_y, unit)}; }
+  CG_D void add(int64_t unit, const Loaded& loaded, float (&total)[kPack<T>]) const {
+    const auto step = [&](int i) { return steps[i % kSteps]; };
+    const Words dx = gradients_of_pack<T, SteT>(a, loaded.x, loaded.dy, step, true, total);
+    if (a.grad_x) store_words<T>(a.grad_x, unit, dx);
   }
 };
 
 template <class T, class SteT, int kUnit, bool kInnermost>
 __global__ void __launch_bounds__(kThreads) qrelu_backward_x_channels_kernel(const Backward a) {
-  sum_channel<kUnit>(a.steps, a.count, static_cast<compute_t<T>*>(a.partial),
-                     [&](int64_t channel) { return XTerms<T, SteT, kUnit, kInnermost>(a, channel); });
+  using A = compute_t<T>;
+  constexpr int kSteps = kInnermost ? kUnit : 1;
+  sum_channel<kUnit>(a.steps, a.count, static_cast<A*>(a.partial), [&](int64_t channel, const auto& loop) {
+    if constexpr (kUnit > 1) {
+      const A q = A((1 << a.bits) - 1);
+      Step<T> steps[kSteps];
+      bool simple = true;
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) {
+        steps[k] = Step<T>(static_cast<const A*>(a.steps.alpha)[channel + k], a.rounding);
+        simple &= steps[k].simple(q);
+      }
+      if (simple) return loop(XPackTerms<T, SteT, kSteps>{a, steps});
+    }
+    loop(XTerms<T, SteT, kUnit, kInnermost>{a, channel});
+  });
 }
 
 // dx = dy * slopes[code].
@@ -354,7 +367,7 @@ __global__ void __launch_bounds__(kThreads) times_slopes_kernel(const TimesSlope
   constexpr uint32_t kLow = (1u << kWidth) - 1;
   CG_SHARED(A, slopes, 1 << kWidth);
   // 3 bits are stored as 4, and 5 to 7 as 8: the rest of the table is no code's.
-  if (threadIdx.x < 1u << a.bits) slopes[threadIdx.x] = static_cast<const A*>(a.slopes)[threadIdx.x];
+  for (int code = threadIdx.x; code < 1 << a.bits; code += kThreads) slopes[code] = static_cast<const A*>(a.slopes)[code];
   __syncthreads();
   const auto slope_of = [&](uint64_t codes, int i) { return slopes[static_cast<uint32_t>(codes >> (i * kWidth)) & kLow]; };
   for_each_pack<T>(

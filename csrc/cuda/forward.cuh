@@ -85,12 +85,11 @@ CG_D void write_kept(const Forward& a, int64_t pack, int count, bool whole, Mask
   }
 }
 
-// pack_of(pack, words) quantizes a whole pack; what is left is done one by one. It is asked after x was: what it depends
-// on, alpha, comes later.
+// pack_of(pack, words) quantizes a whole pack; what is left is done one by one.
 template <class T, Rounding R, class PackOf>
-CG_D void forward(const Forward& a, bool aligned, MaskKind kind, bool codes, const PackOf& pack_of) {
+CG_D void forward(const Forward& a, bool aligned, bool vector, MaskKind kind, bool codes, const PackOf& pack_of) {
   for_each_pack<T>(
-      a.count, aligned,
+      a.count, aligned && vector,
       [&](int64_t first) {
         Words words[kUnroll];
 #pragma unroll
@@ -112,10 +111,9 @@ template <class T, Rounding R, MaskKind kKind, bool kCodes>
 __global__ void __launch_bounds__(kThreads) qrelu_forward_kernel(const Forward a, bool aligned) {
   const float q = static_cast<float>((1 << a.bits) - 1);
   const Step<T> only(static_cast<const float*>(a.steps.alpha)[0], R);
-  const bool simple = only.simple(q);
-  forward<T, R>(a, aligned, kKind, kCodes, [&](int64_t pack, const Words& words) {
-    if (!simple) return forward_one_by_one<T, R>(a, pack, kPack<T>, kKind, kCodes);
-    return forward_pack<T, R>(a, pack, words, [&](int) { return only; }, q, kKind, kCodes);
+  const auto step = [&](int) { return only; };
+  forward<T, R>(a, aligned, only.simple(q), kKind, kCodes, [&](int64_t pack, const Words& words) {
+    return forward_pack<T, R>(a, pack, words, step, q, kKind, kCodes);
   });
 }
 
@@ -126,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) qrelu_forward_channels_kernel(const 
   const bool codes = a.codes;
   if constexpr (kVector<T>) {
     const float q = static_cast<float>((1 << a.bits) - 1);
-    forward<T, R>(a, aligned, kind, codes, [&](int64_t pack, const Words& words) {
+    forward<T, R>(a, aligned, true, kind, codes, [&](int64_t pack, const Words& words) {
       const auto quantized = [&](bool simple, const auto& step) {
         if (!simple) return forward_one_by_one<T, R>(a, pack, kPack<T>, kind, codes);
         return forward_pack<T, R>(a, pack, words, step, q, kind, codes);
@@ -147,7 +145,7 @@ __global__ void __launch_bounds__(kThreads) qrelu_forward_channels_kernel(const 
       }
     });
   } else {
-    forward<T, R>(a, aligned, kind, codes, [](int64_t, const Words&) { return KeptBits(); });
+    forward<T, R>(a, aligned, false, kind, codes, [](int64_t, const Words&) { return KeptBits(); });
   }
 }
 

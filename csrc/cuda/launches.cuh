@@ -250,7 +250,8 @@ void launch_backward(const Backward& a, Stream stream) {
     }
     if (a.grad_alpha) {
       using A = compute_t<T>;
-      launch(sum_slices_kernel<A>, dim3(static_cast<unsigned>(a.steps.channels)), dim3(kThreads), 0, stream, static_cast<const A*>(a.partial), sum_slices(a), a.steps.channels, a.scale,
+      launch(sum_slices_kernel<A>, dim3(static_cast<unsigned>(a.steps.channels)), dim3(kThreads), 0, stream,
+             static_cast<const A*>(a.partial), sum_slices(a), a.steps.channels, a.scale,
              static_cast<A*>(a.grad_alpha));
     }
   });

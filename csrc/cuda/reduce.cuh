@@ -54,14 +54,14 @@ struct ChannelShare {
 };
 
 // partial[slice, channel] = the sum over the slice's elements of the channel. They are read in units of kUnit consecutive
-// ones, each once: of terms = terms_of(channel), add(unit, terms.load(unit), total) adds to total[k] the term of the unit's
-// element k, which is of `channel`, or of channel + k where the channel is the innermost dimension.
-template <int kUnit, class A, class TermsOf>
-CG_D void sum_channel(const Steps& steps, int64_t count, A* partial, const TermsOf& terms_of) {
+// ones, each once: with_terms(channel, loop) calls loop(terms), where terms.add(unit, terms.load(unit), total) adds to
+// total[k] the term of the unit's element k, which is of `channel`, or of channel + k where the channel is the innermost
+// dimension.
+template <int kUnit, class A, class WithTerms>
+CG_D void sum_channel(const Steps& steps, int64_t count, A* partial, const WithTerms& with_terms) {
   const ChannelShare<kUnit> share(steps);
   A total[kUnit] = {};
   if (share.channel < steps.channels) {
-    const auto terms = terms_of(share.channel);
     const int64_t inner = share.innermost ? 1 : steps.inner / kUnit;
     const int64_t row = share.innermost ? steps.channels / kUnit : steps.channels * inner;
     const int64_t start = share.innermost ? share.channel / kUnit : share.channel * inner;
@@ -78,15 +78,17 @@ CG_D void sum_channel(const Steps& steps, int64_t count, A* partial, const Terms
       if (at >= inner) at -= inner, ++outer;
       return unit;
     };
-    // Two at a time, so that both are asked for before the first is used.
-    while (outer * row < end) {
-      const int64_t first = next();
-      const bool more = outer * row < end;
-      const int64_t second = more ? next() : first;
-      const auto one = terms.load(first), two = terms.load(second);
-      terms.add(first, one, total);
-      if (more) terms.add(second, two, total);
-    }
+    with_terms(share.channel, [&](const auto& terms) {
+      // Two at a time, so that both are asked for before the first is used.
+      while (outer * row < end) {
+        const int64_t first = next();
+        const bool more = outer * row < end;
+        const int64_t second = more ? next() : first;
+        const auto one = terms.load(first), two = terms.load(second);
+        terms.add(first, one, total);
+        if (more) terms.add(second, two, total);
+      }
+    });
   }
   A* to = partial + blockIdx.y * steps.channels + share.channel;
   if (share.innermost) {
