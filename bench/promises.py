@@ -62,12 +62,11 @@ def _over(
 
 
 _EXPONENTIAL = (
-    "`log_tailed_relu` and `reverse_exponential` in bfloat16: arithmetic is the limit. By AVX2 they take about 25 and"
-    " 50 instructions for 8 numbers, where memory leaves time for some 20; four chains of operations side by side"
-    " instead of two were a gain of a tenth (in float32 of a third). By AVX-512 it is about 27 for 16 numbers. A cubic"
-    " for the power of two, added to the exponent as an integer, no division, even and odd numbers unpacked by a shift"
-    " or a mask, were each a gain. `vcvtne2ps2bf16` and `vdpbf16ps` were thought through and not built: they flush"
-    " subnormals. A fused multiply-add would save three, but not every backend rounds as it does."
+    "`log_tailed_relu` and `reverse_exponential` in bfloat16: arithmetic is the limit, by AVX2, which has half the"
+    " width, more than by AVX-512. A cubic for the power of two, added to the exponent as an integer, no division, even"
+    " and odd numbers unpacked by a shift or a mask, four chains of operations side by side, were each a gain."
+    " `vcvtne2ps2bf16` and `vdpbf16ps` were thought through and not built: they flush subnormals. A fused multiply-add"
+    " would save some, but not every CPU rounds as it does."
 )
 _LEARNED = (
     "A learned step: its sums take adds that a fixed step does not have, and two bits an element are read. Sums of"
@@ -84,8 +83,8 @@ _IN_CACHE = (
 )
 _COPY = (
     "Beside a copy: in cache the kernels take less time than memory does, but the two do not overlap wholly, bfloat16's"
-    " less as it has twice the instructions for a cache line. By AVX2 memory is asked for 2 KiB ahead, which took a"
-    " bfloat16 forward from 1.35 to 1.1 of a copy's time; 512 bytes and 4 KiB were worse."
+    " less as it has twice the instructions for a cache line. By AVX2 memory is asked for 2 KiB ahead, which was a"
+    " gain; a quarter of that and twice that were worse."
 )
 _RELU = (
     "Beside `nn.ReLU` and compiled forms on one thread: memory is the limit, and `nn.ReLU`'s own loops come near it;"

@@ -113,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     add("--device", default="cpu", help="as torch names it: cpu, cuda, cuda:1 (default cpu)")
     add("--threads", type=positive(int), metavar="N", help="threads on a CPU (default: torch's choice)")
     add("--jobs", type=positive(int), default=1, metavar="N",
-        help="runs that are trained at once (default 1); on a GPU, which a small network leaves idle, some are faster")
+        help="runs that are trained at once, each in a thread (default 1)")
     add("--out", type=Path, default=Path(out), metavar="FOLDER", help=f"results and checkpoints (default {out})")
 
 
