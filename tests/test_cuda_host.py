@@ -315,7 +315,7 @@ def irregular_backward_cases(dtype):
     cases = []
     for value, ste, alpha_grad in itertools.product(IRREGULAR[dtype], X_STES, (None, "exact", "two_valued")):
         for alpha, shape in (([value], None), ([value, 0.5], (1, 2, 8200)), ([value, 0.5] * 4, (999, 8, 1))):
-            count = math.prod(shape or (999,))
+            count = math.prod(shape or (9001,))
             x, grad_y = make_x(dtype, value, 2, "ceil", count, 1), make_grad(dtype, count, 2)
             alpha = alpha_tensor(alpha, dtype)
             cases.append(backward_case(x, grad_y, alpha, 2, ste, "ceil", alpha_grad, shape=shape))

@@ -90,7 +90,7 @@ def make_cases(dtype):
     cases += tests.dequantize_cases(dtype, (33, 4097))
     cases += tests.times_slopes_cases(dtype, (33, 4097, 30_000), (1, 3, 8))
     cases += tests.backward_cases(dtype, (33, 4097), (2, 4), ("nearest",))
-    cases += list(tests.channel_cases(dtype))[::3]
+    cases += [case for case in tests.channel_cases(dtype) if case.channels < 50][::3]  # more take longer
     cases += tests.forward_cases(dtype, (30_000,), (3,))
     cases += tests.backward_cases(dtype, (30_000,), (2,), ("ceil",))
     cases += tests.illegal_alpha_cases(dtype) + tests.select_cases(dtype) + tests.irregular_backward_cases(dtype)
