@@ -133,13 +133,15 @@ class Copy:
     def fails(self) -> str | None:
         """What the tests notice: an output, or a message of the program; None where all is well."""
         program = cuda_host.build(self.build)
-        try:
-            results = cuda_host.run(program, self.cases)
-        except cuda_host.HostRunnerError as error:
-            return str(error)
-        for case, result in zip(self.cases, results, strict=True):
-            if wrong := tests.wrong_outputs(case, result):
-                return f"{wrong[0]} of {case.op}"
+        for first in range(0, len(self.cases), 50):  # most mistakes show in the first ones
+            some = self.cases[first : first + 50]
+            try:
+                results = cuda_host.run(program, some)
+            except cuda_host.HostRunnerError as error:
+                return str(error)
+            for case, result in zip(some, results, strict=True):
+                if wrong := tests.wrong_outputs(case, result):
+                    return f"{wrong[0]} of {case.op}"
         return None
 
 
