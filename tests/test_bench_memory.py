@@ -61,6 +61,31 @@ def test_the_table_and_the_csv(small, tmp_path, capsys):
     assert len(figure.axes) == 4
 
 
+def test_on_a_gpu(small, tmp_path, monkeypatch):
+    """All of it but the GPU, for which the CPU stands in."""
+    set_up, measured = memory._set_up, memory.facts
+    monkeypatch.setattr(memory, "GPU_NETWORKS", memory.NETWORKS)
+    monkeypatch.setattr(memory, "_set_up", lambda network, activation, dtype, _: set_up(network, activation, dtype))
+    monkeypatch.setattr(memory, "facts", lambda device, allocator: measured(torch.device("cpu"), allocator))
+    monkeypatch.setattr(memory, "GpuTimer", lambda device, cold: memory.CpuTimer())
+    allocated = iter(range(100))
+    for name, stand_in in {
+        "is_available": lambda: True, "synchronize": lambda: None, "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: next(allocated), "max_memory_allocated": lambda: 1000 + next(allocated),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    out = tmp_path / "memory.csv"
+    memory.main(["--device", "cuda", "--networks", "mlp", "--rounds", "2", "--out", str(out)])
+    rows = {row["activation"]: row for row in rows_of(out)}
+    assert {row["peak_bytes"] for row in rows.values()} == {"1001"}
+    assert int(rows["qrelu, packed"]["kept_bytes"]) == ACTIVATIONS * (COUNT * 2 // 8 + 2)
+    assert rows["relu, checkpoint"]["kept_bytes"] == ""
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(SystemExit):
+        memory.main(["--networks", "OPT-125M"])
+
+
 def test_a_changed_gradient_is_no_report(small, tmp_path, monkeypatch):
     pack = cg.pack_activations_
 
