@@ -9,10 +9,11 @@ import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from bench import activations, kernels, peers, report, suite
+from bench import activations, harness, kernels, peers, report, suite
 from bench.promises import PROMISES, Promise
 
 import coarsegrad as cg
@@ -167,6 +168,40 @@ def test_what_the_native_copy_refuses():
         _ops.native.copy(x, x.t())
     with pytest.raises(ValueError, match="to must be contiguous on a CPU"):
         _ops.native.copy(x.to("meta"), x)
+
+
+def test_the_timer_of_a_gpu(monkeypatch):
+    """Its clock and its queue have stand-ins: each call is between two events, behind a wait and a flush of its own."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+            self.time = 3.0 * sum(entry == "job" for entry in log)
+
+        def elapsed_time(self, end):
+            assert log[-1] == "synchronize"
+            return end.time - self.time
+
+    class Flush:
+        def zero_(self):
+            log.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda clocks: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=2**10))
+    for cold, calls in ((True, 5), (False, 1)):
+        timer = harness.GpuTimer(torch.device("cpu"), cold)
+        assert timer._flush.numel() == (2**28 if cold else 0)
+        timer._flush = Flush()
+        assert timer.calls(lambda: log.append("job")) == calls
+        log.clear()
+        assert timer.sample(lambda: log.append("job"), 2) == (pytest.approx(3e-3), 0.0)
+        assert log == ["wait", *["flush", "event", "job", "event"] * 2, "synchronize"]
 
 
 def test_verdicts():

@@ -20,6 +20,7 @@ from torch import nn
 
 import coarsegrad as cg
 from coarsegrad.experiments import data, download, mnist, training
+from coarsegrad.experiments.arguments import usable_device
 from coarsegrad.experiments.files import ExperimentError, replacing
 from coarsegrad.experiments.models import lenet5, quantized
 
@@ -450,6 +451,12 @@ def test_quantized_starts_from_the_float_network(idx_folder, tmp_path, monkeypat
     assert not torch.equal(trained["conv1.weight"], starts["float"]["conv1.weight"])
     assert starts["quantized"].keys() - trained.keys() == {"act1.alpha", "act2.alpha", "act3.alpha"}
     assert all(torch.equal(starts["quantized"][name], value) for name, value in trained.items())
+
+
+def test_float32_is_float32_on_a_gpu_too(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert usable_device("cpu") == torch.device("cpu")
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_learned_alpha_stays_positive():
