@@ -2,6 +2,8 @@
 // compiled for one instruction set share nothing with the others.
 #pragma once
 
+#include <limits>
+
 #include "../math/alpha_grad.h"
 #include "../math/bits.h"
 

@@ -41,9 +41,15 @@ CG_HD Floats shift_bits_left(Floats a, int count) {
 CG_HD Floats min_of(Floats a, Floats b) { return _mm256_min_ps(a.v, b.v); }
 CG_HD FloatMask is_positive(Floats a) { return {_mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_NLE_UQ)}; }
 CG_HD Floats max_of(Floats a, Floats b) { return _mm256_max_ps(a.v, b.v); }
-CG_HD Floats scale_down(Floats a, Floats shifted) {
+CG_HD Floats times_pow2(Floats a, Floats shifted) {
   const __m256i exponents = _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23);
-  return _mm256_castsi256_ps(_mm256_sub_epi32(_mm256_castps_si256(a.v), exponents));
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), exponents));
+}
+CG_HD Floats mul_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+// Newton's step squares the error, which is 2^-11 or less, as CPUs differ.
+CG_HD Floats one_over_16(Floats d) {
+  const __m256 guess = _mm256_rcp_ps(d.v), error = _mm256_fnmadd_ps(d.v, guess, _mm256_set1_ps(1));
+  return _mm256_fmadd_ps(guess, error, guess);
 }
 
 struct DoubleMask {
@@ -306,28 +312,45 @@ struct BlockStates {
 CG_HD Floats kept(Floats v, __m256i mask) { return _mm256_and_ps(v.v, _mm256_castsi256_ps(mask)); }
 CG_HD Doubles kept(Doubles v, __m256i mask) { return _mm256_and_pd(v.v, _mm256_castsi256_pd(mask)); }
 
-// The numbers at even places and those at odd ones, in fewer instructions than the two halves take. None is a NaN but
-// one of bfloat16, so that rounding carries none over.
-CG_HD Two<Floats> even_and_odd(__m256i both) {
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), keep_upper_half(both)};
+// A register of T as two packs, and back. Of bfloat16 the numbers at even places and those at odd ones, in fewer
+// instructions than the two halves take; none is a NaN but one of bfloat16, so that rounding carries none over. Without
+// kTiesToEven bfloat16's ties go up in magnitude, which takes a quarter of the instructions.
+template <class T>
+CG_HD Two<Floats> unpack(__m256i both) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), keep_upper_half(both)};
+  } else {
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(both)), _mm256_cvtph_ps(_mm256_extracti128_si256(both, 1))};
+  }
+}
+template <class T, bool kTiesToEven = true>
+CG_HD __m256i pack(Two<Floats> v) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const auto bits = [](Floats p) {
+      if constexpr (kTiesToEven) return bf16_round_bits(p.v);
+      else return _mm256_add_epi32(_mm256_castps_si256(p.v), _mm256_set1_epi32(0x8000));
+    };
+    return _mm256_blend_epi16(_mm256_srli_epi32(bits(v.first), 16), bits(v.second), 0xaa);
+  } else {
+    return _mm256_setr_m128i(Io<f16>::halves(v.first), Io<f16>::halves(v.second));
+  }
 }
 CG_HD Two<Floats> load_two(const bf16* p) {
-  return even_and_odd(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return unpack<bf16>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 template <class T, class Bits>
 CG_HD auto load_two_where(const T* block, Bits bits, int first) {
   using P = Pack<compute_t<T>>;
   if constexpr (std::is_same_v<T, bf16>) {
     const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + first));
-    return even_and_odd(_mm256_and_si256(bits.template mask<2>(first), v));
+    return unpack<bf16>(_mm256_and_si256(bits.template mask<2>(first), v));
   } else {
     const auto load = [&](int i) { return kept(Io<T>::load(block + i), bits.template mask<sizeof(compute_t<T>)>(i)); };
     return Two<P>{load(first), load(first + Lanes<P>::kCount)};
   }
 }
 CG_HD void store_two(bf16* p, Two<Floats> v, bool stream) {
-  const __m256i even = _mm256_srli_epi32(bf16_round_bits(v.first.v), 16), odd = bf16_round_bits(v.second.v);
-  const __m256i both = _mm256_blend_epi16(even, odd, 0xaa);
+  const __m256i both = pack<bf16>(v);
   if (stream) _mm256_stream_si256(reinterpret_cast<__m256i*>(p), both);
   else _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), both);
 }
@@ -358,13 +381,17 @@ struct Ordered {
     return all;
   }
   static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm256_blendv_epi8(b.v, a.v, m)}; }
-  static CG_HD bool any_nan(const int16_t* x) {
+  static CG_HD bool any_beyond(const int16_t* x, int16_t magnitude) {
     __m256i most = _mm256_setzero_si256();
     for (int i = 0; i < 64; i += kCount) {
       most = _mm256_max_epi16(most, _mm256_and_si256(load(x + i).v, _mm256_set1_epi16(0x7fff)));
     }
-    return _mm256_movemask_epi8(_mm256_cmpgt_epi16(most, _mm256_set1_epi16(kInfinityBits<T>))) != 0;
+    return _mm256_movemask_epi8(_mm256_cmpgt_epi16(most, _mm256_set1_epi16(magnitude))) != 0;
   }
+  static CG_HD bool any_nan(const int16_t* x) { return any_beyond(x, kInfinityBits<T>); }
+  CG_HD Two<Floats> floats() const { return unpack<T>(v); }
+  // Ties as they fall.
+  static CG_HD Ordered rounded(Two<Floats> from) { return {pack<T, false>(from)}; }
   static CG_HD Index indices(int from) { return _mm256_set1_epi16(static_cast<short>(from)); }
   static CG_HD Index load_indices(const uint8_t* codes) {
     const __m256i code = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));

@@ -48,9 +48,15 @@ CG_HD Floats shift_bits_left(Floats a, int count) {
 }
 CG_HD Floats min_of(Floats a, Floats b) { return _mm512_min_ps(a.v, b.v); }
 CG_HD Floats max_of(Floats a, Floats b) { return _mm512_max_ps(a.v, b.v); }
-CG_HD Floats scale_down(Floats a, Floats shifted) {
+CG_HD Floats times_pow2(Floats a, Floats shifted) {
   const __m512i exponents = _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23);
-  return _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_castps_si512(a.v), exponents));
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), exponents));
+}
+CG_HD Floats mul_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+// Newton's step squares the error, which is 2^-14 or less.
+CG_HD Floats one_over_16(Floats d) {
+  const __m512 guess = _mm512_rcp14_ps(d.v), error = _mm512_fnmadd_ps(d.v, guess, _mm512_set1_ps(1));
+  return _mm512_fmadd_ps(guess, error, guess);
 }
 
 struct Doubles {
@@ -213,18 +219,35 @@ struct Io<f16> {
   static CG_HD void stream(f16* p, Floats v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), halves(v)); }
 };
 
-// The numbers at even places and those at odd ones, in fewer instructions than the two halves take. None is a NaN but
-// one of bfloat16, so that rounding carries none over.
-CG_HD Two<Floats> even_and_odd(__m512i both) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), keep_upper_half(both)};
+// A register of T as two packs, and back. Of bfloat16 the numbers at even places and those at odd ones, in fewer
+// instructions than the two halves take; none is a NaN but one of bfloat16, so that rounding carries none over. Without
+// kTiesToEven bfloat16's ties go up in magnitude, which takes a quarter of the instructions.
+template <class T>
+CG_HD Two<Floats> unpack(__m512i both) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), keep_upper_half(both)};
+  } else {
+    return {_mm512_cvtph_ps(_mm512_castsi512_si256(both)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1))};
+  }
 }
-CG_HD Two<Floats> load_two(const bf16* p) { return even_and_odd(_mm512_loadu_si512(p)); }
+template <class T, bool kTiesToEven = true>
+CG_HD __m512i pack(Two<Floats> v) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const auto bits = [](Floats p) {
+      if constexpr (kTiesToEven) return bf16_round_bits(p.v);
+      else return _mm512_add_epi32(_mm512_castps_si512(p.v), _mm512_set1_epi32(0x8000));
+    };
+    return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(bits(v.first), 16), bits(v.second));
+  } else {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(Io<f16>::halves(v.first)), Io<f16>::halves(v.second), 1);
+  }
+}
+CG_HD Two<Floats> load_two(const bf16* p) { return unpack<bf16>(_mm512_loadu_si512(p)); }
 CG_HD Two<Floats> load_two_where(const bf16* block, uint64_t bits, int first) {
-  return even_and_odd(_mm512_maskz_loadu_epi16(static_cast<__mmask32>(bits >> first), block + first));
+  return unpack<bf16>(_mm512_maskz_loadu_epi16(static_cast<__mmask32>(bits >> first), block + first));
 }
 CG_HD void store_two(bf16* p, Two<Floats> v, bool stream) {
-  const __m512i even = _mm512_srli_epi32(bf16_round_bits(v.first.v), 16), odd = bf16_round_bits(v.second.v);
-  const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaau, even, odd);
+  const __m512i both = pack<bf16>(v);
   if (stream) _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both);
   else _mm512_storeu_si512(p, both);
 }
@@ -245,11 +268,16 @@ struct Ordered {
   static CG_HD Mask at_most(Mask m, Ordered a, Ordered high) { return _mm512_mask_cmple_epi16_mask(m, a.v, high.v); }
   static CG_HD uint64_t bits(const Mask (&m)[2]) { return m[0] | uint64_t{m[1]} << 32; }
   static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm512_mask_blend_epi16(m, b.v, a.v)}; }
-  static CG_HD bool any_nan(const int16_t* x) {
-    const __m512i magnitude = _mm512_set1_epi16(0x7fff);
-    const __m512i low = _mm512_and_si512(load(x).v, magnitude), high = _mm512_and_si512(load(x + 32).v, magnitude);
-    return _mm512_cmpgt_epi16_mask(_mm512_max_epi16(low, high), _mm512_set1_epi16(kInfinityBits<T>)) != 0;
+  static CG_HD Ordered keep(Mask m, Ordered a) { return {_mm512_maskz_mov_epi16(m, a.v)}; }
+  static CG_HD bool any_beyond(const int16_t* x, int16_t magnitude) {
+    const auto magnitudes = [](const int16_t* p) { return _mm512_and_si512(load(p).v, _mm512_set1_epi16(0x7fff)); };
+    const __m512i most = _mm512_max_epi16(magnitudes(x), magnitudes(x + 32));
+    return _mm512_cmpgt_epi16_mask(most, _mm512_set1_epi16(magnitude)) != 0;
   }
+  static CG_HD bool any_nan(const int16_t* x) { return any_beyond(x, kInfinityBits<T>); }
+  CG_HD Two<Floats> floats() const { return unpack<T>(v); }
+  // Ties as they fall.
+  static CG_HD Ordered rounded(Two<Floats> from) { return {pack<T, false>(from)}; }
   static CG_HD Index indices(int from) { return _mm512_set1_epi16(static_cast<short>(from)); }
   static CG_HD Index load_indices(const uint8_t* codes) {
     return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));

@@ -11,9 +11,11 @@ using cg::is_positive;
 using cg::max_of;
 using cg::min_of;
 using cg::mul;
-using cg::scale_down;
+using cg::mul_add;
+using cg::one_over_16;
 using cg::select;
 using cg::shift_bits_left;
+using cg::times_pow2;
 
 template <class P>
 struct Two {
@@ -96,8 +98,16 @@ CG_HD Two<P> shift_bits_left(Two<P> a, int count) {
   return {shift_bits_left(a.first, count), shift_bits_left(a.second, count)};
 }
 template <class P>
-CG_HD Two<P> scale_down(Two<P> a, Two<P> shifted) {
-  return {scale_down(a.first, shifted.first), scale_down(a.second, shifted.second)};
+CG_HD Two<P> times_pow2(Two<P> a, Two<P> shifted) {
+  return {times_pow2(a.first, shifted.first), times_pow2(a.second, shifted.second)};
+}
+template <class P>
+CG_HD Two<P> mul_add(Two<P> a, Two<P> b, Two<P> c) {
+  return {mul_add(a.first, b.first, c.first), mul_add(a.second, b.second, c.second)};
+}
+template <class P>
+CG_HD Two<P> one_over_16(Two<P> d) {
+  return {one_over_16(d.first), one_over_16(d.second)};
 }
 
 }  // namespace cg::CG_ISA

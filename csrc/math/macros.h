@@ -44,6 +44,12 @@ CG_HD float quotient(float a, float b, float inverse) {
 }
 #endif
 
+// a * b + c for approximations: rounded once by packs that have an fma, else twice.
+template <class F>
+CG_HD F mul_add(F a, F b, F c) {
+  return mul(a, b) + c;
+}
+
 CG_HD float select(bool m, float a, float b) { return m ? a : b; }
 CG_HD double select(bool m, double a, double b) { return m ? a : b; }
 // b where a is NaN.
@@ -69,9 +75,9 @@ CG_HD To bit_cast(From from) {
 // The bits of the number moved up by `count`: how pow2 puts an integer into the exponent field.
 CG_HD float shift_bits_left(float a, int count) { return bit_cast<float>(bit_cast<uint32_t>(a) << count); }
 CG_HD double shift_bits_left(double a, int count) { return bit_cast<double>(bit_cast<uint64_t>(a) << count); }
-// a * 2^-n, where n is the integer in the low bits of `shifted` and the result is in the normal range.
-CG_HD float scale_down(float a, float shifted) {
-  return bit_cast<float>(bit_cast<uint32_t>(a) - (bit_cast<uint32_t>(shifted) << 23));
+// a * 2^n, where n is the integer in the low bits of `shifted` and the result is in the normal range.
+CG_HD float times_pow2(float a, float shifted) {
+  return bit_cast<float>(bit_cast<uint32_t>(a) + (bit_cast<uint32_t>(shifted) << 23));
 }
 
 // The scalar under F: float for float and its packs, double for double and its packs.

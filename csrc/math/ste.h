@@ -4,6 +4,7 @@
 //   kNeeds  what the backward has to know of x
 //   gate    where g' is not zero (true for NaN: a NaN's gradient passes); none where kNeeds is `nothing`
 //   g       g' there; 1 for NaN. k16: it may be off by 2^-13 of itself
+//   Quick   where kNeeds is `x`: g' as k16 for one regular alpha, of x in (0, most]
 // Where kNeeds is not `x`, g' is 1 on the gate and the kept bit is the gate.
 #pragma once
 
@@ -97,15 +98,25 @@ CG_HD float one_over(float d) {
 }
 #endif
 
-// 2^-y for y >= 0 within 2^-13 of itself: a fifth of a float16's ulp. Below 2^-126 it is 2^-126, and 0 from y = 150 on. A
-// cubic that is 1 at 0 and of least relative error on [-1/2, 1/2].
+// For gradients in 16 bits: 2^(a b) for a b in [-126, 0], within 2^-13 of itself, a fifth of a float16's ulp. By a cubic
+// that is 1 at 0 and of least relative error on [-1/2, 1/2].
+template <class F>
+CG_HD F exp2_16(F a, F b) {
+  const F magic = F(0x1.8p23f), shifted = mul_add(a, b, magic), r = mul_add(a, b, magic - shifted);
+  const F cubic = mul_add(mul_add(F(0x1.c2a168p-5f), r, F(0x1.f00c54p-3f)), r, F(0x1.62f5fcp-1f));
+  return times_pow2(mul_add(cubic, r, F(1)), shifted);
+}
+
+// The same of 2^-y for any y >= 0. Below 2^-126 it is 2^-126, and 0 from y = 150 on.
 template <class F>
 CG_HD F exp2_minus_16(F y) {
-  const F bounded = min_of(y, F(126));
-  const F shifted = bounded + F(0x1.8p23f);
-  const F r = (shifted - F(0x1.8p23f)) - bounded;
-  const F power = mul(mul(mul(F(0x1.c2a168p-5f), r) + F(0x1.f00c54p-3f), r) + F(0x1.62f5fcp-1f), r) + F(1);
-  return select(y < F(150), scale_down(power, shifted), F(0));
+  return select(y < F(150), exp2_16(min_of(y, F(126)), F(-1)), F(0));
+}
+
+// 1 / d for d in [1, 2^100], within 2^-20 of itself.
+template <class F>
+CG_HD F one_over_16(F d) {
+  return F(1) / d;
 }
 
 struct Identity {
@@ -151,6 +162,13 @@ struct LogTailedRelu {
   static CG_HD F g(const Point<F>& p) {
     return select(p.u > p.q, one_over((p.u - p.q) + F(1)), F(1));
   }
+  template <class F>
+  struct Quick {
+    F inverse, rest;
+    explicit CG_HD Quick(float alpha, float q) : inverse(1 / alpha), rest(1 - q) {}
+    static CG_HD float most(float alpha, float) { return mul(0x1p99f, alpha); }
+    CG_HD F at(F x) const { return one_over_16(max_of(mul_add(x, inverse, rest), F(1))); }
+  };
 };
 
 // exp(-u / q).
@@ -166,6 +184,14 @@ struct ReverseExponential {
     if constexpr (k16) return exp2_minus_16(mul(u, mul(p.inverse_q, F(1.44269504f))));
     else return exp_minus(quotient(u, p.q, p.inverse_q));
   }
+  template <class F>
+  struct Quick {
+    F factor;
+    static constexpr float kLog2E = 1.44269504f;
+    explicit CG_HD Quick(float alpha, float q) : factor(-kLog2E / mul(alpha, q)) {}
+    static CG_HD float most(float alpha, float q) { return mul(mul(alpha, q), 125 / kLog2E); }
+    CG_HD F at(F x) const { return exp2_16(x, factor); }
+  };
 };
 
 // g'(u), 0 where the gate is shut. k16: as exactly as a gradient in 16 bits shows.

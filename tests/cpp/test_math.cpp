@@ -141,6 +141,24 @@ A chain(A x, A code) {
   return chain_value(at(x), code, slope<Ste>(x));
 }
 
+// Up to where it may be asked for, 2^-12 of the slope that float64 has.
+template <class Ste>
+void test_quick() {
+  for (const float alpha : {0x1p-100f, 0.3f, 7.0f, 0x1p100f}) {
+    for (const int bits : {1, 2, 8}) {
+      const float q = static_cast<float>((1 << bits) - 1);
+      const float most = std::min(Ste::template Quick<float>::most(alpha, q), std::numeric_limits<float>::max());
+      const typename Ste::template Quick<float> quick(alpha, q);
+      for (float x = alpha * 0x1p-20f; x <= most; x *= 1.001f) {
+        const double u = double(x) / alpha;
+        const double wanted = slope<Ste>(Point<double>{x, u, q, 1.0 / q, double(q) * alpha});
+        CHECK(std::fabs(quick.at(x) - wanted) <= 0x1p-12 * wanted);
+      }
+      CHECK(most > 60 * q * alpha && quick.at(most) > 0);
+    }
+  }
+}
+
 template <class A>
 void test_stes() {
   const A above = std::nextafter(A(6), A(7)), tiny = std::numeric_limits<A>::denorm_min();
@@ -177,6 +195,7 @@ void test_exp_minus() {
   for (float y = 0; y < 126; y += 0x1p-12f) {
     const double wanted = std::exp2(-double(y));
     CHECK(std::fabs(exp2_minus_16(y) - wanted) <= 0x1p-13 * wanted);
+    CHECK(std::fabs(exp2_16(y / 3, -3.0f) - wanted) <= 0x1p-13 * wanted);
   }
   CHECK(exp_minus(0.0f) == 1 && exp_minus(0.0) == 1);
   CHECK(exp_minus(kInf<float>) == 0 && exp_minus(kInf<double>) == 0);
@@ -241,6 +260,8 @@ int main() {
   test_stes<float>();
   test_stes<double>();
   test_exp_minus();
+  test_quick<LogTailedRelu>();
+  test_quick<ReverseExponential>();
   test_alpha_grads<float>();
   test_alpha_grads<double>();
   test_bits();
