@@ -1,5 +1,7 @@
 // The Python module. Loading it registers the kernels; what it offers itself are facts.
-#include <torch/extension.h>
+// Of torch's Python headers the one with the tensor's conversion: all of them take half a minute.
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <string>
 #include <vector>
