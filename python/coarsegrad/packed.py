@@ -230,9 +230,13 @@ def packing_of(hooks: Hooks | None) -> Packing | None:
 def active_packing() -> Packing | None:
     """The packing whose hooks are the innermost ones. Where others are, such as a checkpoint's, they see what is kept,
     and see it as it is without a packing."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
         return None
-    return packing_of(torch._C._autograd._top_saved_tensors_default_hooks(False))
+    # Mostly there are none: asked for first, as each question costs a call something.
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is None or torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
+        return None
+    return packing_of(hooks)
 
 
 class _PackedQReLU(torch.autograd.Function):
