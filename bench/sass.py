@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
 import hashlib
 import importlib.util
 import json
@@ -420,19 +421,30 @@ def triton_report(kernel: sass_triton.TritonKernel, arch: str) -> Report:
     return Report.of(instance, Kernel(function, resources), ARCHS[arch])
 
 
-def reports(archs: Iterable[str] = ARCHS) -> list[Report]:
-    """Compiles the instances, one architecture after the other, and models each on its card. Triton's come last, if it
-    is installed."""
+@functools.cache
+def _reports(arch: str, only: str) -> list[Report]:
     CACHE.mkdir(parents=True, exist_ok=True)
     source = CACHE / "kernels.cu"
     source.write_text(source_of(INSTANCES, PREAMBLE))
-    found = []
-    for arch in archs:
-        kernels = find(INSTANCES, compile_kernels(source, arch, CACHE, FLAGS))
-        found += [Report.of(*pair, ARCHS[arch]) for pair in zip(INSTANCES, kernels, strict=True)]
-        if sass_triton.installed():
-            found += [triton_report(each, arch) for each in sass_triton.rows()]
+    # All are compiled, whatever is chosen, so that the choice does not make the kept code stale.
+    kernels = find(INSTANCES, compile_kernels(source, arch, CACHE, FLAGS))
+    pairs = zip(INSTANCES, kernels, strict=True)
+    found = [Report.of(*pair, ARCHS[arch]) for pair in pairs if _chosen(pair[0].kernel, pair[0].dtype, only)]
+    for each in sass_triton.rows() if sass_triton.installed() else ():
+        fields = sass_triton.instance_fields(each)
+        if _chosen(fields["kernel"], fields["dtype"], only):
+            found.append(triton_report(each, arch))
     return found
+
+
+def _chosen(kernel: str, dtype: str, only: str) -> bool:
+    return fnmatch.fnmatch(f"{kernel} {dtype}", only)
+
+
+def reports(archs: Iterable[str] = ARCHS, only: str = "*") -> list[Report]:
+    """Compiles the instances, one architecture after the other, and models each on its card: those whose "kernel dtype"
+    matches the shell pattern `only`; Triton's come last, if it is installed. A process does it once."""
+    return [report for arch in archs for report in _reports(arch, only)]
 
 
 def compiler() -> str:
@@ -484,13 +496,11 @@ def main() -> None:
     if sass_triton.installed():
         fields = map(sass_triton.instance_fields, sass_triton.rows())
         names += [(each["kernel"], each["dtype"]) for each in fields]
-    chosen = {each for each in names if fnmatch.fnmatch(" ".join(each), args.only)}
-    if not chosen:
+    if not any(_chosen(*each, args.only) for each in names):
         raise SystemExit(f"bench.sass: no kernel matches {args.only!r}; there are "
                          + ", ".join(dict.fromkeys(kernel for kernel, _ in names)))
     try:
-        # All are compiled, whatever is chosen, so that the choice does not make the kept code stale.
-        found = [each for each in reports(args.arch) if (each.instance.kernel, each.instance.dtype) in chosen]
+        found = reports(args.arch, args.only)
         if args.json:
             print(json.dumps([each.row() for each in found], indent=1))
         else:
