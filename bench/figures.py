@@ -15,6 +15,7 @@ import coarsegrad as cg
 from coarsegrad.ste import ROUNDINGS
 
 from .activations import IMPLEMENTATIONS
+from .kernels import COPIES
 from .peers import PASSES
 from .suite import DTYPES, size_label
 
@@ -52,14 +53,15 @@ def roofline_figure(kernels: list[Row], peers: list[Row]) -> Figure:
     for dtype, axes in zip(dtypes, panels):
         case = {"dtype": dtype, "size": str(size)}
         mine = {row["kernel"]: row for row in kernels if row.items() >= case.items()}
-        per_byte = 1e9 * float(mine["copy"]["seconds_median"]) / size / float(mine["copy"]["bytes_per_element"])
+        copies = [float(mine[copy]["seconds_median"]) / float(mine[copy]["bytes_per_element"]) for copy in COPIES]
+        per_byte = 1e9 * sum(copies) / len(copies) / size
         bytes_ = np.array([1.0, 40.0])
         axes.plot(bytes_, per_byte * bytes_, color="black", linewidth=1, label="a copy")
         for kind, (color, marker) in _KINDS.items():
             points = [
                 (float(row["bytes_per_element"]), 1e9 * float(row["seconds_median"]) / size)
                 for kernel, row in mine.items()
-                if kernel != "copy" and _kind(kernel) == kind
+                if kernel not in COPIES and _kind(kernel) == kind
             ]
             axes.plot(*zip(*points), color=color, marker=marker, markersize=5, linestyle="", label=f"kernels: {kind}")
         passes = case | {"pass": PASSES[1]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,11 +47,13 @@ the sum of what is added up; if one is wrong there is no report. All take turns
 in one process, in a new order each round. A time is the median over the rounds,
 with the 20% and 80% quantiles.
 
-"of copy" is the kernel's time over the time in which the copy moves as many
-bytes, each element read and written once: of the medians, with the quantiles
-round by round. The copy has the loads, stores (non-temporal from 8 MiB on) and
-threads of the kernels, and nothing between; on a GPU, and without the native
-library, it is Tensor.copy_.
+"of copy" is the kernel's time over the time in which a copy moves as many bytes,
+each element read and written once: of the medians, with the quantiles round by
+round. It is a copy of the tensor that the kernel reads (of both in turn, where it
+reads x and dy) into a new one, as a kernel's output is: where memory lies changes
+the time of either by a fifth. The copy has the loads, stores (non-temporal from
+8 MiB on) and threads of the kernels, and nothing between; on a GPU, and without
+the native library, it is Tensor.copy_.
 """
 
 # ------------------------------------------------------------------------------------- the kernels
@@ -61,7 +64,7 @@ _Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Kernel:
-    """numbers, bits: what it moves an element: numbers of x's dtype and packed bits.
+    """numbers, bits: what it moves an element: numbers of x's dtype and packed bits. beside: whose copies measure it.
 
     rtol: how far its gradient may be from the reference's, relative, in units of the dtype's eps. sums: whether what it
     returns second are sums over the tensor.
@@ -69,6 +72,7 @@ class Kernel:
 
     numbers: int
     bits: int
+    beside: tuple[str, ...]
     call: Callable[[_Tensors], tuple[Tensor, ...]]
     rtol: float = 0.0
     sums: bool = False
@@ -94,28 +98,29 @@ def _backward(
     return call
 
 
+_X, _DY = ("x",), ("dy",)
 KERNELS = {
-    **{f"forward, {bits} bit{'s' * (bits > 1)}": Kernel(2, 1, _forward(bits)) for bits in (1, 2, 3, 4, 6, 8)},
-    "forward to codes, 2 bits": Kernel(2, 2, _forward(2, "nothing", codes=True)),
-    "backward, clipped_relu": Kernel(2, 1, _backward("clipped_relu", "mask")),
-    "backward, log_tailed_relu": Kernel(3, 0, _backward("log_tailed_relu", "x"), rtol=16),
-    "backward, reverse_exponential": Kernel(3, 0, _backward("reverse_exponential", "x"), rtol=16),
+    **{f"forward, {bits} bit{'s' * (bits > 1)}": Kernel(2, 1, _X, _forward(bits)) for bits in (1, 2, 3, 4, 6, 8)},
+    "forward to codes, 2 bits": Kernel(2, 2, _X, _forward(2, "nothing", codes=True)),
+    "backward, clipped_relu": Kernel(2, 1, _DY, _backward("clipped_relu", "mask")),
+    "backward, log_tailed_relu": Kernel(3, 0, _X + _DY, _backward("log_tailed_relu", "x"), rtol=16),
+    "backward, reverse_exponential": Kernel(3, 0, _X + _DY, _backward("reverse_exponential", "x"), rtol=16),
     "backward, reverse_exponential_step": Kernel(
-        2, 2, lambda t: (_ops.ops.times_slopes_of(t["dy"], t["codes"], _BITS, "reverse_exponential_step"),)
+        2, 2, _DY, lambda t: (_ops.ops.times_slopes_of(t["dy"], t["codes"], _BITS, "reverse_exponential_step"),)
     ),
-    "backward, learned step": Kernel(2, 2, _backward("clipped_relu", "state", learned=True), sums=True),
+    "backward, learned step": Kernel(2, 2, _DY, _backward("clipped_relu", "state", learned=True), sums=True),
     "backward, learned step, per channel": Kernel(
-        2, 2, _backward("clipped_relu", "state", learned=True, per_channel=True), sums=True
+        2, 2, _DY, _backward("clipped_relu", "state", learned=True, per_channel=True), sums=True
     ),
     "backward, learned step, exact": Kernel(
-        2, 3, _backward("clipped_relu", "mask", "codes", rule="exact", learned=True), sums=True
+        2, 3, _DY, _backward("clipped_relu", "mask", "codes", rule="exact", learned=True), sums=True
     ),
     "codes to levels, 2 bits": Kernel(
-        1, 2, lambda t: (_ops.ops.dequantize(
+        1, 2, _X, lambda t: (_ops.ops.dequantize(
             t["codes"], t["alpha"], _BITS, t["x"].shape, t["x"].dtype, None, torch.contiguous_format),)
     ),
 }  # fmt: skip
-COPY = "copy"
+COPIES = {"copy of x": "x", "copy of dy": "dy"}
 
 
 def _inputs(dtype: torch.dtype, size: int, device: str) -> _Tensors:
@@ -165,8 +170,7 @@ def _check(name: str, kernel: Kernel, got: tuple[Tensor, ...], t: _Tensors) -> N
 
 def _cases(part: Part, dtype: str, size: int) -> Iterator[Case]:
     t = _inputs(DTYPES[dtype], size, part.device)
-    to = torch.empty_like(t["x"])
-    jobs = {COPY: copying(to, t["x"])}
+    jobs = {name: lambda source=t[key]: copying(torch.empty_like(source), source)() for name, key in COPIES.items()}
     for name in part.names:
         kernel = KERNELS[name]
         if "per channel" in name and size % (_CHANNELS * 256):
@@ -182,10 +186,12 @@ def _cases(part: Part, dtype: str, size: int) -> Iterator[Case]:
 def _rows(dtype: str, size: int, _: str, times: dict[str, Times]) -> list[Row]:
     """The CSV: a row for each kernel."""
     itemsize = DTYPES[dtype].itemsize
-    copy_bytes, copy = 2 * itemsize, times[COPY]
-    rows = []
+    copy_bytes, rows = 2 * itemsize, []
     for name, own in times.items():
-        moved = KERNELS[name].numbers * itemsize + KERNELS[name].bits / 8 if name != COPY else copy_bytes
+        kernel = KERNELS.get(name)
+        moved = kernel.numbers * itemsize + kernel.bits / 8 if kernel else copy_bytes
+        beside = [copy for copy, key in COPIES.items() if key in kernel.beside] if kernel else [name]
+        copy = Times(1, [statistics.mean(each) for each in zip(*(times[copy].seconds for copy in beside))])
         low, _, high = (share / (moved / copy_bytes) for share in quantiles(copy.speeds_over(own)))
         median = quantiles(own.seconds)[1]
         rows.append({
@@ -222,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    size_options(parser, RESULTS, KERNELS, COPY)
+    size_options(parser, RESULTS, KERNELS, *COPIES)
     args = checked_options(parser, argv, RESULTS)
     sizes = args.sizes or default_sizes(args)
     names = tuple(name for name in KERNELS if name in args.only)

@@ -63,10 +63,11 @@ def _over(
 
 _EXPONENTIAL = (
     "`log_tailed_relu` and `reverse_exponential` in bfloat16: arithmetic is the limit, by AVX2, which has half the"
-    " width, more than by AVX-512. A cubic for the power of two, added to the exponent as an integer, no division, even"
-    " and odd numbers unpacked by a shift or a mask, four chains of operations side by side, were each a gain."
-    " `vcvtne2ps2bf16` and `vdpbf16ps` were thought through and not built: they flush subnormals. A fused multiply-add"
-    " would save some, but not every CPU rounds as it does."
+    " width, more than by AVX-512. A cubic for the power of two, added to the exponent as an integer, fused"
+    " multiply-adds, a reciprocal by one step of Newton for the division, the gate and the search for numbers that need"
+    " more care as comparisons in 16 bits, even and odd numbers unpacked by a shift or a mask, four chains of"
+    " operations side by side, were each a gain. `vcvtne2ps2bf16` and `vdpbf16ps` were thought through and not built:"
+    " they flush subnormals. A quadratic would be too far from g'; a table of all numbers is slower, by gathers."
 )
 _LEARNED = (
     "A learned step: its sums take adds that a fixed step does not have, and two bits an element are read. Sums of"
@@ -75,7 +76,8 @@ _LEARNED = (
 )
 _SMALL = (
     "4 elements: what is left is the call of a module and of an op through torch's dispatcher, twice, as the mask and"
-    " the output come from an op below autograd. Attributes are looked up once and the derivative is C++."
+    " the output come from an op below autograd. Attributes are looked up once, without a dict of keywords, and the"
+    " derivative is C++."
 )
 _IN_CACHE = (
     "2^16 elements: a few comparisons (AVX2) or a table search (AVX-512) took half of the arithmetic's time in cache;"

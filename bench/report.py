@@ -15,6 +15,7 @@ from coarsegrad.ste import format_table
 
 from . import figures
 from .activations import IMPLEMENTATIONS
+from .kernels import COPIES
 from .peers import PASSES
 from .promises import PROMISES, Results
 from .suite import DTYPES, of_gpu, size_label
@@ -41,8 +42,9 @@ A time over another, of the medians, and what it is at most to be. Without a pas
 _KERNELS = """\
 ## The kernels
 
-The time of each kernel over the time in which a copy moves as many bytes, with the loads, stores (past the caches from
-8 MiB on) and threads of the kernels and nothing between. At 2^16 elements all is in cache, and so is the copy.
+The time of each kernel over the time in which a copy of what it reads, into a new tensor, moves as many bytes: with the
+loads, stores (past the caches from 8 MiB on) and threads of the kernels and nothing between. At 2^16 elements all is in
+cache, and so is the copy.
 
 ![Time of each kernel and of other libraries against the bytes moved](../bench/results/roofline.png)
 """
@@ -165,7 +167,7 @@ def _tried(results: Results) -> str:
 def _kernel_table(rows: list[dict[str, str]]) -> str:
     cases = list(dict.fromkeys((row["dtype"], row["size"]) for row in rows))
     times = {(row["kernel"], row["dtype"], row["size"]): row["time_over_copy"] for row in rows}
-    kernels = [kernel for kernel in dict.fromkeys(row["kernel"] for row in rows) if kernel != "copy"]
+    kernels = [kernel for kernel in dict.fromkeys(row["kernel"] for row in rows) if kernel not in COPIES]
     header = ["kernel", *(f"{dtype} {size_label(int(size))}" for dtype, size in cases)]
     cells = ((kernel, *(_number(times.get((kernel, *case), "nan")) for case in cases)) for kernel in kernels)
     return _markdown(header, cells)

@@ -146,7 +146,7 @@ def run_parts(program: str, suite: Suite, parts: Iterable[Part], out: Path) -> l
     return rows
 
 
-def size_options(parser: argparse.ArgumentParser, results: Path, names: Iterable[str], always: str) -> None:
+def size_options(parser: argparse.ArgumentParser, results: Path, names: Iterable[str], *measures: str) -> None:
     """The options of a Suite; those of a GPU go beside `results`."""
     names = list(names)
     add = parser.add_argument
@@ -157,7 +157,7 @@ def size_options(parser: argparse.ArgumentParser, results: Path, names: Iterable
     add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE",
         help=f"{' and/or '.join(DTYPES)} (default: both)")
     add("--only", nargs="+", choices=names, default=names, metavar="NAME",
-        help=f"some of {', '.join(names)}; {always} is always there, as the measure (default: all)")
+        help=f"some of {', '.join(names)}; and always the measure: {', '.join(measures)} (default: all)")
     add("--rounds", type=at_least(5), metavar="N",
         help="rounds that count, at least 5 (default 31; with --quick 11)")
     add("--threads", type=at_least(1), default=1, metavar="N",

@@ -50,9 +50,9 @@ def test_kernels_rows(tmp_path, capsys):
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
     for size, left_out in (("16384", set()), ("1000", {"backward, learned step, per channel"})):
         names = [row["kernel"] for row in rows if row["size"] == size and row["dtype"] == "float32"]
-        assert names == ["copy", *(name for name in kernels.KERNELS if name not in left_out)]
+        assert names == [*kernels.COPIES, *(name for name in kernels.KERNELS if name not in left_out)]
     assert all(in_order(row, "seconds") and in_order(row, "time_over_copy") for row in rows)
-    assert {row["time_over_copy"] for row in rows if row["kernel"] == "copy"} == {"1"}
+    assert {row["time_over_copy"] for row in rows if row["kernel"] in kernels.COPIES} == {"1"}
     moved = {(row["dtype"], row["kernel"]): float(row["bytes_per_element"]) for row in rows}
     assert moved["float32", "forward, 2 bits"] == 8 + 1 / 8
     assert moved["bfloat16", "backward, reverse_exponential"] == 6
