@@ -193,6 +193,29 @@ def test_runs_at_once_give_the_same(whole, tmp_path, monkeypatch, capsys):
     assert outcome(tmp_path / "stopped") == outcome(whole)
 
 
+def test_one_estimator_then_another(tmp_path, monkeypatch):
+    """From the rate's first drop on, in a run that is stopped after it too."""
+
+    def step(model, *args):
+        layers = [module for module in model.modules() if isinstance(module, cg.QReLU)]
+        used.extend({layer.ste for layer in layers})
+        if len(used) == stop:
+            raise KeyboardInterrupt
+        return train_step(model, *args)
+
+    then = dataclasses.replace(SMALL, runs=(Run("full", 2, "relu_then_identity"),))
+    train_step = training.train_step
+    monkeypatch.setattr(training, "train_step", step)
+    used, stop = [], 8
+    with pytest.raises(SystemExit):
+        call(then, tmp_path / "stopped")  # in the third epoch of three
+    stop = None
+    call(then, tmp_path / "stopped")
+    assert used == 3 * ["relu"] + 8 * ["identity"]
+    call(then, tmp_path / "whole")
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
 def test_that_a_run_diverges_is_a_result(whole, tmp_path, monkeypatch, capsys):
     def step(model, *args):
         loss, right = train_step(model, *args)
@@ -317,12 +340,15 @@ def test_summary_means_and_spreads():
 
 def test_summary_of_an_estimator_for_each_layer_and_of_another_range():
     mixed, ranged = Run("full", 2, "relu+clipped_relu+relu"), Run("full", 2, "relu", range_bits=4)
+    then = Run("full", 2, "relu_then_clipped_relu")
     done = [made_up(RUNS[0], *[0.98] * 3), made_up(mixed, *[0.99] * 3), made_up(ranged, *[0.97] * 3)]
+    done.append(made_up(then, *[0.97] * 3))
     done[1][1]["shares"] = {"act1": {"zero": 0.416, "saturated": 0.05}, "act2": {"zero": 0.5, "saturated": 0.004}}
-    text = "".join(summary(dataclasses.replace(SMALL, runs=(RUNS[0], mixed, ranged)), "full", done))
+    text = "".join(summary(dataclasses.replace(SMALL, runs=(RUNS[0], mixed, ranged, then)), "full", done))
     rows = [line.split() for line in text.splitlines()]
     assert ["2", "relu", "yes", "1", "98.00", "98.00", "99.40", "99.24"] in rows
     assert "2 relu+clipped_relu+relu no 1 99.00 99.00 99.40 42 50 5 0".split() in rows
+    assert "2 relu_then_clipped_relu no 1 97.00 97.00 99.40".split() in rows
     assert "2, range of 4 relu yes 1 97.00 97.00 99.40".split() in rows
     assert "Not run" not in text
 

@@ -62,7 +62,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Run:
-    """One training with low-bit activations, from the float network of the same seed; see `models.quantized`."""
+    """One training with low-bit activations, from the float network of the same seed; see `models.quantized`.
+
+    ste may be "A_then_B": A until the rate's first drop, B from there.
+    """
 
     schedule: str
     bits: int
@@ -202,11 +205,19 @@ class _Session:
     def train(self, run: Run, name: str = "") -> None:
         """Trains `run`, and writes its results; that it diverges is a result. `name` begins each line printed."""
         float_model, start = self._float_network(run)
-        model = quantized(float_model, run.bits, run.ste, "ceil", run.learn_alpha, run.per_channel, run.range_bits)
+        ste, _, later = run.ste.partition("_then_")
+        model = quantized(float_model, run.bits, ste, "ceil", run.learn_alpha, run.per_channel, run.range_bits)
         config = _config(self.table, run) | {"data": self.sha256}
         folder = self.out / run.name
+
+        def before_epoch(epoch: int) -> None:
+            if later and epoch >= self.table.schedules[run.schedule].lr_drops[0]:
+                for module in model.modules():
+                    if isinstance(module, QReLU):
+                        module.ste = later
+
         try:
-            history, diverged = self._fit(model, config, folder, name), False
+            history, diverged = self._fit(model, config, folder, name, before_epoch), False
         except Diverged as error:
             print(error)
             history, diverged = error.history, True
@@ -240,9 +251,9 @@ class _Session:
             _write(report, folder / "results.json")
         return model, start
 
-    def _fit(self, model: nn.Module, config: dict, folder: Path, name: str = "") -> list[dict]:
+    def _fit(self, model: nn.Module, config: dict, folder: Path, *rest: object) -> list[dict]:
         folder.mkdir(parents=True, exist_ok=True)
-        return fit(model, self.train_set, self.test_set, config, folder / "checkpoint.pt", self._augment, name)
+        return fit(model, self.train_set, self.test_set, config, folder / "checkpoint.pt", self._augment, *rest)
 
     def _augment(self, x: Tensor) -> Tensor:
         if self.stopped.is_set():

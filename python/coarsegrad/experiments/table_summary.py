@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -54,7 +55,7 @@ def _fixed_table(results: Results, schedule: Schedule, published: dict[tuple[int
     header += ("zero in each layer, %", "saturated, %") if shares else ()
     rows = []
     for (bits, ste, range_bits), cell in _cells(results, lambda run: (run.bits, run.ste, run.range_bits)):
-        in_class = all(get_ste(name).in_class for name in ste.split("+"))
+        in_class = all(get_ste(name).in_class for name in re.split(r"\+|_then_", ste))
         row = [f"{bits}, range of {range_bits}" if range_bits else str(bits)]
         row += [ste, "yes" if in_class else "no", str(len(cell)), *_accuracies(cell)]
         if len(low) > 1:

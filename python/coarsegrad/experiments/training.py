@@ -83,13 +83,16 @@ def fit(
     checkpoint: Path,
     augment: Callable[[Tensor], Tensor] = lambda x: x,
     name: str = "",
+    before_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> list[dict]:
     """Trains `model` in place and returns its history, one dict for each epoch; `name` begins each line printed.
 
     `config` holds phase, epochs, batch_size, lr, seed, and whatever else decides the numbers. With "lr_drops", a list
     of epochs, lr is a tenth after each of them; without, it falls to 0 along half a cosine. If `checkpoint` exists,
     training goes on from there, or ends at once if nothing is left to do. An epoch uses every sample once, but for
-    what is left over from whole batches; `augment` changes a batch before its step.
+    what is left over from whole batches; `augment` changes a batch before its step. `before_epoch` is called with the
+    number of epochs before each; what it changes of the steps, it changes where lr drops, as a step that a GPU has
+    captured is captured anew there alone.
 
     Raises ExperimentError if the checkpoint has another configuration or cannot be read, or if the training set is
     smaller than one batch, and Diverged if the loss is not finite; finished epochs stay in the checkpoint.
@@ -107,6 +110,7 @@ def fit(
 
     for epoch in range(len(history), config["epochs"]):
         start = time.perf_counter()
+        before_epoch(epoch)
         seed = seed_of(config["seed"], config["phase"], epoch)
         torch.manual_seed(seed)
         order = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(seed))
