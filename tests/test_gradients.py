@@ -362,6 +362,21 @@ def test_every_number_of_16_bits(backend, ste, dtype, bits):
     assert_grad_x(dx[number], want.grad_x(dy, ste)[number], dtype, None, want.slope(ste)[number], dy[number])
 
 
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("ste", ["log_tailed_relu", "reverse_exponential"])
+def test_dx_does_not_depend_on_the_numbers_beside_it(backend, ste, dtype):
+    """A NaN or a huge number takes another way to its slope; those around it keep their bits."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20 * 64 + 7, generator=generator).mul(3).to(dtype)
+    dy = torch.randn(x.shape, generator=generator).to(dtype)
+    odd = torch.zeros(x.shape, dtype=torch.bool)
+    odd[5::64] = odd[40::128] = True
+    alone, _ = gradients(x, torch.tensor([0.3]), dy, need_alpha=False, bits=2, ste=ste)
+    for value in (math.nan, math.inf, -math.inf, torch.finfo(dtype).max):
+        dx, _ = gradients(torch.where(odd, value, x), torch.tensor([0.3]), dy, need_alpha=False, bits=2, ste=ste)
+        assert oracle.same_bits(dx[~odd], alone[~odd])
+
+
 @pytest.mark.parametrize("ste", oracle.STES)
 @pytest.mark.parametrize("rounding", oracle.ROUNDINGS)
 def test_levels_that_overflow(backend, rounding, ste):

@@ -281,32 +281,29 @@ CG_HD void dx_run(const T* x, const T* grad_y, T* dx, int64_t count, bool stream
   }
 }
 
-// The same for whole blocks in 16 bits with one regular alpha, in half of the instructions: where every x of a block is
-// moderate, so that none is a NaN and nothing on the way to g' overflows, the gate is a comparison in 16 bits. A function
-// of its own, as its constants fill the registers.
+// The same for whole blocks with one regular alpha, in half of the instructions: where every x of a block is moderate, so
+// that none is a NaN and nothing on the way to g' overflows, the gate is one comparison, in 16 bits for 16-bit x. Numbers
+// that are not are done the other way after it. A function of its own, as its constants fill the registers.
 template <class T, class SteT>
 __attribute__((noinline)) void dx_quick(const Backward& a, const T* x, const T* grad_y, T* dx, int64_t count,
                                         bool stream, const Uniform<float>& source) {
   using O = Ordered<T>;
   using Element = typename O::Element;
-  using F = Two<Two<Pack<float>>>;
-  using Quick = typename SteT::template Quick<F>;
+  using F = Two<decltype(O().floats())>;
+  using Quick = typename SteT::template Quick<T, F>;
   const float alpha = static_cast<const float*>(a.steps.alpha)[source.channel], q = static_cast<float>((1 << a.bits) - 1);
   const Quick quick(alpha, q);
-  const Element moderate = ordered_floor<T>(min_of(Quick::most(alpha, q), std::numeric_limits<float>::max()));
+  const float most = min_of(Quick::most(alpha, q), std::numeric_limits<float>::max());
+  const Element moderate = ordered_floor<T>(most);
   const auto load = [](const T* p) { return O::load(reinterpret_cast<const Element*>(p)); };
-  const auto where_positive = [](O x, Two<Pack<float>> v) { return O::keep(O::greater(x, O::all(0)), O::rounded(v)); };
+  const auto where_positive = [](O x, auto v) { return O::keep(O::greater(x, O::all(0)), O::rounded(v)); };
   for (int64_t end = 0; end < count;) {
-    int64_t i = end;
+    const int64_t begin = end;
     end += kBlock;
-    if (O::any_beyond(reinterpret_cast<const Element*>(x + i), moderate)) {
-      dx_run<T, SteT, true>(x + i, grad_y + i, dx + i, kBlock, stream, source, Pack<float>(q));
-      continue;
-    }
-    prefetch(x + i);
-    prefetch(grad_y + i);
+    prefetch(x + begin);
+    prefetch(grad_y + begin);
 #pragma GCC unroll 1
-    for (; i < end; i += 2 * O::kCount) {
+    for (int64_t i = begin; i < end; i += 2 * O::kCount) {
       const int64_t j = i + O::kCount;
       const O v = load(x + i), w = load(x + j);
       const F result = mul(F{load(grad_y + i).floats(), load(grad_y + j).floats()}, quick.at(F{v.floats(), w.floats()}));
@@ -314,6 +311,12 @@ __attribute__((noinline)) void dx_quick(const Backward& a, const T* x, const T* 
       Element* to = reinterpret_cast<Element*>(dx + i);
       if (stream) O::stream(to, first), O::stream(to + O::kCount, second);
       else O::store(to, first), O::store(to + O::kCount, second);
+    }
+    if (!O::any_beyond(reinterpret_cast<const Element*>(x + begin), moderate)) continue;
+    T exact[kBlock];
+    dx_run<T, SteT, sizeof(T) == 2>(x + begin, grad_y + begin, exact, kBlock, false, source, Pack<float>(q));
+    for (int i = 0; i < kBlock; ++i) {
+      if (!(to_float(x[begin + i]) <= most)) dx[begin + i] = exact[i];
     }
   }
 }
@@ -357,9 +360,11 @@ void backward_x(const Backward& args, int64_t begin, int64_t end) {
   const Pack<A> q(A((1 << a.bits) - 1));
   constexpr bool k16 = sizeof(T) == 2;
   const auto dx_of = [&](const T* x, const T* grad_y, T* dx, int64_t count, bool stream, const auto& source) {
-    if constexpr (k16 && Ordered<T>::kMaxBits > 0 && SteT::kNeeds == Needs::x &&
+    if constexpr (Ordered<T>::kMaxBits > 0 && SteT::kNeeds == Needs::x &&
                   std::is_same_v<std::decay_t<decltype(source)>, Uniform<A>>) {
-      if (a.steps.regular) return dx_quick<T, SteT>(a, x, grad_y, dx, count, stream, source);
+      if constexpr (SteT::template kQuick<T>) {
+        if (a.steps.regular) return dx_quick<T, SteT>(a, x, grad_y, dx, count, stream, source);
+      }
     }
     if (a.steps.regular) dx_run<T, SteT, k16>(x, grad_y, dx, count, stream, source, q);
     else dx_run<T, SteT, false>(x, grad_y, dx, count, stream, source, q);

@@ -381,16 +381,17 @@ struct Ordered {
     return all;
   }
   static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm256_blendv_epi8(b.v, a.v, m)}; }
-  static CG_HD bool any_beyond(const int16_t* x, int16_t magnitude) {
-    __m256i most = _mm256_setzero_si256();
+  // Whether any is above `most`, or far below zero, or a NaN.
+  static CG_HD bool any_beyond(const int16_t* x, int16_t most) {
+    __m256i largest = _mm256_setzero_si256();
     for (int i = 0; i < 64; i += kCount) {
-      most = _mm256_max_epi16(most, _mm256_and_si256(load(x + i).v, _mm256_set1_epi16(0x7fff)));
+      largest = _mm256_max_epi16(largest, _mm256_and_si256(load(x + i).v, _mm256_set1_epi16(0x7fff)));
     }
-    return _mm256_movemask_epi8(_mm256_cmpgt_epi16(most, _mm256_set1_epi16(magnitude))) != 0;
+    return _mm256_movemask_epi8(_mm256_cmpgt_epi16(largest, _mm256_set1_epi16(most))) != 0;
   }
   static CG_HD bool any_nan(const int16_t* x) { return any_beyond(x, kInfinityBits<T>); }
   CG_HD Two<Floats> floats() const { return unpack<T>(v); }
-  // Ties as they fall.
+  // Ties of bfloat16 go up.
   static CG_HD Ordered rounded(Two<Floats> from) { return {pack<T, false>(from)}; }
   static CG_HD Index indices(int from) { return _mm256_set1_epi16(static_cast<short>(from)); }
   static CG_HD Index load_indices(const uint8_t* codes) {
@@ -448,6 +449,16 @@ struct Ordered<float> {
     }
     return _mm256_movemask_ps(nan) != 0;
   }
+  // Whether any is above `most` or a NaN.
+  static CG_HD bool any_beyond(const float* x, float most) {
+    __m256 beyond = _mm256_setzero_ps();
+    for (int i = 0; i < 64; i += kCount) {
+      beyond = _mm256_or_ps(beyond, _mm256_cmp_ps(load(x + i).v, _mm256_set1_ps(most), _CMP_NLE_UQ));
+    }
+    return _mm256_movemask_ps(beyond) != 0;
+  }
+  CG_HD Floats floats() const { return v; }
+  static CG_HD Ordered rounded(Floats from) { return {from.v}; }
   static CG_HD Index indices(int from) { return _mm256_set1_epi32(from); }
   static CG_HD Index raise(Index a, Mask m, int by) {
     return _mm256_add_epi32(a, _mm256_and_si256(_mm256_castps_si256(m), indices(by)));

@@ -269,14 +269,15 @@ struct Ordered {
   static CG_HD uint64_t bits(const Mask (&m)[2]) { return m[0] | uint64_t{m[1]} << 32; }
   static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm512_mask_blend_epi16(m, b.v, a.v)}; }
   static CG_HD Ordered keep(Mask m, Ordered a) { return {_mm512_maskz_mov_epi16(m, a.v)}; }
-  static CG_HD bool any_beyond(const int16_t* x, int16_t magnitude) {
+  // Whether any is above `most`, or far below zero, or a NaN.
+  static CG_HD bool any_beyond(const int16_t* x, int16_t most) {
     const auto magnitudes = [](const int16_t* p) { return _mm512_and_si512(load(p).v, _mm512_set1_epi16(0x7fff)); };
-    const __m512i most = _mm512_max_epi16(magnitudes(x), magnitudes(x + 32));
-    return _mm512_cmpgt_epi16_mask(most, _mm512_set1_epi16(magnitude)) != 0;
+    const __m512i largest = _mm512_max_epi16(magnitudes(x), magnitudes(x + 32));
+    return _mm512_cmpgt_epi16_mask(largest, _mm512_set1_epi16(most)) != 0;
   }
   static CG_HD bool any_nan(const int16_t* x) { return any_beyond(x, kInfinityBits<T>); }
   CG_HD Two<Floats> floats() const { return unpack<T>(v); }
-  // Ties as they fall.
+  // Ties of bfloat16 go up.
   static CG_HD Ordered rounded(Two<Floats> from) { return {pack<T, false>(from)}; }
   static CG_HD Index indices(int from) { return _mm512_set1_epi16(static_cast<short>(from)); }
   static CG_HD Index load_indices(const uint8_t* codes) {
@@ -323,6 +324,17 @@ struct Ordered<float> {
     return (_mm512_cmp_ps_mask(load(x).v, load(x + 16).v, _CMP_UNORD_Q) |
             _mm512_cmp_ps_mask(load(x + 32).v, load(x + 48).v, _CMP_UNORD_Q)) != 0;
   }
+  // Whether any is above `most` or a NaN.
+  static CG_HD bool any_beyond(const float* x, float most) {
+    __mmask16 beyond = 0;
+    for (int i = 0; i < 64; i += kCount) {
+      beyond |= _mm512_cmp_ps_mask(load(x + i).v, _mm512_set1_ps(most), _CMP_NLE_UQ);
+    }
+    return beyond != 0;
+  }
+  static CG_HD Ordered keep(Mask m, Ordered a) { return {_mm512_maskz_mov_ps(m, a.v)}; }
+  CG_HD Floats floats() const { return v; }
+  static CG_HD Ordered rounded(Floats from) { return {from.v}; }
   static CG_HD Index indices(int from) { return _mm512_set1_epi32(from); }
   static CG_HD Index raise(Index a, Mask m, int by) { return _mm512_mask_add_epi32(a, m, a, indices(by)); }
   template <int kRegisters>

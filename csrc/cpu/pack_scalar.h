@@ -11,7 +11,7 @@
 //   Ordered<T>          numbers of T as ordered_t<T> (dtype.h), for staircases of up to kMaxBits: by comparisons up to
 //                       kCompareBits, from there by look_up(): table entries by indices, which begin at kIndexStart
 //                       and count in kIndexUnit
-//                       In 16 bits floats() and rounded() make a Two of it and back; kMaxBits is 0 where there is none
+//                       floats() and rounded() make a pack or two of it and back; kMaxBits is 0 where there is none
 //   keep_bits<n>(...)   n elements of raw bits of a block from `first` on, kept where the block's mask says, else zero
 //   BlockBits           64 bits, as keep_bits and load_two_where take them
 //   BlockStates         64 2-bit states, from what is packed: inside(), above() and either() are such bits

@@ -43,6 +43,7 @@ struct Limits<double> {
 };
 
 // On the GPU these are its own instructions: the same bits, but for the NaN that a NaN is rounded to.
+CG_HD float to_float(float a) { return a; }
 CG_HD float to_float(bf16 a) { return bit_cast<float>(static_cast<uint32_t>(a.bits) << 16); }
 CG_HD bf16 to_bf16(float a) {
 #if defined(__CUDA_ARCH__)

@@ -4,7 +4,8 @@
 //   kNeeds  what the backward has to know of x
 //   gate    where g' is not zero (true for NaN: a NaN's gradient passes); none where kNeeds is `nothing`
 //   g       g' there; 1 for NaN. k16: it may be off by 2^-13 of itself
-//   Quick   where kNeeds is `x`: g' as k16 for one regular alpha, of x in (0, most]
+//   Quick   where kNeeds is `x`, for the dtypes T that kQuick<T> says: g' for one regular alpha, of x in (0, most], in
+//           16 bits as k16, by the fma of packs
 // Where kNeeds is not `x`, g' is 1 on the gate and the kept bit is the gate.
 #pragma once
 
@@ -107,7 +108,19 @@ CG_HD F exp2_16(F a, F b) {
   return times_pow2(mul_add(cubic, r, F(1)), shifted);
 }
 
-// The same of 2^-y for any y >= 0. Below 2^-126 it is 2^-126, and 0 from y = 150 on.
+// 2^(a (b + c)) for a b in [-126, 0], where c is what a float lacks as b, within an ulp or two: the polynomial is 1 at 0 and
+// of least relative error on [-1/2, 1/2] (2^-26). By packs, which have an fma: a b must not be rounded.
+template <class F>
+CG_HD F exp2_32(F a, F b, F c) {
+  const F magic = F(0x1.8p23f), shifted = mul_add(a, b, magic);
+  const F r = mul_add(a, c, mul_add(a, b, magic - shifted));
+  constexpr float kRest[] = {0x1.5f3e58p-10f, 0x1.3b2d4cp-7f, 0x1.c6aee8p-5f, 0x1.ebfbdcp-3f, 0x1.62e43p-1f, 1};
+  F sum = F(0x1.41fbc8p-13f);
+  for (const float each : kRest) sum = mul_add(sum, r, F(each));
+  return times_pow2(sum, shifted);
+}
+
+// As exp2_16, 2^-y for any y >= 0. Below 2^-126 it is 2^-126, and 0 from y = 150 on.
 template <class F>
 CG_HD F exp2_minus_16(F y) {
   return select(y < F(150), exp2_16(min_of(y, F(126)), F(-1)), F(0));
@@ -162,11 +175,13 @@ struct LogTailedRelu {
   static CG_HD F g(const Point<F>& p) {
     return select(p.u > p.q, one_over((p.u - p.q) + F(1)), F(1));
   }
-  template <class F>
+  template <class T>
+  static constexpr bool kQuick = sizeof(T) == 2;
+  template <class T, class F>
   struct Quick {
     F inverse, rest;
-    explicit CG_HD Quick(float alpha, float q) : inverse(1 / alpha), rest(1 - q) {}
-    static CG_HD float most(float alpha, float) { return mul(0x1p99f, alpha); }
+    explicit Quick(float alpha, float q) : inverse(1 / alpha), rest(1 - q) {}
+    static float most(float alpha, float) { return mul(0x1p99f, alpha); }
     CG_HD F at(F x) const { return one_over_16(max_of(mul_add(x, inverse, rest), F(1))); }
   };
 };
@@ -184,13 +199,22 @@ struct ReverseExponential {
     if constexpr (k16) return exp2_minus_16(mul(u, mul(p.inverse_q, F(1.44269504f))));
     else return exp_minus(quotient(u, p.q, p.inverse_q));
   }
-  template <class F>
+  template <class T>
+  static constexpr bool kQuick = sizeof(T) <= 4;
+  template <class T, class F>
   struct Quick {
-    F factor;
-    static constexpr float kLog2E = 1.44269504f;
-    explicit CG_HD Quick(float alpha, float q) : factor(-kLog2E / mul(alpha, q)) {}
-    static CG_HD float most(float alpha, float q) { return mul(mul(alpha, q), 125 / kLog2E); }
-    CG_HD F at(F x) const { return exp2_16(x, factor); }
+    F factor, rest;  // -log2(e) / (alpha q)
+    static constexpr double kLog2E = 1.4426950408889634;
+    explicit Quick(float alpha, float q) {
+      const double exact = -kLog2E / (double(alpha) * q);
+      factor = F(static_cast<float>(exact));
+      rest = F(static_cast<float>(exact - static_cast<float>(exact)));
+    }
+    static float most(float alpha, float q) { return static_cast<float>(125 / kLog2E * alpha * q); }
+    CG_HD F at(F x) const {
+      if constexpr (sizeof(T) == 2) return exp2_16(x, factor);
+      else return exp2_32(x, factor, rest);
+    }
   };
 };
 

@@ -147,8 +147,9 @@ void test_quick() {
   for (const float alpha : {0x1p-100f, 0.3f, 7.0f, 0x1p100f}) {
     for (const int bits : {1, 2, 8}) {
       const float q = static_cast<float>((1 << bits) - 1);
-      const float most = std::min(Ste::template Quick<float>::most(alpha, q), std::numeric_limits<float>::max());
-      const typename Ste::template Quick<float> quick(alpha, q);
+      using Quick = typename Ste::template Quick<bf16, float>;
+      const float most = std::min(Quick::most(alpha, q), std::numeric_limits<float>::max());
+      const Quick quick(alpha, q);
       for (float x = alpha * 0x1p-20f; x <= most; x *= 1.001f) {
         const double u = double(x) / alpha;
         const double wanted = slope<Ste>(Point<double>{x, u, q, 1.0 / q, double(q) * alpha});

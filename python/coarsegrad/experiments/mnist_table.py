@@ -36,7 +36,7 @@ TABLE = Table(
     schedules={
         # The schedule of Yin et al., ICLR 2019, arXiv 1903.05662.
         "full": Schedule(epochs=50, lr_drops=(20, 40), float_epochs=20, float_lr_drops=(8, 16)),
-        # The same, for runs that tell where `relu` loses against `clipped_relu`: in which layer, by range or by bits, and
+        # The same, for runs that tell where `relu` loses against `clipped_relu`: in which layer, by range or by bits,
         # before the rate's first drop or after it.
         "saturation": Schedule(epochs=50, lr_drops=(20, 40), float_epochs=20, float_lr_drops=(8, 16)),
         "short": Schedule(epochs=5, lr_drops=(2, 4), float_epochs=5, float_lr_drops=(2, 4)),
