@@ -281,9 +281,9 @@ CG_HD void dx_run(const T* x, const T* grad_y, T* dx, int64_t count, bool stream
   }
 }
 
-// The same for whole blocks with one regular alpha, in half of the instructions: where every x of a block is moderate, so
-// that none is a NaN and nothing on the way to g' overflows, the gate is one comparison, in 16 bits for 16-bit x. Numbers
-// that are not are done the other way after it. A function of its own, as its constants fill the registers.
+// The same for whole blocks with one regular alpha, in half of the instructions: for x that are moderate, so that none
+// is a NaN and nothing on the way to g' overflows, the gate is one comparison, in 16 bits for 16-bit x. Those that are
+// not are done the other way after it. A function of its own, as its constants fill the registers.
 template <class T, class SteT>
 __attribute__((noinline)) void dx_quick(const Backward& a, const T* x, const T* grad_y, T* dx, int64_t count,
                                         bool stream, const Uniform<float>& source) {
@@ -291,7 +291,8 @@ __attribute__((noinline)) void dx_quick(const Backward& a, const T* x, const T* 
   using Element = typename O::Element;
   using F = Two<decltype(O().floats())>;
   using Quick = typename SteT::template Quick<T, F>;
-  const float alpha = static_cast<const float*>(a.steps.alpha)[source.channel], q = static_cast<float>((1 << a.bits) - 1);
+  const float alpha = static_cast<const float*>(a.steps.alpha)[source.channel];
+  const float q = static_cast<float>((1 << a.bits) - 1);
   const Quick quick(alpha, q);
   const float most = min_of(Quick::most(alpha, q), std::numeric_limits<float>::max());
   const Element moderate = ordered_floor<T>(most);
@@ -306,7 +307,8 @@ __attribute__((noinline)) void dx_quick(const Backward& a, const T* x, const T* 
     for (int64_t i = begin; i < end; i += 2 * O::kCount) {
       const int64_t j = i + O::kCount;
       const O v = load(x + i), w = load(x + j);
-      const F result = mul(F{load(grad_y + i).floats(), load(grad_y + j).floats()}, quick.at(F{v.floats(), w.floats()}));
+      const F dy{load(grad_y + i).floats(), load(grad_y + j).floats()};
+      const F result = mul(dy, quick.at(F{v.floats(), w.floats()}));
       const O first = where_positive(v, result.first), second = where_positive(w, result.second);
       Element* to = reinterpret_cast<Element*>(dx + i);
       if (stream) O::stream(to, first), O::stream(to + O::kCount, second);

@@ -4,7 +4,7 @@
 
 #define CG_ISA isa_avx2
 #define CG_ANY_STEPS 0
-#include "pack_avx2.h"
+#include "ordered_avx2.h"
 #include "kernels.inl"
 
 namespace cg {

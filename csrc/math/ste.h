@@ -99,8 +99,8 @@ CG_HD float one_over(float d) {
 }
 #endif
 
-// For gradients in 16 bits: 2^(a b) for a b in [-126, 0], within 2^-13 of itself, a fifth of a float16's ulp. By a cubic
-// that is 1 at 0 and of least relative error on [-1/2, 1/2].
+// For gradients in 16 bits: 2^(a b) for a b in [-126, 0], within 2^-13 of itself, a fifth of a float16's ulp. By a
+// cubic that is 1 at 0 and of least relative error on [-1/2, 1/2].
 template <class F>
 CG_HD F exp2_16(F a, F b) {
   const F magic = F(0x1.8p23f), shifted = mul_add(a, b, magic), r = mul_add(a, b, magic - shifted);
@@ -108,8 +108,8 @@ CG_HD F exp2_16(F a, F b) {
   return times_pow2(mul_add(cubic, r, F(1)), shifted);
 }
 
-// 2^(a (b + c)) for a b in [-126, 0], where c is what a float lacks as b, within an ulp or two: the polynomial is 1 at 0 and
-// of least relative error on [-1/2, 1/2] (2^-26). By packs, which have an fma: a b must not be rounded.
+// 2^(a (b + c)) for a b in [-126, 0], where c is what a float lacks as b, within an ulp or two: the polynomial is 1 at 0
+// and of least relative error on [-1/2, 1/2] (2^-26). By packs, which have an fma: a b must not be rounded.
 template <class F>
 CG_HD F exp2_32(F a, F b, F c) {
   const F magic = F(0x1.8p23f), shifted = mul_add(a, b, magic);

@@ -1,0 +1,122 @@
+// Numbers as what is compared fast (dtype.h), 16 of 16 bits or 8 floats in a register.
+#pragma once
+
+#include "pack_avx2.h"
+
+namespace cg::CG_ISA {
+
+// A table is 8 entries in each half of a register, and an index the two bytes of its entry.
+template <class T>
+struct Ordered {
+  static constexpr int kMaxBits = 6, kCompareBits = 2, kCount = 16, kGroup = 2, kEntries = 8;
+  static constexpr int kIndexStart = 0x0100, kIndexUnit = 0x0202;
+  using Element = int16_t;
+  using Mask = __m256i;
+  using Index = __m256i;
+  __m256i v;
+  static CG_HD Ordered all(int from) { return {indices(from)}; }
+  static CG_HD Ordered load(const int16_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+  static CG_HD void store(int16_t* p, Ordered a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+  static CG_HD void stream(int16_t* p, Ordered a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), a.v); }
+  static CG_HD Mask greater(Ordered a, Ordered b) { return _mm256_cmpgt_epi16(a.v, b.v); }
+  static CG_HD Mask at_most(Mask m, Ordered a, Ordered high) { return _mm256_andnot_si256(greater(a, high), m); }
+  static CG_HD Ordered keep(Mask m, Ordered a) { return {_mm256_and_si256(m, a.v)}; }
+  template <size_t kMasks>
+  static CG_HD uint64_t bits(const Mask (&m)[kMasks]) {
+    uint64_t all = 0;
+    for (size_t i = 0; i < kMasks; i += 2) {
+      const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(m[i], m[i + 1]), 0xd8);
+      all |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(bytes))) << i * kCount;
+    }
+    return all;
+  }
+  static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm256_blendv_epi8(b.v, a.v, m)}; }
+  // Whether any is above `most`, or far below zero, or a NaN.
+  static CG_HD bool any_beyond(const int16_t* x, int16_t most) {
+    __m256i largest = _mm256_setzero_si256();
+    for (int i = 0; i < 64; i += kCount) {
+      largest = _mm256_max_epi16(largest, _mm256_and_si256(load(x + i).v, _mm256_set1_epi16(0x7fff)));
+    }
+    return _mm256_movemask_epi8(_mm256_cmpgt_epi16(largest, _mm256_set1_epi16(most))) != 0;
+  }
+  static CG_HD bool any_nan(const int16_t* x) { return any_beyond(x, kInfinityBits<T>); }
+  CG_HD Two<Floats> floats() const { return unpack<T>(v); }
+  // Ties of bfloat16 go up.
+  static CG_HD Ordered rounded(Two<Floats> from) { return {pack<T, false>(from)}; }
+  static CG_HD Index indices(int from) { return _mm256_set1_epi16(static_cast<short>(from)); }
+  static CG_HD Index load_indices(const uint8_t* codes) {
+    const __m256i code = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    return _mm256_add_epi16(_mm256_mullo_epi16(code, indices(kIndexUnit)), indices(kIndexStart));
+  }
+  static CG_HD Index raise(Index a, Mask m, int by) { return _mm256_add_epi16(a, _mm256_and_si256(m, indices(by))); }
+  template <int kRegisters>
+  static CG_HD Ordered look_up(const Ordered* table, Index index) {
+    if constexpr (kRegisters == 1) {
+      return {_mm256_shuffle_epi8(table[0].v, index)};
+    } else {
+      // The bit of the index that tells the half, moved to the top of each byte.
+      static_assert(kRegisters <= 4);
+      constexpr int kHalf = kRegisters / 2;
+      const Mask upper = _mm256_slli_epi16(index, kRegisters == 2 ? 3 : 2);
+      return select(upper, look_up<kHalf>(table + kHalf, index), look_up<kHalf>(table, index));
+    }
+  }
+  static CG_HD void store_codes(uint8_t* p, Index codes) {
+    const __m128i low = _mm256_castsi256_si128(codes), high = _mm256_extracti128_si256(codes, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(low, high));
+  }
+};
+
+template <>
+struct Ordered<double> {
+  static constexpr int kMaxBits = 0;
+};
+template <>
+struct Ordered<float> {
+  static constexpr int kMaxBits = 2, kCompareBits = 2, kCount = 8, kGroup = 4;
+  using Element = float;
+  using Mask = __m256;
+  using Index = __m256i;
+  __m256 v;
+  static CG_HD Ordered all(float from) { return {_mm256_set1_ps(from)}; }
+  static CG_HD Ordered load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static CG_HD void store(float* p, Ordered a) { _mm256_storeu_ps(p, a.v); }
+  static CG_HD void stream(float* p, Ordered a) { _mm256_stream_ps(p, a.v); }
+  static CG_HD Mask greater(Ordered a, Ordered b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
+  static CG_HD Mask at_most(Mask m, Ordered a, Ordered high) { return _mm256_andnot_ps(greater(a, high), m); }
+  static CG_HD Ordered keep(Mask m, Ordered a) { return {_mm256_and_ps(m, a.v)}; }
+  static CG_HD uint64_t bits(const Mask (&m)[kGroup]) {
+    const auto words = [](Mask a, Mask b) { return _mm256_packs_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)); };
+    const __m256i bytes = _mm256_packs_epi16(words(m[0], m[1]), words(m[2], m[3]));
+    const __m256i in_order = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    return static_cast<uint32_t>(_mm256_movemask_epi8(in_order));
+  }
+  static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
+  static CG_HD bool any_nan(const float* x) {
+    __m256 nan = _mm256_setzero_ps();
+    for (int i = 0; i < 64; i += 2 * kCount) {
+      nan = _mm256_or_ps(nan, _mm256_cmp_ps(load(x + i).v, load(x + i + kCount).v, _CMP_UNORD_Q));
+    }
+    return _mm256_movemask_ps(nan) != 0;
+  }
+  // Whether any is above `most` or a NaN.
+  static CG_HD bool any_beyond(const float* x, float most) {
+    __m256 beyond = _mm256_setzero_ps();
+    for (int i = 0; i < 64; i += kCount) {
+      beyond = _mm256_or_ps(beyond, _mm256_cmp_ps(load(x + i).v, _mm256_set1_ps(most), _CMP_NLE_UQ));
+    }
+    return _mm256_movemask_ps(beyond) != 0;
+  }
+  CG_HD Floats floats() const { return v; }
+  static CG_HD Ordered rounded(Floats from) { return {from.v}; }
+  static CG_HD Index indices(int from) { return _mm256_set1_epi32(from); }
+  static CG_HD Index raise(Index a, Mask m, int by) {
+    return _mm256_add_epi32(a, _mm256_and_si256(_mm256_castps_si256(m), indices(by)));
+  }
+  static CG_HD void store_codes(uint8_t* p, Index codes) {
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+  }
+};
+
+}  // namespace cg::CG_ISA
