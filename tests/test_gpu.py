@@ -124,7 +124,7 @@ def test_backward(device, dtype, ste):
             exact = ste not in ("log_tailed_relu", "reverse_exponential")
             allowed = torch.full(x.shape, 0.0 if exact else 12.0 if dtype == torch.float64 else 6.0)
             if device == "cpu" and not exact:
-                # The reference rounds u, and u / q again; a CPU's kernel may round neither (test_gradients has its bound).
+                # The reference rounds u, and u / q again; a CPU's kernel may round neither. See test_gradients.
                 condition = oracle.Staircase64(x, alpha, bits, rounding, channel_dim).condition(ste)
                 allowed = allowed + 2 * torch.where(x > 0, condition.abs(), 0.0)
             assert (apart <= allowed).all(), case
