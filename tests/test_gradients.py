@@ -63,15 +63,14 @@ def assert_grad_x(dx, want, dtype, condition, slope, dy):
     if exact.all():
         return
     error = (dx.double() - want).abs()
-    # g' may be flushed to zero below the normal range
-    flushed = dy.double().abs() * torch.finfo(torch.promote_types(dtype, torch.float32)).tiny
     if dtype in oracle.HALF_DTYPES:
-        bound = oracle.ulp(want, dtype) + flushed
+        bound = oracle.ulp(want, dtype)
     else:
         ulps = (3 + 2 * condition) * (
             2 if dtype == torch.float64 else 1
         )  # the float64 oracle errs as much itself
-        bound = ulps * oracle.ulp(want, dtype) + flushed
+        # exp may flush results below the normal range to zero
+        bound = ulps * oracle.ulp(want, dtype) + dy.double().abs() * torch.finfo(dtype).tiny
     worst = (error / bound)[~exact].max()
     assert worst <= 1, f"dx is {worst:.2f} times its bound away"
 
@@ -357,9 +356,13 @@ def test_every_number_of_16_bits(backend, ste, dtype, bits):
     dy = torch.randn(x.shape, generator=generator).to(dtype)
     dx, _ = gradients(x, alpha, dy, need_alpha=False, bits=bits, ste=ste)
     want = oracle.Staircase64(x, alpha, bits, "ceil")
-    number = ~x.isnan()
-    assert torch.equal(dx[~number], dy[~number])
-    assert_grad_x(dx[number], want.grad_x(dy, ste)[number], dtype, None, want.slope(ste)[number], dy[number])
+    assert torch.equal(dx[x.isnan()], dy[x.isnan()])
+    slope, grad_x = want.slope(ste), want.grad_x(dy, ste)
+    tiny = torch.finfo(torch.float32).tiny  # below, g' may be flushed to zero
+    small = (slope > 0) & (slope < 2 * tiny)
+    assert ((dx.double() - grad_x).abs() <= 2 * tiny * dy.double().abs())[small].all()
+    rest = ~small & ~x.isnan()
+    assert_grad_x(dx[rest], grad_x[rest], dtype, None, slope[rest], dy[rest])
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)

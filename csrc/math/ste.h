@@ -120,6 +120,13 @@ CG_HD F exp2_32(F a, F b, F c) {
   return times_pow2(sum, shifted);
 }
 
+// a / b rounded once, given -b and 1 / b (Markstein 1990). By packs, too.
+template <class F>
+CG_HD F quotient_by(F a, F minus_b, F inverse) {
+  const F guess = mul(a, inverse);
+  return mul_add(mul_add(guess, minus_b, a), inverse, guess);
+}
+
 // As exp2_16, 2^-y for any y >= 0. Below 2^-126 it is 2^-126, and 0 from y = 150 on.
 template <class F>
 CG_HD F exp2_minus_16(F y) {
@@ -203,17 +210,15 @@ struct ReverseExponential {
   static constexpr bool kQuick = sizeof(T) <= 4;
   template <class T, class F>
   struct Quick {
-    F factor, rest;  // -log2(e) / (alpha q)
-    static constexpr double kLog2E = 1.4426950408889634;
-    explicit Quick(float alpha, float q) {
-      const double exact = -kLog2E / (double(alpha) * q);
-      factor = F(static_cast<float>(exact));
-      rest = F(static_cast<float>(exact - static_cast<float>(exact)));
-    }
-    static float most(float alpha, float q) { return static_cast<float>(125 / kLog2E * alpha * q); }
+    F factor, minus_alpha, inverse, minus_q, inverse_q;
+    static constexpr float kLog2E = 0x1.715476p0f, kRest = 0x1.4ae0cp-26f;
+    explicit Quick(float alpha, float q)
+        : factor(-kLog2E / mul(alpha, q)), minus_alpha(-alpha), inverse(1 / alpha), minus_q(-q), inverse_q(1 / q) {}
+    static float most(float alpha, float q) { return mul(mul(alpha, q), 125 / kLog2E); }
     CG_HD F at(F x) const {
       if constexpr (sizeof(T) == 2) return exp2_16(x, factor);
-      else return exp2_32(x, factor, rest);
+      // The roundings of u and of u / q are those of `g`, as a large exponent makes many ulps of each.
+      else return exp2_32(quotient_by(quotient_by(x, minus_alpha, inverse), minus_q, inverse_q), F(-kLog2E), F(-kRest));
     }
   };
 };
