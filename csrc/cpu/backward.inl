@@ -362,7 +362,7 @@ void backward_x(const Backward& args, int64_t begin, int64_t end) {
   const Pack<A> q(A((1 << a.bits) - 1));
   constexpr bool k16 = sizeof(T) == 2;
   const auto dx_of = [&](const T* x, const T* grad_y, T* dx, int64_t count, bool stream, const auto& source) {
-    if constexpr (Ordered<T>::kMaxBits > 0 && SteT::kNeeds == Needs::x &&
+    if constexpr (Ordered<T>::kSearchBits > 0 && SteT::kNeeds == Needs::x &&
                   std::is_same_v<std::decay_t<decltype(source)>, Uniform<A>>) {
       if constexpr (SteT::template kQuick<T>) {
         if (a.steps.regular) return dx_quick<T, SteT>(a, x, grad_y, dx, count, stream, source);

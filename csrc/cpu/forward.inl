@@ -45,9 +45,10 @@ template <class T, Rounding R, int kBits>
 struct Comparisons {
   using O = Ordered<T>;
   static constexpr int kTop = (1 << kBits) - 1, kPacks = O::kGroup;
+  static constexpr Rounding kRounding = R;
   O thresholds[kTop], levels[kTop];  // of the codes from 1 up
 
-  explicit CG_HD Comparisons(float alpha) {
+  CG_HD Comparisons(float alpha, float) {
     for (int k = 1; k <= kTop; ++k) {
       thresholds[k - 1] = O::all(ordered_floor<T>(threshold<T, R>(float(k), alpha)));
       levels[k - 1] = O::all(ordered_floor<T>(level<T>(float(k), alpha)));
@@ -82,6 +83,7 @@ struct Table {
   using Element = typename O::Element;
   using Index = typename O::Index;
   static constexpr int kPacks = kBlock / O::kCount;
+  static constexpr Rounding kRounding = R;
   static constexpr int registers(int comparison) {
     return 1 << comparison <= O::kEntries ? 1 : (1 << comparison) / O::kEntries;
   }
@@ -101,7 +103,7 @@ struct Table {
     for (int i = 0; i < registers(comparison); ++i) packs[i] = O::load(entries + i * O::kCount);
   }
 
-  explicit CG_HD Table(float alpha) {
+  CG_HD Table(float alpha, float) {
     Element all_thresholds[kTop + 1], all_levels[kTop + 1];
     for (int k = 0; k <= kTop; ++k) {
       all_thresholds[k] = ordered_floor<T>(threshold<T, R>(float(k), alpha));
@@ -150,18 +152,56 @@ struct Table {
   }
 };
 
-template <class T, Rounding R, bool kCodes, int kBits>
+// The same by arithmetic, where a search takes longer. x / alpha rounded down is the code or one less, and the threshold
+// above it tells: rounding moves a level by at most half the distance u of the numbers of T, and u < 2 alpha where the
+// steps are regular; x and the levels are numbers of T, and the error of x / alpha is far below u / alpha.
+template <class T, Rounding R>
+struct Guess {
+  using O = Ordered<T>;
+  using P = Two<Pack<float>>;
+  static constexpr int kPacks = O::kGroup;
+  static constexpr Rounding kRounding = R;
+  P alpha, inverse, last;
+  O highest;
+
+  CG_HD Guess(float step, float q)
+      : alpha(step), inverse(reciprocal(step, R)), last(q - 1), highest(O::all(ordered_floor<T>(level<T>(q, step)))) {}
+  CG_HD O top() const { return highest; }
+
+  template <bool kCodes>
+  CG_HD void apply(const O (&x)[kPacks], O (&y)[kPacks], typename O::Index (&codes)[kPacks],
+                   typename O::Mask (&positive)[kPacks]) const {
+    for (int i = 0; i < kPacks; ++i) {
+      positive[i] = O::greater(x[i], O::all(0));
+      const O from_zero = O::keep(positive[i], x[i]);
+      const P code = floor(min_of(mul(from_zero.floats(), inverse), last));
+      const O low = O::level(mul(code, alpha)), high = O::level(mul(code + P(1.0f), alpha));
+      typename O::Mask greater;
+      if constexpr (R == Rounding::ceil) {
+        greater = O::greater(from_zero, low);
+      } else {
+        P middle = mul(low.floats() + high.floats(), P(0.5f));
+        if constexpr (R == Rounding::hwgq) middle = select(code > P(0.0f), middle, P(0.0f));
+        greater = O::mask(from_zero.floats() > middle);
+      }
+      y[i] = O::select(greater, high, low);
+      if constexpr (kCodes) codes[i] = O::raise(O::whole(code), greater, 1);
+    }
+  }
+};
+
+template <class T, bool kCodes, class Staircase>
 void forward_ordered(const Forward& args, int64_t first, int64_t last, const Uniform<float>& source) {
   using O = Ordered<T>;
   using Element = typename O::Element;
-  using Staircase = std::conditional_t<kBits <= O::kCompareBits, Comparisons<T, R, kBits>, Table<T, R, kBits>>;
   constexpr int kPacks = Staircase::kPacks;
   const Forward a = args;
-  const Staircase staircase(static_cast<const float*>(a.steps.alpha)[source.channel]);
+  const float alpha = static_cast<const float*>(a.steps.alpha)[source.channel];
+  const Staircase staircase(alpha, static_cast<float>((1 << a.bits) - 1));
   for (int64_t block = first; block < last; ++block) {
     const Element* x = static_cast<const Element*>(a.x) + block * kBlock;
     if (block_count(a.count, block) < kBlock || O::any_nan(x)) {
-      forward_range<T, R, true, kCodes>(a, block, block + 1, source);
+      forward_range<T, Staircase::kRounding, true, kCodes>(a, block, block + 1, source);
       continue;
     }
     prefetch(x);
@@ -194,11 +234,14 @@ void forward_ordered(const Forward& args, int64_t first, int64_t last, const Uni
 // What is looked up or compared with takes about as long to make as it saves in a block for each level.
 template <class T, Rounding R, bool kCodes, int kBits = 1>
 void forward_uniform(const Forward& a, int64_t first, int64_t last, const Uniform<compute_t<T>>& source) {
-  if constexpr (kBits <= Ordered<T>::kMaxBits) {
+  using O = Ordered<T>;
+  if constexpr (kBits <= O::kSearchBits) {
     if (a.bits != kBits) return forward_uniform<T, R, kCodes, kBits + 1>(a, first, last, source);
-    if (last - first >= 1 << kBits) return forward_ordered<T, R, kCodes, kBits>(a, first, last, source);
+    using Search = std::conditional_t<kBits <= O::kCompareBits, Comparisons<T, R, kBits>, Table<T, R, kBits>>;
+    if (last - first >= 1 << kBits) return forward_ordered<T, kCodes, Search>(a, first, last, source);
   }
-  forward_range<T, R, true, kCodes>(a, first, last, source);
+  if constexpr (O::kGuesses) forward_ordered<T, kCodes, Guess<T, R>>(a, first, last, source);
+  else forward_range<T, R, true, kCodes>(a, first, last, source);
 }
 
 template <class T, Rounding R, bool kRegular, bool kCodes>
@@ -293,7 +336,7 @@ void dequantize(const Dequantize& args, int64_t begin, int64_t end) {
     using A = compute_t<T>;
     for_each_range<A>(a.steps, begin, end, [&](int64_t first, int64_t last, const auto& source) {
       constexpr bool kUniform = std::is_same_v<std::decay_t<decltype(source)>, Uniform<A>>;
-      if constexpr (sizeof(T) == 2 && Ordered<T>::kMaxBits > 0 && kUniform) {
+      if constexpr (sizeof(T) == 2 && Ordered<T>::kSearchBits > 0 && kUniform) {
         const bool fits = 1 << a.bits <= Ordered<T>::kEntries;
         if (fits) return dequantize_table<T>(a, first, last, static_cast<const A*>(a.steps.alpha)[source.channel]);
       }

@@ -8,7 +8,9 @@ namespace cg::CG_ISA {
 // A table is 8 entries in each half of a register, and an index the two bytes of its entry.
 template <class T>
 struct Ordered {
-  static constexpr int kMaxBits = 6, kCompareBits = 2, kCount = 16, kGroup = 2, kEntries = 8;
+  static constexpr int kSearchBits = std::is_same_v<T, bf16> ? 5 : 6, kCompareBits = 2;
+  static constexpr bool kGuesses = true;
+  static constexpr int kCount = 16, kGroup = 2, kEntries = 8;
   static constexpr int kIndexStart = 0x0100, kIndexUnit = 0x0202;
   using Element = int16_t;
   using Mask = __m256i;
@@ -43,6 +45,18 @@ struct Ordered {
   CG_HD Two<Floats> floats() const { return unpack<T>(v); }
   // Ties of bfloat16 go up.
   static CG_HD Ordered rounded(Two<Floats> from) { return {pack<T, false>(from)}; }
+  static CG_HD Ordered level(Two<Floats> from) { return {pack<T>(from)}; }
+  // Of masks and of small whole numbers, in the order of floats().
+  static CG_HD Mask mask(TwoMasks<FloatMask> m) {
+    return join(_mm256_castps_si256(m.first.m), _mm256_castps_si256(m.second.m));
+  }
+  static CG_HD Index whole(Two<Floats> from) {
+    return join(_mm256_cvtps_epi32(from.first.v), _mm256_cvtps_epi32(from.second.v));
+  }
+  static CG_HD __m256i join(__m256i first, __m256i second) {
+    if constexpr (std::is_same_v<T, bf16>) return _mm256_blend_epi16(first, _mm256_slli_epi32(second, 16), 0xaa);
+    else return _mm256_permute4x64_epi64(_mm256_packs_epi32(first, second), 0xd8);
+  }
   static CG_HD Index indices(int from) { return _mm256_set1_epi16(static_cast<short>(from)); }
   static CG_HD Index load_indices(const uint8_t* codes) {
     const __m256i code = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
@@ -69,11 +83,13 @@ struct Ordered {
 
 template <>
 struct Ordered<double> {
-  static constexpr int kMaxBits = 0;
+  static constexpr int kSearchBits = 0;
+  static constexpr bool kGuesses = false;
 };
 template <>
 struct Ordered<float> {
-  static constexpr int kMaxBits = 2, kCompareBits = 2, kCount = 8, kGroup = 4;
+  static constexpr int kSearchBits = 2, kCompareBits = 2, kCount = 8, kGroup = 4;
+  static constexpr bool kGuesses = false;
   using Element = float;
   using Mask = __m256;
   using Index = __m256i;

@@ -35,6 +35,7 @@ struct Floats {
 CG_HD Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a.v, b.v); }
 CG_HD Floats select(FloatMask m, Floats a, Floats b) { return _mm256_blendv_ps(b.v, a.v, m.m); }
 CG_HD Floats ceil(Floats a) { return _mm256_ceil_ps(a.v); }
+CG_HD Floats floor(Floats a) { return _mm256_floor_ps(a.v); }
 CG_HD Floats shift_bits_left(Floats a, int count) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), count));
 }

@@ -254,7 +254,8 @@ CG_HD void store_two(bf16* p, Two<Floats> v, bool stream) {
 
 template <class T>
 struct Ordered {
-  static constexpr int kMaxBits = 8, kCompareBits = 0;
+  static constexpr int kSearchBits = 8, kCompareBits = 0;
+  static constexpr bool kGuesses = false;
   static constexpr int kCount = 32, kEntries = 32, kIndexStart = 0, kIndexUnit = 1;
   using Element = int16_t;
   using Mask = __mmask32;
@@ -298,11 +299,13 @@ struct Ordered {
 
 template <>
 struct Ordered<double> {
-  static constexpr int kMaxBits = 0;
+  static constexpr int kSearchBits = 0;
+  static constexpr bool kGuesses = false;
 };
 template <>
 struct Ordered<float> {
-  static constexpr int kMaxBits = 3, kCompareBits = 0;
+  static constexpr int kSearchBits = 3, kCompareBits = 0;
+  static constexpr bool kGuesses = false;
   static constexpr int kCount = 16, kEntries = 16, kIndexStart = 0, kIndexUnit = 1;
   using Element = float;
   using Mask = __mmask16;

@@ -8,10 +8,10 @@
 //   kChains             how many Twos a formula that is one chain of operations is evaluated for side by side: 1 or 2
 //   LargeTable<P>       at(codes): the entries of a table of up to 256 numbers for a pack's codes, from memory
 //   SmallTable<P>       the same for up to kSize numbers, from registers; none where kSize is 0
-//   Ordered<T>          numbers of T as ordered_t<T> (dtype.h), for staircases of up to kMaxBits: by comparisons up to
-//                       kCompareBits, from there by look_up(): table entries by indices, which begin at kIndexStart
-//                       and count in kIndexUnit
-//                       floats() and rounded() make a pack or two of it and back; kMaxBits is 0 where there is none
+//   Ordered<T>          numbers of T as ordered_t<T> (dtype.h), for staircases of up to kSearchBits, 0 where there is
+//                       none: by comparisons up to kCompareBits, from there by look_up(): table entries by indices,
+//                       which begin at kIndexStart and count in kIndexUnit; beyond, where kGuesses, by arithmetic, with
+//                       level(), mask() and whole(). floats() and rounded() make a pack or two of it and back
 //   keep_bits<n>(...)   n elements of raw bits of a block from `first` on, kept where the block's mask says, else zero
 //   BlockBits           64 bits, as keep_bits and load_two_where take them
 //   BlockStates         64 2-bit states, from what is packed: inside(), above() and either() are such bits
@@ -104,7 +104,8 @@ struct SmallTable {
 
 template <class T>
 struct Ordered {
-  static constexpr int kMaxBits = 0;
+  static constexpr int kSearchBits = 0;
+  static constexpr bool kGuesses = false;
 };
 
 constexpr int kPrefetchBytes = 0, kChains = 1;

@@ -94,6 +94,10 @@ CG_HD Two<P> max_of(Two<P> a, Two<P> b) {
   return {max_of(a.first, b.first), max_of(a.second, b.second)};
 }
 template <class P>
+CG_HD Two<P> floor(Two<P> a) {
+  return {floor(a.first), floor(a.second)};
+}
+template <class P>
 CG_HD Two<P> shift_bits_left(Two<P> a, int count) {
   return {shift_bits_left(a.first, count), shift_bits_left(a.second, count)};
 }
