@@ -32,9 +32,10 @@ def threshold_case(dtype, rounding, bits):
 
 @cache
 def exhaustive_case(dtype, rounding, bits):
-    """Two alphas, the unit Gaussian's and a random one, and every value of a half dtype for each."""
-    alpha = torch.cat([torch.tensor([1.6 / 2**bits]), oracle.log_uniform(1, 1e-3, 1e2, seed=bits)])
-    x = oracle.every_value(dtype).expand(2, -1)
+    """Three alphas and every value of a half dtype for each: the unit Gaussian's; one of which the last of 8 bits' levels
+    are just above a power of two, where rounding to bfloat16 moves them by almost a step; and a random one."""
+    alpha = torch.cat([torch.tensor([1.6 / 2**bits, 256 / 253.5]), oracle.log_uniform(1, 1e-3, 1e2, seed=bits)])
+    x = oracle.every_value(dtype).expand(len(alpha), -1)
     code = oracle.codes(x, alpha, bits, rounding, 0)
     return alpha, x, code.to(torch.uint8), oracle.output(x, alpha, bits, rounding, 0)
 
@@ -82,8 +83,10 @@ def test_on_every_threshold_and_one_ulp_either_side(backend, dtype, rounding, bi
 def test_all_65536_values_of_a_half_dtype(backend, dtype, rounding, bits):
     alpha, x, code, y = exhaustive_case(dtype, rounding, bits)
     assert_same(cg.qrelu(x, alpha, bits, rounding=rounding, channel_dim=0), y, x, alpha)
-    assert_same(cg.qrelu(x[0], alpha[:1], bits, rounding=rounding), y[0], x[0], alpha[0])
-    assert torch.equal(unpacked_codes(x[1], alpha[1:], bits, rounding), code[1])
+    for row in range(len(alpha)):
+        step = alpha[row : row + 1]
+        assert_same(cg.qrelu(x[row], step, bits, rounding=rounding), y[row], x[row], step)
+        assert torch.equal(unpacked_codes(x[row], step, bits, rounding), code[row])
 
 
 @pytest.mark.parametrize("bits", (1, 2, 3, 4))
