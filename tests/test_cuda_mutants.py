@@ -17,12 +17,19 @@ SMALL_GRID = (
     ("launches.cuh", "kMaxSums = 4096, kSumBlocks = 4096", "kMaxSums = 2, kSumBlocks = 7"),
 )
 
-# A mistake shows in one dtype: what is for the other three need not be compiled for every one. Most do in bfloat16.
+# A mistake shows in one dtype and in some of the ops: nothing else need be compiled for it.
 DTYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "f16"}
+FORWARD, BACKWARD = ("forward", "dequantize"), ("backward", "times_slopes")
+COPIES = {
+    "forward": (torch.bfloat16, FORWARD),
+    "backward": (torch.bfloat16, BACKWARD),
+    "forward in float32": (torch.float32, FORWARD),
+}
 IN_FLOAT32 = (
     "a return before the shuffle", "half a warp in the mask of the bits", "nibbles of a byte swapped",
     "misaligned packs moved at once",
 )  # fmt: skip
+IN_BACKWARD = ("rows of channels that are no packs",)  # beside those in its files
 
 # name: (file, what it says, what it says instead). The text must be there once.
 MUTANTS = {
@@ -102,11 +109,19 @@ def make_cases(dtype):
     return cases
 
 
-class Copy:
-    """A copy of the sources for one dtype, built with what is put into it."""
+def copy_of(name):
+    """The copy that a mutant is put into."""
+    if name in IN_FLOAT32:
+        return "forward in float32"
+    in_its_files = MUTANTS[name][0] in ("backward.cuh", "reduce.cuh", "../math/ste.h")
+    return "backward" if in_its_files or name in IN_BACKWARD else "forward"
 
-    def __init__(self, root, dtype):
-        self.cases = make_cases(dtype)
+
+class Copy:
+    """A copy of the sources for one dtype and some of the ops, built with what is put into it."""
+
+    def __init__(self, root, dtype, ops):
+        self.cases = [case for case in make_cases(dtype) if case.op in ops]
         self.root, self.build = root / "source", root / "build"
         for name in ("csrc", "tests/cpp"):
             shutil.copytree(cuda_host.ROOT / name, self.root / name)
@@ -116,6 +131,12 @@ class Copy:
             ("launches.cuh", f"    case Dtype::{str(other).removeprefix('torch.')}: return body(Tag<{name}>{{}});\n", "")
             for other, name in DTYPES.items()
             if other != dtype
+        ]
+        # What is not called is not instantiated.
+        others += [
+            ("../../tests/cpp/cuda_host.cpp", f"launch_{op}(", "static_cast<void>(")
+            for op in cuda_host.OPS
+            if op not in ops
         ]
         for edit in (*SMALL_GRID, *others):
             self.replace(*edit)
@@ -147,25 +168,25 @@ class Copy:
 
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory):
-    """dtype -> its copy, made when it is asked for."""
+    """One of COPIES, made when it is asked for."""
     made = {}
 
-    def copy_for(dtype):
-        if dtype not in made:
-            made[dtype] = Copy(tmp_path_factory.mktemp("mutants"), dtype)
-        return made[dtype]
+    def copy_for(name):
+        if name not in made:
+            made[name] = Copy(tmp_path_factory.mktemp("mutants"), *COPIES[name])
+        return made[name]
 
     return copy_for
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_small_grid_is_no_mistake(copies, dtype):
-    assert copies(dtype).fails() is None
+@pytest.mark.parametrize("name", COPIES)
+def test_a_small_grid_is_no_mistake(copies, name):
+    assert copies(name).fails() is None
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(copies, name):
-    copy = copies(torch.float32 if name in IN_FLOAT32 else torch.bfloat16)
+    copy = copies(copy_of(name))
     path, text = copy.replace(*MUTANTS[name])
     try:
         noticed = copy.fails()
