@@ -4,7 +4,7 @@
 #include <immintrin.h>
 
 #include "../math/alpha_grad.h"
-#include "../math/bits.h"
+#include "packed_avx2.h"
 #include "two.h"
 
 namespace cg::CG_ISA {
@@ -247,69 +247,6 @@ struct Io<f16> {
   static CG_HD void stream(f16* p, Floats v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), halves(v)); }
 };
 
-// The bits of a block in each half of a register, from where a shuffle takes those of a pack.
-struct BlockBits {
-  __m256i all;
-  explicit CG_HD BlockBits(uint64_t bits) : all(_mm256_set1_epi64x(static_cast<long long>(bits))) {}
-
-  // As a mask, those of the numbers of kBytes each from the given one on, which begins a pack.
-  template <int kBytes>
-  CG_HD __m256i mask(int first) const {
-    const __m256i byte = _mm256_set1_epi8(static_cast<char>(first / 8));
-    if constexpr (kBytes == 2) {
-      const __m256i place = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128);
-      const __m256i in_half = _mm256_setr_m128i(_mm_setzero_si128(), _mm_set1_epi8(1));
-      const __m256i bits = _mm256_shuffle_epi8(all, _mm256_add_epi8(byte, in_half));
-      return _mm256_cmpeq_epi16(_mm256_and_si256(bits, place), place);
-    } else if constexpr (kBytes == 4) {
-      const __m256i place = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-      return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_shuffle_epi8(all, byte), place), place);
-    } else {
-      const __m256i place = _mm256_sllv_epi64(_mm256_setr_epi64x(1, 2, 4, 8), _mm256_set1_epi64x(first % 8));
-      return _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_shuffle_epi8(all, byte), place), place);
-    }
-  }
-};
-
-// One bit of each of a block's 2-bit states, in the same way.
-struct StateBits {
-  __m256i all;
-  int bit;
-
-  template <int kBytes>
-  CG_HD __m256i mask(int first) const {
-    const __m256i byte = _mm256_set1_epi8(static_cast<char>(first / 4));
-    if constexpr (kBytes == 2) {
-      const __m256i place = _mm256_set1_epi64x(static_cast<long long>(0x0040001000040001u << bit));
-      const __m256i next = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
-      const __m256i bits = _mm256_shuffle_epi8(all, _mm256_add_epi8(byte, next));
-      return _mm256_cmpeq_epi16(_mm256_and_si256(bits, place), place);
-    } else if constexpr (kBytes == 4) {
-      const __m256i one = _mm256_setr_epi32(1, 4, 16, 64, 1, 4, 16, 64), place = _mm256_slli_epi32(one, bit);
-      const __m256i next = _mm256_setr_epi64x(0, 0, 0x0101010101010101, 0x0101010101010101);
-      const __m256i bits = _mm256_shuffle_epi8(all, _mm256_add_epi8(byte, next));
-      return _mm256_cmpeq_epi32(_mm256_and_si256(bits, place), place);
-    } else {
-      const __m256i place = _mm256_slli_epi64(_mm256_setr_epi64x(1, 4, 16, 64), bit);
-      return _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_shuffle_epi8(all, byte), place), place);
-    }
-  }
-};
-struct EitherBits {
-  StateBits a, b;
-  template <int kBytes>
-  CG_HD __m256i mask(int first) const {
-    return _mm256_or_si256(a.mask<kBytes>(first), b.mask<kBytes>(first));
-  }
-};
-struct BlockStates {
-  __m256i all;
-  explicit CG_HD BlockStates(const uint8_t* packed)
-      : all(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)))) {}
-  CG_HD StateBits inside() const { return {all, 0}; }
-  CG_HD StateBits above() const { return {all, 1}; }
-  CG_HD EitherBits either() const { return {inside(), above()}; }
-};
 CG_HD Floats kept(Floats v, __m256i mask) { return _mm256_and_ps(v.v, _mm256_castsi256_ps(mask)); }
 CG_HD Doubles kept(Doubles v, __m256i mask) { return _mm256_and_pd(v.v, _mm256_castsi256_pd(mask)); }
 
@@ -354,93 +291,6 @@ CG_HD void store_two(bf16* p, Two<Floats> v, bool stream) {
   const __m256i both = pack<bf16>(v);
   if (stream) _mm256_stream_si256(reinterpret_cast<__m256i*>(p), both);
   else _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), both);
-}
-
-// A number's bits times themselves, without carries, are the bits with zeros between.
-CG_HD void pack_states(uint64_t inside, uint64_t above, uint64_t (&words)[2]) {
-  const auto spread = [](uint64_t bits) {
-    const __m128i v = _mm_cvtsi64_si128(static_cast<long long>(bits));
-    return _mm_clmulepi64_si128(v, v, 0);
-  };
-  const __m128i both = _mm_or_si128(spread(inside), _mm_slli_epi64(spread(above), 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(words), both);
-}
-
-template <int kCount, class U, class Bits>
-CG_HD void keep_bits(const U* from, U* to, Bits bits, int first, bool stream) {
-#pragma GCC unroll 16
-  for (int i = first; i < first + kCount; i += 32 / static_cast<int>(sizeof(U))) {
-    const __m256i dy = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
-    const __m256i v = _mm256_and_si256(bits.template mask<sizeof(U)>(i), dy);
-    if (stream) _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), v);
-    else _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), v);
-  }
-}
-
-// A half of the codes, loaded in the pieces that they may have been stored in: a load wider than the stores before it
-// waits for them to leave the store buffer.
-CG_HD __m256i load_stored_codes(const uint8_t* codes) {
-  const auto sixteen = [](const uint8_t* p) {
-    const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-    return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(low), reinterpret_cast<const __m64*>(p + 8)));
-  };
-  return _mm256_inserti128_si256(_mm256_castsi128_si256(sixteen(codes)), sixteen(codes + 16), 1);
-}
-CG_HD uint64_t sign_bits(__m256i low, __m256i high) {
-  return static_cast<uint32_t>(_mm256_movemask_epi8(low)) |
-         static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(high))) << 32;
-}
-// A sum of products gathers neighbouring fields, two at a time.
-template <int kWidth>
-CG_HD void pack_codes(const uint8_t* codes, uint8_t* packed) {
-  const __m256i low = load_stored_codes(codes), high = load_stored_codes(codes + 32);
-  if constexpr (kWidth == 1) {
-    const uint64_t bits = sign_bits(_mm256_slli_epi16(low, 7), _mm256_slli_epi16(high, 7));
-    memcpy(packed, &bits, sizeof(bits));
-  } else if constexpr (kWidth == 2) {
-    const auto dwords = [](__m256i v) {
-      return _mm256_madd_epi16(_mm256_maddubs_epi16(v, _mm256_set1_epi16(0x0401)), _mm256_set1_epi32(0x00100001));
-    };
-    const __m256i words = _mm256_packus_epi32(dwords(low), dwords(high)), bytes = _mm256_packus_epi16(words, words);
-    const __m256i in_order = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm256_castsi256_si128(in_order));
-  } else if constexpr (kWidth == 4) {
-    const __m256i pair = _mm256_set1_epi16(0x1001);
-    const __m256i bytes = _mm256_packus_epi16(_mm256_maddubs_epi16(low, pair), _mm256_maddubs_epi16(high, pair));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), _mm256_permute4x64_epi64(bytes, 0xd8));
-  } else {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), low);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed + 32), high);
-  }
-}
-template <int kWidth>
-CG_HD void unpack_codes(const uint8_t* packed, uint8_t* codes) {
-  for (int half = 0; half < 2; ++half, packed += 4 * kWidth) {
-    __m256i v;
-    if constexpr (kWidth == 1) {
-      int bits;
-      memcpy(&bits, packed, sizeof(bits));
-      const __m256i of_byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
-      const __m256i place = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201u));
-      const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(bits), of_byte);
-      v = _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(bytes, place), place), _mm256_set1_epi8(1));
-    } else if constexpr (kWidth == 2) {
-      const __m256i dwords = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
-      v = _mm256_or_si256(dwords, _mm256_slli_epi32(dwords, 12));
-      v = _mm256_and_si256(_mm256_or_si256(v, _mm256_slli_epi32(v, 6)), _mm256_set1_epi8(3));
-    } else if constexpr (kWidth == 4) {
-      const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
-      v = _mm256_and_si256(_mm256_or_si256(words, _mm256_slli_epi16(words, 4)), _mm256_set1_epi8(15));
-    } else {
-      v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
-    }
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + 32 * half), v);
-  }
-}
-CG_HD uint64_t nonzero_codes(const uint8_t* codes) {
-  const __m256i* p = reinterpret_cast<const __m256i*>(codes);
-  const __m256i zero = _mm256_setzero_si256();
-  return ~sign_bits(_mm256_cmpeq_epi8(_mm256_loadu_si256(p), zero), _mm256_cmpeq_epi8(_mm256_loadu_si256(p + 1), zero));
 }
 
 template <class P>
