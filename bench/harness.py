@@ -11,10 +11,11 @@ import platform
 import random
 import resource
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
@@ -180,7 +181,8 @@ def in_new_process(allocator: str, function: Callable[..., T], *arguments: objec
 
 
 def _run_and_send(sender: Connection, function: Callable[..., object], arguments: tuple) -> None:
-    """Sends (what the function returned, None), or (None, the BenchError that it raised)."""
+    """Sends (what the function returned, None), or (None, the BenchError that it raised). Ends with whoever waits."""
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     try:
         sender.send((function(*arguments), None))
     except BenchError as error:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,8 @@ from torch import nn
 
 import coarsegrad as cg
 
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "memory.md"
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs" / "memory.md"
 # float32 of 64 x 32 twice, behind each of two activations, and what else the last Linear and the loss keep.
 COUNT, ACTIVATIONS = 64 * 32, 2
 
@@ -132,3 +137,29 @@ def test_the_figures_of_the_docs_are_the_committed_ones():
     table = re.findall(r"^\| (?:mlp|lenet|opt|t5) \|.*$", text, flags=re.MULTILINE)
     assert table == list(figures_of_docs())
     assert (DOCS.parent / "../bench/results/memory.png").exists() and "(../bench/results/memory.png)" in text
+
+
+def test_the_measuring_process_ends_with_the_one_that_waits_for_it(tmp_path):
+    """However that ends: killed, it cannot stop anything."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, time\n"
+        "from bench.harness import in_new_process\n"
+        "def measure():\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    in_new_process('default', measure)\n"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    waiting = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    measuring = int(waiting.stdout.readline())
+    waiting.kill()
+    try:
+        # It holds the other end of this pipe, which is read until that is closed.
+        assert waiting.communicate(timeout=60)[0] == ""
+    except subprocess.TimeoutExpired:
+        os.kill(measuring, signal.SIGKILL)
+        raise
