@@ -82,6 +82,8 @@ struct Settings {
 
 std::tuple<Tensor, Tensor> backward(const Settings& s, const Tensor& grad_y, const OptionalTensor& alpha,
                                     const OptionalTensor& x, const OptionalTensor& mask, const OptionalTensor& codes) {
+  std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
+  if (!at::GradMode::is_enabled()) guard.emplace();  // no derivative of this is wanted: one dispatch less
   return call_backward(grad_y, alpha, x, mask, codes, s.bits, name_of(s.ste, kStes), name_of(s.rounding, kRoundings),
                        name_of(s.alpha_grad, kAlphaGrads), s.alpha_scale, s.channel_dim, s.need_grad_x,
                        s.need_grad_alpha);

@@ -198,15 +198,20 @@ void forward_ordered(const Forward& args, int64_t first, int64_t last, const Uni
   const Forward a = args;
   const float alpha = static_cast<const float*>(a.steps.alpha)[source.channel];
   const Staircase staircase(alpha, static_cast<float>((1 << a.bits) - 1));
-  for (int64_t block = first; block < last; ++block) {
-    const Element* x = static_cast<const Element*>(a.x) + block * kBlock;
-    if (block_count(a.count, block) < kBlock || O::any_nan(x)) {
-      forward_range<T, Staircase::kRounding, true, kCodes>(a, block, block + 1, source);
+  const Element* const x_of_all = static_cast<const Element*>(a.x);
+  Element* const y_of_all = static_cast<Element*>(a.y);
+  uint8_t* const mask = a.mask;
+  const bool stream = a.stream, keeps_above = a.kind != MaskKind::inside;
+  const int64_t whole = last < a.count / kBlock ? last : a.count / kBlock;
+  for (int64_t block = first; block < whole; ++block) {
+    const Element* x = x_of_all + block * kBlock;
+    if (O::any_nan(x)) {
+      forward_range<T, Staircase::kRounding, true, kCodes>(args, block, block + 1, source);
       continue;
     }
     prefetch(x);
     Element y_unused[kBlock];
-    Element* y = a.y ? static_cast<Element*>(a.y) + block * kBlock : y_unused;
+    Element* y = y_of_all ? y_of_all + block * kBlock : y_unused;
     uint8_t codes[kBlock];
     uint64_t inside = 0, above = 0;
     for (int first = 0; first < kBlock; first += kPacks * O::kCount) {
@@ -217,18 +222,19 @@ void forward_ordered(const Forward& args, int64_t first, int64_t last, const Uni
       staircase.template apply<kCodes>(v, levels, code, positive);
       for (int i = 0; i < kPacks; ++i) {
         const int at = first + i * O::kCount;
-        if (a.stream) O::stream(y + at, levels[i]);
+        if (stream) O::stream(y + at, levels[i]);
         else O::store(y + at, levels[i]);
         beyond[i] = O::greater(v[i], staircase.top());
         positive[i] = O::at_most(positive[i], v[i], staircase.top());
         if constexpr (kCodes) O::store_codes(codes + at, code[i]);
       }
       inside |= O::bits(positive) << first;
-      if (a.kind != MaskKind::inside) above |= O::bits(beyond) << first;
+      if (keeps_above) above |= O::bits(beyond) << first;
     }
-    if (a.mask) write_mask(a.mask, a.kind, block, kBlock, inside, above);
+    if (mask) write_mask(mask, a.kind, block, kBlock, inside, above);
     if constexpr (kCodes) write_codes(a.codes, block, kBlock, packed_width(a.bits), codes);
   }
+  if (whole < last) forward_range<T, Staircase::kRounding, true, kCodes>(args, whole, last, source);
 }
 
 // What is looked up or compared with takes about as long to make as it saves in a block for each level.
