@@ -3,27 +3,42 @@
 namespace cg::CG_ISA {
 namespace {
 
-// What was kept of x, for one block, as flags; and the codes where there are any.
+// What was kept of x, for one block, as flags; and the codes where there are any of more than two bits. `inside` and
+// `above` are the bits of a state, or of a code: A is the sum of what each that is set stands for.
 struct Flags {
   uint64_t gate = ~uint64_t{0}, inside = 0, above = 0;
 };
 
+CG_HD bool codes_are_flags(const Backward& a) { return a.codes && packed_width(a.bits) <= 2; }
+
+CG_HD void read_flags(const uint8_t* from, int width, int64_t block, int count, Flags& flags) {
+  if (width == 1) return read_packed<1>(from, block, count, &flags.inside);
+  uint64_t words[2];
+  read_packed<2>(from, block, count, words);
+  flags.inside = unspread_bits(words[0]) | unspread_bits(words[1]) << 32;
+  flags.above = unspread_bits(words[0] >> 1) | unspread_bits(words[1] >> 1) << 32;
+}
+
 CG_HD Flags read_kept(const Backward& a, int64_t block, int count, uint8_t* codes) {
   Flags flags;
   if (a.kind == MaskKind::state) {
-    uint64_t words[2];
-    read_packed<2>(a.mask, block, count, words);
-    flags.inside = unspread_bits(words[0]) | unspread_bits(words[1]) << 32;
-    flags.above = unspread_bits(words[0] >> 1) | unspread_bits(words[1] >> 1) << 32;
+    read_flags(a.mask, 2, block, count, flags);
     if (a.ste == Ste::clipped_relu) flags.gate = flags.inside;
     if (a.ste == Ste::relu) flags.gate = flags.inside | flags.above;
   } else if (a.kind != MaskKind::nothing) {
     read_packed<1>(a.mask, block, count, &flags.gate);
   }
   if (a.codes) {
-    read_codes(a.codes, block, count, packed_width(a.bits), codes);
+    uint64_t nonzero;
+    if (codes_are_flags(a)) {
+      read_flags(a.codes, packed_width(a.bits), block, count, flags);
+      nonzero = flags.inside | flags.above;
+    } else {
+      read_codes(a.codes, block, count, packed_width(a.bits), codes);
+      nonzero = nonzero_codes(codes);
+    }
     // Rounding is ceil or hwgq: x > 0 is c > 0.
-    if (a.kind == MaskKind::nothing && a.ste == Ste::relu) flags.gate = nonzero_codes(codes);
+    if (a.kind == MaskKind::nothing && a.ste == Ste::relu) flags.gate = nonzero;
   }
   return flags;
 }
@@ -77,10 +92,13 @@ CG_HD P masked_product(P dy, P value) {
 template <class A>
 class ChannelSums {
   using P = Pack<A>;
+  static constexpr int kCount = Lanes<P>::kCount;
 
  public:
   explicit CG_HD ChannelSums(const Backward& a)
-      : a_(a), q_(A((1 << a.bits) - 1)), inside_factor_(inside_value(a.rule, A((1 << a.bits) - 1))) {}
+      : a_(a),
+        inside_factor_(codes_are_flags(a) ? A(1) : inside_value(a.rule, A((1 << a.bits) - 1))),
+        above_factor_(codes_are_flags(a) ? A(2) : A((1 << a.bits) - 1)) {}
   CG_HD ~ChannelSums() { flush(); }
 
   // Before the terms of a block, one after the other.
@@ -102,7 +120,7 @@ class ChannelSums {
     above_ = above_ + above;
   }
   CG_HD void add_flagged(const Varying<A>& source, int i, P inside, P above) {
-    add(source, i, masked_product(inside, inside_factor_) + mul(above, q_));
+    add(source, i, masked_product(inside, inside_factor_) + mul(above, above_factor_));
   }
 
   // After them.
@@ -114,15 +132,22 @@ class ChannelSums {
       for (int i = 0; i < kBlock;) {
         const int64_t left = a_.steps.channels - channel;
         const int run = left < kBlock - i ? static_cast<int>(left) : kBlock - i;
-        for (int j = 0; j < run; ++j) sums[channel + j] += terms_[i + j];
+        int j = 0;
+        for (A* to = sums + channel; j + kCount <= run; j += kCount) {
+          Lanes<P>::store(to + j, Lanes<P>::load(to + j) + Lanes<P>::load(terms_ + i + j));
+        }
+        for (; j < run; ++j) sums[channel + j] += terms_[i + j];
         i += run;
         channel = 0;
       }
     } else {
       for_each_run(a_.steps, block, [&](int64_t channel, int first, int last) {
-        A sum = 0;
-        for (int i = first; i < last; ++i) sum += terms_[i];
-        sums[channel] += sum;
+        const uint64_t run = ~uint64_t{0} >> (kBlock - (last - first)) << first;
+        P sum(A(0));
+        for (int i = first - first % kCount; i < last; i += kCount) {
+          sum = sum + select(Lanes<P>::mask(run >> i), Lanes<P>::load(terms_ + i), P(A(0)));
+        }
+        sums[channel] += Lanes<P>::sum(sum);
       });
     }
   }
@@ -132,36 +157,37 @@ class ChannelSums {
     return static_cast<A*>(a_.partial) + block / a_.chunk_blocks * a_.steps.channels;
   }
   CG_HD void flush() {
-    const P flagged = masked_product(inside_, inside_factor_) + mul(above_, q_);
+    const P flagged = masked_product(inside_, inside_factor_) + mul(above_, above_factor_);
     if (sum_) *sum_ += Lanes<P>::sum(total_ + flagged);
     total_ = inside_ = above_ = P(A(0));
   }
 
   const Backward& a_;
-  const P q_, inside_factor_;
+  const P inside_factor_, above_factor_;
   A* sum_ = nullptr;
   int64_t chunk_end_ = 0, channel_ = 0;
   P total_ = P(A(0)), inside_ = total_, above_ = total_;
   A terms_[kBlock];
 };
 
-// dx and dalpha from the 2-bit states of one channel, for the whole blocks in [begin, end), each read once: returns the
-// block after them. gate(states) are the bits for dx.
+// dalpha, and dx where wanted, from two bits an element, states or codes, of one channel, for the whole blocks in
+// [begin, end), each read once: returns the block after them. gate(states, block) are the bits for dx.
 template <class T, class U, class Gate>
 CG_HD int64_t backward_states(const Backward& args, int64_t begin, int64_t end, const Uniform<compute_t<T>>& source,
                               ChannelSums<compute_t<T>>& sums, const Gate& gate) {
   using P = Pack<compute_t<T>>;
   const Backward a = args;
   const int64_t whole = end < a.count / kBlock ? end : a.count / kBlock;
+  const uint8_t* const two_bits = a.codes ? a.codes : a.mask;
   for (int64_t block = begin; block < whole; ++block) {
     const T* grad_y = static_cast<const T*>(a.grad_y) + block * kBlock;
     U* grad_x = static_cast<U*>(a.grad_x) + block * kBlock;
-    const BlockStates states(a.mask + block * 16);
+    const BlockStates states(two_bits + block * 16);
     P inside(compute_t<T>(0)), above(compute_t<T>(0));
     prefetch(grad_y);
     sum_flagged(grad_y, states.inside(), states.above(), inside, above, [&](int i) {
       constexpr int kCount = 2 * Lanes<P>::kCount;
-      keep_bits<kCount>(reinterpret_cast<const U*>(grad_y), grad_x, gate(states), i, a.stream);
+      if (a.grad_x) keep_bits<kCount>(reinterpret_cast<const U*>(grad_y), grad_x, gate(states, block), i, a.stream);
     });
     sums.start(block, source);
     sums.add_flagged(source, 0, inside, above);
@@ -183,11 +209,21 @@ void backward_kept(const Backward& args, int64_t begin, int64_t end) {
   for_each_range<A, false>(a.steps, begin, end, [&](int64_t first, int64_t last, const auto& source) {
     constexpr bool kUniform = std::is_same_v<std::decay_t<decltype(source)>, Uniform<A>>;
     if constexpr (kUniform) {
-      if (a.kind == MaskKind::state && a.grad_x && a.partial && !a.codes) {
+      if (a.partial && (a.codes ? packed_width(a.bits) == 2 : a.kind == MaskKind::state)) {
         const auto run = [&](const auto& gate) { first = backward_states<T, U>(a, first, last, source, sums, gate); };
-        if (a.ste == Ste::clipped_relu) run([](const BlockStates& states) { return states.inside(); });
-        else if (a.ste == Ste::relu) run([](const BlockStates& states) { return states.either(); });
-        else run([](const BlockStates&) { return BlockBits(~uint64_t{0}); });
+        if (one_bit) {
+          run([&](const BlockStates&, int64_t block) {
+            uint64_t bits;
+            memcpy(&bits, a.mask + block * 8, 8);
+            return BlockBits(bits);
+          });
+        } else if (a.ste == Ste::clipped_relu) {
+          run([](const BlockStates& states, int64_t) { return states.inside(); });
+        } else if (a.ste == Ste::relu) {
+          run([](const BlockStates& states, int64_t) { return states.either(); });
+        } else {
+          run([](const BlockStates&, int64_t) { return BlockBits(~uint64_t{0}); });
+        }
       }
     }
     for (int64_t block = first; block < last; ++block) {
@@ -200,7 +236,7 @@ void backward_kept(const Backward& args, int64_t begin, int64_t end) {
       T copy[kBlock];
       const T* grad_y = read_block(static_cast<const T*>(a.grad_y), block, count, copy);
       sums.start(block, source);
-      if (a.codes) {
+      if (a.codes && !codes_are_flags(a)) {
         for (int i = 0; i < kBlock; i += kCount) {
           sums.add(source, i, masked_product(Io<T>::load(grad_y + i), Lanes<P>::load_codes(codes + i)));
         }
@@ -418,9 +454,12 @@ void backward(const Backward& a, int64_t begin, int64_t end) {
   });
 }
 
-template <class T, class Table>
-CG_HD void times_slopes_block(const T* grad_y, const uint8_t* codes, const Table& table, T* grad_x, bool stream) {
+template <int kWidth, class T, class Table>
+CG_HD void times_slopes_block(const T* grad_y, const uint8_t* packed, const Table& table, T* grad_x, bool stream) {
   using P = Pack<compute_t<T>>;
+  uint8_t unpacked[kBlock];
+  const uint8_t* codes = packed;
+  if constexpr (kWidth < 8) unpack_codes<kWidth>(packed, unpacked), codes = unpacked;
   for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
     const P dx = round_for_store<T>(times_slope(Io<T>::load(grad_y + i), table.at(codes + i)));
     if (stream) Io<T>::stream(grad_x + i, dx);
@@ -428,33 +467,44 @@ CG_HD void times_slopes_block(const T* grad_y, const uint8_t* codes, const Table
   }
 }
 
-template <class T, class Table>
+template <int kWidth, class T, class Table>
 void times_slopes_of(const TimesSlopes& args, int64_t begin, int64_t end) {
   const TimesSlopes a = args;
   const Table table(static_cast<const compute_t<T>*>(a.slopes), 1 << a.bits);
   for (int64_t block = begin; block < end; ++block) {
     const int count = block_count(a.count, block);
-    uint8_t codes[kBlock];
-    read_codes(a.codes, block, count, packed_width(a.bits), codes);
+    const bool whole = count == kBlock;
+    uint8_t codes_copy[8 * kWidth];
     T dy_copy[kBlock], dx_copy[kBlock];
     prefetch(static_cast<const T*>(a.grad_y) + block * kBlock);
+    const uint8_t* codes = a.codes + block * 8 * kWidth;
+    if (!whole) {
+      memset(codes_copy, 0, 8 * kWidth);
+      codes = static_cast<uint8_t*>(memcpy(codes_copy, codes, packed_bytes(count, kWidth)));
+    }
     const T* grad_y = read_block(static_cast<const T*>(a.grad_y), block, count, dy_copy);
-    const bool whole = count == kBlock;
     T* dx = whole ? static_cast<T*>(a.grad_x) + block * kBlock : dx_copy;
-    times_slopes_block(grad_y, codes, table, dx, whole && a.stream);
+    times_slopes_block<kWidth>(grad_y, codes, table, dx, whole && a.stream);
     if (!whole) memcpy(static_cast<T*>(a.grad_x) + block * kBlock, dx_copy, count * sizeof(T));
   }
+}
+
+template <int kWidth, class T>
+void times_slopes_width(const TimesSlopes& a, int64_t begin, int64_t end) {
+  using P = Pack<compute_t<T>>;
+  constexpr bool kSmall = kWidth <= 4 && SmallTable<P>::kSize > 0;
+  times_slopes_of<kWidth, T, std::conditional_t<kSmall, SmallTable<P>, LargeTable<P>>>(a, begin, end);
 }
 
 void times_slopes(const TimesSlopes& a, int64_t begin, int64_t end) {
   with_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
-    using P = Pack<compute_t<T>>;
-    const bool small = 1 << a.bits <= SmallTable<P>::kSize;
-    if constexpr (SmallTable<P>::kSize > 0) {
-      if (small) times_slopes_of<T, SmallTable<P>>(a, begin, end);
+    switch (packed_width(a.bits)) {
+      case 1: times_slopes_width<1, T>(a, begin, end); break;
+      case 2: times_slopes_width<2, T>(a, begin, end); break;
+      case 4: times_slopes_width<4, T>(a, begin, end); break;
+      default: times_slopes_width<8, T>(a, begin, end);
     }
-    if (!small) times_slopes_of<T, LargeTable<P>>(a, begin, end);
     if (a.stream) stream_fence();
   });
 }

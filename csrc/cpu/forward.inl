@@ -39,36 +39,90 @@ void forward_range(const Forward& args, int64_t first, int64_t last, const Sourc
   }
 }
 
-// The staircase of one alpha, for numbers that are no NaN, by a comparison with each threshold: the fastest where these
-// are few, and a comparison is no dearer than a look-up.
-template <class T, Rounding R, int kBits>
-struct Comparisons {
-  using O = Ordered<T>;
-  static constexpr int kTop = (1 << kBits) - 1, kPacks = O::kGroup;
-  static constexpr Rounding kRounding = R;
-  O thresholds[kTop], levels[kTop];  // of the codes from 1 up
+// The codes of a block as they are found: a byte each.
+template <class O>
+struct ByteCodes {
+  template <int kPacks>
+  using Found = typename O::Index[kPacks];
+  uint8_t codes[kBlock];
 
-  CG_HD Comparisons(float alpha, float) {
-    for (int k = 1; k <= kTop; ++k) {
-      thresholds[k - 1] = O::all(ordered_floor<T>(threshold<T, R>(float(k), alpha)));
-      levels[k - 1] = O::all(ordered_floor<T>(level<T>(float(k), alpha)));
+  template <int kPacks>
+  CG_HD void add(int first, const Found<kPacks>& found) {
+    for (int i = 0; i < kPacks; ++i) O::store_codes(codes + first + i * O::kCount, found[i]);
+  }
+  CG_HD void write(uint8_t* to, int64_t block, int width) const { write_codes(to, block, kBlock, width, codes); }
+};
+
+// The same of one bit or two, as the bits of x > T[k] for each k.
+template <class O, int kBits>
+struct BitCodes {
+  static constexpr int kTop = (1 << kBits) - 1;
+  template <int kPacks>
+  using Found = typename O::Mask[kTop][kPacks];
+  uint64_t greater[kTop] = {};
+
+  template <int kPacks>
+  CG_HD void add(int first, const Found<kPacks>& found) {
+    for (int k = 0; k < kTop; ++k) greater[k] |= O::bits(found[k]) << first;
+  }
+  CG_HD void write(uint8_t* to, int64_t block, int) const {
+    if constexpr (kBits == 1) {
+      write_packed<1>(to, block, kBlock, greater);
+    } else {
+      uint64_t words[2];
+      pack_states((greater[0] & ~greater[1]) | greater[2], greater[1], words);
+      write_packed<2>(to, block, kBlock, words);
     }
   }
-  CG_HD O top() const { return levels[kTop - 1]; }
+};
+
+// The staircase for numbers that are no NaN, by a comparison with each threshold: the fastest where these are few, and
+// a comparison is no dearer than a look-up. Of one alpha for a group of packs, or of one for each number.
+template <class T, Rounding R, int kBits, bool kUniform = true>
+struct Comparisons {
+  using O = Ordered<T>;
+  using F = decltype(O().floats());
+  using Codes = BitCodes<O, kBits>;
+  static constexpr int kTop = (1 << kBits) - 1, kPacks = O::kGroup, kStairs = kUniform ? 1 : kPacks;
+  static constexpr Rounding kRounding = R;
+  O thresholds[kStairs][kTop], levels[kStairs][kTop];  // of the codes from 1 up
+
+  CG_HD Comparisons(float alpha, float) { make(F(alpha), 0); }
+  explicit CG_HD Comparisons(const float* alpha) {
+    for (int i = 0; i < kPacks; ++i) make(O::load_floats(alpha + i * O::kCount), i);
+  }
+  CG_HD O top(int i) const { return levels[kUniform ? 0 : i][kTop - 1]; }
 
   // The levels of some packs of x, their codes where kCodes, and where x > 0.
   template <bool kCodes>
-  CG_HD void apply(const O (&x)[kPacks], O (&y)[kPacks], typename O::Index (&codes)[kPacks],
+  CG_HD void apply(const O (&x)[kPacks], O (&y)[kPacks], typename Codes::template Found<kPacks>& codes,
                    typename O::Mask (&positive)[kPacks]) const {
     for (int i = 0; i < kPacks; ++i) {
-      auto greater = O::greater(x[i], thresholds[0]);
+      const auto& threshold = thresholds[kUniform ? 0 : i];
+      const auto& level = levels[kUniform ? 0 : i];
+      auto greater = O::greater(x[i], threshold[0]);
       positive[i] = R == Rounding::nearest ? O::greater(x[i], O::all(0)) : greater;  // else the first threshold is 0
-      y[i] = O::keep(greater, levels[0]);
-      codes[i] = O::raise(O::indices(0), greater, 1);
+      y[i] = O::keep(greater, level[0]);
+      codes[0][i] = greater;
       for (int k = 1; k < kTop; ++k) {
-        greater = O::greater(x[i], thresholds[k]);
-        y[i] = O::select(greater, levels[k], y[i]);
-        codes[i] = O::raise(codes[i], greater, 1);
+        greater = O::greater(x[i], threshold[k]);
+        y[i] = O::select(greater, level[k], y[i]);
+        codes[k][i] = greater;
+      }
+    }
+  }
+
+ private:
+  CG_HD void make(F alpha, int i) {
+    for (int k = 1; k <= kTop; ++k) {
+      O& level = levels[i][k - 1];
+      O& threshold = thresholds[i][k - 1];
+      level = O::level(mul(F(float(k)), alpha));
+      if (k == 1 && R != Rounding::nearest) {
+        threshold = O::all(0);
+      } else {
+        const O below = k == 1 ? O::all(0) : levels[i][k - 2];
+        threshold = R == Rounding::ceil ? below : O::floor(mul(below.floats() + level.floats(), F(0.5f)));
       }
     }
   }
@@ -82,6 +136,7 @@ struct Table {
   using O = Ordered<T>;
   using Element = typename O::Element;
   using Index = typename O::Index;
+  using Codes = ByteCodes<O>;
   static constexpr int kPacks = kBlock / O::kCount;
   static constexpr Rounding kRounding = R;
   static constexpr int registers(int comparison) {
@@ -114,7 +169,7 @@ struct Table {
     fill(above, kLast, all_levels + 1);
     highest = O::all(all_levels[kTop]);
   }
-  CG_HD O top() const { return highest; }
+  CG_HD O top(int) const { return highest; }
 
   // All packs of a block side by side, as a comparison waits for the one before it.
   template <bool kCodes>
@@ -159,6 +214,7 @@ template <class T, Rounding R>
 struct Guess {
   using O = Ordered<T>;
   using P = Two<Pack<float>>;
+  using Codes = ByteCodes<O>;
   static constexpr int kPacks = O::kGroup;
   static constexpr Rounding kRounding = R;
   P alpha, inverse, last;
@@ -166,7 +222,7 @@ struct Guess {
 
   CG_HD Guess(float step, float q)
       : alpha(step), inverse(reciprocal(step, R)), last(q - 1), highest(O::all(ordered_floor<T>(level<T>(q, step)))) {}
-  CG_HD O top() const { return highest; }
+  CG_HD O top(int) const { return highest; }
 
   template <bool kCodes>
   CG_HD void apply(const O (&x)[kPacks], O (&y)[kPacks], typename O::Index (&codes)[kPacks],
@@ -190,63 +246,76 @@ struct Guess {
   }
 };
 
-template <class T, bool kCodes, class Staircase>
-void forward_ordered(const Forward& args, int64_t first, int64_t last, const Uniform<float>& source) {
+template <class T, bool kCodes, class Staircase, class Source>
+void forward_ordered(const Forward& args, int64_t first, int64_t last, const Source& source) {
   using O = Ordered<T>;
   using Element = typename O::Element;
   constexpr int kPacks = Staircase::kPacks;
+  constexpr bool kUniform = std::is_same_v<Source, Uniform<float>>;
   const Forward a = args;
-  const float alpha = static_cast<const float*>(a.steps.alpha)[source.channel];
-  const Staircase staircase(alpha, static_cast<float>((1 << a.bits) - 1));
   const Element* const x_of_all = static_cast<const Element*>(a.x);
   Element* const y_of_all = static_cast<Element*>(a.y);
   uint8_t* const mask = a.mask;
   const bool stream = a.stream, keeps_above = a.kind != MaskKind::inside;
   const int64_t whole = last < a.count / kBlock ? last : a.count / kBlock;
-  for (int64_t block = first; block < whole; ++block) {
-    const Element* x = x_of_all + block * kBlock;
-    if (O::any_nan(x)) {
-      forward_range<T, Staircase::kRounding, true, kCodes>(args, block, block + 1, source);
-      continue;
-    }
-    prefetch(x);
-    Element y_unused[kBlock];
-    Element* y = y_of_all ? y_of_all + block * kBlock : y_unused;
-    uint8_t codes[kBlock];
-    uint64_t inside = 0, above = 0;
-    for (int first = 0; first < kBlock; first += kPacks * O::kCount) {
-      O v[kPacks], levels[kPacks];
-      typename O::Index code[kPacks];
-      typename O::Mask positive[kPacks], beyond[kPacks];
-      for (int i = 0; i < kPacks; ++i) v[i] = O::load(x + first + i * O::kCount);
-      staircase.template apply<kCodes>(v, levels, code, positive);
-      for (int i = 0; i < kPacks; ++i) {
-        const int at = first + i * O::kCount;
-        if (stream) O::stream(y + at, levels[i]);
-        else O::store(y + at, levels[i]);
-        beyond[i] = O::greater(v[i], staircase.top());
-        positive[i] = O::at_most(positive[i], v[i], staircase.top());
-        if constexpr (kCodes) O::store_codes(codes + at, code[i]);
+  const auto run = [&](const auto& staircase_at) {
+    for (int64_t block = first; block < whole; ++block) {
+      const Element* x = x_of_all + block * kBlock;
+      if (O::any_nan(x)) {
+        forward_range<T, Staircase::kRounding, true, kCodes>(args, block, block + 1, source);
+        continue;
       }
-      inside |= O::bits(positive) << first;
-      if (keeps_above) above |= O::bits(beyond) << first;
+      prefetch(x);
+      Element y_unused[kBlock];
+      Element* y = y_of_all ? y_of_all + block * kBlock : y_unused;
+      uint64_t inside = 0, above = 0;
+      typename Staircase::Codes codes;
+      for (int first = 0; first < kBlock; first += kPacks * O::kCount) {
+        const auto& staircase = staircase_at(first);
+        O v[kPacks], levels[kPacks];
+        typename Staircase::Codes::template Found<kPacks> found;
+        typename O::Mask positive[kPacks], beyond[kPacks];
+        for (int i = 0; i < kPacks; ++i) v[i] = O::load(x + first + i * O::kCount);
+        staircase.template apply<kCodes>(v, levels, found, positive);
+        for (int i = 0; i < kPacks; ++i) {
+          const int at = first + i * O::kCount;
+          if (stream) O::stream(y + at, levels[i]);
+          else O::store(y + at, levels[i]);
+          beyond[i] = O::greater(v[i], staircase.top(i));
+          positive[i] = O::at_most(positive[i], v[i], staircase.top(i));
+        }
+        if constexpr (kCodes) codes.template add<kPacks>(first, found);
+        inside |= O::bits(positive) << first;
+        if (keeps_above) above |= O::bits(beyond) << first;
+      }
+      if (mask) write_mask(mask, a.kind, block, kBlock, inside, above);
+      if constexpr (kCodes) codes.write(a.codes, block, packed_width(a.bits));
     }
-    if (mask) write_mask(mask, a.kind, block, kBlock, inside, above);
-    if constexpr (kCodes) write_codes(a.codes, block, kBlock, packed_width(a.bits), codes);
+  };
+  if constexpr (kUniform) {
+    const float alpha = static_cast<const float*>(a.steps.alpha)[source.channel];
+    const Staircase staircase(alpha, static_cast<float>((1 << a.bits) - 1));
+    run([&](int) -> const Staircase& { return staircase; });
+  } else {
+    run([&](int first) { return Staircase(source.alpha + first); });
   }
   if (whole < last) forward_range<T, Staircase::kRounding, true, kCodes>(args, whole, last, source);
 }
 
-// What is looked up or compared with takes about as long to make as it saves in a block for each level.
-template <class T, Rounding R, bool kCodes, int kBits = 1>
-void forward_uniform(const Forward& a, int64_t first, int64_t last, const Uniform<compute_t<T>>& source) {
+// What is looked up takes about as long to make as it saves in a block for each level.
+template <class T, Rounding R, bool kCodes, int kBits = 1, class Source>
+void forward_regular(const Forward& a, int64_t first, int64_t last, const Source& source) {
   using O = Ordered<T>;
-  if constexpr (kBits <= O::kSearchBits) {
-    if (a.bits != kBits) return forward_uniform<T, R, kCodes, kBits + 1>(a, first, last, source);
-    using Search = std::conditional_t<kBits <= O::kCompareBits, Comparisons<T, R, kBits>, Table<T, R, kBits>>;
-    if (last - first >= 1 << kBits) return forward_ordered<T, kCodes, Search>(a, first, last, source);
+  constexpr bool kUniform = std::is_same_v<Source, Uniform<compute_t<T>>>;
+  if constexpr (kBits <= O::kSearchBits && (kUniform || kBits <= O::kCompareBits)) {
+    if (a.bits != kBits) return forward_regular<T, R, kCodes, kBits + 1>(a, first, last, source);
+    if constexpr (kBits <= O::kCompareBits) {
+      return forward_ordered<T, kCodes, Comparisons<T, R, kBits, kUniform>>(a, first, last, source);
+    } else {
+      if (last - first >= 1 << kBits) return forward_ordered<T, kCodes, Table<T, R, kBits>>(a, first, last, source);
+    }
   }
-  if constexpr (O::kGuesses) forward_ordered<T, kCodes, Guess<T, R>>(a, first, last, source);
+  if constexpr (kUniform && O::kGuesses) forward_ordered<T, kCodes, Guess<T, R>>(a, first, last, source);
   else forward_range<T, R, true, kCodes>(a, first, last, source);
 }
 
@@ -254,11 +323,8 @@ template <class T, Rounding R, bool kRegular, bool kCodes>
 void forward_best(const Forward& a, int64_t begin, int64_t end) {
   using A = compute_t<T>;
   for_each_range<A>(a.steps, begin, end, [&](int64_t first, int64_t last, const auto& source) {
-    if constexpr (kRegular && std::is_same_v<std::decay_t<decltype(source)>, Uniform<A>>) {
-      forward_uniform<T, R, kCodes>(a, first, last, source);
-    } else {
-      forward_range<T, R, kRegular, kCodes>(a, first, last, source);
-    }
+    if constexpr (kRegular) forward_regular<T, R, kCodes>(a, first, last, source);
+    else forward_range<T, R, false, kCodes>(a, first, last, source);
   });
 }
 

@@ -46,6 +46,25 @@ struct Ordered {
   // Ties of bfloat16 go up.
   static CG_HD Ordered rounded(Two<Floats> from) { return {pack<T, false>(from)}; }
   static CG_HD Ordered level(Two<Floats> from) { return {pack<T>(from)}; }
+  // The largest numbers of T that are at most these, which are not negative.
+  static CG_HD Ordered floor(Two<Floats> from) {
+    if constexpr (std::is_same_v<T, bf16>) {
+      const __m256i even = _mm256_srli_epi32(_mm256_castps_si256(from.first.v), 16);
+      return {_mm256_blend_epi16(even, _mm256_castps_si256(from.second.v), 0xaa)};
+    } else {
+      const auto halves = [](Floats v) { return _mm256_cvtps_ph(v.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC); };
+      return {_mm256_setr_m128i(halves(from.first), halves(from.second))};
+    }
+  }
+  // Floats in the order of floats().
+  static CG_HD Two<Floats> load_floats(const float* p) {
+    const __m256 low = _mm256_loadu_ps(p), high = _mm256_loadu_ps(p + 8);
+    if constexpr (std::is_same_v<T, f16>) return {low, high};
+    const auto gather = [](__m256 v) {
+      return Floats(_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)));
+    };
+    return {gather(_mm256_shuffle_ps(low, high, 0x88)), gather(_mm256_shuffle_ps(low, high, 0xdd))};
+  }
   // Of masks and of small whole numbers, in the order of floats().
   static CG_HD Mask mask(TwoMasks<FloatMask> m) {
     return join(_mm256_castps_si256(m.first.m), _mm256_castps_si256(m.second.m));
@@ -83,7 +102,7 @@ struct Ordered {
 
 template <>
 struct Ordered<double> {
-  static constexpr int kSearchBits = 0;
+  static constexpr int kSearchBits = 0, kCompareBits = 0;
   static constexpr bool kGuesses = false;
 };
 template <>
@@ -92,7 +111,6 @@ struct Ordered<float> {
   static constexpr bool kGuesses = false;
   using Element = float;
   using Mask = __m256;
-  using Index = __m256i;
   __m256 v;
   static CG_HD Ordered all(float from) { return {_mm256_set1_ps(from)}; }
   static CG_HD Ordered load(const float* p) { return {_mm256_loadu_ps(p)}; }
@@ -125,14 +143,9 @@ struct Ordered<float> {
   }
   CG_HD Floats floats() const { return v; }
   static CG_HD Ordered rounded(Floats from) { return {from.v}; }
-  static CG_HD Index indices(int from) { return _mm256_set1_epi32(from); }
-  static CG_HD Index raise(Index a, Mask m, int by) {
-    return _mm256_add_epi32(a, _mm256_and_si256(_mm256_castps_si256(m), indices(by)));
-  }
-  static CG_HD void store_codes(uint8_t* p, Index codes) {
-    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
-  }
+  static CG_HD Ordered level(Floats from) { return {from.v}; }
+  static CG_HD Ordered floor(Floats from) { return {from.v}; }
+  static CG_HD Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
 };
 
 }  // namespace cg::CG_ISA

@@ -319,40 +319,50 @@ template <class P>
 struct SmallTable {
   static constexpr int kSize = 0;
 };
+// Entries are found by the low 4 bits of an index, by the low 3 of one register's, and repeat where there are fewer.
 template <>
 struct SmallTable<Floats> {
   static constexpr int kSize = 16;
   __m256 low, high;
   CG_HD SmallTable(const float* from, int size) {
-    float entries[kSize] = {};
-    memcpy(entries, from, size * sizeof(float));
+    float entries[kSize];
+    for (int i = 0; i < kSize; ++i) entries[i] = from[i % size];
     low = _mm256_loadu_ps(entries);
     high = _mm256_loadu_ps(entries + 8);
   }
-  CG_HD Floats at(const uint8_t* codes) const {
-    return look_up(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes))));
-  }
-  // By the low 4 bits of each index.
+  template <bool kBoth>
   CG_HD Floats look_up(__m256i index) const {
+    const __m256 first = _mm256_permutevar8x32_ps(low, index);
+    if constexpr (!kBoth) return first;
     const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // the sign is bit 3
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), upper);
+    return _mm256_blendv_ps(first, _mm256_permutevar8x32_ps(high, index), upper);
   }
 };
 
-// times_slopes_block of backward.inl for 16 numbers of bf16 at a time, those in even and those in odd places. A NaN of dy
-// has nothing in its lower half and a product makes it quiet, so rounding keeps it; a NaN slope is made so first.
-CG_HD void times_slopes_block(const bf16* grad_y, const uint8_t* codes, const SmallTable<Floats>& table, bf16* grad_x,
+// times_slopes_block of backward.inl straight from the packed codes. Of bfloat16 the numbers in even and those in odd
+// places; a NaN of dy has nothing in its lower half and a product makes it quiet, so rounding keeps it; a NaN slope is
+// made so first.
+template <int kWidth, class T>
+CG_HD void times_slopes_block(const T* grad_y, const uint8_t* packed, const SmallTable<Floats>& table, T* grad_x,
                               bool stream) {
-  const auto quiet = [](__m256 v) { return select(Floats(v) != Floats(v), round_to<bf16>(v), Floats(v)).v; };
+  constexpr bool k16 = std::is_same_v<T, bf16>, kBoth = kWidth == 4;
   SmallTable<Floats> slopes = table;
-  slopes.low = quiet(slopes.low);
-  slopes.high = quiet(slopes.high);
+  if constexpr (k16) {
+    const auto quiet = [](__m256 v) { return select(Floats(v) != Floats(v), round_to<bf16>(v), Floats(v)).v; };
+    slopes.low = quiet(slopes.low);
+    slopes.high = quiet(slopes.high);
+  }
   for (int i = 0; i < 64; i += 16) {
-    const __m256i index = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
-    const Two<Floats> dy = load_two(grad_y + i);
-    const Floats even = times_slope(dy.first, slopes.look_up(index));
-    const Floats odd = times_slope(dy.second, slopes.look_up(_mm256_srli_epi32(index, 16)));
-    store_two(grad_x + i, Two<Floats>{even, odd}, stream);
+    __m256i first, second;
+    packed_indices<kWidth, k16>(packed, i, first, second);
+    const Two<Floats> slope{slopes.template look_up<kBoth>(first), slopes.template look_up<kBoth>(second)};
+    if constexpr (k16) {
+      store_two(grad_x + i, times_slope(load_two(grad_y + i), slope), stream);
+    } else {
+      const auto dx = times_slope(Two<Floats>{Io<T>::load(grad_y + i), Io<T>::load(grad_y + i + 8)}, slope);
+      if (stream) Io<T>::stream(grad_x + i, dx.first), Io<T>::stream(grad_x + i + 8, dx.second);
+      else Io<T>::store(grad_x + i, dx.first), Io<T>::store(grad_x + i + 8, dx.second);
+    }
   }
 }
 

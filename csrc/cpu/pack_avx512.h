@@ -299,7 +299,7 @@ struct Ordered {
 
 template <>
 struct Ordered<double> {
-  static constexpr int kSearchBits = 0;
+  static constexpr int kSearchBits = 0, kCompareBits = 0;
   static constexpr bool kGuesses = false;
 };
 template <>
@@ -455,8 +455,11 @@ struct SmallTable<Floats> {
 // times_slopes_block of backward.inl for 32 numbers of bf16 at a time: those in even and those in odd places become
 // floats by a shift and a mask, and are rounded together as the upper and lower halves of their bits. A NaN of dy has
 // nothing in its lower half and a product makes it quiet, so rounding keeps it; a NaN slope is made so first.
-CG_HD void times_slopes_block(const bf16* grad_y, const uint8_t* codes, const SmallTable<Floats>& table, bf16* grad_x,
+template <int kWidth>
+CG_HD void times_slopes_block(const bf16* grad_y, const uint8_t* packed, const SmallTable<Floats>& table, bf16* grad_x,
                               bool stream) {
+  uint8_t codes[64];
+  unpack_codes<kWidth>(packed, codes);
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   const Floats entries(table.entries), slopes = select(entries != entries, round_to<bf16>(entries), entries);
   const auto product = [&](__m512i dy, __m512i index) {

@@ -104,7 +104,7 @@ struct SmallTable {
 
 template <class T>
 struct Ordered {
-  static constexpr int kSearchBits = 0;
+  static constexpr int kSearchBits = 0, kCompareBits = 0;
   static constexpr bool kGuesses = false;
 };
 

@@ -152,6 +152,35 @@ CG_HD void unpack_codes(const uint8_t* packed, uint8_t* codes) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + 32 * half), v);
   }
 }
+// In the low bits of each lane the packed codes of 16 numbers of a block from the given one on: the two halves', or those
+// in even and those in odd places; above a code is what comes after it.
+template <int kWidth, bool kEvenOdd>
+CG_HD void packed_indices(const uint8_t* packed, int first, __m256i& one, __m256i& other) {
+  static_assert(kWidth <= 4);
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const auto load = [&](int bytes) {
+    int word;
+    memcpy(&word, packed + bytes, 4);
+    return _mm256_set1_epi32(word);
+  };
+  if constexpr (kWidth == 4 && kEvenOdd) {
+    long long words;
+    memcpy(&words, packed + first / 2, 8);
+    const __m256i halves = _mm256_permutevar8x32_epi32(_mm256_set1_epi64x(words), _mm256_srli_epi32(lane, 2));
+    const __m256i place = _mm256_slli_epi32(_mm256_and_si256(lane, _mm256_set1_epi32(3)), 3);
+    one = _mm256_srlv_epi32(halves, place);
+    other = _mm256_srli_epi32(one, 4);
+  } else if constexpr (kWidth == 4) {
+    const __m256i place = _mm256_slli_epi32(lane, 2);
+    one = _mm256_srlv_epi32(load(first / 2), place);
+    other = _mm256_srlv_epi32(load(first / 2 + 4), place);
+  } else {
+    const __m256i word = load(first * kWidth / 32 * 4);
+    const __m256i place = _mm256_mullo_epi32(lane, _mm256_set1_epi32(kEvenOdd ? 2 * kWidth : kWidth));
+    one = _mm256_srlv_epi32(word, _mm256_add_epi32(place, _mm256_set1_epi32(first * kWidth % 32)));
+    other = _mm256_srli_epi32(one, kEvenOdd ? kWidth : 8 * kWidth);
+  }
+}
 CG_HD uint64_t nonzero_codes(const uint8_t* codes) {
   const __m256i* p = reinterpret_cast<const __m256i*>(codes);
   const __m256i zero = _mm256_setzero_si256();
