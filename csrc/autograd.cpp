@@ -253,6 +253,19 @@ std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const OptionalTe
 
 }  // namespace
 
+Tensor dispatch_qrelu(const Tensor& x, const Tensor& alpha, int64_t bits, std::string_view ste,
+                      std::string_view rounding, std::string_view alpha_grad, double alpha_scale,
+                      std::optional<int64_t> channel_dim) {
+  static const auto op = find_op<decltype(qrelu)>("coarsegrad::qrelu");
+  return op.call(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim);
+}
+
+Tensor dispatch_qrelu_(Tensor x, const Tensor& alpha, int64_t bits, std::string_view ste, std::string_view rounding,
+                       std::string_view alpha_grad, double alpha_scale, std::optional<int64_t> channel_dim) {
+  static const auto op = find_op<decltype(qrelu_)>("coarsegrad::qrelu_");
+  return op.call(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim);
+}
+
 void register_autograd(torch::Library& library) {
   library.impl("qrelu", qrelu);
   library.impl("qrelu_", qrelu_);

@@ -1,6 +1,7 @@
 // The Python module. Loading it registers the kernels; what it offers itself are facts.
 // Of torch's Python headers the one with the tensor's conversion: all of them take half a minute.
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <string>
@@ -44,6 +45,9 @@ PYBIND11_MODULE(_C, m) {
       },
       "The instruction sets this machine can use, best first.");
   m.def("set_isa", [](const std::string& name) { cg::use_isa(name); }, "Use the kernels of one of isas(); for tests.");
+  m.def("qrelu", torch::wrap_pybind_function_no_gil(cg::dispatch_qrelu),
+        "torch.ops.coarsegrad.qrelu in less time; not for a compiler, nor where there is a __torch_function__.");
+  m.def("qrelu_", torch::wrap_pybind_function_no_gil(cg::dispatch_qrelu_), "The same of torch.ops.coarsegrad.qrelu_.");
   m.def("copy", &cg::copy_cpu, pybind11::arg("to"), pybind11::arg("from"),
         "Copies bytes with the loads, stores and threads of the CPU kernels; what benchmarks measure these by.");
   m.def("stes", [] { return names(cg::kStes); }, "The coarse gradients compiled in.");

@@ -333,3 +333,35 @@ def test_forward_mode(reference_or_native, ste):
             return y_tangent
 
     right_or_refused(dual, want)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_torch_function_mode_sees_the_op(reference_or_native, inplace):
+    """Without one the native library is called past torch.ops."""
+    seen = []
+
+    class Recorder(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(70)
+    with Recorder():
+        y = cg.qrelu(x.clone(), torch.tensor([0.5]), 2, inplace=inplace)
+    op = torch.ops.coarsegrad.qrelu_ if inplace else torch.ops.coarsegrad.qrelu
+    assert op.default in seen
+    assert torch.equal(y, cg.qrelu(x, torch.tensor([0.5]), 2))
+
+
+def test_a_tensor_with_a_torch_function_sees_the_op(reference_or_native):
+    seen = []
+
+    class Named(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    y = cg.qrelu(torch.randn(70).as_subclass(Named), torch.tensor([0.5]), 2)
+    assert isinstance(y, Named)
+    assert torch.ops.coarsegrad.qrelu.default in seen

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from . import _ops
 from ._fused import qrelu_and_layer
@@ -25,6 +26,8 @@ _qrelu = _ops.ops.qrelu.default
 _qrelu_ = _ops.ops.qrelu_.default
 _qrelu_codes = _ops.ops.qrelu_codes.default
 _dequantize = _ops.ops.dequantize.default
+if _ops.native is not None:  # the same ops: torch.ops takes as long for the arguments as the kernel of a small tensor
+    _native_qrelu, _native_qrelu_ = _ops.native.qrelu, _ops.native.qrelu_
 
 
 def check_alpha_scale(alpha_scale: float | str) -> None:
@@ -138,10 +141,13 @@ def qrelu(
     ("hwgq").
     """
     alpha, config = _checked(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
-    if ste in BUILT_IN:
-        op = _qrelu_ if inplace else _qrelu
+    if ste not in BUILT_IN:
+        plain, in_place = _ops.qrelu_autograd, _ops.qrelu_autograd_
+    elif _ops.native is None or torch.compiler.is_compiling() or has_torch_function_variadic(x, alpha):
+        plain, in_place = _qrelu, _qrelu_
     else:
-        op = _ops.qrelu_autograd_ if inplace else _ops.qrelu_autograd
+        plain, in_place = _native_qrelu, _native_qrelu_
+    op = in_place if inplace else plain
     packing = active_packing()
     try:
         if packing is not None:
