@@ -88,7 +88,7 @@ struct Comparisons {
   O thresholds[kStairs][kTop], levels[kStairs][kTop];  // of the codes from 1 up
 
   CG_HD Comparisons(float alpha, float) { make(F(alpha), 0); }
-  explicit CG_HD Comparisons(const float* alpha) {
+  CG_HD Comparisons(const float* alpha, const float*, float) {
     for (int i = 0; i < kPacks; ++i) make(O::load_floats(alpha + i * O::kCount), i);
   }
   CG_HD O top(int i) const { return levels[kUniform ? 0 : i][kTop - 1]; }
@@ -207,42 +207,59 @@ struct Table {
   }
 };
 
-// The same by arithmetic, where a search takes longer. x / alpha rounded down is the code or one less, and the threshold
-// above it tells: rounding moves a level by at most half the distance u of the numbers of T, and u < 2 alpha where the
-// steps are regular; x and the levels are numbers of T, and the error of x / alpha is far below u / alpha.
-template <class T, Rounding R>
+// The same by arithmetic, where a search takes longer, of one alpha or of one for each number. In 16 bits x / alpha
+// rounded down is the code or one less, and the threshold above it tells: rounding moves a level by at most half the
+// distance u of the numbers of T, and u < 2 alpha where the steps are regular; x and the levels are numbers of T, and the
+// error of x / alpha is far below u / alpha.
+template <class T, Rounding R, bool kUniform = true>
 struct Guess {
   using O = Ordered<T>;
-  using P = Two<Pack<float>>;
+  using F = decltype(O().floats());
   using Codes = ByteCodes<O>;
-  static constexpr int kPacks = O::kGroup;
+  static constexpr int kPacks = O::kGroup, kStairs = kUniform ? 1 : kPacks;
   static constexpr Rounding kRounding = R;
-  P alpha, inverse, last;
-  O highest;
+  F alpha[kStairs], inverse[kStairs], q;
+  O highest[kStairs];
 
-  CG_HD Guess(float step, float q)
-      : alpha(step), inverse(reciprocal(step, R)), last(q - 1), highest(O::all(ordered_floor<T>(level<T>(q, step)))) {}
-  CG_HD O top(int) const { return highest; }
+  CG_HD Guess(float step, float top) : q(top) { make(F(step), F(reciprocal(step, R)), 0); }
+  CG_HD Guess(const float* steps, const float* inverses, float top) : q(top) {
+    for (int i = 0; i < kPacks; ++i) make(O::load_floats(steps + i * O::kCount), O::load_floats(inverses + i * O::kCount), i);
+  }
+  CG_HD O top(int i) const { return highest[kUniform ? 0 : i]; }
 
   template <bool kCodes>
-  CG_HD void apply(const O (&x)[kPacks], O (&y)[kPacks], typename O::Index (&codes)[kPacks],
+  CG_HD void apply(const O (&x)[kPacks], O (&y)[kPacks], typename Codes::template Found<kPacks>& codes,
                    typename O::Mask (&positive)[kPacks]) const {
     for (int i = 0; i < kPacks; ++i) {
+      const F step = alpha[kUniform ? 0 : i], factor = inverse[kUniform ? 0 : i];
       positive[i] = O::greater(x[i], O::all(0));
-      const O from_zero = O::keep(positive[i], x[i]);
-      const P code = floor(min_of(mul(from_zero.floats(), inverse), last));
-      const O low = O::level(mul(code, alpha)), high = O::level(mul(code + P(1.0f), alpha));
-      typename O::Mask greater;
-      if constexpr (R == Rounding::ceil) {
-        greater = O::greater(from_zero, low);
+      if constexpr (sizeof(T) == sizeof(float)) {
+        const Quantized<F> number = quantize_number<T, R>(x[i].floats(), step, factor, q);
+        y[i] = O::level(number.y);
+        if constexpr (kCodes) codes[i] = number.code;
       } else {
-        P middle = mul(low.floats() + high.floats(), P(0.5f));
-        if constexpr (R == Rounding::hwgq) middle = select(code > P(0.0f), middle, P(0.0f));
-        greater = O::mask(from_zero.floats() > middle);
+        const O from_zero = O::keep(positive[i], x[i]);
+        const F code = floor(min_of(mul(from_zero.floats(), factor), q - F(1.0f)));
+        const O low = O::level(mul(code, step)), high = O::level(mul(code + F(1.0f), step));
+        typename O::Mask greater;
+        if constexpr (R == Rounding::ceil) {
+          greater = O::greater(from_zero, low);
+        } else {
+          F middle = mul(low.floats() + high.floats(), F(0.5f));
+          if constexpr (R == Rounding::hwgq) middle = select(code > F(0.0f), middle, F(0.0f));
+          greater = O::mask(from_zero.floats() > middle);
+        }
+        y[i] = O::select(greater, high, low);
+        if constexpr (kCodes) codes[i] = O::raise(O::whole(code), greater, 1);
       }
-      y[i] = O::select(greater, high, low);
-      if constexpr (kCodes) codes[i] = O::raise(O::whole(code), greater, 1);
     }
+  }
+
+ private:
+  CG_HD void make(F step, F factor, int i) {
+    alpha[i] = step;
+    inverse[i] = factor;
+    highest[i] = O::level(mul(q, step));
   }
 };
 
@@ -292,12 +309,12 @@ void forward_ordered(const Forward& args, int64_t first, int64_t last, const Sou
       if constexpr (kCodes) codes.write(a.codes, block, packed_width(a.bits));
     }
   };
+  const float q = static_cast<float>((1 << a.bits) - 1);
   if constexpr (kUniform) {
-    const float alpha = static_cast<const float*>(a.steps.alpha)[source.channel];
-    const Staircase staircase(alpha, static_cast<float>((1 << a.bits) - 1));
+    const Staircase staircase(static_cast<const float*>(a.steps.alpha)[source.channel], q);
     run([&](int) -> const Staircase& { return staircase; });
   } else {
-    run([&](int first) { return Staircase(source.alpha + first); });
+    run([&](int first) { return Staircase(source.alpha + first, source.inverse + first, q); });
   }
   if (whole < last) forward_range<T, Staircase::kRounding, true, kCodes>(args, whole, last, source);
 }
@@ -315,7 +332,7 @@ void forward_regular(const Forward& a, int64_t first, int64_t last, const Source
       if (last - first >= 1 << kBits) return forward_ordered<T, kCodes, Table<T, R, kBits>>(a, first, last, source);
     }
   }
-  if constexpr (kUniform && O::kGuesses) forward_ordered<T, kCodes, Guess<T, R>>(a, first, last, source);
+  if constexpr (O::kGuesses) forward_ordered<T, kCodes, Guess<T, R, kUniform>>(a, first, last, source);
   else forward_range<T, R, true, kCodes>(a, first, last, source);
 }
 

@@ -108,9 +108,10 @@ struct Ordered<double> {
 template <>
 struct Ordered<float> {
   static constexpr int kSearchBits = 2, kCompareBits = 2, kCount = 8, kGroup = 4;
-  static constexpr bool kGuesses = false;
+  static constexpr bool kGuesses = true;
   using Element = float;
   using Mask = __m256;
+  using Index = Floats;
   __m256 v;
   static CG_HD Ordered all(float from) { return {_mm256_set1_ps(from)}; }
   static CG_HD Ordered load(const float* p) { return {_mm256_loadu_ps(p)}; }
@@ -146,6 +147,7 @@ struct Ordered<float> {
   static CG_HD Ordered level(Floats from) { return {from.v}; }
   static CG_HD Ordered floor(Floats from) { return {from.v}; }
   static CG_HD Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
+  static CG_HD void store_codes(uint8_t* p, Index codes) { Lanes<Floats>::store_codes(p, codes); }
 };
 
 }  // namespace cg::CG_ISA

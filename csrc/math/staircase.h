@@ -56,9 +56,9 @@ CG_HD F up_to_code(F u, F q) {
   return max_of(ceil(min_of(u, q)), F(1));
 }
 
-// A guess by one multiplication, settled by comparing x with the thresholds beside it. Needs `regular`.
+// A guess by one multiplication, settled by comparing x, which is no NaN, with the thresholds beside it. Needs `regular`.
 template <class T, Rounding R, class F>
-CG_HD Quantized<F> quantize(F x, F alpha, F inverse, F q) {
+CG_HD Quantized<F> quantize_number(F x, F alpha, F inverse, F q) {
   F code, y;
   if constexpr (R == Rounding::ceil) {
     // The guess is right or one too high. From 1 up, so that the same comparison (x <= L[0] = 0) settles x <= 0, and
@@ -77,7 +77,14 @@ CG_HD Quantized<F> quantize(F x, F alpha, F inverse, F q) {
                   select(x <= threshold<T, R>(guess, alpha), guess - F(1), guess));
     y = level<T>(code, alpha);
   }
-  return {code, select(x != x, x, y)};
+  return {code, y};
+}
+
+// The same of any x.
+template <class T, Rounding R, class F>
+CG_HD Quantized<F> quantize(F x, F alpha, F inverse, F q) {
+  const Quantized<F> number = quantize_number<T, R>(x, alpha, inverse, q);
+  return {number.code, select(x != x, x, number.y)};
 }
 
 // The same by bisection over the thresholds: for any alpha, one number at a time.
