@@ -76,8 +76,8 @@ _LEARNED = (
 )
 _SMALL = (
     "4 elements: what is left is the call of a module and of an op through torch's dispatcher, twice, as the mask and"
-    " the output come from an op below autograd. Attributes are looked up once, without a dict of keywords, and the"
-    " derivative is C++."
+    " the output come from an op below autograd. Attributes are looked up once, without a dict of keywords, the op is"
+    " called past Python's search of its schema, and the derivative is C++, which a backward enters below autograd."
 )
 _IN_CACHE = (
     "2^16 elements: a few comparisons (AVX2) or a table search (AVX-512) took half of the arithmetic's time in cache;"
@@ -85,8 +85,8 @@ _IN_CACHE = (
 )
 _COPY = (
     "Beside a copy: in cache the kernels take less time than memory does, but the two do not overlap wholly, bfloat16's"
-    " less as it has twice the instructions for a cache line. By AVX2 memory is asked for 2 KiB ahead, which was a"
-    " gain; a quarter of that and twice that were worse."
+    " less as it has twice the instructions for a cache line. Two gains: arguments that stay in registers, which were a"
+    " quarter of a block's instructions, and memory asked for 2 KiB ahead by AVX2 (a quarter and twice that were worse)."
 )
 _RELU = (
     "Beside `nn.ReLU` and compiled forms on one thread: memory is the limit, and `nn.ReLU`'s own loops come near it;"

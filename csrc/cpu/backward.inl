@@ -1,4 +1,4 @@
-// dy to dx and to the sums of dalpha, from kept bits, codes or x; and dy to dx by a slope for each code.
+// dy to dx and to the sums of dalpha, from kept bits, codes or x.
 
 namespace cg::CG_ISA {
 namespace {
@@ -449,61 +449,6 @@ void backward(const Backward& a, int64_t begin, int64_t end) {
         CG_FOR_EACH_STE(CG_CASE)
 #undef CG_CASE
       }
-    }
-    if (a.stream) stream_fence();
-  });
-}
-
-template <int kWidth, class T, class Table>
-CG_HD void times_slopes_block(const T* grad_y, const uint8_t* packed, const Table& table, T* grad_x, bool stream) {
-  using P = Pack<compute_t<T>>;
-  uint8_t unpacked[kBlock];
-  const uint8_t* codes = packed;
-  if constexpr (kWidth < 8) unpack_codes<kWidth>(packed, unpacked), codes = unpacked;
-  for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
-    const P dx = round_for_store<T>(times_slope(Io<T>::load(grad_y + i), table.at(codes + i)));
-    if (stream) Io<T>::stream(grad_x + i, dx);
-    else Io<T>::store(grad_x + i, dx);
-  }
-}
-
-template <int kWidth, class T, class Table>
-void times_slopes_of(const TimesSlopes& args, int64_t begin, int64_t end) {
-  const TimesSlopes a = args;
-  const Table table(static_cast<const compute_t<T>*>(a.slopes), 1 << a.bits);
-  for (int64_t block = begin; block < end; ++block) {
-    const int count = block_count(a.count, block);
-    const bool whole = count == kBlock;
-    uint8_t codes_copy[8 * kWidth];
-    T dy_copy[kBlock], dx_copy[kBlock];
-    prefetch(static_cast<const T*>(a.grad_y) + block * kBlock);
-    const uint8_t* codes = a.codes + block * 8 * kWidth;
-    if (!whole) {
-      memset(codes_copy, 0, 8 * kWidth);
-      codes = static_cast<uint8_t*>(memcpy(codes_copy, codes, packed_bytes(count, kWidth)));
-    }
-    const T* grad_y = read_block(static_cast<const T*>(a.grad_y), block, count, dy_copy);
-    T* dx = whole ? static_cast<T*>(a.grad_x) + block * kBlock : dx_copy;
-    times_slopes_block<kWidth>(grad_y, codes, table, dx, whole && a.stream);
-    if (!whole) memcpy(static_cast<T*>(a.grad_x) + block * kBlock, dx_copy, count * sizeof(T));
-  }
-}
-
-template <int kWidth, class T>
-void times_slopes_width(const TimesSlopes& a, int64_t begin, int64_t end) {
-  using P = Pack<compute_t<T>>;
-  constexpr bool kSmall = kWidth <= 4 && SmallTable<P>::kSize > 0;
-  times_slopes_of<kWidth, T, std::conditional_t<kSmall, SmallTable<P>, LargeTable<P>>>(a, begin, end);
-}
-
-void times_slopes(const TimesSlopes& a, int64_t begin, int64_t end) {
-  with_dtype(a.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    switch (packed_width(a.bits)) {
-      case 1: times_slopes_width<1, T>(a, begin, end); break;
-      case 2: times_slopes_width<2, T>(a, begin, end); break;
-      case 4: times_slopes_width<4, T>(a, begin, end); break;
-      default: times_slopes_width<8, T>(a, begin, end);
     }
     if (a.stream) stream_fence();
   });

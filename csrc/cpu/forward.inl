@@ -223,7 +223,10 @@ struct Guess {
 
   CG_HD Guess(float step, float top) : q(top) { make(F(step), F(reciprocal(step, R)), 0); }
   CG_HD Guess(const float* steps, const float* inverses, float top) : q(top) {
-    for (int i = 0; i < kPacks; ++i) make(O::load_floats(steps + i * O::kCount), O::load_floats(inverses + i * O::kCount), i);
+    for (int i = 0; i < kPacks; ++i) {
+      const int at = i * O::kCount;
+      make(O::load_floats(steps + at), O::load_floats(inverses + at), i);
+    }
   }
   CG_HD O top(int i) const { return highest[kUniform ? 0 : i]; }
 

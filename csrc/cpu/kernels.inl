@@ -3,3 +3,4 @@
 #include "blocks.inl"
 #include "forward.inl"
 #include "backward.inl"
+#include "slopes.inl"

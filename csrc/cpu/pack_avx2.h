@@ -339,7 +339,7 @@ struct SmallTable<Floats> {
   }
 };
 
-// times_slopes_block of backward.inl straight from the packed codes. Of bfloat16 the numbers in even and those in odd
+// times_slopes_block of slopes.inl straight from the packed codes. Of bfloat16 the numbers in even and those in odd
 // places; a NaN of dy has nothing in its lower half and a product makes it quiet, so rounding keeps it; a NaN slope is
 // made so first.
 template <int kWidth, class T>

@@ -452,7 +452,7 @@ struct SmallTable<Floats> {
   }
 };
 
-// times_slopes_block of backward.inl for 32 numbers of bf16 at a time: those in even and those in odd places become
+// times_slopes_block of slopes.inl for 32 numbers of bf16 at a time: those in even and those in odd places become
 // floats by a shift and a mask, and are rounded together as the upper and lower halves of their bits. A NaN of dy has
 // nothing in its lower half and a product makes it quiet, so rounding keeps it; a NaN slope is made so first.
 template <int kWidth>
