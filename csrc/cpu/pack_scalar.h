@@ -11,13 +11,15 @@
 //   Ordered<T>          numbers of T as ordered_t<T> (dtype.h), for staircases of up to kSearchBits, 0 where there is
 //                       none: by comparisons up to kCompareBits, from there by look_up(): table entries by indices,
 //                       which begin at kIndexStart and count in kIndexUnit; beyond, where kGuesses, by arithmetic, with
-//                       level(), mask() and whole(). floats() and rounded() make a pack or two of it and back
+//                       mask() and whole(). floats() makes a pack or two of it, in an order of its own, in which
+//                       load_floats() loads; level(), rounded() and floor() are three ways back
 //   keep_bits<n>(...)   n elements of raw bits of a block from `first` on, kept where the block's mask says, else zero
 //   BlockBits           64 bits, as keep_bits and load_two_where take them
 //   BlockStates         64 2-bit states, from what is packed: inside(), above() and either() are such bits
 //   pack_states(...)    and back
 //   pack_codes<w>(...)  64 codes, a byte each, to w bits each (math/bits.h); and unpack_codes<w>(...) back
 //   nonzero_codes(...)  the bits of c > 0 of 64 codes
+//   times_slopes_block  of slopes.inl may be overloaded for a T or a table
 #pragma once
 
 #include "../math/alpha_grad.h"
