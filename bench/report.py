@@ -72,7 +72,8 @@ _SLOW = """\
   more than the kernel (2^26 elements above). `inplace=True` avoids them; a preloaded tcmalloc or jemalloc, or
   `MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592` in the environment, mends it for all of torch.
 - **No AVX-512**: the AVX2 kernels are slower where arithmetic and not memory is the limit: in gradients with an
-  exponential or a division, and in staircases of 3 bits and more. Without AVX2 the plain C++ loops serve.
+  exponential or a division, and in staircases of 3 bits and more, most of all of 16-bit numbers from 5 bits on. Without
+  AVX2 the plain C++ loops serve.
 - **One thread**: torch takes as many as there are cores (`torch.set_num_threads`, `OMP_NUM_THREADS`). On busy cores
   more threads are slower, as they spin while they wait: `OMP_WAIT_POLICY=PASSIVE`.
 - **Small tensors**: an op and its derivative cost microseconds whatever the size, a few more than `nn.ReLU`'s.
