@@ -85,8 +85,8 @@ _IN_CACHE = (
 )
 _COPY = (
     "Beside a copy: in cache the kernels take less time than memory does, but the two do not overlap wholly, bfloat16's"
-    " less as it has twice the instructions for a cache line. Two gains: arguments that stay in registers, which were a"
-    " quarter of a block's instructions, and memory asked for 2 KiB ahead by AVX2 (a quarter or twice that was worse)."
+    " less as it has twice the instructions for a cache line. Two gains: what a block's loop needs stays in registers,"
+    " and memory is asked for 2 KiB ahead by AVX2 (a quarter and twice that were worse)."
 )
 _RELU = (
     "Beside `nn.ReLU` and compiled forms on one thread: memory is the limit, and `nn.ReLU`'s own loops come near it;"

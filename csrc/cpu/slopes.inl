@@ -23,13 +23,13 @@ void times_slopes_of(const TimesSlopes& args, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     const int count = block_count(a.count, block);
     const bool whole = count == kBlock;
-    uint8_t codes_copy[8 * kWidth];
+    uint64_t codes_copy[kWidth];
     T dy_copy[kBlock], dx_copy[kBlock];
     prefetch(static_cast<const T*>(a.grad_y) + block * kBlock);
     const uint8_t* codes = a.codes + block * 8 * kWidth;
     if (!whole) {
-      memset(codes_copy, 0, 8 * kWidth);
-      codes = static_cast<uint8_t*>(memcpy(codes_copy, codes, packed_bytes(count, kWidth)));
+      read_packed<kWidth>(a.codes, block, count, codes_copy);
+      codes = reinterpret_cast<const uint8_t*>(codes_copy);
     }
     const T* grad_y = read_block(static_cast<const T*>(a.grad_y), block, count, dy_copy);
     T* dx = whole ? static_cast<T*>(a.grad_x) + block * kBlock : dx_copy;
