@@ -39,52 +39,15 @@ void forward_range(const Forward& args, int64_t first, int64_t last, const Sourc
   }
 }
 
-// The codes of a block as they are found: a byte each.
-template <class O>
-struct ByteCodes {
-  template <int kPacks>
-  using Found = typename O::Index[kPacks];
-  uint8_t codes[kBlock];
-
-  template <int kPacks>
-  CG_HD void add(int first, const Found<kPacks>& found) {
-    for (int i = 0; i < kPacks; ++i) O::store_codes(codes + first + i * O::kCount, found[i]);
-  }
-  CG_HD void write(uint8_t* to, int64_t block, int width) const { write_codes(to, block, kBlock, width, codes); }
-};
-
-// The same of one bit or two, as the bits of x > T[k] for each k.
-template <class O, int kBits>
-struct BitCodes {
-  static constexpr int kTop = (1 << kBits) - 1;
-  template <int kPacks>
-  using Found = typename O::Mask[kTop][kPacks];
-  uint64_t greater[kTop] = {};
-
-  template <int kPacks>
-  CG_HD void add(int first, const Found<kPacks>& found) {
-    for (int k = 0; k < kTop; ++k) greater[k] |= O::bits(found[k]) << first;
-  }
-  CG_HD void write(uint8_t* to, int64_t block, int) const {
-    if constexpr (kBits == 1) {
-      write_packed<1>(to, block, kBlock, greater);
-    } else {
-      uint64_t words[2];
-      pack_states((greater[0] & ~greater[1]) | greater[2], greater[1], words);
-      write_packed<2>(to, block, kBlock, words);
-    }
-  }
-};
-
 // The staircase for numbers that are no NaN, by a comparison with each threshold: the fastest where these are few, and
 // a comparison is no dearer than a look-up. Of one alpha for a group of packs, or of one for each number.
 template <class T, Rounding R, int kBits, bool kUniform = true>
 struct Comparisons {
   using O = Ordered<T>;
   using F = decltype(O().floats());
-  using Codes = BitCodes<O, kBits>;
   static constexpr int kTop = (1 << kBits) - 1, kPacks = O::kGroup, kStairs = kUniform ? 1 : kPacks;
   static constexpr Rounding kRounding = R;
+  using Found = typename O::Mask[kBits][kPacks];  // the bits of the codes
   O thresholds[kStairs][kTop], levels[kStairs][kTop];  // of the codes from 1 up
 
   CG_HD Comparisons(float alpha, float) { make(F(alpha), 0); }
@@ -95,21 +58,26 @@ struct Comparisons {
 
   // The levels of some packs of x, their codes where kCodes, and where x > 0.
   template <bool kCodes>
-  CG_HD void apply(const O (&x)[kPacks], O (&y)[kPacks], typename Codes::template Found<kPacks>& codes,
-                   typename O::Mask (&positive)[kPacks]) const {
+  CG_HD void apply(const O (&x)[kPacks], O (&y)[kPacks], Found& found, typename O::Mask (&positive)[kPacks]) const {
     for (int i = 0; i < kPacks; ++i) {
       const auto& threshold = thresholds[kUniform ? 0 : i];
       const auto& level = levels[kUniform ? 0 : i];
-      auto greater = O::greater(x[i], threshold[0]);
-      positive[i] = R == Rounding::nearest ? O::greater(x[i], O::all(0)) : greater;  // else the first threshold is 0
-      y[i] = O::keep(greater, level[0]);
-      codes[0][i] = greater;
-      for (int k = 1; k < kTop; ++k) {
-        greater = O::greater(x[i], threshold[k]);
-        y[i] = O::select(greater, level[k], y[i]);
-        codes[k][i] = greater;
+      typename O::Mask greater[kTop];
+      for (int k = 0; k < kTop; ++k) {
+        greater[k] = O::greater(x[i], threshold[k]);
+        y[i] = k == 0 ? O::keep(greater[k], level[k]) : O::select(greater[k], level[k], y[i]);
+      }
+      positive[i] = R == Rounding::nearest ? O::greater(x[i], O::all(0)) : greater[0];  // else the first threshold is 0
+      if constexpr (kCodes) {
+        found[kBits - 1][i] = greater[kTop / 2];
+        if constexpr (kBits == 2) found[0][i] = O::choose(greater[1], greater[2], greater[0]);
       }
     }
+  }
+  // From the given place in a block's packed codes on.
+  static CG_HD void store_codes(uint8_t* block, int first, int, const Found& found) {
+    if constexpr (kBits == 1) O::store_bits(block + first / 8, found[0]);
+    else O::store_states(block + first / 4, found[0], found[1]);
   }
 
  private:
@@ -136,14 +104,14 @@ struct Table {
   using O = Ordered<T>;
   using Element = typename O::Element;
   using Index = typename O::Index;
-  using Codes = ByteCodes<O>;
   static constexpr int kPacks = kBlock / O::kCount;
   static constexpr Rounding kRounding = R;
+  using Found = Index[kPacks];
   static constexpr int registers(int comparison) {
     return 1 << comparison <= O::kEntries ? 1 : (1 << comparison) / O::kEntries;
   }
   static constexpr int kTop = (1 << kBits) - 1, kLast = kBits - 1, kRegisters = registers(kLast);
-  O thresholds[kBits][kRegisters], below[kRegisters], above[kRegisters], highest;
+  O thresholds[kBits][kRegisters], codes[kRegisters], below[kRegisters], above[kRegisters], highest;
 
   // For each outcome of the comparisons before the given one, the entry of the lowest code that it leaves.
   static CG_HD void fill(O* packs, int comparison, const Element* of_code) {
@@ -159,12 +127,14 @@ struct Table {
   }
 
   CG_HD Table(float alpha, float) {
-    Element all_thresholds[kTop + 1], all_levels[kTop + 1];
+    Element all_codes[kTop + 1], all_thresholds[kTop + 1], all_levels[kTop + 1];
     for (int k = 0; k <= kTop; ++k) {
+      all_codes[k] = static_cast<Element>(k);
       all_thresholds[k] = ordered_floor<T>(threshold<T, R>(float(k), alpha));
       all_levels[k] = ordered_floor<T>(level<T>(float(k), alpha));
     }
     for (int d = 0; d < kBits; ++d) fill(thresholds[d], d, all_thresholds + (1 << (kLast - d)));
+    fill(codes, kLast, all_codes);
     fill(below, kLast, all_levels);
     fill(above, kLast, all_levels + 1);
     highest = O::all(all_levels[kTop]);
@@ -173,35 +143,37 @@ struct Table {
 
   // All packs of a block side by side, as a comparison waits for the one before it.
   template <bool kCodes>
-  CG_HD void apply(const O (&x)[kPacks], O (&y)[kPacks], Index (&codes)[kPacks],
-                   typename O::Mask (&positive)[kPacks]) const {
+  CG_HD void apply(const O (&x)[kPacks], O (&y)[kPacks], Found& found, typename O::Mask (&positive)[kPacks]) const {
     Index index[kPacks];
     for (int i = 0; i < kPacks; ++i) {
       index[i] = O::indices(O::kIndexStart);
-      codes[i] = O::indices(0);
       positive[i] = O::greater(x[i], O::all(0));
     }
-    search<kCodes>(x, index, codes, y);
+    search<kCodes>(x, index, found, y);
+  }
+  static CG_HD void store_codes(uint8_t* block, int first, int, const Found& found) {
+    constexpr int kWidth = packed_width(kBits);
+    O::template store_codes<kWidth>(block + first * kWidth / 8, found);
   }
 
  private:
   template <bool kCodes, int kComparison = 0>
-  CG_HD void search(const O (&x)[kPacks], Index (&index)[kPacks], Index (&codes)[kPacks], O (&levels)[kPacks]) const {
+  CG_HD void search(const O (&x)[kPacks], Index (&index)[kPacks], Found& found, O (&levels)[kPacks]) const {
     constexpr int kCount = registers(kComparison);
     O at[kPacks];
     typename O::Mask greater[kPacks];
     for (int i = 0; i < kPacks; ++i) {
       at[i] = O::template look_up<kCount>(thresholds[kComparison], index[i]);
       greater[i] = O::greater(x[i], at[i]);
-      if constexpr (kCodes) codes[i] = O::raise(codes[i], greater[i], 1 << (kLast - kComparison));
     }
     if constexpr (kComparison < kLast) {
       for (int i = 0; i < kPacks; ++i) index[i] = O::raise(index[i], greater[i], O::kIndexUnit << kComparison);
-      search<kCodes, kComparison + 1>(x, index, codes, levels);
+      search<kCodes, kComparison + 1>(x, index, found, levels);
     } else {
       for (int i = 0; i < kPacks; ++i) {  // under ceil a threshold is the level below it
         const O low = R == Rounding::ceil ? at[i] : O::template look_up<kCount>(below, index[i]);
         levels[i] = O::select(greater[i], O::template look_up<kCount>(above, index[i]), low);
+        if constexpr (kCodes) found[i] = O::raise(O::whole(O::template look_up<kCount>(codes, index[i])), greater[i], 1);
       }
     }
   }
@@ -215,9 +187,9 @@ template <class T, Rounding R, bool kUniform = true>
 struct Guess {
   using O = Ordered<T>;
   using F = decltype(O().floats());
-  using Codes = ByteCodes<O>;
   static constexpr int kPacks = O::kGroup, kStairs = kUniform ? 1 : kPacks;
   static constexpr Rounding kRounding = R;
+  using Found = typename O::Index[kPacks];
   F alpha[kStairs], inverse[kStairs], q;
   O highest[kStairs];
 
@@ -231,15 +203,14 @@ struct Guess {
   CG_HD O top(int i) const { return highest[kUniform ? 0 : i]; }
 
   template <bool kCodes>
-  CG_HD void apply(const O (&x)[kPacks], O (&y)[kPacks], typename Codes::template Found<kPacks>& codes,
-                   typename O::Mask (&positive)[kPacks]) const {
+  CG_HD void apply(const O (&x)[kPacks], O (&y)[kPacks], Found& found, typename O::Mask (&positive)[kPacks]) const {
     for (int i = 0; i < kPacks; ++i) {
       const F step = alpha[kUniform ? 0 : i], factor = inverse[kUniform ? 0 : i];
       positive[i] = O::greater(x[i], O::all(0));
       if constexpr (sizeof(T) == sizeof(float)) {
         const Quantized<F> number = quantize_number<T, R>(x[i].floats(), step, factor, q);
         y[i] = O::level(number.y);
-        if constexpr (kCodes) codes[i] = number.code;
+        if constexpr (kCodes) found[i] = number.code;
       } else {
         const O from_zero = O::keep(positive[i], x[i]);
         const F code = floor(min_of(mul(from_zero.floats(), factor), q - F(1.0f)));
@@ -253,9 +224,13 @@ struct Guess {
           greater = O::mask(from_zero.floats() > middle);
         }
         y[i] = O::select(greater, high, low);
-        if constexpr (kCodes) codes[i] = O::raise(O::whole(code), greater, 1);
+        if constexpr (kCodes) found[i] = O::raise(O::whole(code), greater, 1);
       }
     }
+  }
+  static CG_HD void store_codes(uint8_t* block, int first, int bits, const Found& found) {
+    if (packed_width(bits) == 4) O::template store_codes<4>(block + first / 2, found);
+    else O::template store_codes<8>(block + first, found);
   }
 
  private:
@@ -275,8 +250,10 @@ void forward_ordered(const Forward& args, int64_t first, int64_t last, const Sou
   const Forward a = args;
   const Element* const x_of_all = static_cast<const Element*>(a.x);
   Element* const y_of_all = static_cast<Element*>(a.y);
-  uint8_t* const mask = a.mask;
-  const bool stream = a.stream, keeps_above = a.kind != MaskKind::inside;
+  const MaskKind kind = a.kind;
+  const int bits = a.bits, mask_bytes = 8 * mask_width(kind), code_bytes = 8 * packed_width(bits);
+  uint8_t *const mask_of_all = a.mask, *const codes_of_all = a.codes;
+  const bool stream = a.stream;
   const int64_t whole = last < a.count / kBlock ? last : a.count / kBlock;
   const auto run = [&](const auto& staircase_at) {
     for (int64_t block = first; block < whole; ++block) {
@@ -288,28 +265,26 @@ void forward_ordered(const Forward& args, int64_t first, int64_t last, const Sou
       prefetch(x);
       Element y_unused[kBlock];
       Element* y = y_of_all ? y_of_all + block * kBlock : y_unused;
-      uint64_t inside = 0, above = 0;
-      typename Staircase::Codes codes;
+      uint8_t* mask = mask_of_all + block * mask_bytes;
       for (int first = 0; first < kBlock; first += kPacks * O::kCount) {
         const auto& staircase = staircase_at(first);
         O v[kPacks], levels[kPacks];
-        typename Staircase::Codes::template Found<kPacks> found;
-        typename O::Mask positive[kPacks], beyond[kPacks];
+        typename Staircase::Found found;
+        typename O::Mask positive[kPacks], inside[kPacks], above[kPacks];
         for (int i = 0; i < kPacks; ++i) v[i] = O::load(x + first + i * O::kCount);
         staircase.template apply<kCodes>(v, levels, found, positive);
         for (int i = 0; i < kPacks; ++i) {
           const int at = first + i * O::kCount;
           if (stream) O::stream(y + at, levels[i]);
           else O::store(y + at, levels[i]);
-          beyond[i] = O::greater(v[i], staircase.top(i));
-          positive[i] = O::at_most(positive[i], v[i], staircase.top(i));
+          above[i] = O::greater(v[i], staircase.top(i));
+          inside[i] = O::at_most(positive[i], v[i], staircase.top(i));
         }
-        if constexpr (kCodes) codes.template add<kPacks>(first, found);
-        inside |= O::bits(positive) << first;
-        if (keeps_above) above |= O::bits(beyond) << first;
+        if (kind == MaskKind::inside) O::store_bits(mask + first / 8, inside);
+        else if (kind == MaskKind::state) O::store_states(mask + first / 4, inside, above);
+        else if (kind == MaskKind::positive) O::store_bits(mask + first / 8, positive);
+        if constexpr (kCodes) Staircase::store_codes(codes_of_all + block * code_bytes, first, bits, found);
       }
-      if (mask) write_mask(mask, a.kind, block, kBlock, inside, above);
-      if constexpr (kCodes) codes.write(a.codes, block, packed_width(a.bits));
     }
   };
   const float q = static_cast<float>((1 << a.bits) - 1);

@@ -23,15 +23,18 @@ struct Ordered {
   static CG_HD Mask greater(Ordered a, Ordered b) { return _mm256_cmpgt_epi16(a.v, b.v); }
   static CG_HD Mask at_most(Mask m, Ordered a, Ordered high) { return _mm256_andnot_si256(greater(a, high), m); }
   static CG_HD Ordered keep(Mask m, Ordered a) { return {_mm256_and_si256(m, a.v)}; }
-  template <size_t kMasks>
-  static CG_HD uint64_t bits(const Mask (&m)[kMasks]) {
-    uint64_t all = 0;
-    for (size_t i = 0; i < kMasks; i += 2) {
-      const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(m[i], m[i + 1]), 0xd8);
-      all |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(bytes))) << i * kCount;
+  template <size_t kPacks>
+  static CG_HD void store_bits(uint8_t* to, const Mask (&m)[kPacks]) {
+    for (size_t i = 0; i < kPacks; i += 2, to += 4) {
+      store_signs(to, _mm256_permute4x64_epi64(_mm256_packs_epi16(m[i], m[i + 1]), 0xd8));
     }
-    return all;
   }
+  template <size_t kPacks>
+  static CG_HD void store_states(uint8_t* to, const Mask (&low)[kPacks], const Mask (&high)[kPacks]) {
+    const __m256i upper_bytes = _mm256_set1_epi16(static_cast<short>(0xff00));
+    for (size_t i = 0; i < kPacks; ++i, to += 4) store_signs(to, _mm256_blendv_epi8(low[i], high[i], upper_bytes));
+  }
+  static CG_HD Mask choose(Mask m, Mask a, Mask b) { return _mm256_blendv_epi8(b, a, m); }
   static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm256_blendv_epi8(b.v, a.v, m)}; }
   // Whether any is above `most`, or far below zero, or a NaN.
   static CG_HD bool any_beyond(const int16_t* x, int16_t most) {
@@ -94,9 +97,13 @@ struct Ordered {
       return select(upper, look_up<kHalf>(table + kHalf, index), look_up<kHalf>(table, index));
     }
   }
-  static CG_HD void store_codes(uint8_t* p, Index codes) {
-    const __m128i low = _mm256_castsi256_si128(codes), high = _mm256_extracti128_si256(codes, 1);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(low, high));
+  static CG_HD Index whole(Ordered from) { return from.v; }
+  template <int kWidth, size_t kPacks>
+  static CG_HD void store_codes(uint8_t* to, const Index (&codes)[kPacks]) {
+    for (size_t i = 0; i < kPacks; i += 2, to += 4 * kWidth) {
+      const __m256i bytes = _mm256_packus_epi16(codes[i], codes[i + 1]);
+      pack_half<kWidth>(_mm256_permute4x64_epi64(bytes, 0xd8), to);
+    }
   }
 };
 
@@ -120,12 +127,25 @@ struct Ordered<float> {
   static CG_HD Mask greater(Ordered a, Ordered b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
   static CG_HD Mask at_most(Mask m, Ordered a, Ordered high) { return _mm256_andnot_ps(greater(a, high), m); }
   static CG_HD Ordered keep(Mask m, Ordered a) { return {_mm256_and_ps(m, a.v)}; }
-  static CG_HD uint64_t bits(const Mask (&m)[kGroup]) {
-    const auto words = [](Mask a, Mask b) { return _mm256_packs_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)); };
-    const __m256i bytes = _mm256_packs_epi16(words(m[0], m[1]), words(m[2], m[3]));
-    const __m256i in_order = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    return static_cast<uint32_t>(_mm256_movemask_epi8(in_order));
+  // The bytes of four packs of 32-bit lanes, where packing left them.
+  static CG_HD __m256i in_order(__m256i bytes) {
+    return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   }
+  static CG_HD void store_bits(uint8_t* to, const Mask (&m)[kGroup]) {
+    const auto words = [&](int i) {
+      return _mm256_packs_epi32(_mm256_castps_si256(m[i]), _mm256_castps_si256(m[i + 1]));
+    };
+    store_signs(to, in_order(_mm256_packs_epi16(words(0), words(2))));
+  }
+  static CG_HD void store_states(uint8_t* to, const Mask (&low)[kGroup], const Mask (&high)[kGroup]) {
+    const auto both = [&](int i) {
+      return _mm256_blend_epi16(_mm256_castps_si256(low[i]), _mm256_castps_si256(high[i]), 0xaa);
+    };
+    for (int i = 0; i < kGroup; i += 2, to += 4) {
+      store_signs(to, _mm256_permute4x64_epi64(_mm256_packs_epi16(both(i), both(i + 1)), 0xd8));
+    }
+  }
+  static CG_HD Mask choose(Mask m, Mask a, Mask b) { return _mm256_blendv_ps(b, a, m); }
   static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
   static CG_HD bool any_nan(const float* x) {
     __m256 nan = _mm256_setzero_ps();
@@ -147,7 +167,13 @@ struct Ordered<float> {
   static CG_HD Ordered level(Floats from) { return {from.v}; }
   static CG_HD Ordered floor(Floats from) { return {from.v}; }
   static CG_HD Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
-  static CG_HD void store_codes(uint8_t* p, Index codes) { Lanes<Floats>::store_codes(p, codes); }
+  template <int kWidth>
+  static CG_HD void store_codes(uint8_t* to, const Index (&codes)[kGroup]) {
+    const auto words = [&](int i) {
+      return _mm256_packs_epi32(_mm256_cvtps_epi32(codes[i].v), _mm256_cvtps_epi32(codes[i + 1].v));
+    };
+    pack_half<kWidth>(in_order(_mm256_packus_epi16(words(0), words(2))), to);
+  }
 };
 
 }  // namespace cg::CG_ISA

@@ -252,6 +252,26 @@ CG_HD void store_two(bf16* p, Two<Floats> v, bool stream) {
   else _mm512_storeu_si512(p, both);
 }
 
+CG_HD __m512i four(__m128i a, __m128i b, __m128i c, __m128i d) {
+  return _mm512_inserti32x4(_mm512_inserti32x4(_mm512_inserti32x4(_mm512_castsi128_si512(a), b, 1), c, 2), d, 3);
+}
+// The codes of a block, a byte each, packed. A sum of products gathers neighbouring fields, two at a time.
+template <int kWidth>
+CG_HD void pack_block(__m512i v, uint8_t* packed) {
+  if constexpr (kWidth == 1) {
+    store_bits(packed, _mm512_test_epi8_mask(v, v));
+  } else if constexpr (kWidth == 2) {
+    const __m512i words = _mm512_maddubs_epi16(v, _mm512_set1_epi16(0x0401));
+    const __m512i dwords = _mm512_madd_epi16(words, _mm512_set1_epi32(0x00100001));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi32_epi8(dwords));
+  } else if constexpr (kWidth == 4) {
+    const __m512i words = _mm512_maddubs_epi16(v, _mm512_set1_epi16(0x1001));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), _mm512_cvtepi16_epi8(words));
+  } else {
+    _mm512_storeu_si512(packed, v);
+  }
+}
+
 template <class T>
 struct Ordered {
   static constexpr int kSearchBits = 8, kCompareBits = 0;
@@ -268,6 +288,10 @@ struct Ordered {
   static CG_HD Mask greater(Ordered a, Ordered b) { return _mm512_cmpgt_epi16_mask(a.v, b.v); }
   static CG_HD Mask at_most(Mask m, Ordered a, Ordered high) { return _mm512_mask_cmple_epi16_mask(m, a.v, high.v); }
   static CG_HD uint64_t bits(const Mask (&m)[2]) { return m[0] | uint64_t{m[1]} << 32; }
+  static CG_HD void store_bits(uint8_t* to, const Mask (&m)[2]) { cg::CG_ISA::store_bits(to, bits(m)); }
+  static CG_HD void store_states(uint8_t* to, const Mask (&low)[2], const Mask (&high)[2]) {
+    cg::CG_ISA::store_states(to, bits(low), bits(high));
+  }
   static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm512_mask_blend_epi16(m, b.v, a.v)}; }
   static CG_HD Ordered keep(Mask m, Ordered a) { return {_mm512_maskz_mov_epi16(m, a.v)}; }
   // Whether any is above `most`, or far below zero, or a NaN.
@@ -292,8 +316,11 @@ struct Ordered {
     else return select(_mm512_test_epi16_mask(index, indices(64)),  // its bit for the upper half
                        look_up<2>(table + 2, index), look_up<2>(table, index));
   }
-  static CG_HD void store_codes(uint8_t* p, Index codes) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(codes));
+  static CG_HD Index whole(Ordered from) { return from.v; }
+  template <int kWidth>
+  static CG_HD void store_codes(uint8_t* to, const Index (&codes)[2]) {
+    const __m512i low = _mm512_castsi256_si512(_mm512_cvtepi16_epi8(codes[0]));
+    pack_block<kWidth>(_mm512_inserti64x4(low, _mm512_cvtepi16_epi8(codes[1]), 1), to);
   }
 };
 
@@ -322,6 +349,10 @@ struct Ordered<float> {
   static CG_HD uint64_t bits(const Mask (&m)[4]) {
     return m[0] | uint64_t{m[1]} << 16 | uint64_t{m[2]} << 32 | uint64_t{m[3]} << 48;
   }
+  static CG_HD void store_bits(uint8_t* to, const Mask (&m)[4]) { cg::CG_ISA::store_bits(to, bits(m)); }
+  static CG_HD void store_states(uint8_t* to, const Mask (&low)[4], const Mask (&high)[4]) {
+    cg::CG_ISA::store_states(to, bits(low), bits(high));
+  }
   static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
   static CG_HD bool any_nan(const float* x) {
     return (_mm512_cmp_ps_mask(load(x).v, load(x + 16).v, _CMP_UNORD_Q) |
@@ -345,8 +376,11 @@ struct Ordered<float> {
     static_assert(kRegisters == 1);
     return {_mm512_permutexvar_ps(index, table[0].v)};
   }
-  static CG_HD void store_codes(uint8_t* p, Index codes) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(codes));
+  static CG_HD Index whole(Ordered from) { return _mm512_cvtps_epi32(from.v); }
+  template <int kWidth>
+  static CG_HD void store_codes(uint8_t* to, const Index (&codes)[4]) {
+    const auto bytes = [&](int i) { return _mm512_cvtepi32_epi8(codes[i]); };
+    pack_block<kWidth>(four(bytes(0), bytes(1), bytes(2), bytes(3)), to);
   }
 };
 
@@ -364,30 +398,11 @@ CG_HD void keep_bits(const U* from, U* to, uint64_t bits, int first, bool stream
 
 // The codes are loaded in the pieces that they may have been stored in: a load wider than the stores before it waits
 // for them to leave the store buffer.
-CG_HD __m512i load_stored_codes(const uint8_t* codes) {
-  const __m128i* p = reinterpret_cast<const __m128i*>(codes);
-  __m512i v = _mm512_castsi128_si512(_mm_loadu_si128(p));
-  v = _mm512_inserti32x4(v, _mm_loadu_si128(p + 1), 1);
-  v = _mm512_inserti32x4(v, _mm_loadu_si128(p + 2), 2);
-  return _mm512_inserti32x4(v, _mm_loadu_si128(p + 3), 3);
-}
-// A sum of products gathers neighbouring fields, two at a time.
 template <int kWidth>
 CG_HD void pack_codes(const uint8_t* codes, uint8_t* packed) {
-  const __m512i v = load_stored_codes(codes);
-  if constexpr (kWidth == 1) {
-    const uint64_t bits = _mm512_test_epi8_mask(v, v);
-    memcpy(packed, &bits, sizeof(bits));
-  } else if constexpr (kWidth == 2) {
-    const __m512i words = _mm512_maddubs_epi16(v, _mm512_set1_epi16(0x0401));
-    const __m512i dwords = _mm512_madd_epi16(words, _mm512_set1_epi32(0x00100001));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi32_epi8(dwords));
-  } else if constexpr (kWidth == 4) {
-    const __m512i words = _mm512_maddubs_epi16(v, _mm512_set1_epi16(0x1001));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), _mm512_cvtepi16_epi8(words));
-  } else {
-    _mm512_storeu_si512(packed, v);
-  }
+  const __m128i* p = reinterpret_cast<const __m128i*>(codes);
+  const auto load = [&](int i) { return _mm_loadu_si128(p + i); };
+  pack_block<kWidth>(four(load(0), load(1), load(2), load(3)), packed);
 }
 template <int kWidth>
 CG_HD void unpack_codes(const uint8_t* packed, uint8_t* codes) {

@@ -92,40 +92,40 @@ CG_HD void keep_bits(const U* from, U* to, Bits bits, int first, bool stream) {
   }
 }
 
-// A half of the codes, loaded in the pieces that they may have been stored in: a load wider than the stores before it
-// waits for them to leave the store buffer.
-CG_HD __m256i load_stored_codes(const uint8_t* codes) {
+// The signs of the bytes as bits.
+CG_HD void store_signs(uint8_t* to, __m256i bytes) {
+  const int bits = _mm256_movemask_epi8(bytes);
+  memcpy(to, &bits, sizeof(bits));
+}
+// Half of the codes of a block, a byte each, packed. A sum of products gathers neighbouring fields, two at a time.
+template <int kWidth>
+CG_HD void pack_half(__m256i codes, uint8_t* packed) {
+  if constexpr (kWidth == 1) {
+    store_signs(packed, _mm256_slli_epi16(codes, 7));
+  } else if constexpr (kWidth == 2) {
+    const __m256i words = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0401));
+    const __m256i dwords = _mm256_madd_epi16(words, _mm256_set1_epi32(0x00100001));
+    const __m256i low = _mm256_packus_epi32(dwords, dwords), bytes = _mm256_packus_epi16(low, low);
+    const __m128i halves = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(packed), halves);
+  } else if constexpr (kWidth == 4) {
+    const __m256i words = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x1001));
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(words, words), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm256_castsi256_si128(bytes));
+  } else {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), codes);
+  }
+}
+// The codes are loaded in the pieces that they may have been stored in: a load wider than the stores before it waits
+// for them to leave the store buffer.
+template <int kWidth>
+CG_HD void pack_codes(const uint8_t* codes, uint8_t* packed) {
   const auto sixteen = [](const uint8_t* p) {
     const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(low), reinterpret_cast<const __m64*>(p + 8)));
   };
-  return _mm256_inserti128_si256(_mm256_castsi128_si256(sixteen(codes)), sixteen(codes + 16), 1);
-}
-CG_HD uint64_t sign_bits(__m256i low, __m256i high) {
-  return static_cast<uint32_t>(_mm256_movemask_epi8(low)) |
-         static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(high))) << 32;
-}
-// A sum of products gathers neighbouring fields, two at a time.
-template <int kWidth>
-CG_HD void pack_codes(const uint8_t* codes, uint8_t* packed) {
-  const __m256i low = load_stored_codes(codes), high = load_stored_codes(codes + 32);
-  if constexpr (kWidth == 1) {
-    const uint64_t bits = sign_bits(_mm256_slli_epi16(low, 7), _mm256_slli_epi16(high, 7));
-    memcpy(packed, &bits, sizeof(bits));
-  } else if constexpr (kWidth == 2) {
-    const auto dwords = [](__m256i v) {
-      return _mm256_madd_epi16(_mm256_maddubs_epi16(v, _mm256_set1_epi16(0x0401)), _mm256_set1_epi32(0x00100001));
-    };
-    const __m256i words = _mm256_packus_epi32(dwords(low), dwords(high)), bytes = _mm256_packus_epi16(words, words);
-    const __m256i in_order = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm256_castsi256_si128(in_order));
-  } else if constexpr (kWidth == 4) {
-    const __m256i pair = _mm256_set1_epi16(0x1001);
-    const __m256i bytes = _mm256_packus_epi16(_mm256_maddubs_epi16(low, pair), _mm256_maddubs_epi16(high, pair));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), _mm256_permute4x64_epi64(bytes, 0xd8));
-  } else {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), low);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed + 32), high);
+  for (int half = 0; half < 2; ++half, codes += 32, packed += 4 * kWidth) {
+    pack_half<kWidth>(_mm256_setr_m128i(sixteen(codes), sixteen(codes + 16)), packed);
   }
 }
 template <int kWidth>
@@ -183,8 +183,10 @@ CG_HD void packed_indices(const uint8_t* packed, int first, __m256i& one, __m256
 }
 CG_HD uint64_t nonzero_codes(const uint8_t* codes) {
   const __m256i* p = reinterpret_cast<const __m256i*>(codes);
-  const __m256i zero = _mm256_setzero_si256();
-  return ~sign_bits(_mm256_cmpeq_epi8(_mm256_loadu_si256(p), zero), _mm256_cmpeq_epi8(_mm256_loadu_si256(p + 1), zero));
+  const auto zeros = [](__m256i v) {
+    return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_setzero_si256())));
+  };
+  return ~(zeros(_mm256_loadu_si256(p)) | static_cast<uint64_t>(zeros(_mm256_loadu_si256(p + 1))) << 32);
 }
 
 }  // namespace cg::CG_ISA

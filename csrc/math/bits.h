@@ -12,7 +12,7 @@ enum class MaskKind { nothing, positive, inside, state };
 CG_HD int mask_width(MaskKind kind) { return kind == MaskKind::nothing ? 0 : kind == MaskKind::state ? 2 : 1; }
 
 // Bits a code is stored in: 3 bits take 4, and 5 to 7 take 8.
-CG_HD int packed_width(int bits) { return bits <= 2 ? bits : bits <= 4 ? 4 : 8; }
+constexpr CG_HD int packed_width(int bits) { return bits <= 2 ? bits : bits <= 4 ? 4 : 8; }
 
 // For any integer type of counts (symbolic sizes too).
 template <class Int>
