@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 import coarsegrad as cg
 from coarsegrad.experiments.models import lenet5
@@ -201,16 +202,18 @@ def _peak(network: str, activation: str, dtype: str, threads: int) -> tuple[int,
 def _times(network: str, dtype: str, threads: int, rounds: int) -> dict[str, tuple[float, float]]:
     """activation -> (median seconds of a step, median of its time over that of "qrelu", round by round)."""
     torch.set_num_threads(threads)
-    jobs, gradients = {}, {}
-    for activation in _activations():
-        model, forward, x = _set_up(network, activation, dtype)
-        torch.manual_seed(0)  # for dropout
-        _step(forward, x)
-        gradients[activation] = [p.grad.clone() for p in model.parameters()]
-        jobs[activation] = lambda forward=forward, x=x: _step(forward, x)
-    if not all(map(torch.equal, gradients["qrelu"], gradients["qrelu, packed"])):
-        raise BenchError(f"packing changes a gradient of {network} in {dtype}; nothing is reported")
-    times = interleaved(jobs, CpuTimer(), rounds, lambda: None)
+    jobs, gradients, names = {}, {}, list(_activations())
+    with tqdm(total=len(names) + rounds, desc=f"{network}, {dtype}: time", disable=None, leave=False) as progress:
+        for activation in names:
+            model, forward, x = _set_up(network, activation, dtype)
+            torch.manual_seed(0)  # for dropout
+            _step(forward, x)
+            gradients[activation] = [p.grad.clone() for p in model.parameters()]
+            jobs[activation] = lambda forward=forward, x=x: _step(forward, x)
+            progress.update()
+        if not all(map(torch.equal, gradients["qrelu"], gradients["qrelu, packed"])):
+            raise BenchError(f"packing changes a gradient of {network} in {dtype}; nothing is reported")
+        times = interleaved(jobs, CpuTimer(), rounds, progress.update)
     return {
         name: (quantiles(own.seconds)[1], statistics.median(times["qrelu"].speeds_over(own)))
         for name, own in times.items()
@@ -248,11 +251,14 @@ def _on_gpu(network: str, dtype: str, rounds: int) -> dict[str, tuple[float, flo
     }
 
 
-def network_options(parser: argparse.ArgumentParser, names: list[str], dtype: str, rounds: int) -> None:
+def network_options(
+    parser: argparse.ArgumentParser, names: list[str], dtype: str | None, rounds: int, about_dtypes: str = ""
+) -> None:
     """The options of a benchmark of networks, with its own defaults."""
     add = parser.add_argument
     add("--networks", nargs="+", choices=names, help="default: all")
-    add("--dtypes", nargs="+", choices=list(DTYPES), default=[dtype], help=f"default: {dtype}")
+    default = [dtype] if dtype else None
+    add("--dtypes", nargs="+", choices=list(DTYPES), default=default, help=about_dtypes or f"default: {dtype}")
     add("--rounds", type=at_least(2), default=rounds, help=f"rounds that count (default {rounds})")
     add("--threads", type=at_least(1), default=2, help="threads (default 2)")
 
@@ -262,7 +268,9 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m bench.memory", description=_DESCRIPTION, epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    network_options(parser, [*NETWORKS, *GPU_NETWORKS], "bfloat16", 10)
+    network_options(
+        parser, [*NETWORKS, *GPU_NETWORKS], None, 10, "default: bfloat16; float32 on a CPU that multiplies no bfloat16"
+    )
     add_device(parser, RESULTS)
     args = parser.parse_args(argv)
     find_device(parser, args, RESULTS)
@@ -272,6 +280,11 @@ def main(argv: list[str] | None = None) -> None:
     args.networks = args.networks or list(known)
     if unknown := set(args.networks) - known.keys():
         parser.error(f"--networks {', '.join(sorted(unknown))}: on {args.device} there are {', '.join(known)}")
+    if not args.dtypes:
+        slow = args.device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        args.dtypes = ["float32" if slow else "bfloat16"]
+        if slow:
+            print("float32, as torch's bfloat16 products are many times slower on this CPU; --dtypes bfloat16 has them")
     torch.set_num_threads(args.threads)  # as in the processes that measure
     here = facts(torch.device(args.device), "default")
     rows: list[dict[str, object]] = []
@@ -294,7 +307,7 @@ def _rows(network: str, dtype: str, args: argparse.Namespace) -> list[dict[str, 
         times = in_new_process("default", _times, network, dtype, args.threads, args.rounds)
         found = {
             name: (*times[name], *in_new_process("return", _peak, network, name, dtype, args.threads))
-            for name in _activations()
+            for name in tqdm(_activations(), f"{network}, {dtype}: peak", disable=None, leave=False)
         }
     rows = []
     for activation, (seconds, ratio, peak, kept) in found.items():

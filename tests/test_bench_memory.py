@@ -101,8 +101,17 @@ def test_a_changed_gradient_is_no_report(small, tmp_path, monkeypatch):
     monkeypatch.setattr(cg, "pack_activations_", pack_wrongly)
     out = tmp_path / "memory.csv"
     with pytest.raises(SystemExit, match="packing changes a gradient of mlp in bfloat16; nothing is reported"):
-        memory.main(["--rounds", "2", "--threads", "1", "--out", str(out)])
+        memory.main(["--dtypes", "bfloat16", "--rounds", "2", "--threads", "1", "--out", str(out)])
     assert not out.exists()
+
+
+@pytest.mark.parametrize("multiplied", [True, False])
+def test_the_dtype_is_one_that_the_cpu_multiplies(small, tmp_path, monkeypatch, capsys, multiplied):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: multiplied)
+    out = tmp_path / "memory.csv"
+    memory.main(["--rounds", "2", "--threads", "1", "--out", str(out)])
+    assert {row["dtype"] for row in rows_of(out)} == {"bfloat16" if multiplied else "float32"}
+    assert ("--dtypes bfloat16" in capsys.readouterr().out) is not multiplied
 
 
 def test_a_system_without_proc_is_told(monkeypatch):
