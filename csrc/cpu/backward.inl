@@ -81,6 +81,9 @@ CG_HD void sum_flagged(const T* grad_y, Bits in, Bits over, P& inside, P& above,
   }
 }
 
+// A run of one channel within a block, from so many numbers on, is summed by itself.
+constexpr int kShortRun = 16;
+
 // A term is a select, not a product: dy may be infinite where A is 0.
 template <class P>
 CG_HD P masked_product(P dy, P value) {
@@ -103,11 +106,10 @@ class ChannelSums {
 
   // Before the terms of a block, one after the other.
   CG_HD void start(int64_t block, const Uniform<A>& source) {
-    if (block < chunk_end_ && source.channel == channel_) return;
+    A* const sum = sums_of_chunk(block) + source.channel;
+    if (sum == sum_) return;
     flush();
-    chunk_end_ = (block / a_.chunk_blocks + 1) * a_.chunk_blocks;
-    channel_ = source.channel;
-    sum_ = sums_of_chunk(block) + channel_;
+    sum_ = sum;
   }
   CG_HD void start(int64_t, const Varying<A>&) {}
 
@@ -120,15 +122,23 @@ class ChannelSums {
     above_ = above_ + above;
   }
   CG_HD void add_flagged(const Varying<A>& source, int i, P inside, P above) {
-    add(source, i, masked_product(inside, inside_factor_) + mul(above, above_factor_));
+    add(source, i, weighed(inside, above));
+  }
+
+  CG_HD int64_t chunk_end(int64_t block) { return sums_of_chunk(block), chunk_end_; }
+
+  // A by the two bits of a state or a code.
+  CG_HD SmallTable<P> weights() const {
+    const A of[4] = {0, inside_factor_, above_factor_, inside_factor_ + above_factor_};
+    return SmallTable<P>(of, 4);
   }
 
   // After them.
   CG_HD void finish(int64_t, const Uniform<A>&) {}
-  CG_HD void finish(int64_t block, const Varying<A>&) {
+  CG_HD void finish(int64_t block, const Varying<A>& source) {
     A* sums = sums_of_chunk(block);
     if (a_.steps.inner == 1) {
-      int64_t channel = block * kBlock % a_.steps.channels;
+      int64_t channel = source.channel;
       for (int i = 0; i < kBlock;) {
         const int64_t left = a_.steps.channels - channel;
         const int run = left < kBlock - i ? static_cast<int>(left) : kBlock - i;
@@ -141,7 +151,7 @@ class ChannelSums {
         channel = 0;
       }
     } else {
-      for_each_run(a_.steps, block, [&](int64_t channel, int first, int last) {
+      for_each_run(a_.steps, source.channel, source.left, [&](int64_t channel, int first, int last) {
         const uint64_t run = ~uint64_t{0} >> (kBlock - (last - first)) << first;
         P sum(A(0));
         for (int i = first - first % kCount; i < last; i += kCount) {
@@ -153,44 +163,85 @@ class ChannelSums {
   }
 
  private:
-  CG_HD A* sums_of_chunk(int64_t block) const {
-    return static_cast<A*>(a_.partial) + block / a_.chunk_blocks * a_.steps.channels;
+  CG_HD A* sums_of_chunk(int64_t block) {
+    if (block >= chunk_end_) {  // a division takes as long as a block
+      const int64_t chunk = block / a_.chunk_blocks;
+      chunk_end_ = (chunk + 1) * a_.chunk_blocks;
+      chunk_sums_ = static_cast<A*>(a_.partial) + chunk * a_.steps.channels;
+    }
+    return chunk_sums_;
+  }
+  CG_HD P weighed(P inside, P above) const {
+    return masked_product(inside, P(inside_factor_)) + mul(above, P(above_factor_));
   }
   CG_HD void flush() {
-    const P flagged = masked_product(inside_, inside_factor_) + mul(above_, above_factor_);
-    if (sum_) *sum_ += Lanes<P>::sum(total_ + flagged);
+    if (sum_) *sum_ += Lanes<P>::sum(total_ + weighed(inside_, above_));
     total_ = inside_ = above_ = P(A(0));
   }
 
   const Backward& a_;
-  const P inside_factor_, above_factor_;
-  A* sum_ = nullptr;
-  int64_t chunk_end_ = 0, channel_ = 0;
+  const A inside_factor_, above_factor_;
+  A *sum_ = nullptr, *chunk_sums_ = nullptr;
+  int64_t chunk_end_ = 0;
   P total_ = P(A(0)), inside_ = total_, above_ = total_;
   A terms_[kBlock];
 };
 
 // dalpha, and dx where wanted, from two bits an element, states or codes, of one channel, for the whole blocks in
 // [begin, end), each read once: returns the block after them. gate(states, block) are the bits for dx.
-template <class T, class U, class Gate>
-CG_HD int64_t backward_states(const Backward& args, int64_t begin, int64_t end, const Uniform<compute_t<T>>& source,
-                              ChannelSums<compute_t<T>>& sums, const Gate& gate) {
+template <class T, class U, class Gate, class Weights>
+CG_HD int64_t backward_states(const Backward& a, int64_t begin, int64_t end, const Uniform<compute_t<T>>& source,
+                              ChannelSums<compute_t<T>>& sums, const Weights weights, const Gate& gate) {
   using P = Pack<compute_t<T>>;
-  const Backward a = args;
+  constexpr int kCount = 2 * Lanes<P>::kCount;
   const int64_t whole = end < a.count / kBlock ? end : a.count / kBlock;
   const uint8_t* const two_bits = a.codes ? a.codes : a.mask;
-  for (int64_t block = begin; block < whole; ++block) {
-    const T* grad_y = static_cast<const T*>(a.grad_y) + block * kBlock;
-    U* grad_x = static_cast<U*>(a.grad_x) + block * kBlock;
-    const BlockStates states(two_bits + block * 16);
-    P inside(compute_t<T>(0)), above(compute_t<T>(0));
-    prefetch(grad_y);
-    sum_flagged(grad_y, states.inside(), states.above(), inside, above, [&](int i) {
-      constexpr int kCount = 2 * Lanes<P>::kCount;
-      if (a.grad_x) keep_bits<kCount>(reinterpret_cast<const U*>(grad_y), grad_x, gate(states, block), i, a.stream);
-    });
-    sums.start(block, source);
-    sums.add_flagged(source, 0, inside, above);
+  const T* const dy_of_all = static_cast<const T*>(a.grad_y);
+  U* const dx_of_all = static_cast<U*>(a.grad_x);
+  const bool stream = a.stream;
+  const auto sum_selected = [&](int64_t first, int64_t last, bool with_dx) {
+    for (int64_t block = first; block < last; ++block) {
+      const T* grad_y = dy_of_all + block * kBlock;
+      U* grad_x = dx_of_all + block * kBlock;
+      const BlockStates states(two_bits + block * 16);
+      P inside(compute_t<T>(0)), above(compute_t<T>(0));
+      prefetch(grad_y);
+      sum_flagged(grad_y, states.inside(), states.above(), inside, above, [&](int i) {
+        if (with_dx) keep_bits<kCount>(reinterpret_cast<const U*>(grad_y), grad_x, gate(states, block), i, stream);
+      });
+      sums.start(block, source);
+      sums.add_flagged(source, 0, inside, above);
+    }
+  };
+  if constexpr (kWeighs<P>) {
+    for (int64_t first = begin, last; first < whole; first = last) {
+      const int64_t chunk_end = sums.chunk_end(first);
+      last = chunk_end < whole ? chunk_end : whole;
+      const P zero(compute_t<T>(0));
+      Two<Two<P>> parts{Two<P>{zero, zero}, Two<P>{zero, zero}};
+      for (int64_t block = first; block < last; ++block) {
+        const T* grad_y = dy_of_all + block * kBlock;
+        U* grad_x = dx_of_all + block * kBlock;
+        const uint8_t* packed = two_bits + block * 16;
+        const BlockStates states(packed);
+        prefetch(grad_y);
+#pragma GCC unroll 16
+        for (int i = 0; i < kBlock; i += kCount) {
+          add_weighed(grad_y, packed, weights, i, i % (2 * kCount) ? parts.first : parts.second);
+        }
+        if (dx_of_all) keep_bits<kBlock>(reinterpret_cast<const U*>(grad_y), grad_x, gate(states, block), 0, stream);
+      }
+      const Two<P> both = parts.first + parts.second;
+      const P sum = both.first + both.second;
+      if (std::isfinite(Lanes<P>::sum(sum))) {
+        sums.start(first, source);
+        sums.add(source, 0, sum);
+      } else {
+        sum_selected(first, last, false);  // an infinite dy may have met a weight of 0, which products do not skip
+      }
+    }
+  } else {
+    sum_selected(begin, whole, dx_of_all);
   }
   return begin < whole ? whole : begin;
 }
@@ -206,11 +257,17 @@ void backward_kept(const Backward& args, int64_t begin, int64_t end) {
   const bool one_bit = a.kind == MaskKind::positive || a.kind == MaskKind::inside;
   if (one_bit && a.grad_x && !a.partial && !a.codes) begin = backward_mask<U>(a, begin, end);
   ChannelSums<A> sums(a);
+  const auto weights = [&] {
+    if constexpr (kWeighs<P>) return sums.weights();
+    else return nullptr;
+  }();
   for_each_range<A, false>(a.steps, begin, end, [&](int64_t first, int64_t last, const auto& source) {
     constexpr bool kUniform = std::is_same_v<std::decay_t<decltype(source)>, Uniform<A>>;
     if constexpr (kUniform) {
       if (a.partial && (a.codes ? packed_width(a.bits) == 2 : a.kind == MaskKind::state)) {
-        const auto run = [&](const auto& gate) { first = backward_states<T, U>(a, first, last, source, sums, gate); };
+        const auto run = [&](const auto& gate) {
+          first = backward_states<T, U>(a, first, last, source, sums, weights, gate);
+        };
         if (one_bit) {
           run([&](const BlockStates&, int64_t block) {
             uint64_t bits;
@@ -235,16 +292,29 @@ void backward_kept(const Backward& args, int64_t begin, int64_t end) {
       if (!a.partial) continue;
       T copy[kBlock];
       const T* grad_y = read_block(static_cast<const T*>(a.grad_y), block, count, copy);
+      const bool flagged = !a.codes || codes_are_flags(a);
+      if (flagged && (kUniform || a.steps.inner >= kShortRun)) {
+        const auto add_run = [&](const Uniform<A>& run, uint64_t bits) {
+          P inside(A(0)), above(A(0));
+          sum_flagged(grad_y, BlockBits(kept.inside & bits), BlockBits(kept.above & bits), inside, above, [](int) {});
+          sums.start(block, run);
+          sums.add_flagged(run, 0, inside, above);
+        };
+        if constexpr (kUniform) {
+          add_run(source, ~uint64_t{0});
+        } else {
+          for_each_run(a.steps, source.channel, source.left, [&](int64_t channel, int from, int to) {
+            add_run(Uniform<A>{{}, {}, channel}, ~uint64_t{0} >> (kBlock - (to - from)) << from);
+          });
+        }
+        continue;
+      }
       sums.start(block, source);
-      if (a.codes && !codes_are_flags(a)) {
+      if (!flagged) {
         for (int i = 0; i < kBlock; i += kCount) {
           sums.add(source, i, masked_product(Io<T>::load(grad_y + i), Lanes<P>::load_codes(codes + i)));
         }
-      } else if constexpr (kUniform) {
-        P inside(A(0)), above(A(0));
-        sum_flagged(grad_y, BlockBits(kept.inside), BlockBits(kept.above), inside, above, [](int) {});
-        sums.add_flagged(source, 0, inside, above);
-      } else {
+      } else if constexpr (!kUniform) {
         const P zero(A(0));
         for (int i = 0; i < kBlock; i += kCount) {
           const P dy = Io<T>::load(grad_y + i);

@@ -34,20 +34,19 @@ struct Uniform {
   CG_HD Pack<A> inverse_at(int) const { return inverse; }
 };
 
-// An alpha for each element, read from two arrays.
+// An alpha for each element, read from two arrays; the first one's channel, and how many elements of it come.
 template <class A>
 struct Varying {
   const A* alpha;
   const A* inverse;
+  int64_t channel, left;
   CG_HD Pack<A> alpha_at(int i) const { return Lanes<Pack<A>>::load(alpha + i); }
   CG_HD Pack<A> inverse_at(int i) const { return Lanes<Pack<A>>::load(inverse + i); }
 };
 
-// body(channel, first, last) for each run of one channel within the block.
+// body(channel, first, last) for each run of one channel within a block, given the first one's.
 template <class Body>
-CG_HD void for_each_run(const Steps& steps, int64_t block, const Body& body) {
-  const int64_t start = block * kBlock, segment = start / steps.inner;
-  int64_t left = steps.inner - (start - segment * steps.inner), channel = segment % steps.channels;
+CG_HD void for_each_run(const Steps& steps, int64_t channel, int64_t left, const Body& body) {
   for (int first = 0; first < kBlock;) {
     const int last = left < kBlock - first ? first + static_cast<int>(left) : kBlock;
     body(channel, first, last);
@@ -71,28 +70,36 @@ CG_HD void for_each_range(const Steps& steps, int64_t begin, int64_t end, const 
     body(begin, end, uniform(0));
     return;
   }
+  // The channel that a block begins in, and where that ends: counted, as divisions take as long as a block.
+  int64_t channel = begin * kBlock / steps.inner, channel_end = (channel + 1) * steps.inner;
+  channel %= steps.channels;
+  const int64_t step = kBlock % steps.channels;
   for (int64_t block = begin; block < end;) {
-    const int64_t start = block * kBlock;
     if (steps.inner == 1) {
-      const int64_t channel = start % steps.channels;
-      body(block, block + 1, Varying<A>{alpha + channel, inverse + channel});
+      body(block, block + 1, Varying<A>{alpha + channel, inverse + channel, channel, 1});
       ++block;
+      channel += step;
+      if (channel >= steps.channels) channel -= steps.channels;
       continue;
     }
-    const int64_t segment = start / steps.inner, whole = (segment + 1) * steps.inner / kBlock;
+    for (; channel_end <= block * kBlock; channel_end += steps.inner) {
+      if (++channel == steps.channels) channel = 0;
+    }
+    const int64_t whole = channel_end / kBlock;
     if (block < whole) {
       const int64_t last = whole < end ? whole : end;
-      body(block, last, uniform(segment % steps.channels));
+      body(block, last, uniform(channel));
       block = last;
       continue;
     }
     A alphas[kBlock], inverses[kBlock];
+    const int64_t left = channel_end - block * kBlock;
     if constexpr (kSteps) {
-      for_each_run(steps, block, [&](int64_t channel, int first, int last) {
+      for_each_run(steps, channel, left, [&](int64_t channel, int first, int last) {
         for (int i = first; i < last; ++i) alphas[i] = alpha[channel], inverses[i] = inverse[channel];
       });
     }
-    body(block, block + 1, Varying<A>{alphas, inverses});
+    body(block, block + 1, Varying<A>{alphas, inverses, channel, left});
     ++block;
   }
 }
@@ -195,10 +202,15 @@ void with_dtype(Dtype dtype, const F& f) {
 // What the other kernels are measured by: their loads and stores with nothing between.
 void copy(const Copy& args, int64_t begin, int64_t end) {
   const Copy a = args;
-  for (int64_t i = begin * kBlock; i < end * kBlock; i += Lanes<Pack<float>>::kCount) {
-    const auto v = Io<float>::load(a.from + i);
-    if (a.stream) Io<float>::stream(a.to + i, v);
-    else Io<float>::store(a.to + i, v);
+  for (int64_t block = begin; block < end; ++block) {
+    const float* from = a.from + block * kBlock;
+    float* to = a.to + block * kBlock;
+#pragma GCC unroll 16
+    for (int i = 0; i < kBlock; i += Lanes<Pack<float>>::kCount) {
+      const auto v = Io<float>::load(from + i);
+      if (a.stream) Io<float>::stream(to + i, v);
+      else Io<float>::store(to + i, v);
+    }
   }
   if (a.stream) stream_fence();
 }

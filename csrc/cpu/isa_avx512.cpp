@@ -4,7 +4,7 @@
 
 #define CG_ISA isa_avx512
 #define CG_ANY_STEPS 0
-#include "pack_avx512.h"
+#include "ordered_avx512.h"
 #include "kernels.inl"
 
 namespace cg {

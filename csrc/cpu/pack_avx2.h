@@ -319,7 +319,7 @@ template <class P>
 struct SmallTable {
   static constexpr int kSize = 0;
 };
-// Entries are found by the low 4 bits of an index, by the low 3 of one register's, and repeat where there are fewer.
+// Entries are found by the low 4 bits of an index, or the low 2, and repeat where there are fewer.
 template <>
 struct SmallTable<Floats> {
   static constexpr int kSize = 16;
@@ -330,14 +330,26 @@ struct SmallTable<Floats> {
     low = _mm256_loadu_ps(entries);
     high = _mm256_loadu_ps(entries + 8);
   }
-  template <bool kBoth>
+  template <int kWidth>
   CG_HD Floats look_up(__m256i index) const {
-    const __m256 first = _mm256_permutevar8x32_ps(low, index);
-    if constexpr (!kBoth) return first;
+    if constexpr (kWidth <= 2) return _mm256_permutevar_ps(low, index);
     const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // the sign is bit 3
-    return _mm256_blendv_ps(first, _mm256_permutevar8x32_ps(high, index), upper);
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), upper);
   }
 };
+
+// dy of 16 numbers of a block from the given one on, times the entries for their 2 bits, added to the sums.
+template <class T>
+CG_HD void add_weighed(const T* grad_y, const uint8_t* packed, const SmallTable<Floats>& weights, int first,
+                       Two<Floats>& sums) {
+  __m256i one, other;
+  packed_indices<2, std::is_same_v<T, bf16>>(packed, first, one, other);
+  const Two<Floats> weight{weights.template look_up<2>(one), weights.template look_up<2>(other)};
+  Two<Floats> dy;
+  if constexpr (std::is_same_v<T, bf16>) dy = load_two(grad_y + first);
+  else dy = {Io<T>::load(grad_y + first), Io<T>::load(grad_y + first + 8)};
+  sums = mul_add(dy, weight, sums);
+}
 
 // times_slopes_block of slopes.inl straight from the packed codes. Of bfloat16 the numbers in even and those in odd
 // places; a NaN of dy has nothing in its lower half and a product makes it quiet, so rounding keeps it; a NaN slope is
@@ -345,7 +357,7 @@ struct SmallTable<Floats> {
 template <int kWidth, class T>
 CG_HD void times_slopes_block(const T* grad_y, const uint8_t* packed, const SmallTable<Floats>& table, T* grad_x,
                               bool stream) {
-  constexpr bool k16 = std::is_same_v<T, bf16>, kBoth = kWidth == 4;
+  constexpr bool k16 = std::is_same_v<T, bf16>;
   SmallTable<Floats> slopes = table;
   if constexpr (k16) {
     const auto quiet = [](__m256 v) { return select(Floats(v) != Floats(v), round_to<bf16>(v), Floats(v)).v; };
@@ -355,7 +367,7 @@ CG_HD void times_slopes_block(const T* grad_y, const uint8_t* packed, const Smal
   for (int i = 0; i < 64; i += 16) {
     __m256i first, second;
     packed_indices<kWidth, k16>(packed, i, first, second);
-    const Two<Floats> slope{slopes.template look_up<kBoth>(first), slopes.template look_up<kBoth>(second)};
+    const Two<Floats> slope{slopes.template look_up<kWidth>(first), slopes.template look_up<kWidth>(second)};
     if constexpr (k16) {
       store_two(grad_x + i, times_slope(load_two(grad_y + i), slope), stream);
     } else {
@@ -369,6 +381,8 @@ CG_HD void times_slopes_block(const T* grad_y, const uint8_t* packed, const Smal
 // How far ahead of the loads memory is asked for. Hardware does it too, but only some instructions ahead.
 constexpr int kPrefetchBytes = 2048;
 constexpr int kChains = 2;
+template <class P>
+constexpr bool kWeighs = std::is_same_v<P, Floats>;
 
 // Streamed stores are weakly ordered: fence before another thread may read.
 CG_HD void stream_fence() { _mm_sfence(); }

@@ -17,10 +17,10 @@
 //   keep_bits<n>(...)   n elements of raw bits of a block from `first` on, kept where the block's mask says, else zero
 //   BlockBits           64 bits, as keep_bits and load_two_where take them
 //   BlockStates         64 2-bit states, from what is packed: inside(), above() and either() are such bits
-//   pack_states(...)    and back
 //   pack_codes<w>(...)  64 codes, a byte each, to w bits each (math/bits.h); and unpack_codes<w>(...) back
 //   nonzero_codes(...)  the bits of c > 0 of 64 codes
 //   times_slopes_block  of slopes.inl may be overloaded for a T or a table
+//   kWeighs<P>          whether there is add_weighed(): products with the entries of a SmallTable for 2 bits, summed
 #pragma once
 
 #include "../math/alpha_grad.h"
@@ -112,6 +112,8 @@ struct Ordered {
 };
 
 constexpr int kPrefetchBytes = 0, kChains = 1;
+template <class P>
+constexpr bool kWeighs = false;
 
 CG_HD void stream_fence() {}
 

@@ -71,15 +71,6 @@ struct BlockStates {
   CG_HD StateBits above() const { return {all, 1}; }
   CG_HD EitherBits either() const { return {inside(), above()}; }
 };
-// A number's bits times themselves, without carries, are the bits with zeros between.
-CG_HD void pack_states(uint64_t inside, uint64_t above, uint64_t (&words)[2]) {
-  const auto spread = [](uint64_t bits) {
-    const __m128i v = _mm_cvtsi64_si128(static_cast<long long>(bits));
-    return _mm_clmulepi64_si128(v, v, 0);
-  };
-  const __m128i both = _mm_or_si128(spread(inside), _mm_slli_epi64(spread(above), 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(words), both);
-}
 
 template <int kCount, class U, class Bits>
 CG_HD void keep_bits(const U* from, U* to, Bits bits, int first, bool stream) {
