@@ -257,6 +257,26 @@ def test_elements_below_zero_add_nothing_to_grad_alpha(backend, alpha_grad):
         assert gradients(x, torch.tensor([0.5]), dy, bits=2, alpha_grad=alpha_grad)[1].item() == 3
 
 
+@pytest.mark.parametrize("alpha_grad", oracle.ALPHA_GRADS)
+@pytest.mark.parametrize("channel_dim", [None, 0])
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_an_infinite_dy_among_many(backend, dtype, channel_dim, alpha_grad):
+    """Whole chunks of the sums: where A is 0 infinity does not reach alpha, and elsewhere it does."""
+    x = torch.tensor([-1.0, 0.7, 9.0]).repeat(2, 15_000)[:, :44_003].to(dtype)
+    alpha = torch.tensor([0.5] * (2 if channel_dim == 0 else 1))
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    want, size = oracle.Staircase64(x, alpha, 2, "ceil", channel_dim).grad_alpha(dy * (x > 0), "clipped_relu", alpha_grad)
+    for at, infinite in ((0, False), (30_000, False), (30_001, alpha_grad != "two_valued"), (30_002, True)):
+        one = dy.clone()
+        one[0, at] = math.inf
+        _, dalpha = gradients(x, alpha, one, bits=2, alpha_grad=alpha_grad, channel_dim=channel_dim)
+        if infinite:
+            assert abs(dalpha[0].item()) == math.inf
+        if not infinite or channel_dim == 0:
+            first = int(infinite)
+            assert_grad_alpha(dalpha[first:], want[first:], size[first:], torch.float32, dtype)
+
+
 @pytest.mark.parametrize("need_alpha", [False, True])
 @pytest.mark.parametrize("need_x", [False, True])
 @pytest.mark.parametrize("alpha_grad", oracle.ALPHA_GRADS)

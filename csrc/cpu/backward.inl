@@ -229,7 +229,7 @@ CG_HD int64_t backward_states(const Backward& a, int64_t begin, int64_t end, con
         for (int i = 0; i < kBlock; i += kCount) {
           add_weighed(grad_y, packed, weights, i, i % (2 * kCount) ? parts.first : parts.second);
         }
-        if (dx_of_all) keep_bits<kBlock>(reinterpret_cast<const U*>(grad_y), grad_x, gate(states, block), 0, stream);
+        if (dx_of_all) keep_bits<kBlock>(reinterpret_cast<const U*>(grad_y), grad_x, gate(states, block), 0, stream, true);
       }
       const Two<P> both = parts.first + parts.second;
       const P sum = both.first + both.second;

@@ -47,6 +47,7 @@ struct Comparisons {
   using F = decltype(O().floats());
   static constexpr int kTop = (1 << kBits) - 1, kPacks = O::kGroup, kStairs = kUniform ? 1 : kPacks;
   static constexpr Rounding kRounding = R;
+  static constexpr bool kFewInstructions = true;
   using Found = typename O::Mask[kBits][kPacks];  // the bits of the codes
   O thresholds[kStairs][kTop], levels[kStairs][kTop];  // of the codes from 1 up
 
@@ -106,6 +107,7 @@ struct Table {
   using Index = typename O::Index;
   static constexpr int kPacks = kBlock / O::kCount;
   static constexpr Rounding kRounding = R;
+  static constexpr bool kFewInstructions = false;
   using Found = Index[kPacks];
   static constexpr int registers(int comparison) {
     return 1 << comparison <= O::kEntries ? 1 : (1 << comparison) / O::kEntries;
@@ -189,6 +191,7 @@ struct Guess {
   using F = decltype(O().floats());
   static constexpr int kPacks = O::kGroup, kStairs = kUniform ? 1 : kPacks;
   static constexpr Rounding kRounding = R;
+  static constexpr bool kFewInstructions = false;
   using Found = typename O::Index[kPacks];
   F alpha[kStairs], inverse[kStairs], q;
   O highest[kStairs];
@@ -255,10 +258,11 @@ void forward_ordered(const Forward& args, int64_t first, int64_t last, const Sou
   uint8_t *const mask_of_all = a.mask, *const codes_of_all = a.codes;
   const bool stream = a.stream;
   const int64_t whole = last < a.count / kBlock ? last : a.count / kBlock;
-  const auto run = [&](const auto& staircase_at) {
+  // all_states: whether `kind` is known to be `state`; stream: known or not. Where there is little else, branches show.
+  const auto run = [&](const auto& staircase_at, auto all_states, auto stream) {
     for (int64_t block = first; block < whole; ++block) {
       const Element* x = x_of_all + block * kBlock;
-      if (O::any_nan(x)) {
+      if (O::any_nan(x, stream)) {
         forward_range<T, Staircase::kRounding, true, kCodes>(args, block, block + 1, source);
         continue;
       }
@@ -280,7 +284,8 @@ void forward_ordered(const Forward& args, int64_t first, int64_t last, const Sou
           above[i] = O::greater(v[i], staircase.top(i));
           inside[i] = O::at_most(positive[i], v[i], staircase.top(i));
         }
-        if (kind == MaskKind::inside) O::store_bits(mask + first / 8, inside);
+        if (all_states) O::store_states(mask + first / 4, inside, above);
+        else if (kind == MaskKind::inside) [[likely]] O::store_bits(mask + first / 8, inside);
         else if (kind == MaskKind::state) O::store_states(mask + first / 4, inside, above);
         else if (kind == MaskKind::positive) O::store_bits(mask + first / 8, positive);
         if constexpr (kCodes) Staircase::store_codes(codes_of_all + block * code_bytes, first, bits, found);
@@ -290,9 +295,16 @@ void forward_ordered(const Forward& args, int64_t first, int64_t last, const Sou
   const float q = static_cast<float>((1 << a.bits) - 1);
   if constexpr (kUniform) {
     const Staircase staircase(static_cast<const float*>(a.steps.alpha)[source.channel], q);
-    run([&](int) -> const Staircase& { return staircase; });
+    const auto same = [&](int) -> const Staircase& { return staircase; };
+    const auto run_known = [&](auto all_states) {
+      if (stream) run(same, all_states, std::true_type{});
+      else run(same, all_states, std::false_type{});
+    };
+    if constexpr (!Staircase::kFewInstructions) run(same, std::false_type{}, stream);
+    else if (kind == MaskKind::state) run_known(std::true_type{});
+    else run_known(std::false_type{});
   } else {
-    run([&](int first) { return Staircase(source.alpha + first, source.inverse + first, q); });
+    run([&](int first) { return Staircase(source.alpha + first, source.inverse + first, q); }, std::false_type{}, stream);
   }
   if (whole < last) forward_range<T, Staircase::kRounding, true, kCodes>(args, whole, last, source);
 }

@@ -37,14 +37,14 @@ struct Ordered {
   static CG_HD Mask choose(Mask m, Mask a, Mask b) { return _mm256_blendv_epi8(b, a, m); }
   static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm256_blendv_epi8(b.v, a.v, m)}; }
   // Whether any is above `most`, or far below zero, or a NaN.
-  static CG_HD bool any_beyond(const int16_t* x, int16_t most) {
+  static CG_HD bool any_beyond(const int16_t* x, int16_t most, bool stream = false) {
     __m256i largest = _mm256_setzero_si256();
     for (int i = 0; i < 64; i += kCount) {
-      largest = _mm256_max_epi16(largest, _mm256_and_si256(load(x + i).v, _mm256_set1_epi16(0x7fff)));
+      largest = _mm256_max_epi16(largest, _mm256_and_si256(stream ? load_unseen(x + i) : load(x + i).v, _mm256_set1_epi16(0x7fff)));
     }
     return _mm256_movemask_epi8(_mm256_cmpgt_epi16(largest, _mm256_set1_epi16(most))) != 0;
   }
-  static CG_HD bool any_nan(const int16_t* x) { return any_beyond(x, kInfinityBits<T>); }
+  static CG_HD bool any_nan(const int16_t* x, bool stream) { return any_beyond(x, kInfinityBits<T>, stream); }
   CG_HD Two<Floats> floats() const { return unpack<T>(v); }
   // Ties of bfloat16 go up.
   static CG_HD Ordered rounded(Two<Floats> from) { return {pack<T, false>(from)}; }
@@ -147,7 +147,7 @@ struct Ordered<float> {
   }
   static CG_HD Mask choose(Mask m, Mask a, Mask b) { return _mm256_blendv_ps(b, a, m); }
   static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
-  static CG_HD bool any_nan(const float* x) {
+  static CG_HD bool any_nan(const float* x, bool) {
     __m256 nan = _mm256_setzero_ps();
     for (int i = 0; i < 64; i += 2 * kCount) {
       nan = _mm256_or_ps(nan, _mm256_cmp_ps(load(x + i).v, load(x + i + kCount).v, _CMP_UNORD_Q));

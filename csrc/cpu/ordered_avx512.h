@@ -41,7 +41,7 @@ struct Ordered {
     const __m512i largest = _mm512_max_epi16(magnitudes(x), magnitudes(x + 32));
     return _mm512_cmpgt_epi16_mask(largest, _mm512_set1_epi16(most)) != 0;
   }
-  static CG_HD bool any_nan(const int16_t* x) { return any_beyond(x, kInfinityBits<T>); }
+  static CG_HD bool any_nan(const int16_t* x, bool) { return any_beyond(x, kInfinityBits<T>); }
   CG_HD Two<Floats> floats() const { return unpack<T>(v); }
   // Ties of bfloat16 go up.
   static CG_HD Ordered rounded(Two<Floats> from) { return {pack<T, false>(from)}; }
@@ -95,7 +95,7 @@ struct Ordered<float> {
     cg::CG_ISA::store_states(to, bits(low), bits(high));
   }
   static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
-  static CG_HD bool any_nan(const float* x) {
+  static CG_HD bool any_nan(const float* x, bool) {
     return (_mm512_cmp_ps_mask(load(x).v, load(x + 16).v, _CMP_UNORD_Q) |
             _mm512_cmp_ps_mask(load(x + 32).v, load(x + 48).v, _CMP_UNORD_Q)) != 0;
   }

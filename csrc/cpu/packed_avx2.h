@@ -72,14 +72,24 @@ struct BlockStates {
   CG_HD EitherBits either() const { return {inside(), above()}; }
 };
 
+// Loads that are masked are not seen by Zen 3's own prefetching, which would ask for memory a second time.
+CG_HD __m256i load_unseen(const void* from) {
+  __m256i all = _mm256_set1_epi32(-1);
+  asm("" : "+x"(all));  // else it is a plain load
+  return _mm256_maskload_epi32(static_cast<const int*>(from), all);
+}
+
+// cached: `from` was just read.
 template <int kCount, class U, class Bits>
-CG_HD void keep_bits(const U* from, U* to, Bits bits, int first, bool stream) {
+CG_HD void keep_bits(const U* from, U* to, Bits bits, int first, bool stream, bool cached = false) {
 #pragma GCC unroll 16
   for (int i = first; i < first + kCount; i += 32 / static_cast<int>(sizeof(U))) {
-    const __m256i dy = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
-    const __m256i v = _mm256_and_si256(bits.template mask<sizeof(U)>(i), dy);
-    if (stream) _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), v);
-    else _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), v);
+    const __m256i mask = bits.template mask<sizeof(U)>(i);
+    const __m256i* dy = reinterpret_cast<const __m256i*>(from + i);
+    __m256i* dx = reinterpret_cast<__m256i*>(to + i);
+    if (stream && !cached) _mm256_stream_si256(dx, _mm256_and_si256(mask, load_unseen(dy)));
+    else if (stream) _mm256_stream_si256(dx, _mm256_and_si256(mask, _mm256_loadu_si256(dy)));
+    else _mm256_storeu_si256(dx, _mm256_and_si256(mask, _mm256_loadu_si256(dy)));
   }
 }
 
