@@ -37,8 +37,8 @@ backward from the mask, from x and from codes, the gradient of a learned step,
 and codes to levels; with a copy as the measure.
 """
 _EPILOG = """
-Without --quick and --sizes: 2^16 (in cache), 2^22 and 2^24 elements, on a GPU 2^27
-too; with --quick 2^16 and 2^22.
+Without --quick and --sizes: 2^16 (in cache), 2^22, 2^24 and 2^26 elements, on a GPU 2^27
+for the last; with --quick 2^16 and 2^22.
 
 Before a size is timed, what each kernel returns is compared with the reference:
 outputs, masks, codes and masked gradients bit for bit, a gradient with an
@@ -230,7 +230,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     size_options(parser, RESULTS, KERNELS, *COPIES)
     args = checked_options(parser, argv, RESULTS)
-    sizes = args.sizes or default_sizes(args)
+    beyond_caches = [2**26] if args.device == "cpu" and not args.quick else []
+    sizes = args.sizes or default_sizes(args) + beyond_caches
     names = tuple(name for name in KERNELS if name in args.only)
     part = Part(args.device, args.allocator, tuple(sizes), tuple(args.dtypes), names, args.rounds, args.threads)
     run_parts("bench.kernels", SUITE, [part], args.out)

@@ -38,12 +38,12 @@ def _one(rows: list[Mapping[str, str]], **case: object) -> Mapping[str, str] | N
     return next((row for row in rows if all(row[key] == str(value) for key, value in case.items())), None)
 
 
-def _over_copy(dtype: str, kernel: str, most: float, tried: str = "") -> Promise:
+def _over_copy(dtype: str, size: int, kernel: str, most: float, tried: str = "") -> Promise:
     def time(results: Results) -> float | None:
-        row = _one(results["kernels"], dtype=dtype, size=2**24, kernel=kernel)
+        row = _one(results["kernels"], dtype=dtype, size=size, kernel=kernel)
         return float(row["time_over_copy"]) if row else None
 
-    return Promise(f"{dtype}, 2^24: {kernel}, over copying as many bytes", most, time, tried)
+    return Promise(f"{dtype}, {size_label(size)}: {kernel}, over copying as many bytes", most, time, tried)
 
 
 def _over(
@@ -99,12 +99,18 @@ _PAGES = (
 )
 
 PROMISES = (
-    _over_copy("float32", "forward, 2 bits", 1.03, _COPY),
-    _over_copy("bfloat16", "forward, 2 bits", 1.05, _COPY),
-    _over_copy("float32", "backward, clipped_relu", 1.03, _COPY),
-    _over_copy("bfloat16", "backward, clipped_relu", 1.03, _COPY),
-    _over_copy("bfloat16", "backward, log_tailed_relu", 1.15, _EXPONENTIAL),
-    _over_copy("bfloat16", "backward, reverse_exponential", 1.15, _EXPONENTIAL),
+    *(
+        _over_copy(dtype, size, kernel, most, tried)
+        for dtype, kernel, most, tried in (
+            ("float32", "forward, 2 bits", 1.03, _COPY),
+            ("bfloat16", "forward, 2 bits", 1.05, _COPY),
+            ("float32", "backward, clipped_relu", 1.03, _COPY),
+            ("bfloat16", "backward, clipped_relu", 1.03, _COPY),
+            ("bfloat16", "backward, log_tailed_relu", 1.15, _EXPONENTIAL),
+            ("bfloat16", "backward, reverse_exponential", 1.15, _EXPONENTIAL),
+        )
+        for size in (2**24, 2**26)
+    ),
     *(_over(dtype, 2**24, "qrelu_learned", "qrelu", 1.15, _LEARNED) for dtype in DTYPES),
     *(_over(dtype, 4, "qrelu", "relu", 1.3, _SMALL) for dtype in DTYPES),
     *(_over(dtype, 2**16, "qrelu", "relu", 1.0, _IN_CACHE) for dtype in DTYPES),
