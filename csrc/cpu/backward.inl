@@ -9,8 +9,6 @@ struct Flags {
   uint64_t gate = ~uint64_t{0}, inside = 0, above = 0;
 };
 
-CG_HD bool codes_are_flags(const Backward& a) { return a.codes && packed_width(a.bits) <= 2; }
-
 CG_HD void read_flags(const uint8_t* from, int width, int64_t block, int count, Flags& flags) {
   if (width == 1) return read_packed<1>(from, block, count, &flags.inside);
   uint64_t words[2];
@@ -84,113 +82,10 @@ CG_HD void sum_flagged(const T* grad_y, Bits in, Bits over, P& inside, P& above,
 // A run of one channel within a block, from so many numbers on, is summed by itself.
 constexpr int kShortRun = 16;
 
-// A term is a select, not a product: dy may be infinite where A is 0.
-template <class P>
-CG_HD P masked_product(P dy, P value) {
-  const P zero(scalar_of<P>(0));
-  return select(value != zero, mul(dy, value), zero);
-}
-
-// Sums dy * A per chunk and channel. Blocks of one channel are summed in registers until chunk or channel change.
-template <class A>
-class ChannelSums {
-  using P = Pack<A>;
-  static constexpr int kCount = Lanes<P>::kCount;
-
- public:
-  explicit CG_HD ChannelSums(const Backward& a)
-      : a_(a),
-        inside_factor_(codes_are_flags(a) ? A(1) : inside_value(a.rule, A((1 << a.bits) - 1))),
-        above_factor_(codes_are_flags(a) ? A(2) : A((1 << a.bits) - 1)) {}
-  CG_HD ~ChannelSums() { flush(); }
-
-  // Before the terms of a block, one after the other.
-  CG_HD void start(int64_t block, const Uniform<A>& source) {
-    A* const sum = sums_of_chunk(block) + source.channel;
-    if (sum == sum_) return;
-    flush();
-    sum_ = sum;
-  }
-  CG_HD void start(int64_t, const Varying<A>&) {}
-
-  CG_HD void add(const Uniform<A>&, int, P term) { total_ = total_ + term; }
-  CG_HD void add(const Varying<A>&, int i, P term) { Lanes<P>::store(terms_ + i, term); }
-
-  // The same where the terms are dy inside and above, times what A is there: factored out of the sums where it can be.
-  CG_HD void add_flagged(const Uniform<A>&, int, P inside, P above) {
-    inside_ = inside_ + inside;
-    above_ = above_ + above;
-  }
-  CG_HD void add_flagged(const Varying<A>& source, int i, P inside, P above) {
-    add(source, i, weighed(inside, above));
-  }
-
-  CG_HD int64_t chunk_end(int64_t block) { return sums_of_chunk(block), chunk_end_; }
-
-  // A by the two bits of a state or a code.
-  CG_HD SmallTable<P> weights() const {
-    const A of[4] = {0, inside_factor_, above_factor_, inside_factor_ + above_factor_};
-    return SmallTable<P>(of, 4);
-  }
-
-  // After them.
-  CG_HD void finish(int64_t, const Uniform<A>&) {}
-  CG_HD void finish(int64_t block, const Varying<A>& source) {
-    A* sums = sums_of_chunk(block);
-    if (a_.steps.inner == 1) {
-      int64_t channel = source.channel;
-      for (int i = 0; i < kBlock;) {
-        const int64_t left = a_.steps.channels - channel;
-        const int run = left < kBlock - i ? static_cast<int>(left) : kBlock - i;
-        int j = 0;
-        for (A* to = sums + channel; j + kCount <= run; j += kCount) {
-          Lanes<P>::store(to + j, Lanes<P>::load(to + j) + Lanes<P>::load(terms_ + i + j));
-        }
-        for (; j < run; ++j) sums[channel + j] += terms_[i + j];
-        i += run;
-        channel = 0;
-      }
-    } else {
-      for_each_run(a_.steps, source.channel, source.left, [&](int64_t channel, int first, int last) {
-        const uint64_t run = ~uint64_t{0} >> (kBlock - (last - first)) << first;
-        P sum(A(0));
-        for (int i = first - first % kCount; i < last; i += kCount) {
-          sum = sum + select(Lanes<P>::mask(run >> i), Lanes<P>::load(terms_ + i), P(A(0)));
-        }
-        sums[channel] += Lanes<P>::sum(sum);
-      });
-    }
-  }
-
- private:
-  CG_HD A* sums_of_chunk(int64_t block) {
-    if (block >= chunk_end_) {  // a division takes as long as a block
-      const int64_t chunk = block / a_.chunk_blocks;
-      chunk_end_ = (chunk + 1) * a_.chunk_blocks;
-      chunk_sums_ = static_cast<A*>(a_.partial) + chunk * a_.steps.channels;
-    }
-    return chunk_sums_;
-  }
-  CG_HD P weighed(P inside, P above) const {
-    return masked_product(inside, P(inside_factor_)) + mul(above, P(above_factor_));
-  }
-  CG_HD void flush() {
-    if (sum_) *sum_ += Lanes<P>::sum(total_ + weighed(inside_, above_));
-    total_ = inside_ = above_ = P(A(0));
-  }
-
-  const Backward& a_;
-  const A inside_factor_, above_factor_;
-  A *sum_ = nullptr, *chunk_sums_ = nullptr;
-  int64_t chunk_end_ = 0;
-  P total_ = P(A(0)), inside_ = total_, above_ = total_;
-  A terms_[kBlock];
-};
-
-// dalpha, and dx where wanted, from two bits an element, states or codes, of one channel, for the whole blocks in
-// [begin, end), each read once: returns the block after them. gate(states, block) are the bits for dx.
-template <class T, class U, class Gate, class Weights>
-CG_HD int64_t backward_states(const Backward& a, int64_t begin, int64_t end, const Uniform<compute_t<T>>& source,
+// dalpha, and dx where wanted, from two bits an element, states or codes, for the whole blocks in [begin, end), each
+// read once: returns the block after them. gate(states, block) are the bits for dx. Of many channels where kWeighs alone.
+template <class T, class U, class Gate, class Weights, class Source>
+CG_HD int64_t backward_states(const Backward& a, int64_t begin, int64_t end, const Source& source,
                               ChannelSums<compute_t<T>>& sums, const Weights weights, const Gate& gate) {
   using P = Pack<compute_t<T>>;
   constexpr int kCount = 2 * Lanes<P>::kCount;
@@ -213,7 +108,24 @@ CG_HD int64_t backward_states(const Backward& a, int64_t begin, int64_t end, con
       sums.add_flagged(source, 0, inside, above);
     }
   };
-  if constexpr (kWeighs<P>) {
+  if constexpr (!std::is_same_v<Source, Uniform<compute_t<T>>>) {
+    for (int64_t block = begin; block < whole; ++block) {
+      const T* grad_y = dy_of_all + block * kBlock;
+      U* grad_x = dx_of_all + block * kBlock;
+      const uint8_t* packed = two_bits + block * 16;
+      prefetch(grad_y);
+      if (dx_of_all) {
+        keep_bits<kBlock>(reinterpret_cast<const U*>(grad_y), grad_x, gate(BlockStates(packed), block), 0, stream);
+      }
+      for (int i = 0; i < kBlock; i += kCount) {
+        const int j = i + Lanes<P>::kCount;
+        const Two<P> weight = weights_of<false>(packed, weights, i);
+        sums.add(source, i, masked_product(Io<T>::load(grad_y + i), weight.first));
+        sums.add(source, j, masked_product(Io<T>::load(grad_y + j), weight.second));
+      }
+      sums.finish(block, source);
+    }
+  } else if constexpr (kWeighs<P>) {
     for (int64_t first = begin, last; first < whole; first = last) {
       const int64_t chunk_end = sums.chunk_end(first);
       last = chunk_end < whole ? chunk_end : whole;
@@ -229,7 +141,9 @@ CG_HD int64_t backward_states(const Backward& a, int64_t begin, int64_t end, con
         for (int i = 0; i < kBlock; i += kCount) {
           add_weighed(grad_y, packed, weights, i, i % (2 * kCount) ? parts.first : parts.second);
         }
-        if (dx_of_all) keep_bits<kBlock>(reinterpret_cast<const U*>(grad_y), grad_x, gate(states, block), 0, stream, true);
+        if (dx_of_all) {
+          keep_bits<kBlock>(reinterpret_cast<const U*>(grad_y), grad_x, gate(states, block), 0, stream, true);
+        }
       }
       const Two<P> both = parts.first + parts.second;
       const P sum = both.first + both.second;
@@ -263,8 +177,9 @@ void backward_kept(const Backward& args, int64_t begin, int64_t end) {
   }();
   for_each_range<A, false>(a.steps, begin, end, [&](int64_t first, int64_t last, const auto& source) {
     constexpr bool kUniform = std::is_same_v<std::decay_t<decltype(source)>, Uniform<A>>;
-    if constexpr (kUniform) {
-      if (a.partial && (a.codes ? packed_width(a.bits) == 2 : a.kind == MaskKind::state)) {
+    if constexpr (kUniform || kWeighs<P>) {
+      const bool two_bits = a.codes ? packed_width(a.bits) == 2 : a.kind == MaskKind::state;
+      if (a.partial && two_bits && (kUniform || a.steps.inner < kShortRun)) {
         const auto run = [&](const auto& gate) {
           first = backward_states<T, U>(a, first, last, source, sums, weights, gate);
         };
@@ -315,11 +230,9 @@ void backward_kept(const Backward& args, int64_t begin, int64_t end) {
           sums.add(source, i, masked_product(Io<T>::load(grad_y + i), Lanes<P>::load_codes(codes + i)));
         }
       } else if constexpr (!kUniform) {
-        const P zero(A(0));
+        const BlockBits inside(kept.inside), above(kept.above);
         for (int i = 0; i < kBlock; i += kCount) {
-          const P dy = Io<T>::load(grad_y + i);
-          sums.add_flagged(source, i, select(Lanes<P>::mask(kept.inside >> i), dy, zero),
-                           select(Lanes<P>::mask(kept.above >> i), dy, zero));
+          sums.add_flagged(source, i, load_where(grad_y, inside, i), load_where(grad_y, above, i));
         }
       }
       sums.finish(block, source);
@@ -409,10 +322,12 @@ __attribute__((noinline)) void dx_quick(const Backward& a, const T* x, const T* 
     end += kBlock;
     prefetch(x + begin);
     prefetch(grad_y + begin);
+    O farthest = O::all(0);
 #pragma GCC unroll 1
     for (int64_t i = begin; i < end; i += 2 * O::kCount) {
       const int64_t j = i + O::kCount;
       const O v = load(x + i), w = load(x + j);
+      farthest = O::farther(O::farther(farthest, v), w);
       const F dy{load(grad_y + i).floats(), load(grad_y + j).floats()};
       const F result = mul(dy, quick.at(F{v.floats(), w.floats()}));
       const O first = where_positive(v, result.first), second = where_positive(w, result.second);
@@ -420,7 +335,7 @@ __attribute__((noinline)) void dx_quick(const Backward& a, const T* x, const T* 
       if (stream) O::stream(to, first), O::stream(to + O::kCount, second);
       else O::store(to, first), O::store(to + O::kCount, second);
     }
-    if (!O::any_beyond(reinterpret_cast<const Element*>(x + begin), moderate)) continue;
+    if (!O::any_beyond(farthest, moderate)) continue;
     T exact[kBlock];
     dx_run<T, SteT, sizeof(T) == 2>(x + begin, grad_y + begin, exact, kBlock, false, source, Pack<float>(q));
     for (int i = 0; i < kBlock; ++i) {

@@ -8,14 +8,16 @@ CG_HD auto load_two(const T* p) {
   using P = Pack<compute_t<T>>;
   return Two<P>{Io<T>::load(p), Io<T>::load(p + Lanes<P>::kCount)};
 }
-// The same from the given place in a block, zero where a bit of the block's is not set.
+// From the given place in a block, zero where a bit of the block's is not set: a pack in order, or two in load_two's.
 template <class T>
-CG_HD auto load_two_where(const T* block, uint64_t bits, int first) {
+CG_HD auto load_where(const T* block, uint64_t bits, int first) {
   using P = Pack<compute_t<T>>;
-  constexpr int kCount = Lanes<P>::kCount;
-  const P zero(compute_t<T>(0));
-  return Two<P>{select(Lanes<P>::mask(bits >> first), Io<T>::load(block + first), zero),
-                select(Lanes<P>::mask(bits >> (first + kCount)), Io<T>::load(block + first + kCount), zero)};
+  return select(Lanes<P>::mask(bits >> first), Io<T>::load(block + first), P(compute_t<T>(0)));
+}
+template <class T, class Bits>
+CG_HD auto load_two_where(const T* block, Bits bits, int first) {
+  using P = Pack<compute_t<T>>;
+  return Two<P>{load_where(block, bits, first), load_where(block, bits, first + Lanes<P>::kCount)};
 }
 template <class T, class P>
 CG_HD void store_two(T* p, Two<P> v, bool stream) {

@@ -2,5 +2,6 @@
 // over tensors.
 #include "blocks.inl"
 #include "forward.inl"
+#include "sums.inl"
 #include "backward.inl"
 #include "slopes.inl"

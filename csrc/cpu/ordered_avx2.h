@@ -36,15 +36,17 @@ struct Ordered {
   }
   static CG_HD Mask choose(Mask m, Mask a, Mask b) { return _mm256_blendv_epi8(b, a, m); }
   static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm256_blendv_epi8(b.v, a.v, m)}; }
-  // Whether any is above `most`, or far below zero, or a NaN.
-  static CG_HD bool any_beyond(const int16_t* x, int16_t most, bool stream = false) {
-    __m256i largest = _mm256_setzero_si256();
-    for (int i = 0; i < 64; i += kCount) {
-      largest = _mm256_max_epi16(largest, _mm256_and_si256(stream ? load_unseen(x + i) : load(x + i).v, _mm256_set1_epi16(0x7fff)));
-    }
-    return _mm256_movemask_epi8(_mm256_cmpgt_epi16(largest, _mm256_set1_epi16(most))) != 0;
+  static CG_HD Ordered farther(Ordered a, Ordered b) {
+    return {_mm256_max_epi16(a.v, _mm256_and_si256(b.v, _mm256_set1_epi16(0x7fff)))};
   }
-  static CG_HD bool any_nan(const int16_t* x, bool stream) { return any_beyond(x, kInfinityBits<T>, stream); }
+  static CG_HD bool any_beyond(Ordered farthest, int16_t most) {
+    return _mm256_movemask_epi8(greater(farthest, all(most))) != 0;
+  }
+  static CG_HD bool any_nan(const int16_t* x, bool stream) {
+    Ordered farthest = all(0);
+    for (int i = 0; i < 64; i += kCount) farthest = farther(farthest, stream ? Ordered{load_unseen(x + i)} : load(x + i));
+    return any_beyond(farthest, kInfinityBits<T>);
+  }
   CG_HD Two<Floats> floats() const { return unpack<T>(v); }
   // Ties of bfloat16 go up.
   static CG_HD Ordered rounded(Two<Floats> from) { return {pack<T, false>(from)}; }
@@ -154,13 +156,13 @@ struct Ordered<float> {
     }
     return _mm256_movemask_ps(nan) != 0;
   }
-  // Whether any is above `most` or a NaN.
-  static CG_HD bool any_beyond(const float* x, float most) {
-    __m256 beyond = _mm256_setzero_ps();
-    for (int i = 0; i < 64; i += kCount) {
-      beyond = _mm256_or_ps(beyond, _mm256_cmp_ps(load(x + i).v, _mm256_set1_ps(most), _CMP_NLE_UQ));
-    }
-    return _mm256_movemask_ps(beyond) != 0;
+  static CG_HD Ordered farther(Ordered a, Ordered b) {
+    const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(b.v), _mm256_set1_epi32(0x7fffffff));
+    return {_mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a.v), magnitude))};
+  }
+  static CG_HD bool any_beyond(Ordered farthest, float most) {
+    const __m256i bits = _mm256_castps_si256(farthest.v), limit = _mm256_castps_si256(all(most).v);
+    return _mm256_movemask_epi8(_mm256_cmpgt_epi32(bits, limit)) != 0;
   }
   CG_HD Floats floats() const { return v; }
   static CG_HD Ordered rounded(Floats from) { return {from.v}; }

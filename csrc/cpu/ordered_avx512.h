@@ -35,13 +35,13 @@ struct Ordered {
   }
   static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm512_mask_blend_epi16(m, b.v, a.v)}; }
   static CG_HD Ordered keep(Mask m, Ordered a) { return {_mm512_maskz_mov_epi16(m, a.v)}; }
-  // Whether any is above `most`, or far below zero, or a NaN.
-  static CG_HD bool any_beyond(const int16_t* x, int16_t most) {
-    const auto magnitudes = [](const int16_t* p) { return _mm512_and_si512(load(p).v, _mm512_set1_epi16(0x7fff)); };
-    const __m512i largest = _mm512_max_epi16(magnitudes(x), magnitudes(x + 32));
-    return _mm512_cmpgt_epi16_mask(largest, _mm512_set1_epi16(most)) != 0;
+  static CG_HD Ordered farther(Ordered a, Ordered b) {
+    return {_mm512_max_epi16(a.v, _mm512_and_si512(b.v, _mm512_set1_epi16(0x7fff)))};
   }
-  static CG_HD bool any_nan(const int16_t* x, bool) { return any_beyond(x, kInfinityBits<T>); }
+  static CG_HD bool any_beyond(Ordered farthest, int16_t most) { return greater(farthest, all(most)) != 0; }
+  static CG_HD bool any_nan(const int16_t* x, bool) {
+    return any_beyond(farther(farther(all(0), load(x)), load(x + 32)), kInfinityBits<T>);
+  }
   CG_HD Two<Floats> floats() const { return unpack<T>(v); }
   // Ties of bfloat16 go up.
   static CG_HD Ordered rounded(Two<Floats> from) { return {pack<T, false>(from)}; }
@@ -99,13 +99,12 @@ struct Ordered<float> {
     return (_mm512_cmp_ps_mask(load(x).v, load(x + 16).v, _CMP_UNORD_Q) |
             _mm512_cmp_ps_mask(load(x + 32).v, load(x + 48).v, _CMP_UNORD_Q)) != 0;
   }
-  // Whether any is above `most` or a NaN.
-  static CG_HD bool any_beyond(const float* x, float most) {
-    __mmask16 beyond = 0;
-    for (int i = 0; i < 64; i += kCount) {
-      beyond |= _mm512_cmp_ps_mask(load(x + i).v, _mm512_set1_ps(most), _CMP_NLE_UQ);
-    }
-    return beyond != 0;
+  static CG_HD Ordered farther(Ordered a, Ordered b) {
+    const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(b.v), _mm512_set1_epi32(0x7fffffff));
+    return {_mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a.v), magnitude))};
+  }
+  static CG_HD bool any_beyond(Ordered farthest, float most) {
+    return _mm512_cmpgt_epi32_mask(_mm512_castps_si512(farthest.v), _mm512_castps_si512(all(most).v)) != 0;
   }
   static CG_HD Ordered keep(Mask m, Ordered a) { return {_mm512_maskz_mov_ps(m, a.v)}; }
   CG_HD Floats floats() const { return v; }

@@ -277,15 +277,13 @@ CG_HD Two<Floats> load_two(const bf16* p) {
   return unpack<bf16>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 template <class T, class Bits>
-CG_HD auto load_two_where(const T* block, Bits bits, int first) {
-  using P = Pack<compute_t<T>>;
-  if constexpr (std::is_same_v<T, bf16>) {
-    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + first));
-    return unpack<bf16>(_mm256_and_si256(bits.template mask<2>(first), v));
-  } else {
-    const auto load = [&](int i) { return kept(Io<T>::load(block + i), bits.template mask<sizeof(compute_t<T>)>(i)); };
-    return Two<P>{load(first), load(first + Lanes<P>::kCount)};
-  }
+CG_HD auto load_where(const T* block, Bits bits, int first) {
+  return kept(Io<T>::load(block + first), bits.template mask<sizeof(compute_t<T>)>(first));
+}
+template <class Bits>
+CG_HD Two<Floats> load_two_where(const bf16* block, Bits bits, int first) {
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + first));
+  return unpack<bf16>(_mm256_and_si256(bits.template mask<2>(first), v));
 }
 CG_HD void store_two(bf16* p, Two<Floats> v, bool stream) {
   const __m256i both = pack<bf16>(v);
@@ -338,17 +336,21 @@ struct SmallTable<Floats> {
   }
 };
 
-// dy of 16 numbers of a block from the given one on, times the entries for their 2 bits, added to the sums.
+// The entries for the 2 bits of 16 numbers of a block from the given one on, and those times dy, added to the sums.
+template <bool kEvenOdd>
+CG_HD Two<Floats> weights_of(const uint8_t* packed, const SmallTable<Floats>& weights, int first) {
+  __m256i one, other;
+  packed_indices<2, kEvenOdd>(packed, first, one, other);
+  return {weights.template look_up<2>(one), weights.template look_up<2>(other)};
+}
 template <class T>
 CG_HD void add_weighed(const T* grad_y, const uint8_t* packed, const SmallTable<Floats>& weights, int first,
                        Two<Floats>& sums) {
-  __m256i one, other;
-  packed_indices<2, std::is_same_v<T, bf16>>(packed, first, one, other);
-  const Two<Floats> weight{weights.template look_up<2>(one), weights.template look_up<2>(other)};
+  constexpr bool kEvenOdd = std::is_same_v<T, bf16>;
   Two<Floats> dy;
-  if constexpr (std::is_same_v<T, bf16>) dy = load_two(grad_y + first);
+  if constexpr (kEvenOdd) dy = load_two(grad_y + first);
   else dy = {Io<T>::load(grad_y + first), Io<T>::load(grad_y + first + 8)};
-  sums = mul_add(dy, weight, sums);
+  sums = mul_add(dy, weights_of<kEvenOdd>(packed, weights, first), sums);
 }
 
 // times_slopes_block of slopes.inl straight from the packed codes. Of bfloat16 the numbers in even and those in odd

@@ -20,7 +20,7 @@
 //   pack_codes<w>(...)  64 codes, a byte each, to w bits each (math/bits.h); and unpack_codes<w>(...) back
 //   nonzero_codes(...)  the bits of c > 0 of 64 codes
 //   times_slopes_block  of slopes.inl may be overloaded for a T or a table
-//   kWeighs<P>          whether there is add_weighed(): products with the entries of a SmallTable for 2 bits, summed
+//   kWeighs<P>          whether there are weights_of() 2 bits, entries of a SmallTable, and add_weighed(), dy times them
 #pragma once
 
 #include "../math/alpha_grad.h"

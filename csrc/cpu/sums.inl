@@ -1,0 +1,113 @@
+// The sums of dalpha, per chunk of blocks and channel.
+
+namespace cg::CG_ISA {
+namespace {
+
+// Whether the bits of a code are summed as those of a state are.
+CG_HD bool codes_are_flags(const Backward& a) { return a.codes && packed_width(a.bits) <= 2; }
+
+// A term is a select, not a product: dy may be infinite where A is 0.
+template <class P>
+CG_HD P masked_product(P dy, P value) {
+  const P zero(scalar_of<P>(0));
+  return select(value != zero, mul(dy, value), zero);
+}
+
+// Sums dy * A per chunk and channel. Blocks of one channel are summed in registers until chunk or channel change.
+template <class A>
+class ChannelSums {
+  using P = Pack<A>;
+  static constexpr int kCount = Lanes<P>::kCount;
+
+ public:
+  explicit CG_HD ChannelSums(const Backward& a)
+      : a_(a),
+        inside_factor_(codes_are_flags(a) ? A(1) : inside_value(a.rule, A((1 << a.bits) - 1))),
+        above_factor_(codes_are_flags(a) ? A(2) : A((1 << a.bits) - 1)) {}
+  CG_HD ~ChannelSums() { flush(); }
+
+  // Before the terms of a block, one after the other.
+  CG_HD void start(int64_t block, const Uniform<A>& source) {
+    A* const sum = sums_of_chunk(block) + source.channel;
+    if (sum == sum_) return;
+    flush();
+    sum_ = sum;
+  }
+  CG_HD void start(int64_t, const Varying<A>&) {}
+
+  CG_HD void add(const Uniform<A>&, int, P term) { total_ = total_ + term; }
+  CG_HD void add(const Varying<A>&, int i, P term) { Lanes<P>::store(terms_ + i, term); }
+
+  // The same where the terms are dy inside and above, times what A is there: factored out of the sums where it can be.
+  CG_HD void add_flagged(const Uniform<A>&, int, P inside, P above) {
+    inside_ = inside_ + inside;
+    above_ = above_ + above;
+  }
+  CG_HD void add_flagged(const Varying<A>& source, int i, P inside, P above) {
+    add(source, i, weighed(inside, above));
+  }
+
+  CG_HD int64_t chunk_end(int64_t block) { return sums_of_chunk(block), chunk_end_; }
+
+  // A by the two bits of a state or a code.
+  CG_HD SmallTable<P> weights() const {
+    const A of[4] = {0, inside_factor_, above_factor_, inside_factor_ + above_factor_};
+    return SmallTable<P>(of, 4);
+  }
+
+  // After them.
+  CG_HD void finish(int64_t, const Uniform<A>&) {}
+  CG_HD void finish(int64_t block, const Varying<A>& source) {
+    A* sums = sums_of_chunk(block);
+    if (a_.steps.inner == 1) {
+      int64_t channel = source.channel;
+      for (int i = 0; i < kBlock;) {
+        const int64_t left = a_.steps.channels - channel;
+        const int run = left < kBlock - i ? static_cast<int>(left) : kBlock - i;
+        int j = 0;
+        for (A* to = sums + channel; j + kCount <= run; j += kCount) {
+          Lanes<P>::store(to + j, Lanes<P>::load(to + j) + Lanes<P>::load(terms_ + i + j));
+        }
+        for (; j < run; ++j) sums[channel + j] += terms_[i + j];
+        i += run;
+        channel = 0;
+      }
+    } else {
+      for_each_run(a_.steps, source.channel, source.left, [&](int64_t channel, int first, int last) {
+        const uint64_t run = ~uint64_t{0} >> (kBlock - (last - first)) << first;
+        P sum(A(0));
+        for (int i = first - first % kCount; i < last; i += kCount) {
+          sum = sum + select(Lanes<P>::mask(run >> i), Lanes<P>::load(terms_ + i), P(A(0)));
+        }
+        sums[channel] += Lanes<P>::sum(sum);
+      });
+    }
+  }
+
+ private:
+  CG_HD A* sums_of_chunk(int64_t block) {
+    if (block >= chunk_end_) {  // a division takes as long as a block
+      const int64_t chunk = block / a_.chunk_blocks;
+      chunk_end_ = (chunk + 1) * a_.chunk_blocks;
+      chunk_sums_ = static_cast<A*>(a_.partial) + chunk * a_.steps.channels;
+    }
+    return chunk_sums_;
+  }
+  CG_HD P weighed(P inside, P above) const {
+    return masked_product(inside, P(inside_factor_)) + mul(above, P(above_factor_));
+  }
+  CG_HD void flush() {
+    if (sum_) *sum_ += Lanes<P>::sum(total_ + weighed(inside_, above_));
+    total_ = inside_ = above_ = P(A(0));
+  }
+
+  const Backward& a_;
+  const A inside_factor_, above_factor_;
+  A *sum_ = nullptr, *chunk_sums_ = nullptr;
+  int64_t chunk_end_ = 0;
+  P total_ = P(A(0)), inside_ = total_, above_ = total_;
+  A terms_[kBlock];
+};
+
+}  // namespace
+}  // namespace cg::CG_ISA
