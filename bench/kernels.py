@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -58,7 +59,9 @@ the native library, it is Tensor.copy_.
 
 # ------------------------------------------------------------------------------------- the kernels
 
-_ALPHA, _BITS, _CHANNELS = 0.4866, 2, 64
+_ALPHA, _BITS = 0.4866, 2
+# What an alpha of its own is for: (how many, elements of each that lie together).
+_LAYOUTS = {"channel": (64, 256), "feature": (256, 1)}
 _Tensors = dict[str, Tensor]
 
 
@@ -78,20 +81,29 @@ class Kernel:
     sums: bool = False
 
 
-def _forward(bits: int, mask: str = "inside", codes: bool = False) -> Callable[[_Tensors], tuple[Tensor, ...]]:
-    return lambda t: _ops.ops.qrelu_forward(t["x"], t["alpha"], bits, "ceil", mask, codes, None)
+def _shaped(tensor: Tensor, per: str | None) -> Tensor:
+    return tensor.view(-1, *_LAYOUTS[per]) if per else tensor
+
+
+def _forward(
+    bits: int, mask: str = "inside", codes: bool = False, per: str | None = None
+) -> Callable[[_Tensors], tuple[Tensor, ...]]:
+    count, channel_dim = (_LAYOUTS[per][0], 1) if per else (1, None)
+    return lambda t: _ops.ops.qrelu_forward(
+        _shaped(t["x"], per), t["alpha"].expand(count), bits, "ceil", mask, codes, channel_dim
+    )
 
 
 def _backward(
-    ste: str, *kept: str, rule: str = "three_valued", learned: bool = False, per_channel: bool = False
+    ste: str, *kept: str, rule: str = "three_valued", learned: bool = False, per: str | None = None
 ) -> Callable[[_Tensors], tuple[Tensor, ...]]:
     """From what is kept: "x" (and alpha), "mask" or "state", "codes"."""
-    channel_dim = 1 if per_channel else None
+    channel_dim = 1 if per else None
     config = (_BITS, ste, "ceil", rule, 1.0, channel_dim, True, learned)
     mask = "state" if "state" in kept else "mask"
 
     def call(t: _Tensors) -> tuple[Tensor, ...]:
-        dy = t["dy"].view(-1, _CHANNELS, 256) if per_channel else t["dy"]
+        dy = _shaped(t["dy"], per)
         arguments = [t[name] if name in kept else None for name in ("x", mask, "codes")]
         return _ops.ops.qrelu_backward(dy, t["alpha"] if "x" in kept else None, *arguments, *config)
 
@@ -101,6 +113,7 @@ def _backward(
 _X, _DY = ("x",), ("dy",)
 KERNELS = {
     **{f"forward, {bits} bit{'s' * (bits > 1)}": Kernel(2, 1, _X, _forward(bits)) for bits in (1, 2, 3, 4, 6, 8)},
+    "forward, 2 bits, per feature": Kernel(2, 1, _X, _forward(2, per="feature")),
     "forward to codes, 2 bits": Kernel(2, 2, _X, _forward(2, "nothing", codes=True)),
     "backward, clipped_relu": Kernel(2, 1, _DY, _backward("clipped_relu", "mask")),
     "backward, log_tailed_relu": Kernel(3, 0, _X + _DY, _backward("log_tailed_relu", "x"), rtol=16),
@@ -109,9 +122,12 @@ KERNELS = {
         2, 2, _DY, lambda t: (_ops.ops.times_slopes_of(t["dy"], t["codes"], _BITS, "reverse_exponential_step"),)
     ),
     "backward, learned step": Kernel(2, 2, _DY, _backward("clipped_relu", "state", learned=True), sums=True),
-    "backward, learned step, per channel": Kernel(
-        2, 2, _DY, _backward("clipped_relu", "state", learned=True, per_channel=True), sums=True
-    ),
+    **{
+        f"backward, learned step, per {per}": Kernel(
+            2, 2, _DY, _backward("clipped_relu", "state", learned=True, per=per), sums=True
+        )
+        for per in _LAYOUTS
+    },
     "backward, learned step, exact": Kernel(
         2, 3, _DY, _backward("clipped_relu", "mask", "codes", rule="exact", learned=True), sums=True
     ),
@@ -173,7 +189,7 @@ def _cases(part: Part, dtype: str, size: int) -> Iterator[Case]:
     jobs = {name: lambda source=t[key]: copying(torch.empty_like(source), source)() for name, key in COPIES.items()}
     for name in part.names:
         kernel = KERNELS[name]
-        if "per channel" in name and size % (_CHANNELS * 256):
+        if any(f"per {per}" in name and size % math.prod(shape) for per, shape in _LAYOUTS.items()):
             continue
         _check(name, kernel, kernel.call(t), t)
         jobs[name] = lambda kernel=kernel: kernel.call(t)

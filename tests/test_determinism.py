@@ -24,6 +24,8 @@ CASES = {
     "per channel, images": ((4, 24, 57, 55), torch.float32, 1, torch.contiguous_format),
     "per channel, channels_last": ((4, 24, 57, 55), torch.bfloat16, 1, torch.channels_last),
     "per channel, last dim": ((3001, 101), torch.float64, -1, torch.contiguous_format),
+    "per channel, last dim of 96": ((3001, 96), torch.bfloat16, -1, torch.contiguous_format),
+    "per channel, last dim of 160": ((3001, 160), torch.float32, -1, torch.contiguous_format),
 }
 
 

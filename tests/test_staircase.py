@@ -70,6 +70,14 @@ def test_on_every_threshold_and_one_ulp_either_side(backend, dtype, rounding, bi
     in_order = torch.stack([code, code.flip(1)]).permute(0, 2, 1).reshape(-1)
     assert torch.equal(unpacked_codes(image, alpha, bits, rounding, 1), in_order)
 
+    # 96 side by side: blocks of 64 begin at any third of them.
+    def thirds(t):
+        return torch.cat([t, t.flip(0), t.roll(5, 0)]).T.contiguous()
+
+    rows, steps = thirds(x), thirds(alpha[:, None])[0]
+    assert_same(cg.qrelu(rows, steps, bits, rounding=rounding, channel_dim=1), thirds(y), rows, steps)
+    assert torch.equal(unpacked_codes(rows, steps, bits, rounding, 1), thirds(code).reshape(-1))
+
     # The per-tensor loop, for an everyday alpha and three random ones.
     for row in (3, 12, 20, 30):
         got = cg.qrelu(x[row], alpha[row : row + 1], bits, rounding=rounding)

@@ -117,6 +117,7 @@ CG_HD int64_t backward_states(const Backward& a, int64_t begin, int64_t end, con
       if (dx_of_all) {
         keep_bits<kBlock>(reinterpret_cast<const U*>(grad_y), grad_x, gate(BlockStates(packed), block), 0, stream);
       }
+      sums.start(block, source);
       for (int i = 0; i < kBlock; i += kCount) {
         const int j = i + Lanes<P>::kCount;
         const Two<P> weight = weights_of<false>(packed, weights, i);

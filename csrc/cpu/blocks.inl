@@ -34,6 +34,7 @@ struct Uniform {
   int64_t channel;
   CG_HD Pack<A> alpha_at(int) const { return alpha; }
   CG_HD Pack<A> inverse_at(int) const { return inverse; }
+  CG_HD const Uniform& of(int64_t) const { return *this; }
 };
 
 // An alpha for each element, read from two arrays; the first one's channel, and how many elements of it come.
@@ -44,6 +45,19 @@ struct Varying {
   int64_t channel, left;
   CG_HD Pack<A> alpha_at(int i) const { return Lanes<Pack<A>>::load(alpha + i); }
   CG_HD Pack<A> inverse_at(int i) const { return Lanes<Pack<A>>::load(inverse + i); }
+  CG_HD const Varying& of(int64_t) const { return *this; }
+};
+
+// The same of every block, where channels are the innermost dimension.
+template <class A>
+struct Columns {
+  const A* alpha;
+  const A* inverse;
+  int64_t channels;
+  CG_HD Varying<A> of(int64_t block) const {
+    const int64_t channel = block * kBlock % channels;
+    return {alpha + channel, inverse + channel, channel, 1};
+  }
 };
 
 // body(channel, first, last) for each run of one channel within a block, given the first one's.

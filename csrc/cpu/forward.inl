@@ -263,7 +263,8 @@ void forward_ordered(const Forward& args, int64_t first, int64_t last, const Sou
     for (int64_t block = first; block < whole; ++block) {
       const Element* x = x_of_all + block * kBlock;
       if (O::any_nan(x, stream)) {
-        forward_range<T, Staircase::kRounding, true, kCodes>(args, block, block + 1, source);
+        forward_range<T, Staircase::kRounding, true, kCodes>(args, block, block + 1, source.of(block));
+        for (int first = 0; first < kBlock; first += kPacks * O::kCount) staircase_at(first);  // which may count
         continue;
       }
       prefetch(x);
@@ -303,10 +304,47 @@ void forward_ordered(const Forward& args, int64_t first, int64_t last, const Sou
     if constexpr (!Staircase::kFewInstructions) run(same, std::false_type{}, stream);
     else if (kind == MaskKind::state) run_known(std::true_type{});
     else run_known(std::false_type{});
+  } else if constexpr (std::is_same_v<Source, Columns<float>>) {
+    constexpr int64_t kWidth = kPacks * O::kCount;
+    std::vector<Staircase> staircases;
+    for (int64_t i = 0; i < source.channels; i += kWidth) {
+      staircases.emplace_back(source.alpha + i, source.inverse + i, q);
+    }
+    size_t next = first * kBlock / kWidth % staircases.size();
+    const auto in_turn = [&](int) -> const Staircase& {
+      const Staircase& staircase = staircases[next];
+      if (++next == staircases.size()) next = 0;
+      return staircase;
+    };
+    run(in_turn, std::false_type{}, stream);
   } else {
-    run([&](int first) { return Staircase(source.alpha + first, source.inverse + first, q); }, std::false_type{}, stream);
+    const auto own = [&](int first) { return Staircase(source.alpha + first, source.inverse + first, q); };
+    run(own, std::false_type{}, stream);
   }
-  if (whole < last) forward_range<T, Staircase::kRounding, true, kCodes>(args, whole, last, source);
+  if (whole < last) forward_range<T, Staircase::kRounding, true, kCodes>(args, whole, last, source.of(whole));
+}
+
+// Where each alpha is met often, and always in the same place of a group of packs, the staircases of all are made once:
+// whether it was done.
+template <class T, Rounding R, bool kCodes, int kBits = 1>
+bool forward_columns(const Forward& a, int64_t begin, int64_t end) {
+  using O = Ordered<T>;
+  if constexpr (!O::kGuesses) {
+    return false;
+  } else {
+    const Steps& steps = a.steps;
+    const bool often = (end - begin) * kBlock >= 2 * steps.channels;
+    if (steps.inner != 1 || steps.channels % (O::kGroup * O::kCount) != 0 || !often) return false;
+    const Columns<float> source{static_cast<const float*>(steps.alpha), static_cast<const float*>(steps.inverse),
+                                steps.channels};
+    if constexpr (kBits <= O::kCompareBits) {
+      if (a.bits != kBits) return forward_columns<T, R, kCodes, kBits + 1>(a, begin, end);
+      forward_ordered<T, kCodes, Comparisons<T, R, kBits, false>>(a, begin, end, source);
+    } else {
+      forward_ordered<T, kCodes, Guess<T, R, false>>(a, begin, end, source);
+    }
+    return true;
+  }
 }
 
 // What is looked up takes about as long to make as it saves in a block for each level.
@@ -329,6 +367,9 @@ void forward_regular(const Forward& a, int64_t first, int64_t last, const Source
 template <class T, Rounding R, bool kRegular, bool kCodes>
 void forward_best(const Forward& a, int64_t begin, int64_t end) {
   using A = compute_t<T>;
+  if constexpr (kRegular) {
+    if (forward_columns<T, R, kCodes>(a, begin, end)) return;
+  }
   for_each_range<A>(a.steps, begin, end, [&](int64_t first, int64_t last, const auto& source) {
     if constexpr (kRegular) forward_regular<T, R, kCodes>(a, first, last, source);
     else forward_range<T, R, false, kCodes>(a, first, last, source);

@@ -33,10 +33,16 @@ class ChannelSums {
     flush();
     sum_ = sum;
   }
-  CG_HD void start(int64_t, const Varying<A>&) {}
+  CG_HD void start(int64_t block, const Varying<A>& source) {
+    const bool in_place = a_.steps.inner == 1 && source.channel + kBlock <= a_.steps.channels;
+    to_ = in_place ? sums_of_chunk(block) + source.channel : nullptr;
+  }
 
   CG_HD void add(const Uniform<A>&, int, P term) { total_ = total_ + term; }
-  CG_HD void add(const Varying<A>&, int i, P term) { Lanes<P>::store(terms_ + i, term); }
+  CG_HD void add(const Varying<A>&, int i, P term) {
+    if (to_) Lanes<P>::store(to_ + i, Lanes<P>::load(to_ + i) + term);
+    else Lanes<P>::store(terms_ + i, term);
+  }
 
   // The same where the terms are dy inside and above, times what A is there: factored out of the sums where it can be.
   CG_HD void add_flagged(const Uniform<A>&, int, P inside, P above) {
@@ -58,6 +64,7 @@ class ChannelSums {
   // After them.
   CG_HD void finish(int64_t, const Uniform<A>&) {}
   CG_HD void finish(int64_t block, const Varying<A>& source) {
+    if (to_) return;
     A* sums = sums_of_chunk(block);
     if (a_.steps.inner == 1) {
       int64_t channel = source.channel;
@@ -103,7 +110,7 @@ class ChannelSums {
 
   const Backward& a_;
   const A inside_factor_, above_factor_;
-  A *sum_ = nullptr, *chunk_sums_ = nullptr;
+  A *sum_ = nullptr, *chunk_sums_ = nullptr, *to_ = nullptr;  // to_: where the sums of a block's numbers lie, side by side
   int64_t chunk_end_ = 0;
   P total_ = P(A(0)), inside_ = total_, above_ = total_;
   A terms_[kBlock];
