@@ -71,9 +71,9 @@ _EXPONENTIAL = (
 )
 _LEARNED = (
     "A learned step: its sums take operations that a fixed step does not have, and two bits an element are read. Gains"
-    " were: dx in the same pass, states packed from the masks of a few numbers at a time, and a weight for each two bits"
-    " looked up in a register, whose products with dy are summed in place of two sums by masks (an infinite sum is made"
-    " again by masks)."
+    " were: dx in the same pass, states packed from the masks of a few numbers at a time, and a weight for each two"
+    " bits, looked up in a register, whose products with dy are summed in place of two sums by masks (an infinite sum is"
+    " made again by masks)."
 )
 _SMALL = (
     "4 elements: what is left is the call of a module and of an op through torch's dispatcher, twice, as the mask and"
@@ -87,8 +87,8 @@ _IN_CACHE = (
 _COPY = (
     "Beside a copy: in cache the kernels take less time than memory does, but the two do not overlap wholly, bfloat16's"
     " less as it has twice the instructions for a cache line. Gains were: what a block's loop needs stays in registers;"
-    " what is the same for all of a tensor is no branch in the loop; by AVX2 memory is asked for 2 KiB ahead (a half and"
-    " twice that, and asking for it past the caches, were no better); and loads that are masked, which Zen 3's own"
+    " what is the same for all of a tensor is no branch in the loop; by AVX2 memory is asked for 2 KiB ahead (half of"
+    " that, twice that, and asking for it past the caches were no better); and loads that are masked, which Zen 3's own"
     " prefetching does not see (no gain in float32's forward). All loads of a block before its stores: no change."
 )
 _RELU = (
