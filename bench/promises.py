@@ -72,8 +72,8 @@ _EXPONENTIAL = (
 _LEARNED = (
     "A learned step: its sums take operations that a fixed step does not have, and two bits an element are read. Gains"
     " were: dx in the same pass, states packed from the masks of a few numbers at a time, and a weight for each two"
-    " bits, looked up in a register, whose products with dy are summed in place of two sums by masks (an infinite sum is"
-    " made again by masks)."
+    " bits, looked up in a register, whose products with dy are summed in place of two sums by masks (an infinite sum"
+    " is made again by masks)."
 )
 _SMALL = (
     "4 elements: what is left is the call of a module and of an op through torch's dispatcher, twice, as the mask and"
