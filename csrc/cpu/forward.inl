@@ -262,7 +262,18 @@ void forward_ordered(const Forward& args, int64_t first, int64_t last, const Sou
   const auto run = [&](const auto& staircase_at, auto all_states, auto stream) {
     for (int64_t block = first; block < whole; ++block) {
       const Element* x = x_of_all + block * kBlock;
-      if (O::any_nan(x, stream)) {
+      O held[kBlock / O::kCount];
+      bool any_nan;
+      if constexpr (O::kHolds) {
+        for (int i = 0; i < kBlock / O::kCount; ++i) {
+          const Element* p = x + i * O::kCount;
+          held[i] = stream ? O::load_unseen(p) : O::load(p);
+        }
+        any_nan = O::any_nan(held);
+      } else {
+        any_nan = O::any_nan(x);
+      }
+      if (any_nan) {
         forward_range<T, Staircase::kRounding, true, kCodes>(args, block, block + 1, source.of(block));
         for (int first = 0; first < kBlock; first += kPacks * O::kCount) staircase_at(first);  // which may count
         continue;
@@ -276,7 +287,10 @@ void forward_ordered(const Forward& args, int64_t first, int64_t last, const Sou
         O v[kPacks], levels[kPacks];
         typename Staircase::Found found;
         typename O::Mask positive[kPacks], inside[kPacks], above[kPacks];
-        for (int i = 0; i < kPacks; ++i) v[i] = O::load(x + first + i * O::kCount);
+        for (int i = 0; i < kPacks; ++i) {
+          if constexpr (O::kHolds) v[i] = held[first / O::kCount + i];
+          else v[i] = O::load(x + first + i * O::kCount);
+        }
         staircase.template apply<kCodes>(v, levels, found, positive);
         for (int i = 0; i < kPacks; ++i) {
           const int at = first + i * O::kCount;

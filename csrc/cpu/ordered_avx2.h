@@ -9,7 +9,7 @@ namespace cg::CG_ISA {
 template <class T>
 struct Ordered {
   static constexpr int kSearchBits = std::is_same_v<T, bf16> ? 5 : 6, kCompareBits = 2;
-  static constexpr bool kGuesses = true;
+  static constexpr bool kGuesses = true, kHolds = true;
   static constexpr int kCount = 16, kGroup = 2, kEntries = 8;
   static constexpr int kIndexStart = 0x0100, kIndexUnit = 0x0202;
   using Element = int16_t;
@@ -18,6 +18,7 @@ struct Ordered {
   __m256i v;
   static CG_HD Ordered all(int from) { return {indices(from)}; }
   static CG_HD Ordered load(const int16_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+  static CG_HD Ordered load_unseen(const int16_t* p) { return {cg::CG_ISA::load_unseen(p)}; }
   static CG_HD void store(int16_t* p, Ordered a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
   static CG_HD void stream(int16_t* p, Ordered a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), a.v); }
   static CG_HD Mask greater(Ordered a, Ordered b) { return _mm256_cmpgt_epi16(a.v, b.v); }
@@ -42,10 +43,8 @@ struct Ordered {
   static CG_HD bool any_beyond(Ordered farthest, int16_t most) {
     return _mm256_movemask_epi8(greater(farthest, all(most))) != 0;
   }
-  static CG_HD bool any_nan(const int16_t* x, bool stream) {
-    Ordered farthest = all(0);
-    for (int i = 0; i < 64; i += kCount) farthest = farther(farthest, stream ? Ordered{load_unseen(x + i)} : load(x + i));
-    return any_beyond(farthest, kInfinityBits<T>);
+  static CG_HD bool any_nan(const Ordered (&x)[4]) {
+    return any_beyond(farther(farther(farther(farther(all(0), x[0]), x[1]), x[2]), x[3]), kInfinityBits<T>);
   }
   CG_HD Two<Floats> floats() const { return unpack<T>(v); }
   // Ties of bfloat16 go up.
@@ -117,7 +116,7 @@ struct Ordered<double> {
 template <>
 struct Ordered<float> {
   static constexpr int kSearchBits = 2, kCompareBits = 2, kCount = 8, kGroup = 4;
-  static constexpr bool kGuesses = true;
+  static constexpr bool kGuesses = true, kHolds = false;
   using Element = float;
   using Mask = __m256;
   using Index = Floats;
@@ -149,7 +148,7 @@ struct Ordered<float> {
   }
   static CG_HD Mask choose(Mask m, Mask a, Mask b) { return _mm256_blendv_ps(b, a, m); }
   static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
-  static CG_HD bool any_nan(const float* x, bool) {
+  static CG_HD bool any_nan(const float* x) {
     __m256 nan = _mm256_setzero_ps();
     for (int i = 0; i < 64; i += 2 * kCount) {
       nan = _mm256_or_ps(nan, _mm256_cmp_ps(load(x + i).v, load(x + i + kCount).v, _CMP_UNORD_Q));

@@ -16,7 +16,7 @@ CG_HD void store_states(uint8_t* to, uint64_t low, uint64_t high) {
 template <class T>
 struct Ordered {
   static constexpr int kSearchBits = 8, kCompareBits = 0;
-  static constexpr bool kGuesses = false;
+  static constexpr bool kGuesses = false, kHolds = false;
   static constexpr int kCount = 32, kEntries = 32, kIndexStart = 0, kIndexUnit = 1;
   using Element = int16_t;
   using Mask = __mmask32;
@@ -39,7 +39,7 @@ struct Ordered {
     return {_mm512_max_epi16(a.v, _mm512_and_si512(b.v, _mm512_set1_epi16(0x7fff)))};
   }
   static CG_HD bool any_beyond(Ordered farthest, int16_t most) { return greater(farthest, all(most)) != 0; }
-  static CG_HD bool any_nan(const int16_t* x, bool) {
+  static CG_HD bool any_nan(const int16_t* x) {
     return any_beyond(farther(farther(all(0), load(x)), load(x + 32)), kInfinityBits<T>);
   }
   CG_HD Two<Floats> floats() const { return unpack<T>(v); }
@@ -73,7 +73,7 @@ struct Ordered<double> {
 template <>
 struct Ordered<float> {
   static constexpr int kSearchBits = 3, kCompareBits = 0;
-  static constexpr bool kGuesses = false;
+  static constexpr bool kGuesses = false, kHolds = false;
   static constexpr int kCount = 16, kEntries = 16, kIndexStart = 0, kIndexUnit = 1;
   using Element = float;
   using Mask = __mmask16;
@@ -95,7 +95,7 @@ struct Ordered<float> {
     cg::CG_ISA::store_states(to, bits(low), bits(high));
   }
   static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
-  static CG_HD bool any_nan(const float* x, bool) {
+  static CG_HD bool any_nan(const float* x) {
     return (_mm512_cmp_ps_mask(load(x).v, load(x + 16).v, _CMP_UNORD_Q) |
             _mm512_cmp_ps_mask(load(x + 32).v, load(x + 48).v, _CMP_UNORD_Q)) != 0;
   }
