@@ -48,7 +48,9 @@ def test_kernels_rows(tmp_path, capsys):
     kernels.main(["--sizes", "2^14", "1000", "--rounds", "5", "--out", str(out)])
     rows = rows_of(out)
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
-    for size, left_out in (("16384", set()), ("1000", {"backward, learned step, per channel"})):
+    in_rows = {name for name in kernels.KERNELS if "per channel" in name or "per feature" in name}
+    assert len(in_rows) == 3
+    for size, left_out in (("16384", set()), ("1000", in_rows)):
         names = [row["kernel"] for row in rows if row["size"] == size and row["dtype"] == "float32"]
         assert names == [*kernels.COPIES, *(name for name in kernels.KERNELS if name not in left_out)]
     assert all(in_order(row, "seconds") and in_order(row, "time_over_copy") for row in rows)
