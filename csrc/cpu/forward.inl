@@ -316,6 +316,7 @@ void forward_ordered(const Forward& args, int64_t first, int64_t last, const Sou
       else run(same, all_states, std::false_type{});
     };
     if constexpr (!Staircase::kFewInstructions) run(same, std::false_type{}, stream);
+    else if constexpr (kCodes) run_known(std::false_type{});  // states beside codes are rare
     else if (kind == MaskKind::state) run_known(std::true_type{});
     else run_known(std::false_type{});
   } else if constexpr (std::is_same_v<Source, Columns<float>>) {
