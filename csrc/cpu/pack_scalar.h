@@ -14,7 +14,8 @@
 //                       mask() and whole(). floats() makes a pack or two of it, in an order of its own, in which
 //                       load_floats() loads; level(), rounded() and floor() are three ways back. What some packs keep is
 //                       packed by store_bits() of masks, store_states() of two masks, store_codes<w>() of indices.
-//                       kHolds: a block fits into registers beside what is done to it
+//                       kHolds: a block fits into registers beside what is done to it; any_nan() is then of its packs,
+//                       and load_unseen() loads what is read once
 //   keep_bits<n>(...)   n elements of raw bits of a block from `first` on, kept where the block's mask says, else zero
 //   BlockBits           64 bits, as keep_bits and load_two_where take them
 //   BlockStates         64 2-bit states, from what is packed: inside(), above() and either() are such bits
