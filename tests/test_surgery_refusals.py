@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,10 +53,8 @@ class TestWhatIsSkipped:
                 return F.relu(*x)
 
         class Flag(nn.Module):
-            inplace = False
-
-            def forward(self, x):
-                return F.relu(x, inplace=self.inplace)
+            def forward(self, x, inplace=False):
+                return F.relu(x, inplace=inplace)
 
         assert all("cannot be told" in why for _, why in self._reasons(Starred(), Flag()))
 
@@ -69,22 +69,28 @@ class TestWhatIsSkipped:
 
         assert self._reasons(Static()) == [("0.act", "is a staticmethod")]
 
-    def test_private_names_and_nonlocals(self):
-        count = 0
-
-        class Private(nn.Module):
+    def test_a_wrapper_that_cannot_be_made_anew(self):
+        class Wrapped(nn.Module):
+            @functools.lru_cache
             def forward(self, x):
-                self.__x = x
-                return F.relu(x)
+                return F.relu(x) + 1
 
-        class Counts(nn.Module):
+        [(name, why)] = self._reasons(Wrapped())
+        assert name == "0.forward" and "wrapped" in why and "cannot be made anew" in why
+
+    def test_a_forward_that_was_replaced_on_the_instance(self):
+        class Plain(nn.Module):
             def forward(self, x):
-                nonlocal count
-                count += 1
-                return F.relu(x)
+                return F.relu(x) + 1
 
-        whys = dict(self._reasons(Private(), Counts()))
-        assert "private names" in whys["0.forward"] and "outer function" in whys["1.forward"]
+        one, other = Plain(), nn.ReLU()
+        for module in (one, other):
+            module.forward = functools.partial(type(module).forward, module)
+        whys = dict(self._reasons(one, other))
+        assert set(whys) == {"0.forward", "1"} and all("replaced on this instance" in why for why in whys.values())
+
+    def test_a_relu_inside_of_torchs_kernel(self):
+        assert self._reasons(nn.RNN(2, 2, nonlinearity="relu")) == [("0", "its relu is inside of torch's kernel")]
 
     def test_no_source(self):
         namespace = {"nn": nn, "F": F}
@@ -144,6 +150,7 @@ class TestBadInput:
             ({"inplace": True}, TypeError, "inplace cannot be given for all"),
             ({"squared": True}, TypeError, "squared cannot"),
             ({"num_channels": 3}, TypeError, "num_channels cannot.*calibrate"),
+            ({"channel_dim": -1}, TypeError, "channel_dim cannot.*calibrate"),
             ({"replace": nn.ReLU}, TypeError, "replace must be a tuple"),
             ({"replace": (nn.Module,)}, TypeError, "replace must be a tuple"),
             ({"filter_fn": 1}, TypeError, "filter_fn"),

@@ -13,9 +13,9 @@ from .memory import saved_memory
 from .nn import QReLU
 from .optim import keep_positive, param_groups
 from .packed import pack_activations_, packed_activations
+from .quantize import quantize_
 from .stats import stats
 from .ste import check_ste, register_ste, stes
-from .surgery import quantize_
 
 try:
     __version__ = importlib.metadata.version("coarsegrad")

@@ -1,6 +1,6 @@
-"""Calls of activations inside of a module's methods: found in their source, and made calls of submodules.
+"""Classes with calls of activations made calls of submodules.
 
-A class is not changed. `rewritten` makes a subclass of the same name, with those methods compiled anew; an instance is
+A class is not changed. `rewritten` makes a subclass of the same name, with some methods compiled anew; an instance is
 given it as its class. Control flow, torch.compile, checkpointing and pickling then work as with any other class.
 """
 
@@ -8,39 +8,19 @@ from __future__ import annotations
 import __future__
 
 import ast
-import builtins
+import copy
 import functools
+import importlib
 import inspect
-import textwrap
-from collections import ChainMap
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType
 
-import torch
 from torch import nn
 
-# Where a call stands in its method's own source: first line and column, last line and column.
-Span = tuple[int, int, int, int]
+from .sources import AT, Call, Edit, Source, Span, keyed_name
 
-
-@dataclass(frozen=True)
-class Call:
-    """A call in a method, of a function or of a submodule `self.attribute`.
-
-    squared: what is meant is the square of its result.
-    line: in the file.
-    given: the call whose result it is called with, where nothing else comes to see that.
-    """
-
-    method: str
-    span: Span
-    function: Callable | None
-    attribute: str | None
-    inplace: bool
-    squared: bool
-    line: int
-    given: Span | None
+Plan = frozenset[Edit]
 
 
 @dataclass(frozen=True)
@@ -55,7 +35,25 @@ class Found:
     mentions: tuple[str, ...]
 
 
-Plan = frozenset[tuple[str, Span, str]]  # (method, span, name of the submodule to call)
+@dataclass(frozen=True)
+class Function:
+    """A function that can be compiled anew. wrapped: as it is found; function: without its wrappers.
+
+    method: whether its first parameter is the module. cls: the name of the class it is written in.
+    """
+
+    where: str
+    wrapped: Callable
+    function: FunctionType
+    method: bool
+    cls: str
+
+    def source(self) -> Source:
+        return Source(self.where, self.function, method=self.method)
+
+
+def _is_torchs(base: type) -> bool:
+    return base is nn.Module or base.__module__.startswith("torch.nn.modules.")
 
 
 @functools.cache
@@ -66,7 +64,7 @@ def find_calls(cls: type[nn.Module], functions: frozenset[Callable]) -> Found:
     mentions: list[str] = []
     defined: dict[str, type] = {}
     for base in cls.__mro__:
-        if base is nn.Module or base.__module__.startswith("torch.nn.modules."):
+        if _is_torchs(base):
             break
         for name, value in vars(base).items():
             kind, function = _function_of(value)
@@ -74,7 +72,7 @@ def find_calls(cls: type[nn.Module], functions: frozenset[Callable]) -> Found:
                 continue
             overriding = defined.setdefault(name, base)
             try:
-                source = _Source(name, function, functions)
+                source = Source(name, function, functions)
             except (OSError, TypeError, SyntaxError):
                 if overriding is base and name == "forward":
                     others.append((name, "its source cannot be read"))
@@ -84,7 +82,7 @@ def find_calls(cls: type[nn.Module], functions: frozenset[Callable]) -> Found:
             if overriding is not base:
                 if called and _calls_super(overriding, name):
                     others.append((name, f"that of {base.__name__} is called through super()"))
-            elif why := kind or source.why_not:
+            elif why := kind or source.why_not or _why_not_rewrapped(function):
                 if called:
                     others.append((name, why))
             else:
@@ -94,19 +92,46 @@ def find_calls(cls: type[nn.Module], functions: frozenset[Callable]) -> Found:
 
 
 @functools.cache
+def activation_of(cls: type[nn.Module], functions: frozenset[Callable]) -> str | None:
+    """"ReLU" or "ReLU squared", if that is what the source of the class's forward says it is."""
+    function = inspect.getattr_static(cls, "forward", None)
+    if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__") or _is_torchs(cls):
+        return None
+    try:
+        return Source("forward", function, functions).what_of_its_argument()
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
+@functools.cache
 def rewritten(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
-    """A subclass of cls, named as it is, in which each call of `plan` calls the submodule given for it."""
-    methods: dict[str, dict[Span, str]] = {}
-    for method, span, site in plan:
-        methods.setdefault(method, {})[span] = site
-    namespace = {name: _compiled(name, inspect.getattr_static(cls, name), sites) for name, sites in methods.items()}
+    """A subclass of cls, named as it is, with the edits of `plan` in its methods.
+
+    Raises whatever keeps a function from being compiled anew, or the class from being made.
+    """
+    by_function: dict[str, dict[Span, Edit]] = {}
+    for edit in plan:
+        by_function.setdefault(edit.where, {})[edit.span] = edit
+    handed = {edit.hands_on for edit in plan}
+    namespace: dict[str, object] = {}
+    for where, edits in by_function.items():
+        found = function_at(cls, where)
+        if ":" not in where:
+            namespace[where] = _compiled(found, edits, keyed=False)
+        if where in handed:
+            namespace[keyed_name(where)] = _compiled(found, edits, keyed=True)
 
     def __reduce_ex__(self: nn.Module, protocol: int) -> tuple:
         _, _, *state = cls.__reduce_ex__(self, max(protocol, 2))
         return _new, (cls, plan), *state
 
+    def __setstate__(self: nn.Module, state: dict) -> None:
+        cls.__setstate__(self, state)
+        for name in self._modules.keys() & vars(self).keys():  # where torch's own puts a function for a missing one
+            del self.__dict__[name]
+
     namespace |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    namespace |= {"__reduce_ex__": __reduce_ex__, "_rewritten_from": (cls, plan)}
+    namespace |= {"__reduce_ex__": __reduce_ex__, "__setstate__": __setstate__, "_rewritten_from": (cls, plan)}
     return type(cls)(cls.__name__, (cls,), namespace)
 
 
@@ -120,15 +145,42 @@ def _new(cls: type[nn.Module], plan: Plan) -> nn.Module:
     return made.__new__(made)
 
 
-def _function_of(value: object) -> tuple[str, FunctionType | None]:
-    """(why it is no plain method, or ""; the function in it)."""
+def function_at(cls: type[nn.Module], where: str) -> Function:
+    """The function that an Edit's `where` names, for instances of cls. Raises where it is not there any more."""
+    if ":" not in where:
+        found = inspect.getattr_static(cls, where)
+        base = next(base for base in cls.__mro__ if where in vars(base))
+        return Function(where, found, inspect.unwrap(found), True, base.__name__)
+    module, _, path = where.partition(":")
+    *classes, name = path.split(".")
+    owner: object = importlib.import_module(module)
+    for part in classes:
+        owner = getattr(owner, part)
+    found = inspect.getattr_static(owner, name)
+    static = isinstance(found, staticmethod)
+    found = found.__func__ if static else found
+    method = isinstance(owner, type) and issubclass(cls, owner) and not static
+    return Function(where, found, inspect.unwrap(found), method, classes[-1] if classes else "")
+
+
+_origins: dict[CodeType, str] = {}
+
+
+def origin(code: CodeType) -> str | None:
+    """Of which function compiled code of `rewritten` is."""
+    return _origins.get(code)
+
+
+def _function_of(value: object) -> tuple[str, Callable | None]:
+    """(why it is no plain method, or ""; the function in it, in its wrappers)."""
     if isinstance(value, (staticmethod, classmethod)):
         kind, value = f"is a {type(value).__name__}", value.__func__
     elif isinstance(value, property):
         kind, value = "is a property", value.fget
     else:
         kind = ""
-    return kind, value if isinstance(value, FunctionType) else None
+    inner = value.__wrapped__ if hasattr(value, "__wrapped__") else value
+    return kind, value if isinstance(inner, FunctionType) else None
 
 
 def _calls_super(cls: type, name: str) -> bool:
@@ -138,206 +190,106 @@ def _calls_super(cls: type, name: str) -> bool:
         return False
 
 
-class _Any:
-    def __contains__(self, function: object) -> bool:
-        return function is not None
+# ------------------------------------------------------------------------------------------ wrappers
 
 
-class _Source:
-    """The source of one method: its calls of some functions and of submodules.
-
-    Raises OSError, TypeError or SyntaxError where it cannot be read.
-    """
-
-    def __init__(self, name: str, function: FunctionType, functions: Container[Callable]) -> None:
-        self._name, self._functions = name, functions
-        self.function = inspect.unwrap(function)
-        self.tree = ast.parse(textwrap.dedent(inspect.getsource(self.function)))
-        definition = self.tree.body[0]
-        if not isinstance(definition, ast.FunctionDef):
-            raise TypeError(f"{name} is not written as a def")
-        closure = dict(zip(self.function.__code__.co_freevars, self.function.__closure__ or ()))
-        self._closure = {variable: cell.cell_contents for variable, cell in closure.items() if _is_filled(cell)}
-        self._known = ChainMap(self._closure, self.function.__globals__, vars(builtins))
-        nodes = list(ast.walk(self.tree))
-        self._local = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-        self._local |= {node.arg for node in nodes if isinstance(node, ast.arg)}
-        self._local |= set(self.function.__code__.co_varnames)
-        arguments = (*definition.args.posonlyargs, *definition.args.args)
-        self.self_name = arguments[0].arg if arguments else None
-        self.mentions = [node.attr for node in nodes if isinstance(node, ast.Attribute) and self._is_self(node.value)]
-        self._given = _given(nodes)
-        self.calls: list[Call] = []
-        self.others: list[str] = []
-        self._visit(definition, squared=False)
-        self.why_not = self._why_not(nodes)
-
-    def _why_not(self, nodes: list[ast.AST]) -> str | None:
-        """Why the method cannot be compiled by itself."""
-        if sum(isinstance(node, ast.arg) and node.arg == self.self_name for node in nodes) != 1:
-            return "has no self of its own"
-        if any(isinstance(node, ast.Nonlocal) and set(node.names) & self._closure.keys() for node in nodes):
-            return "writes to variables of an outer function"
-        if len(self._closure) != len(self.function.__code__.co_freevars):
-            return "uses variables that have no value"
-        names = [getattr(node, "attr", getattr(node, "id", "")) for node in nodes]
-        if any(name.startswith("__") and not name.endswith("__") for name in names):
-            return "uses private names (__x)"
-        return None
-
-    def _is_self(self, node: ast.AST) -> bool:
-        return isinstance(node, ast.Name) and node.id == self.self_name
-
-    def _visit(self, node: ast.AST, squared: bool) -> None:
-        base = self._square_of(node)
-        if base is not None and self.call(base):
-            self._visit(base, squared=True)
-            return
-        call = self.call(node)
-        if call:
-            function, attribute, argument, inplace = call
-            if argument is not None:
-                line = self.function.__code__.co_firstlineno + node.lineno - 1
-                span = span_of(node)
-                given = span_of(argument) if isinstance(argument, ast.Call) else self._given.get(span)
-                self.calls.append(Call(self._name, span, function, attribute, inplace, squared, line, given))
-            else:
-                self.others.append(f"{ast.unparse(node)}: its arguments cannot be told")
-        elif isinstance(node, (ast.Name, ast.Attribute)) and self._resolve(node) in self._functions:
-            self.others.append(f"{ast.unparse(node)} is handed on, not called")
-        for child in ast.iter_child_nodes(node):
-            if call and child is node.func:  # of x.relu() the x, of others nothing
-                child = call[2] if isinstance(child, ast.Attribute) and child.value is call[2] else None
-            if child is not None:
-                self._visit(child, squared=False)
-
-    def _resolve(self, node: ast.AST) -> Callable | None:
-        """The function that a dotted name stands for, of those that the method does not assign to itself."""
-        value = self._look_up(node)
-        return value if callable(value) and not isinstance(value, type) and value.__hash__ is not None else None
-
-    def _look_up(self, node: ast.AST) -> object:
-        if isinstance(node, ast.Name):
-            return None if node.id in self._local else self._known.get(node.id)
-        if isinstance(node, ast.Attribute):
-            owner = self._look_up(node.value)
-            if isinstance(owner, (ModuleType, type)):
-                return getattr(owner, node.attr, None)
-        return None
-
-    def call(self, node: ast.AST) -> tuple[Callable | None, str | None, ast.AST | None, bool] | None:
-        """(function, attribute, argument, in place) of a call of interest; argument None where it cannot be told."""
-        if not isinstance(node, ast.Call):
-            return None
-        target, words = node.func, {word.arg: word.value for word in node.keywords}
-        if (function := self._resolve(target)) in self._functions:
-            argument = node.args[0] if node.args else words.get("input")
-            inplace = words.get("inplace", node.args[1] if len(node.args) > 1 else ast.Constant(False))
-            told = isinstance(inplace, ast.Constant) and None not in words and not isinstance(argument, ast.Starred)
-            if not told:
-                return function, None, None, False
-            return function, None, argument, inplace.value is True or function.__name__.endswith("_")
-        if not isinstance(target, ast.Attribute):
-            return None
-        if self._is_self(target.value):
-            if len(node.args) == 1 and not words and not isinstance(node.args[0], ast.Starred):
-                return None, target.attr, node.args[0], False
-        elif not node.args and not words and self._look_up(target.value) is None:  # of a value, as x.relu()
-            method = getattr(torch.Tensor, target.attr, None)
-            if method in self._functions:
-                return method, None, target.value, target.attr.endswith("_")
-        return None
-
-    def _square_of(self, node: ast.AST) -> ast.AST | None:
-        """b of b ** 2, torch.square(b), b.square(), b.pow(2) and torch.pow(b, 2)."""
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
-            return node.left if _is_two(node.right) else None
-        if not isinstance(node, ast.Call) or node.keywords:
-            return None
-        function, arguments = self._resolve(node.func), node.args
-        if function is None and isinstance(node.func, ast.Attribute):
-            arguments = [node.func.value, *arguments]
-            function = {"square": torch.square, "pow": torch.pow}.get(node.func.attr)
-        if function is torch.square and len(arguments) == 1:
-            return arguments[0]
-        if function is torch.pow and len(arguments) == 2 and _is_two(arguments[1]):
-            return arguments[0]
-        return None
-
-    def replacing(self, sites: dict[Span, str]) -> ast.Module:
-        """The tree, with self.site(argument) in place of the calls, or of their squares, at the spans of `sites`."""
-        wanted = {call.span: call.squared for call in self.calls if call.span in sites}
-        if missing := sites.keys() - wanted.keys():
-            where = f"{self._name} of {self.function.__module__}"
-            raise ValueError(f"{where} has no call at {missing}: its source has changed")
-
-        def visit(node: ast.AST) -> ast.AST:
-            base = self._square_of(node)
-            for inner, squared in ((base, True), (node, False)):
-                if isinstance(inner, ast.Call) and wanted.get(span_of(inner)) is squared:
-                    site = ast.Attribute(ast.Name(self.self_name, ast.Load()), sites[span_of(inner)], ast.Load())
-                    return ast.copy_location(ast.Call(site, [visit(self.call(inner)[2])], []), node)
-            for field, value in ast.iter_fields(node):
-                if isinstance(value, ast.AST):
-                    setattr(node, field, visit(value))
-                elif isinstance(value, list):
-                    value[:] = [visit(item) if isinstance(item, ast.AST) else item for item in value]
-            return node
-
-        return visit(self.tree)
-
-
-def span_of(node: ast.AST) -> Span:
-    return node.lineno, node.col_offset, node.end_lineno, node.end_col_offset
-
-
-def _given(nodes: list[ast.AST]) -> dict[Span, Span]:
-    """From the span of a call g to that of the call f whose result it is given by way of a variable that nobody else
-    reads: `h = f(x)`, and in the next statement `h = g(h)` or `return g(h)`."""
-    found = {}
-    for body in (getattr(node, field, None) for node in nodes for field in ("body", "orelse", "finalbody")):
-        for pair in zip(body, body[1:]) if isinstance(body, list) else ():
-            match pair:
-                case (
-                    ast.Assign([ast.Name(h)], ast.Call() as f),
-                    ast.Assign([ast.Name(after)], ast.Call(_, [ast.Name(of)]) as g),
-                ) if h == of == after:
-                    found[span_of(g)] = span_of(f)
-                case (
-                    ast.Assign([ast.Name(h)], ast.Call() as f),
-                    ast.Return(ast.Call(_, [ast.Name(of)]) as g),
-                ) if h == of:
-                    found[span_of(g)] = span_of(f)
-    return found
-
-
-def _is_two(node: ast.AST) -> bool:
-    return isinstance(node, ast.Constant) and type(node.value) in (int, float) and node.value == 2
-
-
-def _is_filled(cell: object) -> bool:
+def _why_not_rewrapped(function: Callable) -> str | None:
     try:
-        cell.cell_contents
-    except ValueError:
-        return False
-    return True
+        _rewrapped(function, inspect.unwrap(function))
+    except TypeError as error:
+        return str(error)
+    return None
 
 
-def _compiled(name: str, method: FunctionType, sites: dict[Span, str]) -> FunctionType:
-    """The method with the calls at `sites` made calls of submodules; its lines are those of its file."""
-    source = _Source(name, method, _Any())
-    tree, inner = source.replacing(sites), source.function
-    # Within another function, so that its free variables (__class__ of super() among them) are there.
-    variables = [ast.arg(variable) for variable in inner.__code__.co_freevars]
-    body = [*tree.body, ast.Return(ast.Name(tree.body[0].name, ast.Load()))]
-    parameters = ast.arguments([], variables, None, [], [], None, [])
-    tree.body = [ast.FunctionDef("make", parameters, body, [], None, type_params=[])]
-    ast.fix_missing_locations(tree)
-    ast.increment_lineno(tree, inner.__code__.co_firstlineno - 1)
-    flags = inner.__code__.co_flags & __future__.annotations.compiler_flag
-    code = compile(tree, inner.__code__.co_filename, "exec", flags, dont_inherit=True)
-    namespace: dict[str, Callable] = {}
-    exec(code, inner.__globals__, namespace)
-    made = namespace["make"](*(cell.cell_contents for cell in inner.__closure__ or ()))
-    made.__qualname__ = method.__qualname__
+def _rewrapped(function: Callable, inner: FunctionType) -> Callable:
+    """The wrappers of `function` around another innermost function: their code as it is, with the cell that holds the
+    function below exchanged. What made them is not called again."""
+    below = getattr(function, "__wrapped__", None)
+    if below is None:
+        return inner
+    cells = getattr(function, "__closure__", None) or ()
+    holds = [_contents(cell) is below for cell in cells]
+    if not isinstance(function, FunctionType) or not any(holds):
+        raise TypeError(f"it is wrapped by {getattr(function, '__qualname__', function)!s}, which cannot be made anew")
+    new_below = _rewrapped(below, inner)
+    closure = tuple(CellType(new_below) if held else cell for cell, held in zip(cells, holds))
+    made = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, closure
+    )
+    made.__dict__.update(function.__dict__, __wrapped__=new_below)
+    for name in ("__kwdefaults__", "__qualname__", "__module__", "__doc__", "__annotations__"):
+        setattr(made, name, getattr(function, name))
     return made
+
+
+def _contents(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+# ----------------------------------------------------------------------------------------- compiling
+
+
+class _Mangled(ast.NodeTransformer):
+    """Private names, as a class's body has them."""
+
+    def __init__(self, cls: str) -> None:
+        self._prefix = f"_{cls.lstrip('_')}"
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        for field in ("id", "attr", "arg", "name"):
+            name = getattr(node, field, None)
+            if isinstance(name, str) and name.startswith("__") and not name.endswith("__"):
+                setattr(node, field, self._prefix + name)
+        return super().generic_visit(node)
+
+
+def _compiled(found: Function, edits: dict[Span, Edit], keyed: bool) -> Callable:
+    """The function with edits in it, in its wrappers; its lines and columns are those of its file. keyed: what comes
+    after the module as an argument is by which calls it is reached."""
+    source, inner = found.source(), found.function
+    owner = source.self_name if found.method else "_module"
+    names = source.edited(edits, owner, keyed)
+    definition = source.definition
+    if found.cls:
+        definition = _Mangled(found.cls).visit(definition)
+    _without_what_is_evaluated(definition)
+    if keyed:
+        arguments = definition.args.posonlyargs or definition.args.args
+        arguments[found.method : found.method] = [ast.arg(name) for name in ([] if found.method else [owner]) + [AT]]
+    # Within another function, so that its free variables (__class__ of super() among them) are free there too.
+    parameters = [ast.arg(name) for name in {**dict.fromkeys(inner.__code__.co_freevars), **names}]
+    body = [definition, ast.Return(ast.Name(definition.name, ast.Load()))]
+    arguments = ast.arguments([], parameters, None, [], [], None, [])
+    outer = ast.FunctionDef("make", arguments, body, [], None, type_params=[])
+    tree = ast.fix_missing_locations(ast.Module([outer], []))
+    ast.increment_lineno(tree, source.first_line - 1)
+    for node in ast.walk(tree):
+        if hasattr(node, "col_offset"):
+            node.col_offset += source.indent
+            node.end_col_offset += source.indent
+    flags = inner.__code__.co_flags & __future__.annotations.compiler_flag
+    namespace: dict[str, Callable] = {}
+    exec(compile(tree, inner.__code__.co_filename, "exec", flags, dont_inherit=True), inner.__globals__, namespace)
+    code = namespace["make"](*parameters).__code__
+    cells = dict(zip(inner.__code__.co_freevars, inner.__closure__ or ()))  # the very same, for nonlocal
+    closure = tuple(cells.get(name) or CellType(names[name]) for name in code.co_freevars)
+    made = FunctionType(code, inner.__globals__, inner.__name__, inner.__defaults__, closure)
+    made.__dict__.update(inner.__dict__)
+    for name in ("__kwdefaults__", "__qualname__", "__module__", "__doc__", "__annotations__"):
+        setattr(made, name, copy.copy(getattr(inner, name)))
+    _origins[code] = found.where
+    return _rewrapped(found.wrapped, made)
+
+
+def _without_what_is_evaluated(definition: ast.FunctionDef) -> None:
+    """Decorators, defaults and annotations are taken over as the values that they have."""
+    arguments = definition.args
+    definition.decorator_list, definition.returns = [], None
+    for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):
+        if argument is not None:
+            argument.annotation = None
+    arguments.defaults = [ast.Constant(None) for _ in arguments.defaults]
+    arguments.kw_defaults = [default and ast.Constant(None) for default in arguments.kw_defaults]
