@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import nn
 
+from .by_execution import Conversion
 from .nn import QReLU
 from .report import QuantizeReport
 from .rewriting import find_calls, original
@@ -28,6 +29,7 @@ def quantize_(
     replace: tuple[type[nn.Module], ...] = (nn.ReLU, nn.ReLU6),
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     fold_dropout: bool = False,
+    example_inputs: object = None,
     **settings: object,
 ) -> QuantizeReport:
     """Puts a `QReLU` in the place of every ReLU of `model`, in place, and reports what was and what was not replaced.
@@ -41,6 +43,16 @@ def quantize_(
     - calls of torch.relu, F.relu, x.relu() and their in-place forms in the methods of a module, with or without a
       square around them: submodules `qrelu`, `qrelu_1`, ... of that module; the same for the nodes of a traced graph;
     - attributes that hold such a function, as nn.TransformerEncoderLayer has.
+
+    With `example_inputs` the model is run in evaluation and in training mode, without gradients and with nothing left
+    behind, and what counts is what runs:
+
+    - every relu, whoever calls it (functions outside of the model, tables of functions, F.relu handed on, modules made
+      in a forward), also as clamp(min=0), maximum(x, 0), hardtanh(x, 0, limit), threshold(x, 0, 0), leaky_relu(x, 0);
+    - an alpha for each run, where one line runs several times in a forward: for each way of calls to it, and in a loop
+      for each module behind which it runs. In a loop over time, and in a block that is used several times, it is one
+      alpha, and the report says for how many runs;
+    - in the end the QReLUs are made relus again, and the model must compute what it computed.
 
     An instance whose methods have calls gets a subclass of its class, of the same name, with those methods compiled
     anew in the wrappers that they had; the class itself and its other instances stay as they are, and so do functions
@@ -58,6 +70,8 @@ def quantize_(
         self.act(h)` and then `h = self.dropout(h)`, as in T5; neighbours in an nn.Sequential), and an nn.Identity stays
         in its place. What the next layer keeps are then codes (see QReLU's dropout). One after an activation that works
         in place stays. What looks for nn.Dropouts in the model, to change their p, finds none there any more.
+    example_inputs: what the model takes: a tensor, a tuple or list of arguments, or a mapping of keywords; tensors are
+        moved to the model's device. Small ones will do. Calls are told apart from Python 3.11 on.
     settings: keywords of `QReLU`, the same for all. alpha is a placeholder, the best for unit Gaussian inputs, until it
         is given, or found by `calibrate`.
 
@@ -65,7 +79,8 @@ def quantize_(
 
     Raises TypeError or ValueError for what QReLU refuses, for keywords that belong to each place (inplace, squared,
     dropout, num_channels, channel_dim), if `model` is itself an activation, and if nothing was replaced and no QReLU
-    was there: the message says what was skipped. The model is then unchanged.
+    was there: the message says what was skipped. Raises what the model raises on `example_inputs`, and RuntimeError if
+    it computes something else afterwards, with float activations in the QReLUs. The model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -80,8 +95,11 @@ def quantize_(
     QReLU(bits, **settings)  # refuses what is wrong before anything is changed
     surgery = Surgery(model, bits, tuple(replace), filter_fn or (lambda module, name: True), fold_dropout, settings)
     report = surgery.report
+    conversion = None if example_inputs is None else Conversion(surgery, example_inputs)
     try:
         surgery.run()
+        if conversion is not None:
+            conversion.run()
     except BaseException:
         report.undo()
         raise
