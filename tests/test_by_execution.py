@@ -191,6 +191,18 @@ def test_both_modes_are_run_and_nothing_is_left_behind():
     assert model.training and not model.norm.training and all("forward" not in vars(m) for m in model.modules())
 
 
+def test_relus_of_scores_are_pointed_out():
+    """As those of an indexer, which chooses what is attended to."""
+
+    class Scores(Both):
+        def forward(self, x):
+            scores = F.relu(self.linear(x) @ x.transpose(0, 1) * 0.5)
+            return F.relu(x @ self.linear.weight.t()) + scores.mean()
+
+    report = cg.quantize_(made(Scores), example_inputs=X)
+    assert ["scores" in r.note for r in report.replaced] == [True, False]
+
+
 def test_what_is_not_reached_is_reported():
     class Branches(Both):
         def forward(self, x, other=False):

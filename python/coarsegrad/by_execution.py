@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .executions import Execution, Recorder, Step, locate, run, steps_from, undisturbed
+from .executions import Execution, Products, Recorder, Step, is_product, locate, run, steps_from, undisturbed
 from .nn import QReLU
 from .report import Replaced
 from .rewriting import function_at, original
@@ -25,17 +25,22 @@ _ROUNDS = 8  # each gets on by one call further out, or by one form of it
 _MACHINERY = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
 
 
+_SCORES = "of products of activations, as scores are: what is chosen by them may change"
+
+
 class _CannotEdit(Exception):
     """Why a call cannot be made one of a QReLU."""
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A QReLU that ran: by which calls, innermost first; behind which module with parameters of its own."""
+    """A QReLU that ran: by which calls, innermost first; behind which module with parameters of its own; whether on a
+    product of activations."""
 
     layer: QReLU
     steps: list[Step]
     behind: nn.Module | None
+    product: bool
 
 
 class Conversion:
@@ -71,13 +76,13 @@ class Conversion:
     # ------------------------------------------------------------------------------------------ running
 
     @contextmanager
-    def _watched(self, watch: Callable[[QReLU], None] = lambda layer: None) -> Iterator[None]:
+    def _watched(self, watch: Callable[[QReLU, Tensor], None] = lambda layer, x: None) -> Iterator[None]:
         """QReLUs compute the float activation, and call `watch`."""
         layers = [module for module in self._model.modules() if isinstance(module, QReLU)]
 
         def as_float(layer: QReLU) -> Callable[[Tensor], Tensor]:
             def forward(x: Tensor) -> Tensor:
-                watch(layer)
+                watch(layer, x)
                 y = x.clamp_(0, layer.limit) if layer.inplace else x.clamp(0, layer.limit)
                 return y.square() if layer.squared else y
 
@@ -115,10 +120,10 @@ class Conversion:
             if module._parameters and not isinstance(module, QReLU):
                 last[0] = module
 
-        def watch(layer: QReLU) -> None:
-            found.append(_Run(layer, steps_from(sys._getframe(2)), last[0]))
+        def watch(layer: QReLU, x: Tensor) -> None:
+            found.append(_Run(layer, steps_from(sys._getframe(2)), last[0], is_product(x)))
 
-        with undisturbed(self._model, training), self._watched(watch), ExitStack() as stack:
+        with undisturbed(self._model, training), self._watched(watch), Products(), ExitStack() as stack:
             for module in self._model.modules():
                 stack.callback(module.register_forward_hook(note).remove)
             run(self._model, self._inputs)
@@ -321,12 +326,17 @@ class Conversion:
         """Counts the runs, names what is left, and holds the model, with float activations, to what it was."""
         self.report.executed = True
         names = {module: name for name, module in self._model.named_modules()}
+        scores: set[str] = set()
         counts = {name: 0 for module, name in names.items() if isinstance(module, QReLU)}
         for training in self._modes:
-            now = [names[one.layer] for one in self._runs(training)]
+            runs = self._runs(training)
+            now = [names[one.layer] for one in runs]
             counts = {name: max(count, now.count(name)) for name, count in counts.items()}
+            scores |= {names[one.layer] for one in runs if one.product}
         for entry in self.report.replaced:
             entry.runs = counts.get(entry.name)
+            if entry.name in scores:
+                entry.note = "; ".join(filter(None, [entry.note, _SCORES]))
         self.report.skipped[:] = [
             s for s in self.report.skipped if s.what != "method" or s.name not in self._seen and HANDED_ON not in s.why
         ]

@@ -14,6 +14,7 @@ from types import CodeType, FrameType, FunctionType
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from .rewriting import origin, original
 from .sources import AT
@@ -234,6 +235,29 @@ class Recorder(TorchFunctionMode):
         if relu is not None:
             self.executions.append(Execution(relu, steps_from(sys._getframe(1))))
         return function(*args, **kwargs)
+
+
+class Products(TorchFunctionMode):
+    """Marks products of activations with activations, as attention's scores are, also scaled."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        y = function(*args, **(kwargs or {}))
+        name = getattr(function, "__name__", "").strip("_")
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        of_weights = any(isinstance(of, nn.Parameter) for t in tensors for of in (t, t._base))
+        if name in _PRODUCTS and not of_weights:
+            y._coarsegrad_product = True
+        elif name in _SCALINGS and any(map(is_product, tensors)):
+            y._coarsegrad_product = True
+        return y
+
+
+_PRODUCTS = ("matmul", "rmatmul", "bmm", "baddbmm", "einsum")
+_SCALINGS = ("mul", "rmul", "div", "truediv", "true_divide", "to", "float")
+
+
+def is_product(t: Tensor) -> bool:
+    return getattr(t, "_coarsegrad_product", False)
 
 
 @contextmanager
