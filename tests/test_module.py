@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import coarsegrad as cg
 
@@ -122,6 +123,38 @@ def test_channel_dim(reference_or_native, channel_dim):
     alpha = oracle.log_uniform(x.size(channel_dim), 0.1, 1, seed=0)
     layer = cg.QReLU(2, alpha=alpha, num_channels=len(alpha), channel_dim=channel_dim)
     assert torch.equal(layer(x), oracle.output(x, alpha, 2, "ceil", channel_dim))
+
+
+class Exp(nn.Module):
+    """A parametrization by the logarithm."""
+
+    def forward(self, log):
+        return log.exp()
+
+    def right_inverse(self, value):
+        return value.log()
+
+
+@pytest.mark.parametrize("parametrized", [False, True])
+@pytest.mark.parametrize("learn_alpha", [False, True])
+@pytest.mark.parametrize("values", [[0.5], [0.25, 2.0, 0.5]])
+def test_alpha_is_set_in_place(reference_or_native, parametrized, learn_alpha, values):
+    layer, x = cg.QReLU(2, learn_alpha=learn_alpha), sample(4, 3)
+    if parametrized:
+        parametrize.register_parametrization(layer, "alpha", Exp())
+    layer(x).sum().backward() if learn_alpha else None
+    tensors = [*layer.parameters(), *layer.buffers()]
+    given = torch.tensor(values, dtype=torch.float64)
+    layer._set_alpha(given, 1 if len(values) > 1 else None)
+    assert all(map(lambda now, then: now is then, [*layer.parameters(), *layer.buffers()], tensors))
+    assert layer.alpha.dtype == torch.float32 and layer.alpha.requires_grad is learn_alpha
+    torch.testing.assert_close(layer.alpha.double(), given, rtol=1e-6 if parametrized else 0, atol=0)
+    assert torch.equal(layer(x), oracle.output(x, layer.alpha, 2, "ceil", 1 if len(values) > 1 else None))
+    if learn_alpha:
+        layer(x).sum().backward()
+        assert [p.grad.shape for p in layer.parameters()] == [given.shape]
+    given.zero_()
+    assert (layer.alpha > 0).all(), "the layer has an alpha of its own"
 
 
 @pytest.mark.parametrize("learn_alpha", [False, True])

@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from .functional import check_alpha_scale, qrelu, qrelu_conv2d, qrelu_linear
 from .packed import packed_activations, square
@@ -162,6 +163,26 @@ class QReLU(torch.nn.Module):
             "alpha_scale": self.alpha_scale,
             "channel_dim": self.channel_dim,
         }
+
+    @torch.no_grad()
+    def _set_alpha(self, alpha: Tensor, channel_dim: int | None) -> None:
+        """Gives alpha these values, of shape [1], or [C] along channel_dim, in the dtype and on the device that it has.
+
+        A Parameter stays the same object, also where the shape changes. A parametrized alpha is set through its
+        right_inverse, so that `self.alpha` is then what was given.
+        """
+        alpha = alpha.to(self.alpha, copy=True)
+        changes_shape = alpha.shape != self.alpha.shape
+        if is_parametrized(self, "alpha"):
+            self.alpha = alpha
+        elif changes_shape:
+            self.alpha.data = alpha
+        else:
+            self.alpha.copy_(alpha)
+        if changes_shape:
+            for parameter in self.parameters():
+                parameter.grad = None  # it is of the old shape
+        self.channel_dim = channel_dim
 
     def extra_repr(self) -> str:
         words = [f"bits={self.bits}", f"ste={self.ste!r}", f"rounding={self.rounding!r}"]
