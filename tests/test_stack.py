@@ -260,7 +260,7 @@ def test_what_save_pretrained_saves(tmp_path):
     """The alphas too; from_pretrained makes the float model and says that it left them."""
     model, batch = converted(opt, 4, learn_alpha=True)
     model.save_pretrained(tmp_path)
-    names = {f"{name}.alpha" for name in alphas(model)}
+    names = {f"{name}.{what}" for name in alphas(model) for what in ("alpha", "_extra_state")}
     assert names <= load_file(tmp_path / "model.safetensors").keys()
     float_model, info = hf.OPTForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert set(info["unexpected_keys"]) == names and not info["missing_keys"]
@@ -268,6 +268,10 @@ def test_what_save_pretrained_saves(tmp_path):
     assert not torch.equal(logits(float_model, batch), logits(model, batch))
     load_model(float_model, tmp_path / "model.safetensors")
     assert torch.equal(logits(float_model, batch), logits(model, batch))
+    other, _ = built(opt)
+    cg.quantize_(other, 2)
+    with pytest.raises(RuntimeError, match="layers.1.activation_fn.alpha: got the alpha of a QReLU with bits=4, wanted"):
+        load_model(other, tmp_path / "model.safetensors")
 
 
 def test_what_save_pretrained_saves_under_other_names_is_refused(tmp_path):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
+import json
 import math
 
 import torch
@@ -50,6 +53,9 @@ def half_gaussian_alpha(bits: int, rounding: str = "ceil") -> float:
     return round((low + high) / 2, 6)
 
 
+# What makes an alpha another one. Said in the state_dict in so many bytes: distributed checkpoints want one size.
+_MEANING = ("bits", "rounding", "ste", "squared")
+_STATE_BYTES = 256
 
 
 class QReLU(torch.nn.Module):
@@ -63,8 +69,8 @@ class QReLU(torch.nn.Module):
     alpha: the height of a stair, finite and > 0: a number, or a tensor of shape [1], or [num_channels] where that is
         given. None (default): the one of least mean squared error for a unit Gaussian input, as BatchNorm without
         affine makes it (`half_gaussian_alpha`).
-    learn_alpha: alpha is a Parameter; else it is a buffer. Both are of shape [1] or [num_channels], float32 or of the
-        dtype of the tensor given, and in the state_dict.
+    learn_alpha: alpha is a Parameter; else it is a buffer. Both are of shape [1] or [num_channels] and float32, also
+        after `.half()`, `.bfloat16()` and the like; float64 where the tensor given is, and after `.double()`.
     alpha_grad: "exact", "three_valued", "two_valued" or "chain": the gradient of a learned alpha.
     alpha_scale: a factor of that gradient: a number, or "lsq", 1 / sqrt(n * q), n the elements of x per sample.
     num_channels: None: one alpha; else one for each channel.
@@ -77,6 +83,10 @@ class QReLU(torch.nn.Module):
     squared: the output is y * y, as in models with relu(x)**2; its gradient is dy * 2 y * g'(u).
 
     Kept for the backward with the defaults: 1 bit an element. Squared, y too (its codes, in `packed_activations`).
+
+    The state_dict has alpha, and beside it as `_extra_state` what it is for: bits, rounding, ste, squared, channel_dim.
+    `load_state_dict` refuses the alpha of a QReLU that differs in one of the first four, and one that is not finite and
+    > 0; it takes over the shape and channel_dim. Without `_extra_state` the alpha must be of this one's shape.
 
     Raises TypeError or ValueError here for whatever of these is wrong: inplace=True with an STE or rule whose backward
     keeps x itself, and dropout with an STE whose g'(0) is not 0 ("identity"), included.
@@ -114,7 +124,7 @@ class QReLU(torch.nn.Module):
             check_inplace(ste, rounding, alpha_grad if learn_alpha else None)
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             raise ValueError(f"dropout must be a number in 0..1 and below 1, got {dropout!r}")
-        if dropout and get_ste(ste).gprime(torch.zeros(1), 2**bits - 1).item() != 0:
+        if dropout and get_ste(ste).passes_zero:
             raise ValueError(f"dropout needs an STE without a gradient at 0, got ste={ste!r}")
         self.bits = bits
         self.ste = ste
@@ -125,34 +135,50 @@ class QReLU(torch.nn.Module):
         self.inplace = inplace
         self.dropout = float(dropout)
         self.squared = squared
-        alpha = _initial_alpha(half_gaussian_alpha(bits, rounding) if alpha is None else alpha, num_channels or 1)
+        alpha = half_gaussian_alpha(bits, rounding) if alpha is None else alpha
+        made = _initial_alpha(alpha, num_channels or 1)
+        self._initial = made.clone() if isinstance(alpha, Tensor) else float(alpha)
         if learn_alpha:
-            self.alpha = torch.nn.Parameter(alpha)
+            self.alpha = torch.nn.Parameter(made)
         else:
-            self.register_buffer("alpha", alpha)
+            self.register_buffer("alpha", made)
+
+    def reset_parameters(self) -> None:
+        """alpha as it was given; one number for all channels where it was a number. For deferred initialisation."""
+        if isinstance(self._initial, Tensor):
+            self._set_alpha(self._initial, self.channel_dim)
+        else:
+            self._set_alpha(torch.full_like(self.alpha, self._initial), self.channel_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         alpha = self._buffers.get("alpha")  # Module's own search for a buffer costs a tenth of a small tensor's forward
         if alpha is None:
             alpha = self.alpha
-        inplace = self.inplace
         if self.training and self.dropout:
-            x, alpha = self.before(x)
-            # What dropout made is nobody else's: it may be written over.
-            inplace = inplace or not kept(self.ste, self.rounding, self.alpha_grad if alpha.requires_grad else None)[2]
-        # Word for word what `settings` says, as a dict costs a tenth of a small tensor's forward.
-        y = qrelu(
-            x, alpha, self.bits, ste=self.ste, rounding=self.rounding, alpha_grad=self.alpha_grad,
-            alpha_scale=self.alpha_scale, channel_dim=self.channel_dim, inplace=inplace,
-        )  # fmt: skip
+            y = self._with_dropout(x, alpha)
+        else:
+            # Word for word what `settings` says, as a dict costs a tenth of a small tensor's forward.
+            y = qrelu(
+                x, alpha, self.bits, ste=self.ste, rounding=self.rounding, alpha_grad=self.alpha_grad,
+                alpha_scale=self.alpha_scale, channel_dim=self.channel_dim, inplace=self.inplace,
+            )  # fmt: skip
         return square(y) if self.squared else y
+
+    def _with_dropout(self, x: Tensor, alpha: Tensor) -> Tensor:
+        # What dropout made is nobody else's: it may be written over, but where the backward keeps it.
+        alpha_grad = None if "alpha" in self._buffers else self.alpha_grad
+        inplace = not kept(self.ste, self.rounding, alpha_grad)[2]
+        return _dropped_qrelu(x, alpha, *self._dropout(), self.bits, **self.settings(), inplace=inplace)
 
     def before(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(x, alpha), or in training with dropout (x with elements dropped, alpha to go with them)."""
         if not self.training or not self.dropout:
             return x, self.alpha
-        divisor = (1 - self.dropout) ** (0.5 if self.squared else 1.0)
-        return _Dropout.apply(x, self.dropout, divisor), self.alpha / divisor
+        return _dropped(x, self.alpha, *self._dropout())
+
+    def _dropout(self) -> tuple[float, float]:
+        """(p, what x and alpha are divided by)"""
+        return self.dropout, (1 - self.dropout) ** (0.5 if self.squared else 1.0)
 
     def settings(self) -> dict[str, str | float | int | None]:
         """The keywords of `coarsegrad.qrelu` that say what is computed."""
@@ -168,28 +194,80 @@ class QReLU(torch.nn.Module):
     def _set_alpha(self, alpha: Tensor, channel_dim: int | None) -> None:
         """Gives alpha these values, of shape [1], or [C] along channel_dim, in the dtype and on the device that it has.
 
-        A Parameter stays the same object, also where the shape changes. A parametrized alpha is set through its
-        right_inverse, so that `self.alpha` is then what was given.
+        A Parameter stays the same object, also where the shape changes: a ValueError if an optimizer has state for it.
+        A parametrized alpha is set through its right_inverse, so that `self.alpha` is then what was given.
         """
-        alpha = alpha.to(self.alpha, copy=True)
-        changes_shape = alpha.shape != self.alpha.shape
+        if alpha.shape != self.alpha.shape:
+            for t in (*self.parameters(), *self.buffers()):
+                _reshape(t, alpha)
         if is_parametrized(self, "alpha"):
-            self.alpha = alpha
-        elif changes_shape:
-            self.alpha.data = alpha
+            self.alpha = alpha.to(self.alpha, copy=True)
         else:
             self.alpha.copy_(alpha)
-        if changes_shape:
-            for parameter in self.parameters():
-                parameter.grad = None  # it is of the old shape
+        self.channel_dim = channel_dim
+
+    def _apply(self, fn, recurse=True):
+        """As nn.Module's, but alpha stays 32 bits wide: 8 bits of mantissa move every level, and no small step moves
+        an alpha of so few; in float16 a small one is 0."""
+        return super()._apply(lambda t: _wide(fn(t), t), recurse)
+
+    def get_extra_state(self) -> Tensor:
+        """What alpha is for, as JSON in a uint8 tensor, which every file format and collective takes."""
+        said = {name: getattr(self, name) for name in (*_MEANING, "channel_dim")}
+        return torch.tensor(list(json.dumps(said).encode().ljust(_STATE_BYTES)), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raises ValueError where `state` is that of a QReLU whose alpha means something else. Sets nothing."""
+        self._checked(state)
+
+    def _checked(self, state: Tensor) -> dict[str, str | int | None]:
+        """What an extra state says, if it can be read."""
+        if not _readable(state):
+            return {}
+        said = json.loads(bytes(state.to(torch.uint8).tolist()))
+        other = [name for name in _MEANING if said.get(name, getattr(self, name)) != getattr(self, name)]
+        if other:
+            got = ", ".join(f"{name}={said[name]!r}" for name in other)
+            wanted = ", ".join(f"{name}={getattr(self, name)!r}" for name in other)
+            raise ValueError(f"got the alpha of a QReLU with {got}, wanted one with {wanted}")
+        return said
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        extra = f"{prefix}_extra_state"
+        parametrized = is_parametrized(self, "alpha")
+        key = prefix + ("parametrizations.alpha.original" if parametrized else "alpha")
+        try:
+            said = self._checked(state[extra]) if extra in state else {}
+            if isinstance(state.get(key), Tensor):
+                state[key] = alpha = _wide(state[key].detach(), state[key].detach())
+                local = alpha.to_local() if hasattr(alpha, "to_local") else alpha
+                if not parametrized and _readable(local):
+                    checked_values(local.cpu(), self.alpha.dtype)
+                if "channel_dim" in said:
+                    self._take_shape(alpha, said["channel_dim"])
+        except ValueError as error:
+            errors.append(f"{prefix}alpha: {error}")
+            return
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+        if extra in missing:  # in files from before it was saved
+            missing.remove(extra)
+
+    def _take_shape(self, alpha: Tensor, channel_dim: int | None) -> None:
+        """Makes room for an alpha that is loaded, unless it has no shape that goes with channel_dim."""
+        if alpha.dim() != 1 or (channel_dim is None and alpha.numel() != 1):
+            return
+        mine = self.parametrizations.alpha.original if is_parametrized(self, "alpha") else self.alpha
+        if alpha.shape != mine.shape:
+            _reshape(mine, alpha)
         self.channel_dim = channel_dim
 
     def extra_repr(self) -> str:
         words = [f"bits={self.bits}", f"ste={self.ste!r}", f"rounding={self.rounding!r}"]
         if self.channel_dim is not None:
             words += [f"num_channels={self.alpha.numel()}", f"channel_dim={self.channel_dim}"]
-        elif self.alpha.device.type != "meta":
-            words.append(f"alpha={self.alpha.item():.6g}")
+        elif _readable(self.alpha):
+            with contextlib.suppress(RuntimeError, AssertionError):  # an empty shard; in a FakeTensorMode
+                words.append(f"alpha={self.alpha.item():.6g}")
         if isinstance(self.alpha, torch.nn.Parameter):
             words += ["learn_alpha=True", f"alpha_grad={self.alpha_grad!r}"]
             words += [f"alpha_scale={self.alpha_scale!r}"] if self.alpha_scale != 1 else []
@@ -199,19 +277,50 @@ class QReLU(torch.nn.Module):
         return ", ".join(words)
 
 
-class _Dropout(torch.autograd.Function):
-    """x / divisor with each element dropped with probability p, and the gradient of an element as if it was not
-    dropped. It keeps nothing: what comes after it has no gradient where an element is 0."""
+# TorchScript calls it in Python, and wants types where `annotations` leaves their names.
+torch.jit.ignore(QReLU.forward).__annotations__.update({"x": Tensor, "return": Tensor})
 
-    @staticmethod
-    def forward(ctx, x, p, divisor):
-        ctx.scale = 1 / divisor
-        y = F.dropout(x, p)
-        return y if divisor == 1 - p else y.mul_((1 - p) / divisor)
 
-    @staticmethod
-    def backward(ctx, grad_y):
-        return grad_y * ctx.scale, None, None
+def _dropped(x: Tensor, alpha: Tensor, p: float, divisor: float) -> tuple[Tensor, Tensor]:
+    """(x / divisor with each element 0 with probability p, alpha / divisor), by the random numbers of nn.Dropout.
+
+    The gradient of an element is that of one that was not dropped, as it is set to 0 behind autograd's back, and
+    nothing is kept: what comes after it has no gradient where an element is 0.
+    """
+    y = x / divisor
+    y.detach().masked_fill_(F.dropout(torch.ones_like(x), p) == 0, 0)
+    return y, alpha / divisor
+
+
+def _dropped_qrelu(
+    x: Tensor, alpha: Tensor, p: float, divisor: float, bits: int, **settings: str | float | int | None
+) -> Tensor:
+    return qrelu(*_dropped(x, alpha, p, divisor), bits, **settings)
+
+
+torch.fx.wrap("_dropped_qrelu")  # so that a graph has alpha itself, not what it was divided by a constant at the time
+
+
+def _readable(t: Tensor) -> bool:
+    """Whether t has values, all of them here: it is not on meta, fake, or a shard."""
+    return type(t) in (Tensor, torch.nn.Parameter) and t.device.type != "meta"
+
+
+def _wide(new: Tensor, old: Tensor) -> Tensor:
+    """new, or where that has less than 32 bits, old in float32 on new's device."""
+    return old.to(new.device, torch.float32) if new.is_floating_point() and new.element_size() < 4 else new
+
+
+def _reshape(t: Tensor, alpha: Tensor) -> None:
+    """Gives t the values and the shape of alpha; a ValueError where somebody would be left with the old shape."""
+    change = f"alpha cannot change its shape from {list(t.shape)} to {list(alpha.shape)}"
+    if type(t) not in (Tensor, torch.nn.Parameter):
+        raise ValueError(f"{change} as a {type(t).__name__}; do it before sharding")
+    for holder in gc.get_referrers(t):
+        state = holder.get(t) if isinstance(holder, dict) else None
+        if isinstance(state, dict) and any(isinstance(s, Tensor) and s.shape == t.shape for s in state.values()):
+            raise ValueError(f"{change}, as an optimizer has state for it; do it before the optimizer's first step")
+    t.data, t.grad = alpha.detach().to(t, copy=True), None
 
 
 def _initial_alpha(alpha: float | Tensor, size: int) -> Tensor:
@@ -223,9 +332,9 @@ def _initial_alpha(alpha: float | Tensor, size: int) -> Tensor:
         raise TypeError(f"alpha must be of a floating dtype, got {alpha.dtype}")
     if alpha.shape != (size,):
         raise ValueError(f"alpha must have shape [{size}], got {list(alpha.shape)}")
-    if alpha.device.type != "meta":
+    if _readable(alpha):
         checked_values(alpha.cpu(), wide_dtype(alpha.dtype))
-    return alpha.detach().clone()
+    return alpha.detach().to(wide_dtype(alpha.dtype), copy=True)
 
 
 class _QReLUAndLayer(torch.nn.Module):

@@ -164,7 +164,8 @@ def checked_values(alpha: Tensor, wide: torch.dtype) -> Tensor:
     if not bool(good.all()):
         channel = int((~good).nonzero()[0])
         where = f" at channel {channel}" if alpha.numel() > 1 else ""
-        raise ValueError(f"alpha must be finite and > 0 in {wide}, got {alpha[channel].item()}{where}")
+        hint = "; coarsegrad.keep_positive has an optimizer keep learned alphas > 0" if alpha.requires_grad else ""
+        raise ValueError(f"alpha must be finite and > 0 in {wide}, got {alpha[channel].item()}{where}{hint}")
     return converted
 
 

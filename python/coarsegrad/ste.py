@@ -44,6 +44,7 @@ class STE:
     points: triples (u, q, g'(u)) worked by hand.
     paper: where it comes from.
     triton: of a user's own: g' once more, as a @triton.jit function.
+    passes_zero: whether g'(0) is not 0.
     """
 
     name: str
@@ -54,6 +55,7 @@ class STE:
     points: tuple[tuple[float, int, float], ...] = ()
     paper: str = ""
     triton: Callable | None = None
+    passes_zero: bool = False
 
 
 def _identity(u: Tensor, q: int) -> Tensor:
@@ -82,6 +84,7 @@ _BUILT_IN = (
         needs="nothing",
         gprime=_identity,
         in_class=False,
+        passes_zero=True,
         formula="1",
         points=((-2.0, 3, 1.0), (0.0, 3, 1.0), (0.5, 3, 1.0), (3.0, 3, 1.0), (9.0, 3, 1.0)),
         paper=_BENGIO,
@@ -347,7 +350,8 @@ def register_ste(
         raise TypeError(f"triton must be a @triton.jit function (u, q) -> g', got {triton!r}")
     _check_gprime(name, gprime, needs)
     in_class = all(check_ste(gprime, bits) for bits in range(1, 9))
-    _registry[name] = STE(name, needs, gprime, in_class, formula, paper=paper, triton=triton)
+    passes_zero = any(bool(gprime(torch.zeros(1), 2**bits - 1) != 0) for bits in range(1, 9))
+    _registry[name] = STE(name, needs, gprime, in_class, formula, (), paper, triton, passes_zero)
     handle = contextlib.ExitStack()
     handle.callback(_registry.pop, name, None)
     return handle
