@@ -92,7 +92,7 @@ def test_nothing_is_kept_for_it():
     x = torch.randn(1000, requires_grad=True)
     for ste, bits in (("relu", 1), ("clipped_relu", 1)):
         layer = cg.QReLU(2, ste=ste, dropout=0.25)
-        assert cg.saved_memory(lambda: layer(x).sum()).total == 1000 * bits // 8  # noqa: B023
+        assert cg.saved_memory(lambda: layer(x).sum()).total == 1000 * bits // 8
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (4, 0), (0, 3, 2, 2)])

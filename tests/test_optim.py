@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import coarsegrad as cg
 
@@ -15,6 +18,23 @@ def _model(**keywords) -> nn.Sequential:
     torch.manual_seed(0)
     keywords = {"learn_alpha": True} | keywords
     return nn.Sequential(nn.Linear(4, 4), cg.QReLU(2, **keywords), nn.Linear(4, 4), cg.QReLU(2, **keywords))
+
+
+class Exp(nn.Module):
+    """A parametrization by the logarithm."""
+
+    def forward(self, log):
+        return log.exp()
+
+    def right_inverse(self, value):
+        return value.log()
+
+
+def _parametrized(**keywords) -> nn.Sequential:
+    model = _model(**keywords)
+    for layer in (model[1], model[3]):
+        parametrize.register_parametrization(layer, "alpha", Exp())
+    return model
 
 
 class TestParamGroups:
@@ -44,6 +64,29 @@ class TestParamGroups:
         assert [len(group["params"]) for group in groups] == [0, 1]
         assert groups[1]["lr"] == 0.1
 
+    def test_what_a_parametrized_alpha_is_computed_from_is_with_the_alphas(self):
+        model = _parametrized()
+        others, alphas = cg.param_groups(model, 0.1, 0.5)
+        assert [id(p) for p in alphas["params"]] == [id(m.parametrizations.alpha.original) for m in (model[1], model[3])]
+        assert len(others["params"]) == 4
+        assert len(cg.param_groups(_parametrized(learn_alpha=False), 0.1)) == 1
+
+    def test_the_logarithm_of_alpha_learns(self):
+        """Without a bound alpha stays positive; its steps are relative."""
+        model, x = _parametrized(alpha=0.25, alpha_scale="lsq"), torch.randn(64, 4)
+        optimizer = torch.optim.SGD(cg.param_groups(model, 0.1, alpha_lr=1.0))
+        target, losses = x.relu() + 1, []
+        before = model[1].alpha.item()
+        for _ in range(30):
+            loss = (model(x) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            gradient = model[1].parametrizations.alpha.original.grad
+            assert gradient.isfinite().all() and gradient != 0
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.7 * losses[0] and model[1].alpha.item() not in (before, 0.0)
+
 
 class TestKeepPositive:
     @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
@@ -65,8 +108,62 @@ class TestKeepPositive:
         optimizer = torch.optim.SGD(cg.param_groups(model, 10.0))
         model[1].alpha.grad = torch.ones(1)
         optimizer.step()
-        with pytest.raises(ValueError, match="alpha"):
-            model(torch.randn(3, 4))
+        for packed in (False, True):
+            with pytest.raises(ValueError, match="alpha must be finite and > 0 .*keep_positive"):
+                with cg.packed_activations() if packed else torch.no_grad():
+                    model(torch.randn(3, 4))
+        fixed = cg.QReLU(2)
+        fixed.alpha.fill_(-1)
+        with pytest.raises(ValueError, match="got -1.0$"):
+            fixed(torch.randn(3))
+
+    @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+    @pytest.mark.parametrize("how", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+    def test_copies_keep_it(self, kind, how):
+        model = _model()
+        optimizer = cg.keep_positive(kind(cg.param_groups(model, 1e3)), model)
+        model(torch.randn(3, 4)).sum().backward()
+        optimizer.step()
+        for _ in range(2):  # a copy's copy too
+            model, optimizer = how((model, optimizer))
+            before = [model[i].alpha.item() for i in (1, 3)]
+            for alpha in (model[1].alpha, model[3].alpha):
+                alpha.grad = torch.full_like(alpha, 1e6)
+            optimizer.step()
+            optimizer.step()
+            assert [model[i].alpha.item() for i in (1, 3)] == [alpha / 4 for alpha in before]
+
+    def test_an_optimizer_copied_alone_bounds_its_own(self):
+        model = _model()
+        optimizer = cg.keep_positive(torch.optim.SGD(cg.param_groups(model, 1e3)), model)
+        twin = copy.deepcopy(optimizer)
+        mine, before = twin.param_groups[1]["params"][0], model[1].alpha.item()
+        mine.grad = torch.ones(1)
+        twin.step()
+        assert mine.item() == before / 2 and model[1].alpha.item() == before
+
+    def test_it_goes_on_after_load_state_dict_and_swap_tensors(self):
+        model = _model()
+        optimizer = cg.keep_positive(torch.optim.SGD(cg.param_groups(model, 1e3), momentum=0.9), model)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        torch.utils.swap_tensors(model[1].alpha, nn.Parameter(torch.tensor([8.0])))
+        model[1].alpha.grad = torch.ones(1)
+        optimizer.step()
+        assert model[1].alpha.item() == 4
+
+    def test_a_parametrized_alpha_is_bounded(self):
+        model = _parametrized(num_channels=4)
+        optimizer = cg.keep_positive(torch.optim.SGD(cg.param_groups(model, 1.0)), model)
+        original = model[1].parametrizations.alpha.original
+        before, log = model[1].alpha.detach().clone(), original.detach().clone()
+        original.grad = torch.tensor([1e6, -0.5, 0.0, 0.25])
+        optimizer.step()
+        torch.testing.assert_close(model[1].alpha.detach(), before * torch.tensor([0.5, math.exp(0.5), 1, math.exp(-0.25)]))
+        original.grad = torch.tensor([0.25, 0.0, 0.0, 0.0])
+        log = original.detach().clone()
+        optimizer.step()
+        assert torch.equal(original.detach(), log - original.grad), "nothing is written where nothing is bounded"
+        model(torch.randn(3, 4)).sum().backward()
 
 
 class TestScale:

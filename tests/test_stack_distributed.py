@@ -9,7 +9,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from stack_models import built, opt
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -111,12 +112,66 @@ def in_each_process(rank, folder):
         if case == "rewritten":
             with pytest.raises(RuntimeError, match="FSDPFeedForward: undo what gave it that class first"):
                 report.undo()
-    # bfloat16 parameters: the alphas, and with them the levels, are rounded to it.
-    model, _ = converted(opt)
-    half = fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)), mp_policy=MixedPrecisionPolicy(torch.bfloat16))
-    found["bfloat16"] = mean(train(half, opt_loss, mine)), whole(half)
+            found["reprs"] = [repr(layer) for layer in qrelus(fsdp)]
+    for own_groups in (False, True):
+        found["bfloat16", own_groups] = in_bfloat16(own_groups, mine)
+    found["meta"] = from_meta()
+    found["checkpoint"] = through_a_checkpoint(folder)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def qrelus(model):
+    return [m for m in model.modules() if isinstance(m, cg.QReLU)]
+
+
+def in_bfloat16(own_groups, ids):
+    """The policy rounds a learned alpha, and with it the levels; not one of a QReLU that is a group of its own."""
+    model, _ = converted(opt)
+    mesh, seen = init_device_mesh("cpu", (WORLD,)), set()
+    for layer in qrelus(model):
+        layer.register_forward_hook(lambda layer, args, y: seen.add((args[0].dtype, layer.alpha.dtype, y.dtype)))
+        if own_groups:
+            fully_shard(layer, mesh=mesh)
+    half = fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16))
+    return mean(train(half, opt_loss, ids)), whole(half), seen
+
+
+def from_meta():
+    """Deferred initialisation: made and sharded without memory, then reset_parameters."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8), cg.QReLU(2, learn_alpha=True, num_channels=8), cg.QReLU(2, alpha=0.3))
+    model = fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    model(torch.ones(2, 8)).sum().backward()
+    return {name: t for name, t in whole(model).items() if name.endswith("alpha")}
+
+
+def through_a_checkpoint(folder):
+    """Saved and loaded by torch.distributed.checkpoint; what an alpha is for is checked."""
+
+    def made(bits=2, **settings):
+        model = nn.Sequential(nn.Linear(8, 8), cg.QReLU(bits, learn_alpha=True, alpha=0.3, **settings))
+        return fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+
+    def load(model):
+        state = get_model_state_dict(model)
+        dcp.load(state, checkpoint_id=f"{folder}/checkpoint")
+        set_model_state_dict(model, state)
+        return whole(model)
+
+    model = made()
+    dcp.save(get_model_state_dict(model), checkpoint_id=f"{folder}/checkpoint")
+    want, got = whole(model), load(made())
+    with pytest.raises(RuntimeError, match="1.alpha: got the alpha of a QReLU with bits=2, wanted one with bits=3"):
+        load(made(3))
+    full = StateDictOptions(full_state_dict=True)
+    with pytest.raises(RuntimeError, match=r"1.alpha: .* from \[1\] to \[8\] as a DTensor; do it before sharding"):
+        set_model_state_dict(model, whole(made(num_channels=8)), options=full)
+    return want, got
 
 
 def alphas_of(model):
@@ -162,9 +217,29 @@ def test_training(found, case, how):
             torch.testing.assert_close(got[name], want[name], rtol=1e-3, atol=1e-5, msg=lambda m, name=name: name + m)
 
 
-def test_fsdp_in_bfloat16(found):
+@pytest.mark.parametrize("own_groups", [False, True])
+def test_fsdp_in_bfloat16(found, own_groups):
     losses, model, _ = trained(lambda model: model, "opt", IDS)
-    got_losses, got = found[0]["bfloat16"]
+    got_losses, got, seen = found[0]["bfloat16", own_groups]
+    assert seen == {(torch.bfloat16, torch.float32 if own_groups else torch.bfloat16, torch.bfloat16)}
     torch.testing.assert_close(got_losses, losses, rtol=0.02, atol=0)
     for name, alpha in alphas_of(model).items():
         torch.testing.assert_close(got[f"{name}.alpha"], alpha, rtol=0.02, atol=0)
+
+
+def test_deferred_initialisation(found):
+    default = cg.QReLU(2).alpha
+    assert torch.equal(found[0]["meta"]["1.alpha"], default.expand(8))
+    assert all(torch.equal(process["meta"]["2.alpha"], torch.tensor([0.3])) for process in found)
+
+
+def test_a_distributed_checkpoint(found):
+    want, got = found[0]["checkpoint"]
+    assert list(got) == ["0.weight", "0.bias", "1.alpha", "1._extra_state"]
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_sharded_alphas_are_printed_without_their_value(found):
+    for process in found:
+        assert len(process["reprs"]) == 2
+        assert all("learn_alpha=True" in text and ", alpha=" not in text for text in process["reprs"])
