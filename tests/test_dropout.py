@@ -60,6 +60,21 @@ def test_infinities_are_selected(reference_or_native, dtype):
     assert 0 < (want[1::8] == 0).sum() < 32
 
 
+@pytest.mark.parametrize("layout", ["transposed", "channels last", "every other"])
+def test_any_layout(layout):
+    x = torch.randn(4, 6, 5, 8, generator=torch.Generator().manual_seed(0))
+    x = {
+        "transposed": lambda: x.transpose(0, 3),
+        "channels last": lambda: x.to(memory_format=torch.channels_last),
+        "every other": lambda: x[..., ::2],
+    }[layout]()
+    torch.manual_seed(0)
+    got = cg.QReLU(2, dropout=0.5)(x)
+    torch.manual_seed(0)
+    want = F.dropout(cg.QReLU(2)(x), 0.5)
+    assert torch.equal(got, want)
+
+
 def test_nan_is_nan_where_it_is_not_dropped():
     torch.manual_seed(0)
     y = cg.QReLU(2, dropout=0.5)(torch.full((1000,), math.nan))

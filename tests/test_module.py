@@ -270,3 +270,13 @@ def test_a_learned_alpha_learns(reference_or_native, alpha_grad, num_channels):
     assert losses[-1] < losses[0]
     assert layer.alpha.grad is not None and layer.alpha.grad.isfinite().all()
     assert (layer.alpha != before).any()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_torchscript_is_traced_and_not_scripted():
+    fused = cg.nn.QReLULinear(cg.QReLU(2), nn.Linear(4, 2))
+    for layer in (cg.QReLU(2, learn_alpha=True), nn.Sequential(nn.Linear(3, 4), cg.QReLU(2)), fused):
+        with pytest.raises(TypeError, match="torch.jit.script cannot compile a QReLU; torch.jit.trace, "):
+            torch.jit.script(layer)
+    layer, x = cg.QReLU(2, learn_alpha=True), sample(5, 3)
+    assert torch.equal(torch.jit.trace(layer, sample(5, 3, seed=1))(x), layer(x))

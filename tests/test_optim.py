@@ -67,7 +67,8 @@ class TestParamGroups:
     def test_what_a_parametrized_alpha_is_computed_from_is_with_the_alphas(self):
         model = _parametrized()
         others, alphas = cg.param_groups(model, 0.1, 0.5)
-        assert [id(p) for p in alphas["params"]] == [id(m.parametrizations.alpha.original) for m in (model[1], model[3])]
+        originals = [layer.parametrizations.alpha.original for layer in (model[1], model[3])]
+        assert list(map(id, alphas["params"])) == list(map(id, originals))
         assert len(others["params"]) == 4
         assert len(cg.param_groups(_parametrized(learn_alpha=False), 0.1)) == 1
 
@@ -155,10 +156,11 @@ class TestKeepPositive:
         model = _parametrized(num_channels=4)
         optimizer = cg.keep_positive(torch.optim.SGD(cg.param_groups(model, 1.0)), model)
         original = model[1].parametrizations.alpha.original
-        before, log = model[1].alpha.detach().clone(), original.detach().clone()
+        before = model[1].alpha.detach().clone()
         original.grad = torch.tensor([1e6, -0.5, 0.0, 0.25])
         optimizer.step()
-        torch.testing.assert_close(model[1].alpha.detach(), before * torch.tensor([0.5, math.exp(0.5), 1, math.exp(-0.25)]))
+        factors = torch.tensor([0.5, math.exp(0.5), 1, math.exp(-0.25)])
+        torch.testing.assert_close(model[1].alpha.detach(), before * factors)
         original.grad = torch.tensor([0.25, 0.0, 0.0, 0.0])
         log = original.detach().clone()
         optimizer.step()

@@ -122,7 +122,7 @@ def test_a_state_that_went_through_arithmetic():
     mine.load_state_dict({name: t.half() for name, t in a.items()})
     assert mine[1].alpha == 0.25
     a["1._extra_state"] += 1
-    with pytest.raises(RuntimeError, match="1.alpha"):
+    with pytest.raises(RuntimeError, match="1.alpha: its _extra_state must be one that a QReLU saved"):
         mine.load_state_dict(a)
 
 
@@ -352,6 +352,9 @@ def test_a_16_bit_alpha_is_widened(assign):
     mine = model(learn_alpha=True)
     mine.load_state_dict(state, assign=assign)
     assert torch.equal(mine[1].alpha, torch.tensor([0.3]).bfloat16().float()) and mine[1].alpha.is_leaf
+    state = dict(model(learn_alpha=True).named_parameters())
+    mine.load_state_dict(state, assign=True)
+    assert mine[1].alpha is state["1.alpha"]
 
 
 # ----------------------------------------------------------------------------------------- deferred initialisation
@@ -375,6 +378,16 @@ def test_reset_parameters_keeps_the_channels_of_a_calibrated_layer():
     cg.calibrate(mine, [X], channel_dim=1, progress=False)
     mine[1].reset_parameters()
     assert torch.equal(mine[1].alpha, torch.full((16,), 0.3)) and mine[1].channel_dim == 1
+
+
+def test_reset_parameters_puts_a_given_tensor_back_with_its_shape():
+    for given in ({"alpha": torch.ones(1)}, {"alpha": torch.arange(1.0, 17), "num_channels": 16, "channel_dim": -1}):
+        mine = model(**given)
+        mine.load_state_dict(model(**({} if "num_channels" in given else {"num_channels": 16})).state_dict())
+        assert mine[1].alpha.shape != given["alpha"].shape
+        mine[1].reset_parameters()
+        assert torch.equal(mine[1].alpha, given["alpha"]) and mine[1].channel_dim == given.get("channel_dim")
+        mine(X)
 
 
 def test_reset_parameters_of_a_parametrized_alpha():

@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.nn.utils.parametrize import is_parametrized
 
 from .functional import check_alpha_scale, qrelu, qrelu_conv2d, qrelu_linear
@@ -137,7 +138,7 @@ class QReLU(torch.nn.Module):
         self.squared = squared
         alpha = half_gaussian_alpha(bits, rounding) if alpha is None else alpha
         made = _initial_alpha(alpha, num_channels or 1)
-        self._initial = made.clone() if isinstance(alpha, Tensor) else float(alpha)
+        self._initial = (made.clone() if isinstance(alpha, Tensor) else float(alpha)), self.channel_dim
         if learn_alpha:
             self.alpha = torch.nn.Parameter(made)
         else:
@@ -145,10 +146,10 @@ class QReLU(torch.nn.Module):
 
     def reset_parameters(self) -> None:
         """alpha as it was given; one number for all channels where it was a number. For deferred initialisation."""
-        if isinstance(self._initial, Tensor):
-            self._set_alpha(self._initial, self.channel_dim)
-        else:
-            self._set_alpha(torch.full_like(self.alpha, self._initial), self.channel_dim)
+        alpha, channel_dim = self._initial
+        if not isinstance(alpha, Tensor):
+            alpha, channel_dim = torch.full_like(self.alpha, alpha), self.channel_dim
+        self._set_alpha(alpha, channel_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         alpha = self._buffers.get("alpha")  # Module's own search for a buffer costs a tenth of a small tensor's forward
@@ -198,13 +199,16 @@ class QReLU(torch.nn.Module):
         A parametrized alpha is set through its right_inverse, so that `self.alpha` is then what was given.
         """
         if alpha.shape != self.alpha.shape:
-            for t in (*self.parameters(), *self.buffers()):
-                _reshape(t, alpha)
+            _reshape(self._stored_alpha(), alpha)
         if is_parametrized(self, "alpha"):
             self.alpha = alpha.to(self.alpha, copy=True)
         else:
             self.alpha.copy_(alpha)
         self.channel_dim = channel_dim
+
+    def _stored_alpha(self) -> Tensor:
+        """alpha, or what a parametrization computes it from."""
+        return self.parametrizations.alpha.original if is_parametrized(self, "alpha") else self.alpha
 
     def _apply(self, fn, recurse=True):
         """As nn.Module's, but alpha stays 32 bits wide: 8 bits of mantissa move every level, and no small step moves
@@ -224,7 +228,10 @@ class QReLU(torch.nn.Module):
         """What an extra state says, if it can be read."""
         if not _readable(state):
             return {}
-        said = json.loads(bytes(state.to(torch.uint8).tolist()))
+        try:
+            said = json.loads(bytes(state.to(torch.uint8).tolist()))
+        except ValueError:
+            raise ValueError("its _extra_state must be one that a QReLU saved, got other bytes") from None
         other = [name for name in _MEANING if said.get(name, getattr(self, name)) != getattr(self, name)]
         if other:
             got = ", ".join(f"{name}={said[name]!r}" for name in other)
@@ -239,10 +246,12 @@ class QReLU(torch.nn.Module):
         try:
             said = self._checked(state[extra]) if extra in state else {}
             if isinstance(state.get(key), Tensor):
-                state[key] = alpha = _wide(state[key].detach(), state[key].detach())
+                alpha = state[key].detach()
                 local = alpha.to_local() if hasattr(alpha, "to_local") else alpha
                 if not parametrized and _readable(local):
                     checked_values(local.cpu(), self.alpha.dtype)
+                if _wide(alpha, alpha) is not alpha:
+                    state[key] = _wide(alpha, alpha)
                 if "channel_dim" in said:
                     self._take_shape(alpha, said["channel_dim"])
         except ValueError as error:
@@ -256,10 +265,12 @@ class QReLU(torch.nn.Module):
         """Makes room for an alpha that is loaded, unless it has no shape that goes with channel_dim."""
         if alpha.dim() != 1 or (channel_dim is None and alpha.numel() != 1):
             return
-        mine = self.parametrizations.alpha.original if is_parametrized(self, "alpha") else self.alpha
-        if alpha.shape != mine.shape:
-            _reshape(mine, alpha)
+        if alpha.shape != self._stored_alpha().shape:
+            _reshape(self._stored_alpha(), alpha)
         self.channel_dim = channel_dim
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        raise TypeError("torch.jit.script cannot compile a QReLU; torch.jit.trace, torch.export and torch.compile can")
 
     def extra_repr(self) -> str:
         words = [f"bits={self.bits}", f"ste={self.ste!r}", f"rounding={self.rounding!r}"]
@@ -277,10 +288,6 @@ class QReLU(torch.nn.Module):
         return ", ".join(words)
 
 
-# TorchScript calls it in Python, and wants types where `annotations` leaves their names.
-torch.jit.ignore(QReLU.forward).__annotations__.update({"x": Tensor, "return": Tensor})
-
-
 def _dropped(x: Tensor, alpha: Tensor, p: float, divisor: float) -> tuple[Tensor, Tensor]:
     """(x / divisor with each element 0 with probability p, alpha / divisor), by the random numbers of nn.Dropout.
 
@@ -288,7 +295,8 @@ def _dropped(x: Tensor, alpha: Tensor, p: float, divisor: float) -> tuple[Tensor
     nothing is kept: what comes after it has no gradient where an element is 0.
     """
     y = x / divisor
-    y.detach().masked_fill_(F.dropout(torch.ones_like(x), p) == 0, 0)
+    ones = torch.ones_like(x, memory_format=suggest_memory_format(x))  # in the layout of the activation's output
+    y.detach().masked_fill_(F.dropout(ones, p) == 0, 0)
     return y, alpha / divisor
 
 
@@ -316,7 +324,7 @@ def _reshape(t: Tensor, alpha: Tensor) -> None:
     change = f"alpha cannot change its shape from {list(t.shape)} to {list(alpha.shape)}"
     if type(t) not in (Tensor, torch.nn.Parameter):
         raise ValueError(f"{change} as a {type(t).__name__}; do it before sharding")
-    for holder in gc.get_referrers(t):
+    for holder in gc.get_referrers(t) if t.requires_grad else ():
         state = holder.get(t) if isinstance(holder, dict) else None
         if isinstance(state, dict) and any(isinstance(s, Tensor) and s.shape == t.shape for s in state.values()):
             raise ValueError(f"{change}, as an optimizer has state for it; do it before the optimizer's first step")

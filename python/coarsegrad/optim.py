@@ -37,8 +37,8 @@ def keep_positive(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.o
     """Has every step of `optimizer` leave the learned alphas of `model` positive: a step at most halves one.
 
     Returns the optimizer, and copies of it, with `copy.deepcopy` or pickle, do so with their model. The values from
-    before a step are kept during it, a number for each alpha; there is no other bound, so that alpha can get as small as
-    it wants to in time. A parametrized alpha is bounded through its right_inverse, for the price of a device sync.
+    before a step are kept during it, a number for each alpha; there is no other bound, so that alpha can get as small
+    as it wants to in time. A parametrized alpha is bounded through its right_inverse, for the price of a device sync.
     """
     layers = [m for m in model.modules() if isinstance(m, QReLU) and any(True for _ in m.parameters())]
     return _bounded(optimizer, layers)
