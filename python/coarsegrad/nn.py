@@ -366,9 +366,11 @@ class _QReLUAndLayer(torch.nn.Module):
             return self.layer(self.activation(x))
 
     def _fuses(self) -> bool:
-        """Whether nothing would be skipped: no square, no subclass's or wrapper's forward, and nobody's hook."""
+        """Whether nothing would be skipped: no square, no forward of a subclass, wrapper or instance, nobody's hook."""
         plain = type(self.activation) is QReLU and type(self.layer) is self._fusable and not self.activation.squared
-        return plain and not any(
+        if not plain or "forward" in self.activation.__dict__ or "forward" in self.layer.__dict__:
+            return False
+        return not any(
             getattr(module, hooks)
             for module in (self.activation, self.layer)
             for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
