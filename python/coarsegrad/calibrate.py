@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import gc
 import math
 import os
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import zip_longest
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import SUPPORTED_NODES, tree_flatten, tree_unflatten
 from tqdm import tqdm
 
+from .histogram import Histogram, StaircaseErrors
 from .nn import QReLU, half_gaussian_alpha
 from .reference import check_word
 from .ste import format_table
 
 METHODS = ("mse", "percentile", "half_gaussian")
 
-# The histogram: bins by the leading bits of a float32, so that it needs no range and counts merge exactly. 64 bins for
-# each power of two are 1.1 to 1.6% wide; what is outside of the range is counted in its first or last bin.
-_MANTISSA = 6
-_LOWEST, _HIGHEST = -40, 24  # powers of two
-_BINS = (_HIGHEST - _LOWEST) << _MANTISSA
-_SHIFT = 23 - _MANTISSA
-_FIRST = (_LOWEST + 127) << _MANTISSA
-
 _SATURATED = 0.5  # share of the positive inputs above the top level that is worth a warning
+_SPREAD = 2.0  # factor between the ranges that one alpha serves that is worth a warning
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class CalibratedLayer:
 
     alpha: the new one, of each channel. before: the old one. snr: power of the float activation's output over that of
     the error, in decibels. zero: share of the inputs that give 0. saturated: share of the positive inputs above the top
-    level. reached: whether any batch came there; where none did, or no input was positive, alpha is the old one.
+    level. reached: whether any batch came there; where none did, or no input was positive, alpha is the old one. calls:
+    how often it ran in a forward of the model, at most. spread: the factor between the largest and the least of its
+    calls' ranges, as the root mean square of the positive inputs of the first, second, ... call of each forward.
     """
 
     name: str
@@ -50,6 +52,8 @@ class CalibratedLayer:
     zero: float
     saturated: float
     reached: bool
+    calls: int
+    spread: float
 
 
 @dataclass(frozen=True)
@@ -63,14 +67,19 @@ class CalibrationReport:
     remaining: tuple[str, ...]
 
     def __str__(self) -> str:
+        header = ("QReLU", "alpha before", "alpha", "snr, dB", "zero", "saturated")
         rows = [
             (s.name, _span(s.before), _span(s.alpha), f"{s.snr:.1f}", f"{s.zero:.1%}", f"{s.saturated:.1%}")
             if s.reached
             else (s.name, _span(s.before), _span(s.alpha), "not reached", "", "")
             for s in self.layers
         ]
-        header = ("QReLU", "alpha before", "alpha", "snr, dB", "zero", "saturated")
-        lines = [format_table(header, rows), "zero: of all inputs; saturated: of the positive ones"]
+        notes = "zero: of all inputs; saturated: of the positive ones"
+        if any(s.calls > 1 for s in self.layers):
+            header += ("calls", "spread")
+            rows = [(*row, f"{s.calls}", f"{s.spread:.3g}") for row, s in zip(rows, self.layers)]
+            notes += "; calls: in a forward; spread: factor between their ranges"
+        lines = [format_table(header, rows), notes]
         if self.remaining:
             lines.append(f"a relu that is no QReLU is called at {', '.join(self.remaining)}")
         return "\n".join(lines)
@@ -97,28 +106,31 @@ def calibrate(
 
     While it runs, the QReLUs compute the float activation that they stand for (relu(x), its square, at most their
     `limit`), so that all layers see what they would see in the float model, and count their positive inputs in a
-    histogram of fixed memory (32 KiB for each alpha). The model is in evaluation mode and without gradients meanwhile;
-    no state is kept, and none moves in a training forward. The same data give the same alphas, in any order. Where
-    torch.distributed is initialised, every process must call it, each with its own batches: the counts are added, and
-    all get the same alphas.
+    histogram of fixed memory (96 KiB for each alpha), in which a value that comes often, as limits and levels do, is a
+    point. The model is in evaluation mode and without gradients meanwhile; no state is kept, and none moves in a
+    training forward. The same data give the same alphas, in any order. Where torch.distributed is initialised, every
+    process must call it, each with its own batches: the counts are added, and all get the same alphas.
 
     model: it has `QReLU`s, and is not yet compiled or sharded.
-    batches: what the model takes: a tensor, a tuple or list of arguments, or a mapping of keywords; tensors are moved
-        to the model's device.
+    batches: what the model takes: a tensor, a tuple or list of arguments, or a mapping of keywords, as a tokenizer's;
+        tensors in them are moved to the model's device.
     method: "mse": the alpha of least sum of (relu(x) - Q(x))**2; "percentile": the top level L[q] is that percentile
         of the positive inputs; "half_gaussian": the best alpha for a Gaussian with the second moment of the positive
-        inputs (Yin et al. 2019, arXiv 1903.05662).
+        inputs (Yin et al. 2019, arXiv 1903.05662). By none is the top level above the layer's `limit`.
     percentile: above 0, at most 100; 50 or more is what makes sense.
     channel_dim: gives every layer an alpha for each index along that dimension of its input. None: as the layers are.
     forward: forward(model, batch) runs the model, where batches are something else, as pairs of input and label.
     progress: a bar on standard error, where that is a terminal.
 
-    A learned alpha stays the same Parameter, for optimizers that hold it, also where its shape changes. Warns, by name,
-    of layers that no batch reached, whose inputs are never positive (these keep their alpha), or of which more than
-    half of the positive inputs are above the top level; and of lines where another relu is called.
+    A learned alpha stays the same Parameter, for optimizers that hold it, also where its shape changes; one of another
+    shape must not have an optimizer's state yet. A parametrized one is set through its parametrization. Warns, by name,
+    of layers that no batch reached, whose inputs are never positive (these keep their alpha), of which more than half
+    of the positive inputs are above the top level, or that run several times in a forward, with ranges more than a
+    factor of 2 apart; and of lines where another relu is called.
 
     Returns a `CalibrationReport`. Raises TypeError or ValueError, with all alphas as they were, if model has no QReLU,
-    if batches is empty, for a wrong argument, and, with the layer's name, where an input is not finite.
+    if batches is empty, for a wrong argument, and, with the layer's name, where an input is NaN or +inf (-inf gives 0,
+    and +inf the limit where there is one), or has no values, on the meta device or in FakeTensorMode.
     """
     layers = layers_of(model)
     check_word("method", method, METHODS)
@@ -126,37 +138,63 @@ def calibrate(
         raise ValueError(f"percentile must be above 0 and at most 100, got {percentile!r}")
     if channel_dim is not None and type(channel_dim) is not int:
         raise TypeError(f"channel_dim must be an int or None, got {channel_dim!r}")
-    counted = {name: _Counted(name, layer, channel_dim) for name, layer in layers.items()}
+    forwards = _Forwards()
+    counted = {name: _Counted(name, layer, channel_dim, forwards) for name, layer in layers.items()}
     relus = _OtherRelus()
-    with watched(model, {layers[name]: count for name, count in counted.items()}), relus:
-        run_batches(model, batches, forward, progress, "calibrate")
-    for name, rows in zip(counted, _agreed([count.rows for count in counted.values()])):
-        counted[name].add_up(rows)
-    done = tuple(_calibrated(name, counted[name], method, percentile) for name in layers)
-    with torch.no_grad():
-        for layer, result in zip(layers.values(), done):
-            if layer.alpha.shape == result.alpha.shape:
-                layer.alpha.copy_(result.alpha)
-            else:
-                layer.alpha.data = result.alpha.to(layer.alpha)
-            if channel_dim is not None and result.reached:
-                layer.channel_dim = channel_dim
-    report = CalibrationReport(done, tuple(sorted(relus.places)))
+    with watched(model, layers, counted), forwards.of(model), relus:
+        run_batches(model, batches, forwards.counting(forward), progress, "calibrate")
+    _add_up(list(counted.values()))
+    with torch.device("cpu"):
+        found = {name: _found(name, count, method, percentile) for name, count in counted.items()}
+    for name, layer in layers.items():
+        if found[name].reached and found[name].alpha.shape != layer.alpha.shape:
+            _check_no_optimizer(name, layer, len(found[name].alpha))
+    report = CalibrationReport(
+        tuple(_applied(layers[name], result, channel_dim) for name, result in found.items()),
+        tuple(sorted(relus.places)),
+    )
     _warn_of(report)
     return report
 
 
+def _applied(layer: QReLU, found: CalibratedLayer, channel_dim: int | None) -> CalibratedLayer:
+    """Sets the alpha; what the layer then has may differ in the last bits, where it is parametrized."""
+    if not found.reached:
+        return found
+    layer._set_alpha(found.alpha, layer.channel_dim if channel_dim is None else channel_dim)
+    return replace(found, alpha=layer.alpha.detach().clone())
+
+
+def _check_no_optimizer(name: str, layer: QReLU, size: int) -> None:
+    """An optimizer's state of the old shape would fail in a step, far from here."""
+    for parameter in layer.parameters():
+        for holder in gc.get_referrers(parameter):
+            if isinstance(holder, defaultdict) and holder.get(parameter):  # Optimizer.state
+                raise ValueError(
+                    f"channel_dim would give {name} {size} alphas in place of {layer.alpha.numel()}, but an optimizer"
+                    " has state of the old shape for it: calibrate before the first step"
+                )
+
+
 def _warn_of(report: CalibrationReport) -> None:
     layers = report.layers
+    warn_of_unreached("calibrate", [s.name for s in layers if not s.reached], stacklevel=3)
     for what, names in (
-        ("no batch reached", [s.name for s in layers if not s.reached]),
         ("never a positive input in", [s.name for s in layers if s.reached and s.zero == 1]),
         (f"more than {_SATURATED:.0%} of the positive inputs are above the top level in",
          [s.name for s in layers if s.reached and s.zero < 1 and s.saturated > _SATURATED]),
+        ("one alpha for calls with different ranges:",
+         [f"{s.name} runs {s.calls} times in a forward, ranges differ by a factor of {s.spread:.1f}"
+          for s in layers if s.spread > _SPREAD]),
         ("a relu that is no QReLU is called at", report.remaining),
     ):  # fmt: skip
         if names:
             warnings.warn(f"calibrate: {what} {', '.join(names)}", stacklevel=3)
+
+
+def warn_of_unreached(function: str, names: list[str], stacklevel: int) -> None:
+    if names:
+        warnings.warn(f"{function}: no batch reached {', '.join(names)}", stacklevel=stacklevel + 1)
 
 
 def layers_of(model: nn.Module) -> dict[str, QReLU]:
@@ -172,7 +210,7 @@ def run_batches(model: nn.Module, batches: Iterable, forward: Callable | None, p
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     count = 0
     for batch in tqdm(batches, desc=title, unit="batch", leave=False, disable=None if progress else True):
-        batch = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, batch)
+        batch = _moved(batch, device)
         if forward is not None:
             forward(model, batch)
         elif isinstance(batch, Mapping):
@@ -186,21 +224,48 @@ def run_batches(model: nn.Module, batches: Iterable, forward: Callable | None, p
         raise ValueError("batches is empty")
 
 
+def _moved(batch: object, device: torch.device) -> object:
+    """batch with its tensors on the device; of a container that has no `to` and is no pytree, a copy with them."""
+    if hasattr(batch, "to") and not isinstance(batch, type):
+        return batch.to(device)
+    if isinstance(batch, Mapping) and type(batch) not in SUPPORTED_NODES:
+        return {key: _moved(value, device) for key, value in batch.items()}
+    if is_dataclass(batch) and not isinstance(batch, type) and type(batch) not in SUPPORTED_NODES:
+        moved = copy.copy(batch)
+        for field in fields(batch):
+            object.__setattr__(moved, field.name, _moved(getattr(batch, field.name), device))
+        return moved
+    leaves, spec = tree_flatten(batch)
+    if spec.is_leaf():
+        return batch
+    return tree_unflatten([_moved(leaf, device) for leaf in leaves], spec)
+
+
 @contextmanager
-def watched(model: nn.Module, watchers: dict[QReLU, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """In the block, `watchers` compute in place of the layers; evaluation mode, without gradients."""
+def watched(model: nn.Module, layers: dict[str, QReLU], watchers: dict[str, Callable[[Tensor], Tensor]]) -> Iterator:
+    """In the block, the `watchers` of the names compute in place of the layers; evaluation mode, no gradients."""
     training = {module: module.training for module in model.modules()}
+    before = {layer: vars(layer).get("forward") for layer in layers.values()}
     model.eval()
-    for layer, watcher in watchers.items():
-        layer.forward = watcher
+    for name, layer in layers.items():
+        layer.forward = functools.partial(_watch, name, watchers[name])
     try:
         with torch.no_grad():
             yield
     finally:
-        for layer in watchers:
-            del layer.forward
+        for layer, forward in before.items():
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
         for module, mode in training.items():
             module.training = mode
+
+
+def _watch(name: str, watcher: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if x.is_meta or isinstance(x, FakeTensor):
+        raise ValueError(f"the input of {name} has no values (device {x.device}, {type(x).__name__}); run a real model")
+    return watcher(x)
 
 
 class _OtherRelus(TorchFunctionMode):
@@ -228,141 +293,152 @@ def _float_activation(layer: QReLU, x: Tensor) -> Tensor:
     return y.square() if layer.squared else y
 
 
-class _Counted:
-    """A histogram of the positive inputs of one layer: int64 [rows, _BINS], a row for each alpha that is wanted."""
+class _Forwards:
+    """Counts forwards of a model, so that a layer can tell its first call in one from its second."""
 
-    def __init__(self, name: str, layer: QReLU, channel_dim: int | None) -> None:
+    def __init__(self) -> None:
+        self.number = 0
+        self._depth = 0
+
+    @contextmanager
+    def of(self, model: nn.Module) -> Iterator[None]:
+        hooks = ExitStack()
+        hooks.callback(model.register_forward_pre_hook(self._enter).remove)
+        hooks.callback(model.register_forward_hook(self._leave, always_call=True).remove)
+        with hooks:
+            yield
+
+    def _enter(self, *_) -> None:
+        self.number += self._depth == 0  # a model may call itself
+        self._depth += 1
+
+    def _leave(self, *_) -> None:
+        self._depth -= 1
+
+    def counting(self, forward: Callable | None) -> Callable | None:
+        """`forward`, which need not call the model itself, but a method."""
+        if forward is None:
+            return None
+
+        def counted(model: nn.Module, batch: object) -> object:
+            self.number += 1
+            return forward(model, batch)
+
+        return counted
+
+
+class _Counted:
+    """The inputs of one layer: a histogram of a row for each alpha that is wanted, and the power of each call."""
+
+    def __init__(self, name: str, layer: QReLU, channel_dim: int | None, forwards: _Forwards) -> None:
         self.layer, self._name = layer, name
         self._channel_dim = layer.channel_dim if channel_dim is None else channel_dim
-        self.counts: Tensor | None = None
-        self.elements = torch.zeros(1, dtype=torch.int64)
-
-    @property
-    def rows(self) -> int:
-        return 0 if self.counts is None else self.counts.size(0)
+        self._forwards, self._forward, self._call = forwards, 0, 0
+        self.histogram: Histogram | None = None
+        self.rows = self.elements = 0
+        self.dtype: torch.dtype | None = None
+        self.calls: list[Tensor] = []  # of the first, second, ... in a forward: [sum of squares, count] of x > 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not x.isfinite().all():
-            raise ValueError(f"the input of {self._name} is not finite")
+        limited = x.clamp(max=self.layer.limit)
+        if not (limited < math.inf).all():
+            raise ValueError(f"the input of {self._name} is NaN or +inf")
         dim = self._channel_dim
         if dim is not None and not -x.dim() <= dim < x.dim():
             raise ValueError(f"channel_dim is {dim}, but the input of {self._name} has shape {list(x.shape)}")
-        rows = x.reshape(1, -1) if dim is None else x.movedim(dim, 0).flatten(1)
-        rows = rows.float().clamp(max=self.layer.limit)
-        bins = ((rows.view(torch.int32) >> _SHIFT) - _FIRST).clamp_(0, _BINS - 1).long()
-        bins += torch.arange(rows.size(0), device=x.device)[:, None] * _BINS
-        counts = bins[rows > 0].bincount(minlength=rows.size(0) * _BINS).view(-1, _BINS)
-        if self.counts is None:
-            self.counts = counts
-        elif self.counts.size(0) != counts.size(0):
-            wanted = self.counts.size(0)
-            raise ValueError(f"{self._name} had inputs of {wanted} channels before, now of {counts.size(0)}")
-        else:
-            self.counts += counts
+        rows = limited.reshape(1, -1) if dim is None else limited.movedim(dim, 0).flatten(1)
+        if self.histogram is None:
+            self.rows, self.dtype = rows.size(0), x.dtype
+            self.histogram = Histogram(self.rows, x.device)
+        elif self.rows != rows.size(0):
+            raise ValueError(f"{self._name} had inputs of {self.rows} channels before, now of {rows.size(0)}")
+        self.histogram.add(rows)
+        self.dtype = torch.promote_types(self.dtype, x.dtype)
         self.elements += x.numel()
+        self._count_call(limited.clamp_(min=0))
         return _float_activation(self.layer, x)
 
-    def add_up(self, rows: int) -> None:
-        """The sum over all processes; rows: what those have that were reached."""
-        if not _distributed() or not rows:
-            return
-        if self.counts is None:
-            self.counts = torch.zeros(rows, _BINS, dtype=torch.int64, device=self.layer.alpha.device)
-        self.elements = self.elements.to(self.counts.device)
-        for t in (self.counts, self.elements):
-            torch.distributed.all_reduce(t)
+    def _count_call(self, positive: Tensor) -> None:
+        if self._forward != self._forwards.number:
+            self._forward, self._call = self._forwards.number, 0
+        power = torch.linalg.vector_norm(positive, dtype=torch.float64).square()
+        found = torch.stack([power, positive.count_nonzero().double()])
+        if self._call == len(self.calls):
+            self.calls.append(found)
+        else:
+            self.calls[self._call] += found
+        self._call += 1
+
+    @property
+    def spread(self) -> float:
+        ranges = [math.sqrt(power / count) for power, count in (call.tolist() for call in self.calls) if count]
+        return max(ranges) / min(ranges) if ranges else math.nan
 
 
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _agreed(rows: list[int]) -> list[int]:
-    """The rows of every layer in the processes that reached it."""
-    if not _distributed():
-        return rows
+def _add_up(counted: list[_Counted]) -> None:
+    """Makes every layer's counts those of all processes."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    mine = [(count.rows, count.dtype, count.elements, [call.cpu() for call in count.calls]) for count in counted]
     everyone: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, rows)
-    return [max(of_layer) for of_layer in zip(*everyone)]
+    torch.distributed.all_gather_object(everyone, mine)
+    for count, found in zip(counted, zip(*everyone)):
+        found = [of_process for of_process in found if of_process[0]]
+        if not found:
+            continue
+        rows, dtypes, elements, calls = zip(*found)
+        count.rows, count.elements = max(rows), sum(elements)
+        count.dtype = functools.reduce(torch.promote_types, dtypes)
+        count.calls = [sum(call for call in same if call is not None) for same in zip_longest(*calls)]
+        count.histogram = count.histogram or Histogram(count.rows, count.layer.alpha.device)
+        count.histogram.merge(_all_reduce)
 
 
-class _Errors:
-    """Squared errors of a layer's staircase on a histogram, for any alpha; within a bin the inputs count as uniform."""
-
-    def __init__(self, layer: QReLU) -> None:
-        self._q = q = 2**layer.bits - 1
-        self._power = 2 if layer.squared else 1
-        index = torch.arange(_BINS + 1, dtype=torch.float64)
-        self.edges = torch.exp2(_LOWEST + index // 2**_MANTISSA) * (1 + index % 2**_MANTISSA / 2**_MANTISSA)
-        self.thresholds = torch.arange(1, q + 1, dtype=torch.float64) - (1.0 if layer.rounding == "ceil" else 0.5)
-        if layer.rounding == "hwgq":
-            self.thresholds[0] = 0
-
-    def above(self, counts: Tensor, bounds: Tensor, power: int = 0) -> Tensor:
-        """The sum of x**power over the inputs above each bound (any shape). counts: float64 [_BINS]."""
-        low, high = self.edges[:-1], self.edges[1:]
-        integral = self.edges ** (power + 1) / (power + 1)
-        density = counts / (high - low)
-        sums = torch.cat([torch.zeros(1, dtype=torch.float64), (density * integral.diff()).cumsum(0)])
-        bounds = bounds.clamp(self.edges[0], self.edges[-1])
-        bins = (torch.searchsorted(self.edges, bounds, right=True) - 1).clamp(max=_BINS - 1)
-        part = density[bins] * (bounds ** (power + 1) / (power + 1) - integral[bins])
-        return sums[-1] - sums[bins] - part
-
-    def __call__(self, counts: Tensor, alphas: Tensor) -> Tensor:
-        """The sum of (target - Q)**2 for each alpha [A], where the target is x, or its square, of a positive x."""
-        edges = alphas[:, None] * self.thresholds
-        every = torch.zeros_like(alphas)[:, None]
-        none = torch.full_like(every, math.inf)
-        steps = torch.cat([every, edges, none], 1)  # code k is between steps k and k + 1
-        mass, first, second = (-self.above(counts, steps, n * self._power).diff(dim=1) for n in range(3))
-        levels = (alphas[:, None] * torch.arange(self._q + 1)) ** self._power
-        return (second - 2 * levels * first + levels**2 * mass).sum(1)
-
-    def best(self, counts: Tensor) -> float:
-        """The alpha of least error: on a grid of eighths of an octave, then on one 16 times as fine."""
-        alpha, step = self.edges[counts.nonzero()[-1] + 1].item() / self._q, 2.0 ** (1 / 8)
-        for exponents in (torch.arange(-96, 9), torch.arange(-16, 17)):
-            alphas = alpha * step ** exponents.double()
-            alpha = alphas[self(counts, alphas).argmin()].item()
-            step **= 1 / 16
-        return alpha
+def _all_reduce(t: Tensor, how: str) -> None:
+    torch.distributed.all_reduce(t, getattr(torch.distributed.ReduceOp, how.upper()))
 
 
-def _calibrated(name: str, counted: _Counted, method: str, percentile: float) -> CalibratedLayer:
+def _found(name: str, counted: _Counted, method: str, percentile: float) -> CalibratedLayer:
     layer, before = counted.layer, counted.layer.alpha.detach().clone()
     if not counted.rows:
-        return CalibratedLayer(name, before, before, math.nan, math.nan, math.nan, reached=False)
-    errors, q, rows = _Errors(layer), 2**layer.bits - 1, counted.counts.cpu().double()
-    if len(before) not in (1, len(rows)):
-        raise ValueError(f"the input of {name} has {len(rows)} channels, its alpha {len(before)}")
-    alphas = []
-    for counts, kept in zip(rows, before.cpu().double().expand(len(rows))):
-        if not counts.any():
-            alphas.append(kept.item())
-        elif method == "mse":
-            alphas.append(errors.best(counts))
+        return CalibratedLayer(name, before, before, math.nan, math.nan, math.nan, False, 0, math.nan)
+    if len(before) not in (1, counted.rows):
+        raise ValueError(f"the input of {name} has {counted.rows} channels, its alpha {len(before)}")
+    top, power, error, positive, above, saturated = 2**layer.bits - 1, 0.0, 0.0, 0.0, 0.0, 0.0
+    alphas = before.cpu().expand(counted.rows).clone()
+    for i, inputs in enumerate(counted.histogram.rows(2 if layer.squared else 1, counted.dtype)):
+        if not inputs.count:
+            continue
+        errors = StaircaseErrors(inputs, layer.bits, layer.rounding, layer.limit, alphas.dtype)
+        if method == "mse":
+            alpha = errors.best()
         elif method == "percentile":
-            last = torch.searchsorted(counts.cumsum(0), counts.sum() * percentile / 100).clamp(max=_BINS - 1)
-            alphas.append(errors.edges[last + 1].item() / q)
+            alpha = inputs.percentile(percentile) / top
         else:
-            every = torch.zeros((), dtype=torch.float64)
-            deviation = (errors.above(counts, every, 2) / counts.sum()).sqrt().item()
-            alphas.append(deviation * half_gaussian_alpha(layer.bits, layer.rounding))
-    found = torch.tensor(alphas, dtype=torch.float64)
-    first, top = errors.thresholds[0] * found, q * found
-    power = error = above = saturated = 0.0
-    for i, counts in enumerate(rows):
-        power += errors.above(counts, torch.zeros(()), 4 if layer.squared else 2).item()
-        error += errors(counts, found[i : i + 1]).item()
-        above += errors.above(counts, first[i]).item()
-        saturated += errors.above(counts, top[i]).item()
+            deviation = math.sqrt(inputs.totals[2 // inputs.power] / inputs.count)
+            alpha = deviation * half_gaussian_alpha(layer.bits, layer.rounding)
+        alphas[i : i + 1] = alpha = errors.rounded(torch.tensor([alpha], dtype=torch.float64))
+        power += inputs.totals[2]
+        error += errors(alpha).item()
+        positive += inputs.count
+        zero, full = errors.ends(alpha)
+        above += inputs.count - zero
+        saturated += inputs.count - full
     return CalibratedLayer(
         name=name,
-        alpha=found.to(before),
+        alpha=alphas.to(before.device),
         before=before,
-        snr=10 * math.log10(power / error) if error > 0 else math.nan,
-        zero=1 - above / max(counted.elements.item(), 1),
-        saturated=saturated / max(rows.sum().item(), 1),
+        snr=_decibels(power, error),
+        zero=1 - above / max(counted.elements, 1),
+        saturated=saturated / max(positive, 1),
         reached=True,
+        calls=len(counted.calls),
+        spread=counted.spread,
     )
+
+
+def _decibels(power: float, error: float) -> float:
+    if not power or not error:
+        return math.inf if power else math.nan
+    ratio = power / error
+    return 10 * math.log10(ratio) if ratio else -math.inf

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _ops, reference
-from .calibrate import layers_of, run_batches, watched
+from .calibrate import layers_of, run_batches, warn_of_unreached, watched
 from .nn import QReLU
 from .reference import CODE_WIDTH
 from .ste import format_table
@@ -61,13 +61,15 @@ def stats(
     It counts the packed bits that the kernels return anyway, 2 for the state and those of the code of each element,
     through tables of bytes; the outputs are those of ever. Evaluation mode, no gradients, nothing is changed.
 
-    Arguments and errors are those of `calibrate`; in a distributed run each process reports its own batches.
+    Arguments and errors are those of `calibrate`; in a distributed run each process reports its own batches. Warns, by
+    name, of layers that no batch reached.
     Returns a `StatsReport`. An element is saturated if x > L[q].
     """
     layers = layers_of(model)
     tallies = {name: _Tally(layer) for name, layer in layers.items()}
-    with watched(model, {layers[name]: tally for name, tally in tallies.items()}):
+    with watched(model, layers, tallies):
         run_batches(model, batches, forward, progress, "stats")
+    warn_of_unreached("stats", [name for name, tally in tallies.items() if not tally.reached], stacklevel=2)
     return StatsReport(tally.result(name) for name, tally in tallies.items())
 
 
@@ -76,12 +78,13 @@ class _Tally:
 
     def __init__(self, layer: QReLU) -> None:
         self._layer = layer
+        self.reached = False
         self._elements = 0
-        self._codes = torch.zeros(2**layer.bits, dtype=torch.int64)
-        self._states = torch.zeros(3, dtype=torch.int64)
+        self._codes = torch.zeros(2**layer.bits, dtype=torch.int64, device="cpu")
+        self._states = torch.zeros(3, dtype=torch.int64, device="cpu")
 
     def __call__(self, x: Tensor) -> Tensor:
-        layer = self._layer
+        layer, self.reached = self._layer, True
         y, states, codes = _ops.ops.qrelu_forward.default(
             x, layer.alpha, layer.bits, layer.rounding, "state", True, layer.channel_dim
         )
@@ -100,9 +103,9 @@ class _Tally:
 def _tally(packed: Tensor, width: int, count: int) -> Tensor:
     """How often each value 0..2**width - 1 is among the first `count` values of `packed`."""
     of_bytes = packed.bincount(minlength=256).cpu()
-    every_byte = torch.arange(256, dtype=torch.uint8)
+    every_byte = torch.arange(256, dtype=torch.uint8, device="cpu")
     values = reference.unpack(every_byte, width, 256 * (8 // width)).view(256, -1).long()
-    tally = torch.zeros(2**width, dtype=torch.int64)
+    tally = torch.zeros(2**width, dtype=torch.int64, device="cpu")
     tally.index_add_(0, values.flatten(), of_bytes[:, None].expand_as(values).flatten())
     tally[0] -= packed.numel() * (8 // width) - count  # what fills up the last byte
     return tally
