@@ -12,9 +12,22 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from .executions import Execution, Products, Recorder, Step, is_product, locate, run, steps_from, undisturbed
+from .executions import (
+    Execution,
+    Products,
+    Recorder,
+    Step,
+    device_of,
+    float_activation,
+    is_product,
+    locate,
+    moved,
+    run,
+    steps_from,
+    undisturbed,
+)  # fmt: skip
 from .nn import QReLU
 from .report import Replaced
 from .rewriting import function_at, original
@@ -48,8 +61,7 @@ class Conversion:
 
     def __init__(self, surgery: Surgery, inputs: object) -> None:
         self._surgery, self._model, self.report = surgery, surgery.model, surgery.report
-        device = next((t.device for t in (*self._model.parameters(), *self._model.buffers())), torch.device("cpu"))
-        self._inputs = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, inputs)
+        self._inputs = moved(inputs, device_of(self._model))
         self._sites: dict[tuple[nn.Module, str, Span], str] = {}
         self._edited: set[tuple[nn.Module, str, Span]] = set()  # in this round
         self._tried: set[QReLU] = set()
@@ -83,8 +95,7 @@ class Conversion:
         def as_float(layer: QReLU) -> Callable[[Tensor], Tensor]:
             def forward(x: Tensor) -> Tensor:
                 watch(layer, x)
-                y = x.clamp_(0, layer.limit) if layer.inplace else x.clamp(0, layer.limit)
-                return y.square() if layer.squared else y
+                return float_activation(layer, x)
 
             return forward
 

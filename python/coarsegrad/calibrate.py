@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import gc
 import math
@@ -10,9 +9,9 @@ import os
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import torch
@@ -20,9 +19,9 @@ import torch.distributed
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import SUPPORTED_NODES, tree_flatten, tree_unflatten
 from tqdm import tqdm
 
+from .executions import device_of, float_activation, moved, run
 from .histogram import Histogram, StaircaseErrors
 from .nn import QReLU, half_gaussian_alpha
 from .reference import check_word
@@ -207,38 +206,13 @@ def layers_of(model: nn.Module) -> dict[str, QReLU]:
 
 
 def run_batches(model: nn.Module, batches: Iterable, forward: Callable | None, progress: bool, title: str) -> None:
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    device = device_of(model)
     count = 0
     for batch in tqdm(batches, desc=title, unit="batch", leave=False, disable=None if progress else True):
-        batch = _moved(batch, device)
-        if forward is not None:
-            forward(model, batch)
-        elif isinstance(batch, Mapping):
-            model(**batch)
-        elif isinstance(batch, (tuple, list)):
-            model(*batch)
-        else:
-            model(batch)
+        (forward or run)(model, moved(batch, device))
         count += 1
     if not count:
         raise ValueError("batches is empty")
-
-
-def _moved(batch: object, device: torch.device) -> object:
-    """batch with its tensors on the device; of a container that has no `to` and is no pytree, a copy with them."""
-    if hasattr(batch, "to") and not isinstance(batch, type):
-        return batch.to(device)
-    if isinstance(batch, Mapping) and type(batch) not in SUPPORTED_NODES:
-        return {key: _moved(value, device) for key, value in batch.items()}
-    if is_dataclass(batch) and not isinstance(batch, type) and type(batch) not in SUPPORTED_NODES:
-        moved = copy.copy(batch)
-        for field in fields(batch):
-            object.__setattr__(moved, field.name, _moved(getattr(batch, field.name), device))
-        return moved
-    leaves, spec = tree_flatten(batch)
-    if spec.is_leaf():
-        return batch
-    return tree_unflatten([_moved(leaf, device) for leaf in leaves], spec)
 
 
 @contextmanager
@@ -285,12 +259,6 @@ class _OtherRelus(TorchFunctionMode):
 
 
 _TORCH = os.path.dirname(torch.__file__)
-
-
-def _float_activation(layer: QReLU, x: Tensor) -> Tensor:
-    """What the layer stands for; not by relu, which is watched."""
-    y = x.clamp_(0, layer.limit) if layer.inplace else x.clamp(0, layer.limit)
-    return y.square() if layer.squared else y
 
 
 class _Forwards:
@@ -356,7 +324,7 @@ class _Counted:
         self.dtype = torch.promote_types(self.dtype, x.dtype)
         self.elements += x.numel()
         self._count_call(limited.clamp_(min=0))
-        return _float_activation(self.layer, x)
+        return float_activation(self.layer, x)
 
     def _count_call(self, positive: Tensor) -> None:
         if self._forward != self._forwards.number:

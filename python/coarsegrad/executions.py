@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from types import CodeType, FrameType, FunctionType
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import SUPPORTED_NODES, tree_flatten, tree_leaves, tree_unflatten
 
+from .nn import QReLU
 from .rewriting import origin, original
 from .sources import AT
 
@@ -24,10 +26,37 @@ _CAN_LOCATE = sys.version_info >= (3, 11)  # before it a frame knows its line, n
 
 
 def run(model: nn.Module, inputs: object) -> object:
-    """model(inputs): a tensor, a tuple or list of arguments, or a mapping of keywords."""
+    """model(inputs): a tuple or list of arguments, a mapping of keywords, or the one argument."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def moved(batch: object, device: torch.device) -> object:
+    """batch with its tensors on the device; of a container that has no `to` and is no pytree, a copy with them."""
+    if hasattr(batch, "to") and not isinstance(batch, type):
+        return batch.to(device)
+    if isinstance(batch, Mapping) and type(batch) not in SUPPORTED_NODES:
+        return {key: moved(value, device) for key, value in batch.items()}
+    if is_dataclass(batch) and not isinstance(batch, type) and type(batch) not in SUPPORTED_NODES:
+        copied = copy.copy(batch)
+        for field in fields(batch):
+            object.__setattr__(copied, field.name, moved(getattr(batch, field.name), device))
+        return copied
+    leaves, spec = tree_flatten(batch)
+    if spec.is_leaf():
+        return batch
+    return tree_unflatten([moved(leaf, device) for leaf in leaves], spec)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def float_activation(layer: QReLU, x: Tensor) -> Tensor:
+    """What the layer stands for; not by relu, which is watched."""
+    y = x.clamp_(0, layer.limit) if layer.inplace else x.clamp(0, layer.limit)
+    return y.square() if layer.squared else y
 
 
 @dataclass(frozen=True)
