@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import Node, saved_tensors_hooks
 
 from . import _ops, reference
 from .ste import check_inplace, kept
@@ -69,44 +70,58 @@ class _Gate:
 
 
 class _Rebuilding:
-    """How y, its square, or one of these in another dtype, is made from its codes. Views asked for while another is in
-    use share one storage."""
+    """How y, or what steps make of it, is made from its codes. Views asked for while another is in use share one
+    storage."""
 
     def __init__(self, y: Tensor, bits: int, channel_dim: int | None, memory_format: torch.memory_format) -> None:
-        self._shape, self._y_dtype, self._dtype, self._square = y.shape, y.dtype, y.dtype, False
-        self._bits, self._channel_dim, self._memory_format = bits, channel_dim, memory_format
+        self.dtype = y.dtype
+        self._arguments = (bits, y.shape, y.dtype, channel_dim, memory_format)
+        self._steps: tuple[Callable[[Tensor], Tensor], ...] = ()
         self._storage: weakref.ref[torch.UntypedStorage] | None = None
 
-    def of_square(self) -> _Rebuilding:
+    def then(self, step: Callable[[Tensor], Tensor], dtype: torch.dtype) -> _Rebuilding:
+        """The same of what a step, elementwise, makes of it."""
         other = copy.copy(self)
-        other._square, other._storage = True, None
-        return other
-
-    def of_dtype(self, dtype: torch.dtype) -> _Rebuilding:
-        other = copy.copy(self)
-        other._dtype, other._storage = dtype, None
+        other.dtype, other._steps, other._storage = dtype, (*self._steps, step), None
         return other
 
     def view(self, codes: _Kept, alpha: _Kept, size: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
         storage = self._storage and self._storage()
         if storage is None:
-            y = _ops.ops.dequantize.default(
-                codes.unpack(), alpha.unpack(), self._bits, self._shape, self._y_dtype, self._channel_dim,
-                self._memory_format,
-            )  # fmt: skip
-            storage = (y.square_() if self._square else y).to(self._dtype).untyped_storage()
+            y = _ops.ops.dequantize.default(codes.unpack(), alpha.unpack(), *self._arguments)
+            for step in self._steps:
+                y = step(y)
+            storage = y.untyped_storage()
             self._storage = weakref.ref(storage)
-        return torch.empty(0, dtype=self._dtype, device=storage.device).set_(storage, offset, size, stride)
+        return torch.empty(0, dtype=self.dtype, device=storage.device).set_(storage, offset, size, stride)
 
 
 class _View:
-    """A view of an output, kept as the output's codes."""
+    """A view of an output, kept as the output's codes. note: what is known of that output, while it is known."""
 
-    def __init__(self, rebuilding: _Rebuilding, *arguments: object) -> None:
-        self._rebuilding, self._arguments = rebuilding, arguments
+    def __init__(
+        self,
+        note: Callable[[], _Output | None],
+        rebuilding: _Rebuilding,
+        codes: _Kept,
+        alpha: _Kept,
+        size: torch.Size,
+        stride: tuple[int, ...],
+        offset: int,
+    ) -> None:
+        self.note, self.size, self.stride, self.offset = note, size, stride, offset
+        self._rebuilding, self._codes, self._alpha = rebuilding, codes, alpha
+
+    def same_as(self, other: object) -> bool:
+        place = (self.size, self.stride, self.offset)
+        return (
+            isinstance(other, _View)
+            and self._rebuilding is other._rebuilding
+            and place == (other.size, other.stride, other.offset)
+        )
 
     def unpack(self) -> Tensor:
-        return self._rebuilding.view(*self._arguments)
+        return self._rebuilding.view(self._codes, self._alpha, self.size, self.stride, self.offset)
 
 
 class _Output:
@@ -125,17 +140,19 @@ class _Output:
         self._codes, self._alpha, self._gate, self._rebuilding = codes, alpha, gate, rebuilding
         self._dtype, self._offset, self._count = y.dtype, y.storage_offset(), y.numel()
 
-    def square(self, y: Tensor, z: Tensor) -> _Output | None:
-        """The same of z = y * y, kept as the same codes; None where y is not what this is known of."""
-        if y._version != self.version or y.numel() != self._count or y.dtype != self._dtype:
+    def square(self, of: _View, z: Tensor) -> _Output | None:
+        """The same of z, the square of a view of this output; None where that is not the whole of it, or z's elements
+        lie in another order."""
+        whole = of.offset == 0 and of.size.numel() == self._count
+        same_order = all(stride == its for size, stride, its in zip(of.size, of.stride, z.stride()) if size > 1)
+        if not whole or not same_order or z.dtype != self._dtype:
             return None
-        rebuilding = self._rebuilding.of_square()
-        return _Output(z, self._codes, self._alpha, self._gate, rebuilding)
+        return self._made_into(z, torch.square)
 
     def hand_out(self, y: Tensor) -> None:
         self.version, self.y = y._version, weakref.ref(y)
-        if isinstance(y.grad_fn, torch.autograd.function.BackwardCFunction):  # an in-place one on a view has another
-            setattr(y.grad_fn, _NOTE, weakref.ref(self))
+        if y.grad_fn is not None:
+            y.grad_fn.metadata[_NOTE] = weakref.ref(self)
 
     def converted(self, copy_of_y: Tensor) -> _Output | None:
         """The same of a copy of y, or of a view of y, in another dtype; None where y is gone or was written to, or the
@@ -146,9 +163,11 @@ class _Output:
         same_strides = (y.shape, y.stride()) == (copy_of_y.shape, copy_of_y.stride())
         if not same_strides and not (y.is_contiguous() and copy_of_y.is_contiguous()):
             return None
-        rebuilding = self._rebuilding.of_dtype(copy_of_y.dtype)
-        output = _Output(copy_of_y, self._codes, self._alpha, self._gate, rebuilding)
-        output.version = 0  # as the copy was made
+        return self._made_into(copy_of_y, functools.partial(Tensor.to, dtype=copy_of_y.dtype))
+
+    def _made_into(self, t: Tensor, step: Callable[[Tensor], Tensor]) -> _Output:
+        output = _Output(t, self._codes, self._alpha, self._gate, self._rebuilding.then(step, t.dtype))
+        output.version = 0  # as t was made
         return output
 
     def keep_instead_of(self, t: Tensor, below: Hooks | None) -> _View | None:
@@ -164,25 +183,53 @@ class _Output:
         if self._gate is not None and not self._gate.by_codes:
             self._gate.switch_to(_Kept(self._codes, below))
         kept_codes, kept_alpha = _Kept(self._codes, below), _Kept(self._alpha, below)
-        return _View(self._rebuilding, kept_codes, kept_alpha, t.size(), t.stride(), first)
+        # Where hooks make something else of the codes, a strong reference would keep these too.
+        note = weakref.ref(self) if below else lambda: self
+        return _View(note, self._rebuilding, kept_codes, kept_alpha, t.size(), t.stride(), first)
+
+
+def _kept_as(saved: object) -> object:
+    """What hooks made of a tensor that a node keeps; None where it is let go, or torch does not say."""
+    try:
+        return getattr(saved, "data", None)
+    except RuntimeError:
+        return None
+
+
+def _converted(node: Node, made: Tensor) -> _Output | None:
+    """What is known of a copy in another dtype, as autocast makes of a float32 output, or of a view of one."""
+    node = node.next_functions[0][0]
+    while node is not None and node.name() in ("ViewBackward0", "UnsafeViewBackward0"):
+        node = node.next_functions[0][0]
+    note = node and node.metadata.get(_NOTE, lambda: None)()
+    return note and note.converted(made)
+
+
+def _squared(factors: list[object], made: Tensor) -> _Output | None:
+    """What is known of a product whose node keeps these factors: the square of an output, where they are the same."""
+    first = factors[0]
+    if not isinstance(first, _View) or not all(map(first.same_as, factors)):
+        return None
+    note = first.note()
+    return note and note.square(first, made)
 
 
 def _note_of(t: Tensor) -> _Output | None:
-    """What is known of the output that t is a view of. The graph tells whether that is a copy of an output y in another
-    dtype, as autocast makes of a float32 y: it then gets y's note, made its own."""
+    """What is known of the output that t is a view of. The graph tells whether that is an output's copy in another
+    dtype, or its square: it then gets the output's note, made its own."""
     storage = t.untyped_storage()
     note = getattr(storage, _NOTE, None)
     if note is not None:
         return note
     root = t._base if t._is_view() else t
     node = root.grad_fn
-    if node is None or node.name() != "ToCopyBackward0":
-        return None
-    node = node.next_functions[0][0]
-    while node is not None and node.name() in ("ViewBackward0", "UnsafeViewBackward0"):
-        node = node.next_functions[0][0]
-    made_from = getattr(node, _NOTE, lambda: None)()
-    note = made_from and made_from.converted(root)
+    name = node and node.name()
+    if name == "ToCopyBackward0":
+        note = _converted(node, root)
+    elif name == "PowBackward0" and node._saved_exponent == 2:
+        note = _squared([_kept_as(node._raw_saved_self)], root)
+    elif name == "MulBackward0":
+        note = _squared([_kept_as(node._raw_saved_self), _kept_as(node._raw_saved_other)], root)
     if note is not None:
         setattr(storage, _NOTE, note)
     return note
@@ -193,12 +240,14 @@ class Packing:
 
     def __init__(self, below: Hooks | None) -> None:
         self.below = below
+        self._last: _Output | None = None  # what is known last: of an output that may be gone when its square is kept
 
     def pack(self, t: Tensor) -> _Kept | _Gate | _View:
         instead = getattr(t, _NOTE, None)
         if instead is None and t.layout is torch.strided:
             note = _note_of(t)
             instead = note and note.keep_instead_of(t, self.below)
+            self._last = note if instead else self._last
         return instead or _Kept(t, self.below)
 
     @staticmethod
@@ -290,30 +339,11 @@ class _PackedQReLU(torch.autograd.Function):
         return grad_x, grad_alpha if ctx.config[-1] else None, None, None, None
 
 
-class _PackedSquare(torch.autograd.Function):
-    """y * y, whose output carries y's note made its own. Its gradient is torch's, to the bit."""
-
-    @staticmethod
-    def forward(ctx, y):
-        z = y.square()
-        note = getattr(y.untyped_storage(), _NOTE, None)
-        if (squared := note and note.square(y, z)) is not None:
-            setattr(z.untyped_storage(), _NOTE, squared)
-        ctx.save_for_backward(y)
-        return z
-
-    @staticmethod
-    def backward(ctx, grad_z):
-        (y,) = ctx.saved_tensors
-        return grad_z * (2 * y)
-
-
 def square(y: Tensor) -> Tensor:
-    """y * y for the output y of a qrelu; inside of `packed_activations` it is kept as y's codes, as y is."""
-    if active_packing() is None or not y.requires_grad:
-        return y.square()
-    z = _PackedSquare.apply(y)
-    if (note := getattr(z.untyped_storage(), _NOTE, None)) is not None:
+    """y * y for the output y of a qrelu; inside of `packed_activations` it is kept as y's codes, as y is, and so is its
+    copy in another dtype."""
+    z = y.square()
+    if active_packing() is not None and z.requires_grad and (note := _note_of(z)) is not None:
         note.hand_out(z)
     return z
 
@@ -333,11 +363,11 @@ def packed_activations() -> Iterator[None]:
     its value may change before the backward.
 
     It holds for the thread that opened it, and for eager code; in a function that torch.compile compiles it does
-    nothing (`qrelu_linear` and `qrelu_conv2d` save there too). A copy in another dtype, as autocast makes of a
-    float32 y, is kept as the same codes if y lives until then. Kept whole, as without it: y after a write in place
-    before it is kept, and outside of the block; all inside of a checkpointed function, which keeps nothing anyway.
-    Around checkpointed functions, and inside of other saved-tensor hooks (`torch.autograd.graph.save_on_cpu`), it
-    works as it should: those get the codes.
+    nothing (`qrelu_linear` and `qrelu_conv2d` save there too). The square of y (`y * y`, `y ** 2`) is kept as the same
+    codes, and a copy in another dtype, as autocast makes of a float32 y, if y lives until then. Kept whole, as without
+    it: y after a write in place before it is kept, and outside of the block; all inside of a checkpointed function,
+    which keeps nothing anyway. Around checkpointed functions, and inside of other saved-tensor hooks
+    (`torch.autograd.graph.save_on_cpu`), it works as it should: those get the codes.
 
     A tensor that is changed in place after it was kept is an error in the backward, as ever, unless it is kept as
     codes: those have the value of then, and the gradient is right. Like torch, it cannot see a write through `.data`.
