@@ -7,12 +7,15 @@ every backend.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import has_torch_function_variadic
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
 
 from . import _ops
 from ._fused import qrelu_and_layer
@@ -28,6 +31,23 @@ _qrelu_codes = _ops.ops.qrelu_codes.default
 _dequantize = _ops.ops.dequantize.default
 if _ops.native is not None:  # the same ops: torch.ops takes as long for the arguments as the kernel of a small tensor
     _native_qrelu, _native_qrelu_ = _ops.native.qrelu, _ops.native.qrelu_
+
+
+_F = TypeVar("_F", bound=Callable[..., Tensor])
+
+
+def _overridable(function: _F) -> _F:
+    """The function, which first asks arguments and modes with a `__torch_function__`, as torch's own functions do: a
+    proxy of torch.fx then records the call."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        asked = (*args, *kwargs.values())
+        if has_torch_function(asked):
+            return handle_torch_function(call, asked, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def check_alpha_scale(alpha_scale: float | str) -> None:
@@ -51,6 +71,8 @@ def _scale(alpha_scale: float | str, x: Tensor, bits: int) -> float:
 def _wrong_argument(x: Tensor, alpha: Tensor, bits: int, rounding: str, channel_dim: int | None) -> Exception | None:
     """What is wrong with the arguments of a call that failed, if they are what is wrong."""
     try:
+        if isinstance(x, Tensor) and x.is_nested:
+            x, channel_dim = x.contiguous().values(), _dim_of_values(x, channel_dim)
         check_arguments(x, alpha, bits, rounding, channel_dim)
         checked_values(alpha, wide_dtype(x.dtype))
     except (TypeError, ValueError) as error:
@@ -78,7 +100,12 @@ def _checked(
         or type(alpha_scale) is not float
         or alpha_scale != 1.0
     ):
-        alpha, channel_dim = check_arguments(x, alpha, bits, rounding, channel_dim)
+        if isinstance(x, Tensor) and x.is_nested:
+            alpha, _ = check_arguments(
+                x.contiguous().values(), alpha, bits, rounding, _dim_of_values(x, channel_dim)
+            )
+        else:
+            alpha, channel_dim = check_arguments(x, alpha, bits, rounding, channel_dim)
         alpha_scale = _scale(alpha_scale, x, bits)
     if alpha_grad not in ALPHA_GRADS:
         raise ValueError(one_of("alpha_grad", alpha_grad, ALPHA_GRADS))
@@ -107,7 +134,7 @@ def qrelu(
     Levels are L[k] = k * alpha rounded to x's dtype; y = L[c] for the code c = #{k in 1..q : x > T[k]}, exactly, on
     every backend. NaN gives NaN, and its gradient passes.
 
-    x: float32, bfloat16, float16 or float64, any shape, any strides.
+    x: float32, bfloat16, float16 or float64, any shape, any strides; or a nested tensor, whose values are taken.
     alpha: the height and width of a stair, finite and > 0: a number, or a tensor of shape [1], or [C] with
         C = x.size(channel_dim); of any floating dtype, on x's device. A bad value in a tensor is an error on a CPU,
         and makes the output NaN on a GPU, where finding it would cost a sync.
@@ -121,7 +148,7 @@ def qrelu(
         2**(bits-1); "two_valued": 0. "chain": c - (x / alpha) * g'(x / alpha) everywhere.
     alpha_scale: a factor of dalpha; "lsq" is 1 / sqrt(n * q), n the elements of x per sample (x.size(0) samples).
     channel_dim: the dimension of x that has one alpha for each index; negative counts from the end.
-    inplace: write y into x.
+    inplace: write y into x, which is not nested.
 
     Returns y, in x's dtype and memory format (contiguous or channels-last).
 
@@ -140,17 +167,22 @@ def qrelu(
     al. 2020, arXiv 1902.08153 ("lsq", and "chain" with "nearest" and clipped_relu); Cai et al. 2017, arXiv 1702.00953
     ("hwgq").
     """
+    if has_torch_function_variadic(x, alpha):  # as `_overridable` does
+        return handle_torch_function(
+            qrelu, (x, alpha), x, alpha, bits, ste=ste, rounding=rounding, alpha_grad=alpha_grad,
+            alpha_scale=alpha_scale, channel_dim=channel_dim, inplace=inplace,
+        )  # fmt: skip
     alpha, config = _checked(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
     if ste not in BUILT_IN:
-        plain, in_place = _ops.qrelu_autograd, _ops.qrelu_autograd_
-    elif _ops.native is None or torch.compiler.is_compiling() or has_torch_function_variadic(x, alpha):
+        plain, in_place = _own, _own_
+    elif _ops.native is None or torch.compiler.is_compiling():
         plain, in_place = _qrelu, _qrelu_
     else:
         plain, in_place = _native_qrelu, _native_qrelu_
     op = in_place if inplace else plain
     packing = active_packing()
     try:
-        if packing is not None:
+        if packing is not None and not x.is_nested:
             return packing.qrelu(x, alpha, *config, inplace)
         return op(x, alpha, *config)
     except Exception:
@@ -159,6 +191,50 @@ def qrelu(
         raise
 
 
+def _dim_of_values(x: Tensor, channel_dim: int | None) -> int | None:
+    """The dimension of a nested tensor as one of its values, counted from the end."""
+    if type(channel_dim) is not int:
+        return channel_dim
+    if x.layout is not torch.jagged:
+        raise ValueError(f"channel_dim must be None for a nested tensor of layout {x.layout}, got {channel_dim}")
+    same_size = [dim for dim in range(1, x.dim()) if isinstance(x.size(dim), int)]
+    if not -x.dim() <= channel_dim < x.dim() or channel_dim % x.dim() not in same_size:
+        raise ValueError(
+            f"channel_dim must be a dimension of one size in all of a nested x, one of {same_size}, got {channel_dim}"
+        )
+    return channel_dim % x.dim() - x.dim()
+
+
+def _nested_qrelu(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
+    x = x.contiguous()
+    y = qrelu(
+        x.values(), alpha, bits, ste=ste, rounding=rounding, alpha_grad=alpha_grad, alpha_scale=alpha_scale,
+        channel_dim=_dim_of_values(x, channel_dim),
+    )  # fmt: skip
+    if x.layout is torch.jagged:
+        lengths = (x._maybe_min_seqlen, x._maybe_max_seqlen)
+        return torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths(), x._ragged_idx, *lengths)
+    parts = (x._nested_tensor_size(), x._nested_tensor_strides(), x._nested_tensor_storage_offsets())
+    return torch._nested_view_from_buffer(y, *parts)
+
+
+def _nested_qrelu_(x, *args):
+    raise NotImplementedError("qrelu with inplace=True takes no nested tensor; use inplace=False")
+
+
+def _own(x, *args):  # no op, which would choose by its dispatch key
+    return (_nested_qrelu if x.is_nested else _ops.qrelu_autograd)(x, *args)
+
+
+def _own_(x, *args):
+    return (_nested_qrelu_ if x.is_nested else _ops.qrelu_autograd_)(x, *args)
+
+
+_ops._library.impl(_qrelu, _nested_qrelu, "CompositeImplicitAutogradNestedTensor")
+_ops._library.impl(_qrelu_, _nested_qrelu_, "CompositeImplicitAutogradNestedTensor")
+
+
+@_overridable
 def qrelu_linear(
     x: Tensor,
     alpha: Tensor | float,
@@ -184,12 +260,15 @@ def qrelu_linear(
 
     Kept for the backward: where the weight requires grad, the packed codes, and of what `qrelu` keeps that which the
     codes do not say (for relu under "ceil" and "hwgq" nothing); else what `qrelu` keeps. The same under torch.compile,
-    where `packed_activations` does nothing. There is no second derivative.
+    where `packed_activations` does nothing. Of a nested x, whose values are taken, y is kept. There is no second
+    derivative.
 
     Raises TypeError or ValueError for an argument of `qrelu`, and what F.linear raises.
     """
     alpha, config = _checked(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
     try:
+        if x.is_nested:
+            return F.linear((_qrelu if ste in BUILT_IN else _own)(x, alpha, *config), weight, bias)
         return qrelu_and_layer(x, alpha, weight, bias, config)
     except Exception:
         if wrong := _wrong_argument(x, alpha, bits, rounding, channel_dim):
@@ -197,6 +276,7 @@ def qrelu_linear(
         raise
 
 
+@_overridable
 def qrelu_conv2d(
     x: Tensor,
     alpha: Tensor | float,
@@ -239,6 +319,7 @@ def qrelu_conv2d(
         raise
 
 
+@_overridable
 def qrelu_codes(
     x: Tensor, alpha: Tensor | float, bits: int = 4, *, rounding: str = "ceil", channel_dim: int | None = None
 ) -> Tensor:
@@ -255,6 +336,7 @@ def qrelu_codes(
     return _qrelu_codes(x, alpha, bits, rounding, channel_dim)
 
 
+@_overridable
 def dequantize(
     codes: Tensor,
     alpha: Tensor | float,

@@ -244,7 +244,7 @@ class Packing:
 
     def pack(self, t: Tensor) -> _Kept | _Gate | _View:
         instead = getattr(t, _NOTE, None)
-        if instead is None and t.layout is torch.strided:
+        if instead is None and t.layout is torch.strided and not t.is_nested:
             note = _note_of(t)
             instead = note and note.keep_instead_of(t, self.below)
             self._last = note if instead else self._last
@@ -343,7 +343,7 @@ def square(y: Tensor) -> Tensor:
     """y * y for the output y of a qrelu; inside of `packed_activations` it is kept as y's codes, as y is, and so is its
     copy in another dtype."""
     z = y.square()
-    if active_packing() is not None and z.requires_grad and (note := _note_of(z)) is not None:
+    if active_packing() is not None and isinstance(z, Tensor) and z.requires_grad and (note := _note_of(z)) is not None:
         note.hand_out(z)
     return z
 

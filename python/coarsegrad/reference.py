@@ -138,8 +138,9 @@ def check_arguments(
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be of a dtype in {', '.join(map(str, DTYPES))}, got {x.dtype}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"x must be a dense Tensor, got one of layout {x.layout}")
+    if x.layout is not torch.strided or x.is_nested:
+        got = "a nested one" if x.is_nested else f"one of layout {x.layout}"
+        raise TypeError(f"x must be a dense Tensor, got {got}")
     check_bits(bits)
     check_word("rounding", rounding, ROUNDINGS)
     return check_alpha(alpha, channel_dim, x.shape, x.dtype, x.device)
