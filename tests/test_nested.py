@@ -101,8 +101,9 @@ def test_the_fused_linear(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_refused(layout):
     x = nested(layout)
-    with pytest.raises(NotImplementedError, match="inplace=True takes no nested tensor; use inplace=False"):
-        cg.qrelu(x, torch.tensor([0.3]), 2, inplace=True)
+    for ste in ("clipped_relu", "reverse_exponential_step"):
+        with pytest.raises(NotImplementedError, match="inplace=True takes no nested tensor; use inplace=False"):
+            cg.qrelu(x, torch.tensor([0.3]), 2, ste=ste, inplace=True)
     with pytest.raises(TypeError, match="x must be a dense Tensor, got a nested one"):
         cg.qrelu_codes(x, 0.3, 2)
     with pytest.raises(ValueError, match="alpha must have shape"):

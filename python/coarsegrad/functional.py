@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
 
 from . import _ops
+from ._dtensor import is_dtensor, on_shards
 from ._fused import qrelu_and_layer
 from .packed import active_packing
 from .reference import CODE_WIDTH, DTYPES, check_alpha, check_arguments, check_bits, checked_values, wide_dtype
-from .ste import ALPHA_GRADS, BUILT_IN, get_ste, one_of
+from .ste import ALPHA_GRADS, BUILT_IN, check_inplace, get_ste, one_of
 
 _INT_OR_NONE = (int, type(None))
 
@@ -134,7 +135,8 @@ def qrelu(
     Levels are L[k] = k * alpha rounded to x's dtype; y = L[c] for the code c = #{k in 1..q : x > T[k]}, exactly, on
     every backend. NaN gives NaN, and its gradient passes.
 
-    x: float32, bfloat16, float16 or float64, any shape, any strides; or a nested tensor, whose values are taken.
+    x: float32, bfloat16, float16 or float64, any shape, any strides; a nested tensor, whose values are taken; or a
+        DTensor, partial sums of it added up first.
     alpha: the height and width of a stair, finite and > 0: a number, or a tensor of shape [1], or [C] with
         C = x.size(channel_dim); of any floating dtype, on x's device. A bad value in a tensor is an error on a CPU,
         and makes the output NaN on a GPU, where finding it would cost a sync.
@@ -182,6 +184,8 @@ def qrelu(
     op = in_place if inplace else plain
     packing = active_packing()
     try:
+        if type(x) is not Tensor and is_dtensor(x):
+            return _sharded_qrelu(x, alpha, *config, inplace)
         if packing is not None and not x.is_nested:
             return packing.qrelu(x, alpha, *config, inplace)
         return op(x, alpha, *config)
@@ -222,6 +226,29 @@ def _nested_qrelu_(x, *args):
     raise NotImplementedError("qrelu with inplace=True takes no nested tensor; use inplace=False")
 
 
+def _sharded_qrelu(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim, inplace):
+    if inplace:
+        check_inplace(ste, rounding, alpha_grad if alpha.requires_grad else None, x.requires_grad)
+        if any(placement.is_partial() for placement in x.placements):
+            raise NotImplementedError(
+                f"qrelu with inplace=True takes no DTensor of partial sums, got {x.placements}; use inplace=False"
+            )
+    call = functools.partial(
+        qrelu, bits=bits, ste=ste, rounding=rounding, alpha_grad=alpha_grad, alpha_scale=alpha_scale,
+        channel_dim=channel_dim,
+    )  # fmt: skip
+    y = on_shards(call, x, alpha, channel_dim)
+    return x.copy_(y) if inplace else y
+
+
+def _as_it_is(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
+    """qrelu of an x whose output is not kept as codes."""
+    return qrelu(
+        x, alpha, bits, ste=ste, rounding=rounding, alpha_grad=alpha_grad, alpha_scale=alpha_scale,
+        channel_dim=channel_dim,
+    )  # fmt: skip
+
+
 def _own(x, *args):  # no op, which would choose by its dispatch key
     return (_nested_qrelu if x.is_nested else _ops.qrelu_autograd)(x, *args)
 
@@ -260,15 +287,14 @@ def qrelu_linear(
 
     Kept for the backward: where the weight requires grad, the packed codes, and of what `qrelu` keeps that which the
     codes do not say (for relu under "ceil" and "hwgq" nothing); else what `qrelu` keeps. The same under torch.compile,
-    where `packed_activations` does nothing. Of a nested x, whose values are taken, y is kept. There is no second
-    derivative.
+    where `packed_activations` does nothing. Of a nested x and of a DTensor y is kept. There is no second derivative.
 
     Raises TypeError or ValueError for an argument of `qrelu`, and what F.linear raises.
     """
     alpha, config = _checked(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
     try:
-        if x.is_nested:
-            return F.linear((_qrelu if ste in BUILT_IN else _own)(x, alpha, *config), weight, bias)
+        if x.is_nested or is_dtensor(x):
+            return F.linear(_as_it_is(x, alpha, *config), weight, bias)
         return qrelu_and_layer(x, alpha, weight, bias, config)
     except Exception:
         if wrong := _wrong_argument(x, alpha, bits, rounding, channel_dim):
@@ -312,7 +338,10 @@ def qrelu_conv2d(
         if isinstance(value, str) or len(pairs[name]) != 2:
             raise ValueError(f"{name} must be an int or two of them, got {value!r}")
     try:
-        return qrelu_and_layer(x, alpha, weight, bias, config, (*map(tuple, pairs.values()), groups))
+        settings = (*map(tuple, pairs.values()), groups)
+        if is_dtensor(x):
+            return F.conv2d(_as_it_is(x, alpha, *config), weight, bias, *settings)
+        return qrelu_and_layer(x, alpha, weight, bias, config, settings)
     except Exception:
         if wrong := _wrong_argument(x, alpha, bits, rounding, channel_dim):
             raise wrong from None
