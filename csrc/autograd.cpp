@@ -5,12 +5,14 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 
 #include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <vector>
 
 #include "checks.h"
 #include "register.h"
@@ -91,13 +93,56 @@ std::tuple<Tensor, Tensor> backward(const Settings& s, const Tensor& grad_y, con
 
 OptionalTensor given(Tensor t) { return t.defined() ? OptionalTensor(std::move(t)) : std::nullopt; }
 
-// y -> (x, alpha). Holds no more than `kept` says.
-struct QReluBackward : public Node {
+// All but tensors that a QReluBackward is made of, and so what compiled autograd compiles for.
+struct Rule {
   Settings settings;
-  at::MemoryFormat memory_format = at::MemoryFormat::Contiguous;  // of y, and so of what is kept
-  SavedVariable x, alpha, mask, codes;
+  at::MemoryFormat memory_format;  // of y, and so of what is kept
 
-  std::string name() const override { return "QReluBackward"; }
+  variable_list gradients(const Tensor& grad_y, const OptionalTensor& alpha, const OptionalTensor& x,
+                          const OptionalTensor& mask, const OptionalTensor& codes) const {
+    if (!grad_y.defined()) return {Tensor(), Tensor()};
+    const Kept kept = settings.kept();
+    if (!settings.need_grad_alpha && kept.mask == MaskKind::nothing && !kept.x) return {grad_y, Tensor()};  // identity
+    auto [grad_x, grad_alpha] = backward(settings, grad_y.contiguous(memory_format), alpha, x, mask, codes);
+    return {settings.need_grad_x ? grad_x : Tensor(), settings.need_grad_alpha ? grad_alpha : Tensor()};
+  }
+
+  std::vector<int64_t> numbers() const {
+    const Settings& s = settings;
+    return {s.bits, int64_t(s.ste), int64_t(s.rounding), int64_t(s.alpha_grad), s.channel_dim.has_value(),
+            s.channel_dim.value_or(0), s.need_grad_x, s.need_grad_alpha, int64_t(memory_format)};
+  }
+  static Rule of(const std::vector<int64_t>& n, double alpha_scale) {
+    const auto channel_dim = n[4] ? std::optional<int64_t>(n[5]) : std::nullopt;
+    return {{n[0], Ste(n[1]), Rounding(n[2]), AlphaGrad(n[3]), alpha_scale, channel_dim, n[6] != 0, n[7] != 0},
+            at::MemoryFormat(n[8])};
+  }
+};
+
+namespace compiled = torch::dynamo::autograd;
+
+// QReluBackward::apply for compiled autograd, which traces it with `args` as apply_with_saved packs them.
+variable_list apply_to_packed(const variable_list& grads, const std::vector<c10::IValue>& args) {
+  compiled::PackedArgs packed(args);
+  const auto outputs = packed.unpack<int64_t>();
+  const auto numbers = packed.unpack<std::vector<int64_t>>();
+  const Rule rule = Rule::of(numbers, packed.unpack<double>());
+  OptionalTensor kept[4];
+  for (OptionalTensor& t : kept) t = packed.unpack<OptionalTensor>();
+  variable_list result = rule.gradients(grads[0], kept[0], kept[1], kept[2], kept[3]);
+  result.resize(outputs);
+  return result;
+}
+
+// y -> (x, alpha), holding no more than `kept` says. With alpha fixed and no x kept dx is linear in dy, and dx -> dy is
+// the same with one output.
+struct QReluBackward : public Node {
+  Rule rule;
+  SavedVariable alpha, x, mask, codes;
+
+  explicit QReluBackward(const Rule& rule) : rule(rule) {}
+
+  std::string name() const override { return num_outputs() == 2 ? "QReluBackward" : "QReluBackwardBackward"; }
 
   void keep(const Kept& kept, const Tensor& x_in, const Tensor& alpha_in, const Tensor& mask_out,
             const Tensor& codes_out) {
@@ -110,48 +155,60 @@ struct QReluBackward : public Node {
   }
 
   void release_variables() override {
-    for (SavedVariable* saved : {&x, &alpha, &mask, &codes}) saved->reset_data();
+    for (SavedVariable* saved : {&alpha, &x, &mask, &codes}) saved->reset_data();
     released_ = true;
   }
 
   variable_list apply(variable_list&& grads) override {
     TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
-    Tensor grad_y = grads[0];
-    if (!grad_y.defined()) return {Tensor(), Tensor()};
-    const Kept kept = settings.kept();
-    if (!settings.need_grad_alpha && kept.mask == MaskKind::nothing && !kept.x) return {grad_y, Tensor()};  // identity
-    auto [grad_x, grad_alpha] = backward(settings, grad_y.contiguous(memory_format), given(alpha.unpack()),
-                                         given(x.unpack()), given(mask.unpack()), given(codes.unpack()));
-    return {settings.need_grad_x ? grad_x : Tensor(), settings.need_grad_alpha ? grad_alpha : Tensor()};
+    if (!grads[0].defined()) return variable_list(num_outputs());
+    variable_list result = rule.gradients(grads[0], given(alpha.unpack()), given(x.unpack()), given(mask.unpack()),
+                                          given(codes.unpack()));
+    result.resize(num_outputs());
+    return result;
+  }
+
+  void compiled_args(compiled::CompiledNodeArgs& args) const override {
+    TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
+    args.collect(rule.numbers());
+    args.collect(rule.settings.alpha_scale);
+    for (const SavedVariable* saved : {&alpha, &x, &mask, &codes}) args.collect(*saved, /*is_output=*/false);
+  }
+
+  variable_list apply_with_saved(const variable_list& grads, compiled::SwapSavedVariables& swap) override {
+    compiled::PackedArgs packed;
+    std::vector<at::TypePtr> schema;
+    const auto pack = [&]<class T>(const T& value) {
+      packed.pack(value);
+      schema.push_back(compiled::IValuePacker<T>::packed_type());
+    };
+    pack(int64_t(num_outputs()));
+    pack(rule.numbers());
+    pack(rule.settings.alpha_scale);
+    for (SavedVariable* saved : {&alpha, &x, &mask, &codes}) {
+      swap.before(*saved);
+      pack(given(saved->unpack()));
+    }
+    const auto& compiler = compiled::getPyCompilerInterface();
+    const std::string bound =
+        compiler->bind_function(swap.get_py_compiler(), name(), apply_to_packed, schema, /*is_custom_function=*/true);
+    using Metadata = compiled::IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>;
+    variable_list result =
+        compiler->call_function(swap.get_py_compiler(), "apply_functional", bound, grads, packed.vec(),
+                                Metadata::pack(compiled::get_input_metadata(next_edges())));
+    for (SavedVariable* saved : {&alpha, &x, &mask, &codes}) swap.after(*saved);
+    return result;
   }
 
  private:
   bool released_ = false;
 };
 
-// With alpha fixed and a mask kept, dx is linear in dy, and the op is its own derivative.
-struct QReluBackwardBackward : public Node {
-  Settings settings;
-  at::MemoryFormat memory_format = at::MemoryFormat::Contiguous;
-  SavedVariable mask;
-
-  std::string name() const override { return "QReluBackwardBackward"; }
-
-  void release_variables() override {
-    mask.reset_data();
-    released_ = true;
-  }
-
-  variable_list apply(variable_list&& grads) override {
-    TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
-    if (!grads[0].defined()) return {Tensor()};
-    return {std::get<0>(backward(settings, grads[0].contiguous(memory_format), std::nullopt, std::nullopt,
-                                 given(mask.unpack()), std::nullopt))};
-  }
-
- private:
-  bool released_ = false;
-};
+// Whether a transform of torch.func is at work here. What an Autograd kernel calls below itself then meets the
+// transforms around this one, each with an Autograd kernel of its own: y must come of an op that has a derivative.
+bool transformed() {
+  return c10::impl::tls_is_dispatch_key_included(at::DispatchKey::FuncTorchDynamicLayerBackMode);
+}
 
 Settings settings_of(const Tensor& x, const Tensor& alpha, int64_t bits, std::string_view ste,
                      std::string_view rounding, std::string_view alpha_grad, double alpha_scale,
@@ -166,30 +223,28 @@ Settings settings_of(const Tensor& x, const Tensor& alpha, int64_t bits, std::st
           grad && x.requires_grad(), grad && alpha.requires_grad()};
 }
 
-decltype(new_node<QReluBackward>()) make_node(const Settings& settings, const Tensor& x, const Tensor& alpha) {
-  if (!settings.need_grad_x && !settings.need_grad_alpha) return nullptr;
-  auto node = new_node<QReluBackward>();
-  node->settings = settings;
+void set_history(Tensor& y, const Settings& settings, const Tensor& x, const Tensor& alpha, const Tensor& mask,
+                 const Tensor& codes, bool inplace) {
+  if (!settings.need_grad_x && !settings.need_grad_alpha) return;
+  auto node = new_node<QReluBackward>(Rule{settings, y.suggest_memory_format()});
   node->set_next_edges(torch::autograd::collect_next_edges(x, alpha));
-  return node;
+  node->keep(settings.kept(), x, alpha, mask, codes);
+  if (inplace) torch::autograd::rebase_history(y, node);
+  else torch::autograd::set_history(y, node);
 }
 
 Tensor qrelu(const Tensor& x, const Tensor& alpha, int64_t bits, std::string_view ste, std::string_view rounding,
              std::string_view alpha_grad, double alpha_scale, std::optional<int64_t> channel_dim) {
   const Settings settings = settings_of(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim);
   const Kept kept = settings.kept();
-  const auto node = make_node(settings, x, alpha);
   Tensor y, mask, codes;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     std::tie(y, mask, codes) =
         call_forward(x, alpha, bits, rounding, name_of(kept.mask, kMaskKinds), kept.codes, channel_dim);
+    if (transformed()) y = dispatch_qrelu(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim);
   }
-  if (node) {
-    node->memory_format = y.suggest_memory_format();
-    node->keep(kept, x, alpha, mask, codes);
-    torch::autograd::set_history(y, node);
-  }
+  set_history(y, settings, x, alpha, mask, codes, /*inplace=*/false);
   return y;
 }
 
@@ -200,19 +255,19 @@ Tensor& qrelu_(Tensor& x, const Tensor& alpha, int64_t bits, std::string_view st
   TORCH_CHECK_VALUE(!kept.x, "inplace must be False for ste '", ste, "' with alpha_grad '", alpha_grad,
                     "' here: the backward needs x, which would be overwritten");
   torch::autograd::check_inplace(x, settings.need_grad_x || settings.need_grad_alpha);
-  const auto node = make_node(settings, x, alpha);
-  Tensor mask, codes;
+  Tensor y, mask, codes;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    std::tie(mask, codes) =
-        call_forward_(x, alpha, bits, rounding, name_of(kept.mask, kMaskKinds), kept.codes, channel_dim);
+    const std::string_view kind = name_of(kept.mask, kMaskKinds);
+    if (transformed()) {
+      std::tie(y, mask, codes) = call_forward(x, alpha, bits, rounding, kind, kept.codes, channel_dim);
+      dispatch_qrelu_(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim);
+    } else {
+      std::tie(mask, codes) = call_forward_(x, alpha, bits, rounding, kind, kept.codes, channel_dim);
+    }
   }
   torch::autograd::increment_version(x);
-  if (node) {
-    node->memory_format = x.suggest_memory_format();
-    node->keep(kept, x, alpha, mask, codes);
-    torch::autograd::rebase_history(x, node);
-  }
+  set_history(x, settings, x, alpha, mask, codes, /*inplace=*/true);
   return x;
 }
 
@@ -233,10 +288,9 @@ std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const OptionalTe
   if (!twice) return out;
   auto& [grad_x, grad_alpha] = out;
   if (!need_grad_alpha && !x) {
-    auto node = new_node<QReluBackwardBackward>();
-    node->settings = {bits, parse("ste", ste, kStes), parse("rounding", rounding, kRoundings),
-                      parse("alpha_grad", alpha_grad, kAlphaGrads), alpha_scale, channel_dim, need_grad_x, false};
-    node->memory_format = grad_y.suggest_memory_format();
+    const Settings settings{bits, parse("ste", ste, kStes), parse("rounding", rounding, kRoundings),
+                            parse("alpha_grad", alpha_grad, kAlphaGrads), alpha_scale, channel_dim, need_grad_x, false};
+    auto node = new_node<QReluBackward>(Rule{settings, grad_y.suggest_memory_format()});
     if (mask) node->mask = SavedVariable(*mask, /*is_output=*/false);
     node->set_next_edges(torch::autograd::collect_next_edges(grad_y));
     torch::autograd::set_history(grad_x, node);
