@@ -110,9 +110,24 @@ def layer_backward_samples(*settings):
             yield (torch.randn_like(out), weight, codes if mask[1] else None, ALPHA, *y, mask, *settings)
 
 
+def layer_samples(*settings):
+    shapes = ((2, 4, 6, 5), (8, 2, 3, 3)) if settings else ((2, 3, 5), (8, 5))
+    for need, dtype in ((False, torch.float32), (True, torch.float32), (True, torch.bfloat16)):
+        x, weight = (sample(*shape, dtype=dtype).requires_grad_(need) for shape in shapes)
+        if settings and dtype == torch.bfloat16:
+            x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+        bias = sample(8, dtype=dtype).requires_grad_() if need else None
+        alpha = ALPHA.clone().requires_grad_(need)
+        yield (x, alpha, weight, bias, 2, "relu", "ceil", "exact", 0.5, None, dtype, *settings)
+
+
 SAMPLES = {
     "qrelu": qrelu_samples,
     "qrelu_": lambda: qrelu_samples(inplace=True),
+    "qrelu_own": lambda: list(qrelu_samples())[::4],  # an STE built in does as well
+    "qrelu_own_": lambda: list(qrelu_samples(inplace=True))[::4],
+    "qrelu_linear": layer_samples,
+    "qrelu_conv2d": lambda: layer_samples([2, 1], [1, 1], [1, 2], 2),
     "qrelu_forward": kept_samples,
     "qrelu_forward_": kept_samples,
     "qrelu_backward": backward_samples,

@@ -14,9 +14,9 @@ CSRC = ROOT / "csrc"
 
 # A file imports only from files above it.
 ORDER = (
-    "ste", "reference", "_build", "_C", "_ops", "_fused", "packed", "triton", "backends", "_dtensor", "functional",
-    "nn", "sources", "rewriting", "executions", "report", "surgery", "by_execution", "quantize", "histogram",
-    "calibrate", "stats", "optim", "memory", "experiments",
+    "ste", "reference", "_build", "_C", "_ops", "_autograd", "_fused", "packed", "triton", "backends", "_dtensor",
+    "functional", "nn", "sources", "rewriting", "executions", "report", "surgery", "by_execution", "quantize",
+    "histogram", "calibrate", "stats", "optim", "memory", "experiments",
     "testing", "__init__", "__main__",
 )
 

@@ -1,4 +1,4 @@
-"""A qrelu and the Linear or Conv2d after it as one function, which keeps y as codes under torch.compile too."""
+"""A qrelu and the Linear or Conv2d after it as one op, which keeps y as codes under torch.compile too."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from . import _ops
-from .ste import kept
+from . import _autograd, _ops
+from .ste import BUILT_IN, kept
+
+
+def _layer(y: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, settings: tuple) -> Tensor:
+    y = y if y.dtype == dtype else y.to(dtype)  # an op may not return its input, as `to` would
+    return F.conv2d(y, weight, bias, *settings) if settings else F.linear(y, weight, bias)
 
 
 def _rebuilt(grad_out, codes, alpha, bits, shape, dtype, channel_dim, memory_format) -> Tensor:
@@ -58,8 +63,8 @@ _ops._fake("conv2d_backward_from_codes")(
 
 
 class _QReLUAndLayer(torch.autograd.Function):
-    """layer(qrelu(x)). config: that of _ops._QReLU. needs: whether weight and bias required grad. dtype: what the layer
-    computes in. settings: () of a Linear; stride, padding, dilation and groups of a Conv2d."""
+    """layer(qrelu(x)). config: that of _autograd._QReLU. needs: whether weight and bias required grad. dtype: what the
+    layer computes in. settings: () of a Linear; stride, padding, dilation and groups of a Conv2d."""
 
     @staticmethod
     def forward(ctx, x, alpha, weight, bias, config, needs, dtype, settings):
@@ -84,17 +89,16 @@ class _QReLUAndLayer(torch.autograd.Function):
             bits_kept if mask != "nothing" else None,
             codes_kept if need_codes else None,
         )
-        y = y.to(dtype)
-        return F.conv2d(y, weight, bias, *settings) if settings else F.linear(y, weight, bias)
+        return _layer(y, weight, bias, dtype, settings)
 
     @staticmethod
     def backward(ctx, grad_out):
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             raise NotImplementedError(
                 "qrelu_linear and qrelu_conv2d have no second derivative; use qrelu and the layer one after the other"
             )
         alpha, weight, x, mask, codes = ctx.saved_tensors
-        bits, ste, rounding, *_, need_grad_x, need_grad_alpha = ctx.config
+        need_grad_x, need_grad_alpha = ctx.config[-2:]
         need_weight, need_bias = ctx.needs
         op = _ops.ops.conv2d_backward_from_codes if ctx.settings else _ops.ops.linear_backward_from_codes
         grad_y, grad_weight, grad_bias = op.default(
@@ -103,10 +107,10 @@ class _QReLUAndLayer(torch.autograd.Function):
         )  # fmt: skip
         grad_x = grad_alpha = None
         if need_grad_x or need_grad_alpha:
-            config = _ops.by_codes(ctx.config) if ctx.by_codes else ctx.config
+            config = _autograd.by_codes(ctx.config) if ctx.by_codes else ctx.config
             alpha, codes = alpha if x is not None else None, codes if ctx.gives_codes else None
             grad_y = grad_y.to(ctx.y[2])
-            grad_x, grad_alpha = _ops.backward_from_kept(grad_y, alpha, x, mask, codes, config, ctx.memory_format)
+            grad_x, grad_alpha = _autograd.backward_from_kept(grad_y, alpha, x, mask, codes, config, ctx.memory_format)
         return (
             grad_x if need_grad_x else None,
             grad_alpha if need_grad_alpha else None,
@@ -116,17 +120,40 @@ class _QReLUAndLayer(torch.autograd.Function):
         )
 
 
+def _one_after_the_other(x, alpha, weight, bias, bits, ste, *rest):
+    *rule, dtype = rest[:5]
+    op = _ops.ops.qrelu.default if ste in BUILT_IN else _ops.ops.qrelu_own.default
+    return _layer(op(x, alpha, bits, ste, *rule), weight, bias, dtype, rest[5:])
+
+
+def _autograd_kernel(x, alpha, weight, bias, *rest):
+    if _autograd.transformed():  # where nothing is said of what is kept
+        return _one_after_the_other(x, alpha, weight, bias, *rest)
+    _autograd.refuse_forward_mode(x, alpha, weight)
+    if not _autograd.wants_grad(x, alpha, weight, bias):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _one_after_the_other(x, alpha, weight, bias, *rest)
+    config, dtype, settings = rest[:6], rest[6], rest[7:]
+    config = (*config, x.requires_grad, alpha.requires_grad)
+    needs = (weight.requires_grad, bias is not None and bias.requires_grad)
+    return _QReLUAndLayer.apply(x, alpha, weight, bias, config, needs, dtype, settings)
+
+
+for _name in ("qrelu_linear", "qrelu_conv2d"):
+    _ops._library.impl(_name, _one_after_the_other, "CompositeExplicitAutograd")
+    _ops._library.impl(_name, _autograd_kernel, "Autograd")
+    _ops._fake(_name)(_one_after_the_other)
+    _ops._library.impl(_name, _one_after_the_other, "FuncTorchBatched")
+
+
 def qrelu_and_layer(
     x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None, config: tuple, settings: tuple = ()
 ) -> Tensor:
     """F.linear(qrelu(x), weight, bias), or conv2d where there are settings; config: qrelu's arguments after alpha."""
-    _ops._refuse_forward_mode(x, alpha, weight)
     device, dtype = x.device.type, x.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         weight = weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    grad = torch.is_grad_enabled()
-    config = (*config, grad and x.requires_grad, grad and alpha.requires_grad)
-    needs = (grad and weight.requires_grad, grad and bias is not None and bias.requires_grad)
-    return _QReLUAndLayer.apply(x, alpha, weight, bias, config, needs, dtype, settings)
+    op = _ops.ops.qrelu_conv2d if settings else _ops.ops.qrelu_linear
+    return op.default(x, alpha, weight, bias, *config, dtype, *settings)

@@ -28,6 +28,8 @@ _INT_OR_NONE = (int, type(None))
 
 _qrelu = _ops.ops.qrelu.default
 _qrelu_ = _ops.ops.qrelu_.default
+_qrelu_own = _ops.ops.qrelu_own.default
+_qrelu_own_ = _ops.ops.qrelu_own_.default
 _qrelu_codes = _ops.ops.qrelu_codes.default
 _dequantize = _ops.ops.dequantize.default
 if _ops.native is not None:  # the same ops: torch.ops takes as long for the arguments as the kernel of a small tensor
@@ -176,7 +178,7 @@ def qrelu(
         )  # fmt: skip
     alpha, config = _checked(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
     if ste not in BUILT_IN:
-        plain, in_place = _own, _own_
+        plain, in_place = _qrelu_own, _qrelu_own_
     elif _ops.native is None or torch.compiler.is_compiling():
         plain, in_place = _qrelu, _qrelu_
     else:
@@ -249,16 +251,10 @@ def _as_it_is(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_di
     )  # fmt: skip
 
 
-def _own(x, *args):  # no op, which would choose by its dispatch key
-    return (_nested_qrelu if x.is_nested else _ops.qrelu_autograd)(x, *args)
-
-
-def _own_(x, *args):
-    return (_nested_qrelu_ if x.is_nested else _ops.qrelu_autograd_)(x, *args)
-
-
-_ops._library.impl(_qrelu, _nested_qrelu, "CompositeImplicitAutogradNestedTensor")
-_ops._library.impl(_qrelu_, _nested_qrelu_, "CompositeImplicitAutogradNestedTensor")
+for _op in (_qrelu, _qrelu_own):
+    _ops._library.impl(_op, _nested_qrelu, "CompositeImplicitAutogradNestedTensor")
+for _op in (_qrelu_, _qrelu_own_):
+    _ops._library.impl(_op, _nested_qrelu_, "CompositeImplicitAutogradNestedTensor")
 
 
 @_overridable
@@ -287,7 +283,9 @@ def qrelu_linear(
 
     Kept for the backward: where the weight requires grad, the packed codes, and of what `qrelu` keeps that which the
     codes do not say (for relu under "ceil" and "hwgq" nothing); else what `qrelu` keeps. The same under torch.compile,
-    where `packed_activations` does nothing. Of a nested x and of a DTensor y is kept. There is no second derivative.
+    where `packed_activations` does nothing. Of a nested x and of a DTensor y is kept. There is no second derivative; but
+    under a transform of torch.func it is `qrelu` and the layer, one after the other, with what these keep, and their
+    derivatives.
 
     Raises TypeError or ValueError for an argument of `qrelu`, and what F.linear raises.
     """

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 from torch.autograd.graph import Node, saved_tensors_hooks
 
-from . import _ops, reference
+from . import _autograd, _ops, reference
 from .ste import check_inplace, kept
 
 Hooks = tuple[Callable[[Tensor], object], Callable[[object], Tensor]]
@@ -256,7 +256,7 @@ class Packing:
 
     def qrelu(self, x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim, inplace) -> Tensor:
         """qrelu, or qrelu_, with an output that can be kept as codes."""
-        _ops._refuse_forward_mode(x, alpha)
+        _autograd.refuse_forward_mode(x, alpha)
         if inplace:
             check_inplace(ste, rounding, alpha_grad if alpha.requires_grad else None, x.requires_grad)
             root = x._base if x._is_view() else x
@@ -334,8 +334,8 @@ class _PackedQReLU(torch.autograd.Function):
                 mask = reference.unpack(mask, reference.CODE_WIDTH[config[0]], grad_y.numel()).ne(0)
                 mask = reference.pack(mask.to(torch.uint8), 1)
             else:
-                mask, codes, config = None, mask, _ops.by_codes(config)
-        grad_x, grad_alpha = _ops.backward_from_kept(grad_y, alpha, x, mask, codes, config, ctx.memory_format)
+                mask, codes, config = None, mask, _autograd.by_codes(config)
+        grad_x, grad_alpha = _autograd.backward_from_kept(grad_y, alpha, x, mask, codes, config, ctx.memory_format)
         return grad_x, grad_alpha if ctx.config[-1] else None, None, None, None
 
 
