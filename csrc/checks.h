@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -83,6 +85,14 @@ inline Kept kept(Ste ste, Rounding rounding, AlphaGrad rule, bool need_grad_x, b
 
 inline void check_bits(int64_t bits) {
   TORCH_CHECK_VALUE(bits >= 1 && bits <= 8, "bits must be an integer from 1 to 8, got ", bits);
+}
+
+// alpha_scale as a number. Compiled code hands over infinity for "lsq", 1 / sqrt(n q) with n the elements of a sample,
+// which it does not know; the same double as functional.py's.
+inline double number_of_scale(double alpha_scale, const at::Tensor& grad_y, int64_t bits) {
+  if (!std::isinf(alpha_scale)) return alpha_scale;
+  const int64_t n = grad_y.dim() > 0 ? grad_y.numel() / std::max<int64_t>(grad_y.size(0), 1) : 1;
+  return 1 / std::sqrt(static_cast<double>(std::max<int64_t>(n, 1) * ((int64_t{1} << bits) - 1)));
 }
 
 inline Dtype dtype_of(const at::Tensor& t, const char* argument) {

@@ -328,6 +328,18 @@ def test_alpha_scale(backend, alpha_grad):
         assert ((dalpha.double() - factor * want).abs() <= 1e-5 * size * abs(factor)).all()
 
 
+@pytest.mark.parametrize("shape", [(6, 4, 5), (7,), (0, 3), (3, 0), ()], ids=str)
+def test_lsq_as_compiled_code_asks_for_it(backend, shape):
+    """By infinity, for which a kernel counts the elements itself: the same bits."""
+    x, dy = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    found = []
+    for scale in (cg.reference.lsq_scale(x, 3), math.inf):
+        alpha = torch.tensor([0.3]).requires_grad_()
+        y = torch.ops.coarsegrad.qrelu(x, alpha, 3, "relu", "ceil", "three_valued", scale, None)
+        found += torch.autograd.grad(y, alpha, dy)
+    assert torch.equal(*found) and found[0].isfinite() and (found[0] != 0 or not x.numel())
+
+
 def test_identity_chain_below_zero(backend):
     """identity passes below zero, so chain's A is c - u there as well: -u."""
     x, dy = torch.tensor([-3.0, -0.5]), torch.tensor([1.0, 10.0])

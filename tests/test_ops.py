@@ -6,6 +6,7 @@ import oracle
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import coarsegrad as cg
 
@@ -190,6 +191,25 @@ def test_compile_with_dynamic_shapes(reference_or_native, fresh_compiler, ste, a
         return sample(size, 3, 4, 5).requires_grad_(), alpha
 
     eager_and_compiled(function, make_inputs, (2, 5), "aot_eager")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_lsq_compiles_once_for_all_lengths(reference_or_native, fresh_compiler, fused):
+    """The elements of a sample, of which it is made, are counted as the program runs."""
+    activation, layer = cg.QReLU(2, learn_alpha=True, alpha_scale="lsq"), nn.Linear(8, 4)
+    model = cg.nn.QReLULinear(activation, layer) if fused else nn.Sequential(activation, layer)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend=counter)
+    graphs = set()
+    for length in (3, 4, 7, 19):
+        x, gradients = sample(2, length, 8), []
+        for run in (model, compiled):
+            model.zero_grad()
+            run(x).square().sum().backward()
+            gradients.append(activation.alpha.grad)
+        assert torch.equal(*gradients) and gradients[0] != 0
+        graphs.add(counter.frame_count)
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("alpha_grad", [None, "exact", "three_valued"])

@@ -175,6 +175,7 @@ std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const std::optio
     a.stream = streams(grad_x);
   }
   const Channels channels = channels_of(dense, channel_dim);
+  const double scale = number_of_scale(alpha_scale, grad_y, bits);
   const int64_t blocks = block_total(a.count);
   a.chunk_blocks = std::max(kChunkBlocks, (blocks + kMaxChunks - 1) / kMaxChunks);
   Tensor grad_alpha;
@@ -199,7 +200,7 @@ std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const std::optio
       for (int64_t channel = 0; channel < grad_alpha.numel(); ++channel) {
         A total = 0;
         for (int64_t chunk = 0; chunk < chunks; ++chunk) total += partial[chunk * channels.count + channel];
-        out[channel] = static_cast<A>(total * alpha_scale);
+        out[channel] = static_cast<A>(total * scale);
       }
     };
     if (a.dtype == Dtype::float64) sum(double{}, at::kDouble);

@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const std::optio
   a.rule = parse("alpha_grad", alpha_grad, kAlphaGrads);
   a.bits = static_cast<int>(bits);
   a.count = grad_y.numel();
-  a.scale = alpha_scale;
+  a.scale = number_of_scale(alpha_scale, grad_y, bits);
   const Kept kept = cg::kept(a.ste, a.rounding, a.rule, need_grad_x, need_grad_alpha);
   a.kind = kept.mask;
   check_kept(kept, grad_y, alpha, x, mask, codes, bits, ste, alpha_grad);

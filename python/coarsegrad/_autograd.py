@@ -210,6 +210,8 @@ def _vmap(op):
                 "vmap over alpha is not supported by qrelu; use one alpha per channel (channel_dim)"
             )
         x = x.movedim(x_dim, 0)
+        if x.size(0):  # a sample is that of one of them
+            alpha_scale = reference.number_of_scale(alpha_scale, x[0], bits)
         if channel_dim is not None and channel_dim >= 0:
             channel_dim += 1
         return op(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim), 0

@@ -21,6 +21,7 @@ from . import reference
 from .ste import GPrime, get_ste
 
 _SCHEMAS = (
+    # alpha_scale: a number, or infinity for "lsq" where the sizes of x are not known yet.
     "qrelu(Tensor x, Tensor alpha, int bits, str ste, str rounding, str alpha_grad, float alpha_scale,"
     " int? channel_dim) -> Tensor",
     "qrelu_(Tensor(a!) x, Tensor alpha, int bits, str ste, str rounding, str alpha_grad, float alpha_scale,"

@@ -21,7 +21,16 @@ from . import _ops
 from ._dtensor import is_dtensor, on_shards
 from ._fused import qrelu_and_layer
 from .packed import active_packing
-from .reference import CODE_WIDTH, DTYPES, check_alpha, check_arguments, check_bits, checked_values, wide_dtype
+from .reference import (
+    CODE_WIDTH,
+    DTYPES,
+    check_alpha,
+    check_arguments,
+    check_bits,
+    checked_values,
+    lsq_scale,
+    wide_dtype,
+)
 from .ste import ALPHA_GRADS, BUILT_IN, check_inplace, get_ste, one_of
 
 _INT_OR_NONE = (int, type(None))
@@ -66,8 +75,8 @@ def _scale(alpha_scale: float | str, x: Tensor, bits: int) -> float:
     """alpha_scale as a number."""
     check_alpha_scale(alpha_scale)
     if alpha_scale == "lsq":
-        per_sample = x.numel() // max(x.size(0), 1) if x.dim() > 0 else 1
-        return 1 / math.sqrt(max(per_sample, 1) * (2**bits - 1))
+        # Compiled for one n it would be compiled again for the next: the ops' kernels find it.
+        return math.inf if torch.compiler.is_compiling() else lsq_scale(x, bits)
     return float(alpha_scale)
 
 

@@ -170,6 +170,17 @@ def checked_values(alpha: Tensor, wide: torch.dtype) -> Tensor:
     return converted
 
 
+def lsq_scale(x: Tensor, bits: int) -> float:
+    """1 / sqrt(n q), n the elements of x per sample."""
+    n = x.numel() // max(x.size(0), 1) if x.dim() > 0 else 1
+    return 1 / torch.sym_sqrt(max(n, 1) * (2**bits - 1))
+
+
+def number_of_scale(alpha_scale: float, x: Tensor, bits: int) -> float:
+    """alpha_scale as a number. Compiled code hands over infinity for "lsq", as it does not know n."""
+    return lsq_scale(x, bits) if math.isinf(alpha_scale) else alpha_scale
+
+
 def _per_element(values: Tensor, x: Tensor, channel_dim: int | None) -> Tensor:
     """values of shape [1] or [C] in a shape that broadcasts against x."""
     if channel_dim is None:
@@ -362,5 +373,5 @@ def qrelu_backward(
             factor = torch.where(state == 0, 0.0, torch.where(state == 2, float(q), inside)).to(dy.dtype)
         terms = torch.where(factor == 0, 0.0, dy * factor)
         channels = 1 if channel_dim is None else grad_y.size(channel_dim)
-        grad_alpha = alpha_scale * _sum_rows(_rows(terms, channels, channel_dim))
+        grad_alpha = number_of_scale(alpha_scale, grad_y, bits) * _sum_rows(_rows(terms, channels, channel_dim))
     return grad_x, grad_alpha

@@ -250,6 +250,7 @@ def qrelu_backward(
                 )  # fmt: skip
             if partial is not None:
                 columns = 1 if channels == 1 else _TILE_CHANNELS
+                alpha_scale = reference.number_of_scale(alpha_scale, grad_y, bits)
                 # A number that is passed to a kernel is a float32.
                 scale = 1.0 if wide == torch.float64 else float(alpha_scale)
                 kernels.sum_slices_kernel[(triton.cdiv(channels, columns),)](
