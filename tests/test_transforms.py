@@ -155,6 +155,21 @@ def test_a_meta_gradient(fused, ste):
         assert torch.allclose(got[name], expected, rtol=1e-4, atol=1e-6) and got[name].any(), name
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_packed_model(fused):
+    """Packing does nothing under a transform, where torch has no hooks for what is kept."""
+    model, x = Network(fused, ste="relu", squared=fused), sample(5, 1, 6)  # squared: not fused, but packed
+    per_sample = vmap(grad(lambda p, x: functional_call(model, p, (x,)).square().sum()), (None, 0))
+    parameters = dict(model.named_parameters())
+    want = per_sample(parameters, x)
+    with cg.pack_activations_(model):
+        got = per_sample(parameters, x)
+        model(x[0]).square().sum().backward()
+    for name, p in parameters.items():
+        assert torch.equal(got[name], want[name])
+        assert torch.allclose(p.grad, want[name][0], rtol=1e-4, atol=1e-6) and p.grad.any()
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 def test_the_fused_layers(kind):
     """Under a transform they are the qrelu and the layer, one after the other."""

@@ -363,11 +363,12 @@ def packed_activations() -> Iterator[None]:
     its value may change before the backward.
 
     It holds for the thread that opened it, and for eager code; in a function that torch.compile compiles it does
-    nothing (`qrelu_linear` and `qrelu_conv2d` save there too). The square of y (`y * y`, `y ** 2`) is kept as the same
-    codes, and a copy in another dtype, as autocast makes of a float32 y, if y lives until then. Kept whole, as without
-    it: y after a write in place before it is kept, and outside of the block; all inside of a checkpointed function,
-    which keeps nothing anyway. Around checkpointed functions, and inside of other saved-tensor hooks
-    (`torch.autograd.graph.save_on_cpu`), it works as it should: those get the codes.
+    nothing (`qrelu_linear` and `qrelu_conv2d` save there too). Opened in a function that torch.func transforms it does
+    nothing either; around a `torch.func.grad` torch refuses it, as all saved-tensor hooks. The square of y (`y * y`,
+    `y ** 2`) is kept as the same codes, and a copy in another dtype, as autocast makes of a float32 y, if y lives until
+    then. Kept whole, as without it: y after a write in place before it is kept, and outside of the block; all inside of
+    a checkpointed function, which keeps nothing anyway. Around checkpointed functions, and inside of other saved-tensor
+    hooks (`torch.autograd.graph.save_on_cpu`), it works as it should: those get the codes.
 
     A tensor that is changed in place after it was kept is an error in the backward, as ever, unless it is kept as
     codes: those have the value of then, and the gradient is right. Like torch, it cannot see a write through `.data`.
@@ -375,8 +376,11 @@ def packed_activations() -> Iterator[None]:
 
     Source of the levels and the coarse gradients: see `qrelu`.
     """
-    hooks = None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if torch.compiler.is_compiling() or packing_of(hooks) is not None:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        yield
+        return
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if packing_of(hooks) is not None:
         yield
         return
     packing = Packing(hooks)
