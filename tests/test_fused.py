@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from kept_bytes import Kept
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import coarsegrad as cg
 
@@ -303,3 +304,23 @@ def test_a_compiled_module():
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for got, want in zip(module_gradients(compiled, x), module_gradients(module, x)):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_flops_are_those_of_the_layer(kind):
+    module, shape = MODULES[kind][0](), MODULES[kind][1]
+    unfused = nn.Sequential(module.activation, module.layer)
+
+    def flops(model, x):
+        with FlopCounterMode(display=False) as counter:
+            out = model(x)
+            if out.requires_grad:
+                out.sum().backward()
+        return counter.get_total_flops()
+
+    for trainable in (True, False):
+        module.layer.weight.requires_grad_(trainable)
+        x = torch.randn(shape, requires_grad=True)
+        assert flops(module, x) == flops(unfused, x) > 0
+    with torch.inference_mode():
+        assert flops(module.requires_grad_(False), x.detach()) == flops(unfused, x.detach()) > 0

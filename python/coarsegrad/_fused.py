@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -157,3 +160,30 @@ def qrelu_and_layer(
         bias = None if bias is None else bias.to(dtype)
     op = _ops.ops.qrelu_conv2d if settings else _ops.ops.qrelu_linear
     return op.default(x, alpha, weight, bias, *config, dtype, *settings)
+
+
+@functools.cache
+def register_flop_formulas() -> None:
+    """Has torch.utils.flop_counter count these ops as it counts the layer alone. Called as a fused module is made: the
+    import takes a while, as it imports Triton."""
+    from torch.utils.flop_counter import conv_backward_flop, conv_flop_count, register_flop_formula
+
+    @register_flop_formula(_ops.ops.qrelu_linear)
+    def _(x, alpha, weight, *_, **__):
+        return 2 * math.prod(x) * weight[0]
+
+    @register_flop_formula(_ops.ops.qrelu_conv2d)
+    def _(x, alpha, weight, *_, out_shape, **__):
+        return conv_flop_count(x, weight, out_shape)
+
+    @register_flop_formula(_ops.ops.linear_backward_from_codes)
+    def _(grad_out, weight, codes, alpha, bits, shape, dtype, channel_dim, memory_format, mask, **_):
+        return 2 * math.prod(grad_out) * weight[1] * (mask[0] + mask[1])
+
+    @register_flop_formula(_ops.ops.conv2d_backward_from_codes, get_raw=True)
+    def _(
+        grad_out, weight, codes, alpha, bits, shape, dtype, channel_dim, memory_format, mask, *settings, out_val, **_
+    ):
+        stride, padding, dilation, groups = settings
+        rest = (None, stride, padding, dilation, False, [0, 0], groups, mask)
+        return conv_backward_flop(grad_out, torch.empty(shape, device="meta"), weight, *rest, out_val=out_val)

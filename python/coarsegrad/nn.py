@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.nn.utils.parametrize import is_parametrized
 
+from ._fused import register_flop_formulas
 from .functional import check_alpha_scale, qrelu, qrelu_conv2d, qrelu_linear
 from .packed import packed_activations, square
 from .reference import check_bits, check_number, check_word, checked_values, wide_dtype
@@ -358,6 +359,7 @@ class _QReLUAndLayer(torch.nn.Module):
             raise TypeError(f"layer must be an nn.Module, got {type(layer).__name__}")
         self.activation = activation
         self.layer = layer
+        register_flop_formulas()
 
     def forward(self, x: Tensor) -> Tensor:
         if self._fuses():
