@@ -297,7 +297,7 @@ def _dropped(x: Tensor, alpha: Tensor, p: float, divisor: float) -> tuple[Tensor
     """
     y = x / divisor
     ones = torch.ones_like(x, memory_format=suggest_memory_format(x))  # in the layout of the activation's output
-    y.detach().masked_fill_(F.dropout(ones, p) == 0, 0)
+    y.detach().masked_fill_(F.dropout(ones, p).logical_not(), 0)
     return y, alpha / divisor
 
 
