@@ -27,14 +27,19 @@ def _rebuilt(grad_out, codes, alpha, bits, shape, dtype, channel_dim, memory_for
     return y.to(grad_out.dtype)
 
 
+def _rows(t: Tensor) -> Tensor:
+    """t as a matrix; as reshape(-1, ...), which does not know how many rows without elements there are."""
+    return t.flatten(0, -2) if t.dim() > 1 else t[None]
+
+
 def _linear_backward(grad_out, weight, codes, alpha, bits, shape, dtype, channel_dim, memory_format, output_mask):
-    rows = grad_out.reshape(-1, weight.size(0))
+    rows = _rows(grad_out)
     grad_y, grad_weight, grad_bias = (grad_out.new_empty(0) for _ in range(3))
     if output_mask[0]:
         grad_y = (rows @ weight).view(shape)
     if output_mask[1]:
         y = _rebuilt(grad_out, codes, alpha, bits, shape, dtype, channel_dim, memory_format)
-        grad_weight = rows.t() @ y.reshape(-1, weight.size(1))
+        grad_weight = rows.t() @ _rows(y)
     if output_mask[2]:
         grad_bias = rows.sum(0)
     return grad_y, grad_weight, grad_bias
@@ -154,7 +159,7 @@ def qrelu_and_layer(
 ) -> Tensor:
     """F.linear(qrelu(x), weight, bias), or conv2d where there are settings; config: qrelu's arguments after alpha."""
     device, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         weight = weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)

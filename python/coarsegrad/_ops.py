@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from . import reference
-from .ste import GPrime, get_ste
+from .ste import GPrime, get_ste, real_numbers
 
 _SCHEMAS = (
     # alpha_scale: a number, or infinity for "lsq" where the sizes of x are not known yet.
@@ -212,7 +212,9 @@ for _name in KERNELS:
 @functools.lru_cache(maxsize=256)
 def _slopes(gprime: GPrime, bits: int, wide: torch.dtype, device: torch.device) -> Tensor:
     """g' at each code. Computed on the CPU, so that every device has the same bits."""
-    return gprime(torch.arange(2**bits, dtype=wide, device="cpu"), 2**bits - 1).detach().contiguous().to(device)
+    with real_numbers():
+        slopes = gprime(torch.arange(2**bits, dtype=wide), 2**bits - 1)
+    return slopes.detach().contiguous().to(device)
 
 
 def _times_slopes_of(grad_y, codes, bits, ste):

@@ -74,7 +74,7 @@ class _Rebuilding:
     storage."""
 
     def __init__(self, y: Tensor, bits: int, channel_dim: int | None, memory_format: torch.memory_format) -> None:
-        self.dtype = y.dtype
+        self.dtype, self._device = y.dtype, y.device
         self._arguments = (bits, y.shape, y.dtype, channel_dim, memory_format)
         self._steps: tuple[Callable[[Tensor], Tensor], ...] = ()
         self._storage: weakref.ref[torch.UntypedStorage] | None = None
@@ -93,7 +93,7 @@ class _Rebuilding:
                 y = step(y)
             storage = y.untyped_storage()
             self._storage = weakref.ref(storage)
-        return torch.empty(0, dtype=self.dtype, device=storage.device).set_(storage, offset, size, stride)
+        return torch.empty(0, dtype=self.dtype, device=self._device).set_(storage, offset, size, stride)
 
 
 class _View:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 ROUNDINGS = ("ceil", "nearest", "hwgq")
 ALPHA_GRADS = ("exact", "three_valued", "two_valued", "chain")
@@ -220,6 +221,13 @@ class STECheck:
     __repr__ = __str__
 
 
+@contextlib.contextmanager
+def real_numbers() -> Iterator[None]:
+    """New tensors are on the CPU and have values, whatever the default device, and in a FakeTensorMode too."""
+    with _disable_current_modes(), torch.device("cpu"):
+        yield
+
+
 def _sample_positive(q: int, u_max: float) -> Tensor:
     """u on 0 < u <= u_max, float64: a linear and a geometric grid, and every integer with its two neighbours."""
     integers = torch.arange(1, min(math.floor(u_max), 2 * q + 2) + 1, dtype=torch.float64)
@@ -230,6 +238,7 @@ def _sample_positive(q: int, u_max: float) -> Tensor:
     return u[(u > 0) & (u <= u_max)].unique()
 
 
+@real_numbers()
 def check_ste(ste: str | GPrime, bits: int = 4, u_max: float | None = None) -> STECheck:
     """Check numerically whether an STE is in the convergence class of coarse gradient descent:
 
@@ -305,6 +314,7 @@ def _check_gprime(name: str, gprime: GPrime, needs: str) -> None:
                 )
 
 
+@real_numbers()
 def register_ste(
     name: str,
     gprime: GPrime,

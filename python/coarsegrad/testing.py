@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _ops, reference
 from .backends import _triton_why_not, use_backend
-from .ste import get_ste
+from .ste import get_ste, real_numbers
 
 
 def backend_ids() -> list[str]:
@@ -36,6 +36,7 @@ def serving(backend_id: str) -> Iterator[None]:
                 _ops.native.set_isa(before)
 
 
+@real_numbers()
 def hard_inputs(alpha: float, bits: int, rounding: str, dtype: torch.dtype) -> Tensor:
     """1-d x of dtype: every level and threshold with its two neighbours in dtype, both signs, and all special values.
 
@@ -64,6 +65,7 @@ def ulps_apart(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(a.isnan() ^ b.isnan(), 2**62, apart)
 
 
+@real_numbers()
 def triton_ulps_apart(ste: str, bits: int = 4, dtype: torch.dtype = torch.float32) -> int:
     """How many ulps apart g' of an STE with a Triton form is at most in Triton and in plain torch, around every level.
 
