@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensor
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from .executions import device_of, float_activation, moved, run
+from .executions import float_activation, moved_to, run
 from .histogram import Histogram, StaircaseErrors
 from .nn import QReLU, half_gaussian_alpha
 from .reference import check_word
@@ -129,7 +129,7 @@ def calibrate(
 
     Returns a `CalibrationReport`. Raises TypeError or ValueError, with all alphas as they were, if model has no QReLU,
     if batches is empty, for a wrong argument, and, with the layer's name, where an input is NaN or +inf (-inf gives 0,
-    and +inf the limit where there is one), or has no values, on the meta device or in FakeTensorMode.
+    and +inf the limit where there is one), or it or an alpha has no values (meta device, FakeTensorMode).
     """
     layers = layers_of(model)
     check_word("method", method, METHODS)
@@ -202,14 +202,21 @@ def layers_of(model: nn.Module) -> dict[str, QReLU]:
     layers = {name or "(model)": module for name, module in model.named_modules() if isinstance(module, QReLU)}
     if not layers:
         raise ValueError("model has no QReLU; quantize_ puts them in")
+    for name, layer in layers.items():
+        _check_values("alpha", name, layer.alpha)
     return layers
 
 
+def _check_values(what: str, name: str, t: Tensor) -> None:
+    if t.is_meta or isinstance(t, FakeTensor):
+        where = "made in FakeTensorMode" if isinstance(t, FakeTensor) else "on the meta device (or offloaded)"
+        raise ValueError(f"{what} of {name} has no values: it is {where}")
+
+
 def run_batches(model: nn.Module, batches: Iterable, forward: Callable | None, progress: bool, title: str) -> None:
-    device = device_of(model)
     count = 0
     for batch in tqdm(batches, desc=title, unit="batch", leave=False, disable=None if progress else True):
-        (forward or run)(model, moved(batch, device))
+        (forward or run)(model, moved_to(model, batch))
         count += 1
     if not count:
         raise ValueError("batches is empty")
@@ -237,8 +244,7 @@ def watched(model: nn.Module, layers: dict[str, QReLU], watchers: dict[str, Call
 
 
 def _watch(name: str, watcher: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    if x.is_meta or isinstance(x, FakeTensor):
-        raise ValueError(f"the input of {name} has no values (device {x.device}, {type(x).__name__}); run a real model")
+    _check_values("the input", name, x)
     return watcher(x)
 
 
