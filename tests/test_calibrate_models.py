@@ -173,6 +173,9 @@ class TestDevices:
             function(_layer().to("meta"), [torch.ones(2)])
         with pytest.raises(ValueError, match="the input of 0 has no values: it is on the meta device"):
             function(_layer(), [torch.ones(2)], forward=lambda model, x: model(x.to("meta")))
+        nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+        with pytest.raises(ValueError, match="the input of 0 is a nested tensor; give padded batches"):
+            function(_layer(), [nested])
         with FakeTensorMode(), pytest.raises(ValueError, match="alpha of 0 has no values.*FakeTensorMode"):
             function(_layer(), [torch.ones(2)])
 

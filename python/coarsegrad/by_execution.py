@@ -19,11 +19,10 @@ from .executions import (
     Products,
     Recorder,
     Step,
-    device_of,
     float_activation,
     is_product,
     locate,
-    moved,
+    moved_to,
     run,
     steps_from,
     undisturbed,
@@ -61,7 +60,7 @@ class Conversion:
 
     def __init__(self, surgery: Surgery, inputs: object) -> None:
         self._surgery, self._model, self.report = surgery, surgery.model, surgery.report
-        self._inputs = moved(inputs, device_of(self._model))
+        self._inputs = moved_to(self._model, inputs)
         self._sites: dict[tuple[nn.Module, str, Span], str] = {}
         self._edited: set[tuple[nn.Module, str, Span]] = set()  # in this round
         self._tried: set[QReLU] = set()

@@ -245,6 +245,8 @@ def watched(model: nn.Module, layers: dict[str, QReLU], watchers: dict[str, Call
 
 def _watch(name: str, watcher: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     _check_values("the input", name, x)
+    if x.is_nested:
+        raise ValueError(f"the input of {name} is a nested tensor; give padded batches")
     return watcher(x)
 
 

@@ -292,9 +292,9 @@ def qrelu_linear(
 
     Kept for the backward: where the weight requires grad, the packed codes, and of what `qrelu` keeps that which the
     codes do not say (for relu under "ceil" and "hwgq" nothing); else what `qrelu` keeps. The same under torch.compile,
-    where `packed_activations` does nothing. Of a nested x and of a DTensor y is kept. There is no second derivative; but
-    under a transform of torch.func it is `qrelu` and the layer, one after the other, with what these keep, and their
-    derivatives.
+    where `packed_activations` does nothing. Of a nested x and of a DTensor y is kept. There is no second derivative;
+    but under a transform of torch.func it is `qrelu` and the layer, one after the other, with what these keep, and
+    their derivatives.
 
     Raises TypeError or ValueError for an argument of `qrelu`, and what F.linear raises.
     """

@@ -7,6 +7,7 @@ import functools
 import gc
 import json
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ def half_gaussian_alpha(bits: int, rounding: str = "ceil") -> float:
 
 
 # What makes an alpha another one. Said in the state_dict in so many bytes: distributed checkpoints want one size.
-_MEANING = ("bits", "rounding", "ste", "squared")
+_MEANING = ("bits", "rounding", "squared")
 _STATE_BYTES = 256
 
 
@@ -218,7 +219,7 @@ class QReLU(torch.nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """What alpha is for, as JSON in a uint8 tensor, which every file format and collective takes."""
-        said = {name: getattr(self, name) for name in (*_MEANING, "channel_dim")}
+        said = {name: getattr(self, name) for name in (*_MEANING, "ste", "channel_dim")}
         return torch.tensor(list(json.dumps(said).encode().ljust(_STATE_BYTES)), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -246,6 +247,9 @@ class QReLU(torch.nn.Module):
         key = prefix + ("parametrizations.alpha.original" if parametrized else "alpha")
         try:
             said = self._checked(state[extra]) if extra in state else {}
+            if (ste := said.get("ste", self.ste)) != self.ste:  # another way to train the same network
+                trained = f"{prefix}alpha was trained with ste={ste!r}"
+                warnings.warn(f"{trained}, and is loaded for {self.ste!r}", stacklevel=2)
             if isinstance(state.get(key), Tensor):
                 alpha = state[key].detach()
                 local = alpha.to_local() if hasattr(alpha, "to_local") else alpha
@@ -307,7 +311,9 @@ def _dropped_qrelu(
     return qrelu(*_dropped(x, alpha, p, divisor), bits, **settings)
 
 
-torch.fx.wrap("_dropped_qrelu")  # so that a graph has alpha itself, not what it was divided by a constant at the time
+# So that a graph has alpha itself, not what it was divided by a constant at the time.
+torch.fx.wrap("_dropped")
+torch.fx.wrap("_dropped_qrelu")
 
 
 def _readable(t: Tensor) -> bool:
