@@ -118,6 +118,7 @@ def test_a_transformer_encoder_that_nests_padded_batches(grad):
     layer = nn.TransformerEncoderLayer(32, 4, dim_feedforward=64, batch_first=True)
     model = nn.TransformerEncoder(layer, 2).eval()
     cg.quantize_(model, bits=4, alpha=0.1)
+    model.use_nested_tensor = True  # which the conversion has switched off
     x, padding = torch.randn(3, 10, 32), torch.arange(10) >= torch.tensor([10, 6, 3])[:, None]
     seen = []
     for module in model.modules():
