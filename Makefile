@@ -5,7 +5,7 @@ VENV   ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export CMAKE_GENERATOR ?= Ninja
 
-.PHONY: help setup build test demo bench bench-full bench-gpu lint clean
+.PHONY: help setup build test test-zoo demo bench bench-full bench-gpu lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -27,6 +27,9 @@ build: setup  ## the native library and the C++ tests
 test: build  ## all tests, C++ and Python
 	ctest --test-dir build --output-on-failure
 	python -m pytest -n auto --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
+
+test-zoo: build  ## converts every architecture of transformers that can be built small; takes many minutes
+	python -m pytest tests/test_zoo.py -m "slow or not slow" -n auto $(TEST_ARGS)
 
 demo: build  ## trains LeNet-5 on MNIST, float and then with 2-bit activations
 	python -m coarsegrad mnist --bits 2 $(DEMO_ARGS)
