@@ -18,6 +18,7 @@ _EXPERIMENTS = {
     "cifar-table": ("coarsegrad.experiments.cifar_table", "VGG-11 and ResNet-20 on CIFAR-10, from your own files"),
     "synthetic": ("coarsegrad.experiments.synthetic", "coarse gradient descent on subspace data, for every estimator"),
     "finetune": ("coarsegrad.experiments.finetune", "fine-tune a language model in float and with low-bit activations"),
+    "rounding": ("coarsegrad.experiments.rounding", "what each rounding costs trained networks, converted and tuned"),
     "results": ("coarsegrad.experiments.results", "the tables of docs/experiments.md, anew from result files"),
     "memory": ("coarsegrad.experiments.memory", "what a network keeps for the backward, nn.ReLU and packed QReLU"),
 }

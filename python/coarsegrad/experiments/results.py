@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from . import cifar_table, finetune_report, mnist_table, synthetic
+from . import cifar_table, finetune_report, mnist_table, rounding_report, synthetic
 from .files import ExperimentError, replacing
 from .table import finished
 from .table_figures import figure_paths
@@ -28,6 +28,7 @@ comes what the result files say now. WORDS is one of
 
     synthetic FOLDER              what `coarsegrad synthetic --out FOLDER` left
     finetune FOLDER               what `coarsegrad finetune --out FOLDER` left
+    rounding FOLDER               what `coarsegrad rounding --out FOLDER` left
     TABLE FOLDER SCHEDULE         a schedule of `coarsegrad mnist-table` (TABLE mnist)
                                   or `cifar-table` (TABLE vgg11 or resnet20), --out FOLDER
 
@@ -68,6 +69,8 @@ def _block(words: str, folder: Path) -> str:
             return _indented(_read(folder / results, _synthetic))
         case ["finetune", results]:
             return _indented(_read(folder / results, finetune_report.summary))
+        case ["rounding", results]:
+            return _indented(_read(folder / results, rounding_report.summary))
         case [name, results, schedule] if name in _TABLES and schedule in _TABLES[name].schedules:
             return _table(name, folder, results, schedule)
     raise ExperimentError(f"unknown words in <!-- results: {words} -->; --help tells what there may be")

@@ -1,0 +1,103 @@
+"""What `python -m coarsegrad rounding` leaves behind: all numbers as JSON, tables, and a figure."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ..ste import format_table
+from .files import replacing
+
+FILES = ("results.json", "rounding.png")
+
+# title; what the score is; its decimals
+_NETWORKS = {
+    "lenet": ("LeNet-5 on MNIST", "accuracy, %", 2),
+    "resnet": ("A ResNet of 14 layers on MNIST", "accuracy, %", 2),
+    "opt": ("A small OPT on Shakespeare", "perplexity", 3),
+}
+# rounding, corrected, and how it is drawn
+_KINDS = [("ceil", False, "C3-"), ("ceil", True, "C3:"), ("nearest", False, "C0-"), ("hwgq", False, "C2-")]
+
+
+def save(results: dict, folder: Path) -> None:
+    """Writes results.json, from which all else follows."""
+    with replacing(folder / "results.json") as file:
+        file.write(json.dumps(results, indent=1).encode() + b"\n")
+
+
+def write(results: dict, folder: Path) -> None:
+    """Writes all FILES."""
+    save(results, folder)
+    with replacing(folder / "rounding.png") as file:
+        _figure(results).savefig(file, format="png", dpi=110)
+
+
+def summary(results: dict) -> str:
+    """A table for each network, and under them what the columns are."""
+    parts = []
+    for name, network in results["networks"].items():
+        title, score, decimals = _NETWORKS[name]
+        parts += [f"{title}: {score}", _table(network["runs"], decimals)]
+    config, environment = results["config"], next(iter(results["networks"].values()))["environment"]
+    notes = (
+        f"Alphas are calibrated and stay. before: without training. logits: their relative error before. relu, "
+        f"clipped_relu: after {config['steps']} more steps with that ste; float has as many. kept: for the backward of "
+        "a step, packed, against float. corrected: with the biases of the next layers changed so that the mean of each "
+        f"channel is float's. One seed ({config['seed']}); {environment['cpu']}, device {environment['device']}, "
+        f"threads {environment['threads']}, torch {environment['torch']}, backend {environment['backend']}."
+    )
+    return "\n\n".join([*parts, textwrap.fill(notes, 110)])
+
+
+def _find(runs: dict, **how: object) -> dict | None:
+    """The run with these settings, if it is done."""
+    return next((run for run in runs.values() if all(run[name] == value for name, value in how.items())), None)
+
+
+def _table(runs: dict, decimals: int) -> str:
+    def number(run: dict | None) -> str:
+        return f"{run['score']:.{decimals}f}" if run else ""
+
+    before, after = (_find(runs, bits=None, tuned=tuned) for tuned in (False, True))
+    rows = [("float", "", number(before), "", number(after), "", number(after), "")]
+    for bits in sorted({run["bits"] for run in runs.values() if run["bits"]}, reverse=True):
+        for rounding, corrected, _ in _KINDS:
+            kind = {"bits": bits, "rounding": rounding, "corrected": corrected}
+            if not (run := _find(runs, **kind, tuned=False)):
+                continue
+            row = [f"{bits}", rounding + " corrected" * corrected, number(run), f"{run['output_error']:.2%}"]
+            for ste in ("clipped_relu", "relu"):
+                tuned = _find(runs, **kind, ste=ste)
+                row += [number(tuned), f"{tuned['kept_bytes'] / after['kept_bytes']:.3f}x" if tuned and after else ""]
+            rows.append(tuple(row))
+    return format_table(("bits", "rounding", "before", "logits", "clipped_relu", "kept", "relu", "kept"), rows)
+
+
+def _figure(results: dict) -> Figure:
+    networks = results["networks"]
+    figure = Figure(figsize=(4 * len(networks), 6.5), layout="constrained")
+    axes = figure.subplots(2, len(networks), squeeze=False)
+    for column, (name, network) in zip(axes.T, networks.items()):
+        title, score, _ = _NETWORKS[name]
+        for panel, tuned, ste in ((column[0], False, None), (column[1], True, "clipped_relu")):
+            base = _find(network["runs"], bits=None, tuned=tuned)
+            for rounding, corrected, style in _KINDS:
+                kind = {"rounding": rounding, "corrected": corrected, "ste": ste, "tuned": tuned}
+                runs = [run for run in network["runs"].values() if all(run[k] == v for k, v in kind.items())]
+                runs = sorted((run for run in runs if run["bits"]), key=lambda run: run["bits"])
+                if runs:
+                    panel.plot(
+                        [f"{run['bits']}" for run in runs], [run["score"] for run in runs], style, marker="o",
+                        markersize=3, label=rounding + " corrected" * corrected,
+                    )  # fmt: skip
+            if base:
+                panel.axhline(base["score"], color="0.3", linestyle="--", linewidth=1, label="float")
+            when = "after a short fine-tuning, clipped_relu" if tuned else "calibrated, not trained"
+            panel.set(xlabel="bits", ylabel=score, title=f"{title},\n{when}")
+            panel.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize="small")
+    return figure
