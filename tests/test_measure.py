@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import subprocess
 
+import torch
+
 from coarsegrad.experiments import measure
+
+
+def test_the_peak_counts_what_is_there_at_once():
+    def job():
+        one = torch.empty(1000) + 1  # 8,000 bytes at once; 4,000 stay
+        two = torch.empty(500)
+        del one
+        return two, torch.empty(3000).sum()  # 14,000
+
+    for _ in range(2):
+        assert 14_000 <= measure.peak_bytes(job, torch.device("cpu")) < 14_100
 
 
 def test_which_commit_a_result_is_of(tmp_path, monkeypatch):

@@ -1,9 +1,13 @@
-"""How long a training step takes, and on what machine."""
+"""How long a training step takes, how much memory at most, and on what machine."""
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +36,23 @@ def interleaved_times(
             if i >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def peak_bytes(job: Callable[[], object], device: torch.device) -> int:
+    """The most bytes at once that torch's allocator hands out in a call, which must free nothing of before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        job()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of its start and end on standard error
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        job()
+    with tempfile.TemporaryDirectory() as folder:
+        profile.export_chrome_trace(str(path := Path(folder) / "trace.json"))
+        events = json.loads(path.read_text())["traceEvents"]
+    events = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+    return max(itertools.accumulate((event["args"]["Bytes"] for event in events), initial=0))
 
 
 def _synchronize(device: torch.device) -> None:

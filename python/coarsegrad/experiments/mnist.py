@@ -14,12 +14,13 @@ from torch import nn
 
 from ..memory import saved_memory
 from ..nn import QReLU
+from ..packed import pack_activations_
 from ..ste import ALPHA_GRADS, ROUNDINGS, format_table, stes
 from .arguments import positive, usable_device
 from .data import Mnist, Split, load_mnist
 from .download import cache_folder
 from .files import ExperimentError, replacing
-from .measure import environment, interleaved_times
+from .measure import environment, interleaved_times, peak_bytes
 from .models import lenet5, quantized
 from .training import ALPHA_LR, fit, make_optimizer, train_step
 
@@ -27,13 +28,13 @@ _TIMED_STEPS = 50
 
 _DESCRIPTION = """
 Trains LeNet-5 on MNIST in float (nn.ReLU), then again with low-bit activations
-(QReLU) from the trained float weights. At the end: a table, the curves as a
-figure, and everything in numbers.
+(QReLU) from the trained float weights, kept for the backward as packed codes. At
+the end: a table, the curves as a figure, and everything in numbers.
 """
 _EPILOG = f"""
 OUT/float.pt is the float phase, shared by all runs in OUT; OUT/VARIANT/ holds
 checkpoint.pt, curves.png and results.json of one kind of activation, as
-OUT/2bit-clipped_relu-ceil. A checkpoint is written after every epoch. The same
+OUT/2bit-clipped_relu-nearest. A checkpoint is written after every epoch. The same
 command again goes on after the last finished epoch and comes to the same
 numbers as without the interruption (on a CPU to the bit); if it was finished,
 it only measures and reports again. If a checkpoint in OUT is of another
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--bits", type=int, choices=range(1, 9), default=2, help="bits of an activation (default 2)")
     add("--ste", choices=list(stes()), default="clipped_relu", help="coarse gradient (default clipped_relu)")
-    add("--rounding", choices=ROUNDINGS, default="ceil", help="thresholds of the staircase (default ceil)")
+    add("--rounding", choices=ROUNDINGS, default="nearest", help="thresholds of the staircase (default nearest)")
     add("--learn-alpha", nargs="?", choices=ALPHA_GRADS, const="three_valued", metavar="RULE",
         help=f"learn the height of a stair by one of the rules {', '.join(ALPHA_GRADS)} (three_valued if "
              f"none is named), at {ALPHA_LR} of the learning rate; a step at most halves it; "
@@ -103,6 +104,7 @@ def _run(args: argparse.Namespace) -> None:
     float_model = lenet5(nn.ReLU).to(device)
     history = {"float": fit(float_model, mnist.train, mnist.test, float_config, args.out / "float.pt")}
     model = quantized(float_model, **activation)
+    pack_activations_(model)
     history["quantized"] = fit(model, mnist.train, mnist.test, config, folder / "checkpoint.pt")
 
     training_curves(history, f"LeNet-5 on MNIST, {folder.name}", folder / "curves.png")
@@ -130,20 +132,27 @@ def _load(folder: Path | None, subset: int | None, device: torch.device) -> Mnis
 
 
 def _measure(models: dict[str, nn.Module], batch: Split, lr: float) -> dict[str, dict]:
-    """For each model the bytes it keeps on `batch`, a step's time and its alphas; the models do not change."""
+    """For each model what it keeps on `batch`, a step's peak and time, and its alphas; the models do not change."""
     results, steps = {}, {}
     for name, trained in models.items():
         model = copy.deepcopy(trained).train()
         layers = {layer: m for layer, m in model.named_modules() if isinstance(m, QReLU)}
-        activations = [layer for layer, m in model.named_modules() if isinstance(m, (nn.ReLU, QReLU))]
+        activations = [layer for layer, m in model.named_modules() if isinstance(m, nn.ReLU)]
         kept = saved_memory(lambda m=model: F.cross_entropy(m(batch.x), batch.y))
+        optimizer = make_optimizer(model, lr)
+        steps[name] = lambda m=model, o=optimizer: train_step(m, o, *batch)
+        steps[name]()  # makes the optimizer's state, once
+        optimizer.zero_grad()
         results[name] = {
             "kept_bytes_activations": sum(kept.by_module.get(layer, 0) for layer in activations),
             "kept_bytes_network": kept.total,
+            "peak_bytes": peak_bytes(steps[name], batch.x.device),
             "alpha": {layer: m.alpha.tolist() for layer, m in layers.items()},
         }
-        optimizer = make_optimizer(model, lr)
-        steps[name] = lambda m=model, o=optimizer: train_step(m, o, *batch)
+    # Who keeps codes is the layer after; all but the activations' outputs and gates is the same in both.
+    base, low = results["float"], results["quantized"]
+    saved = base["kept_bytes_network"] - low["kept_bytes_network"]
+    low["kept_bytes_activations"] = base["kept_bytes_activations"] - saved
     for name, seconds in interleaved_times(steps, _TIMED_STEPS, batch.x.device).items():
         results[name]["step_seconds"] = statistics.median(seconds)
     return results
@@ -162,6 +171,7 @@ def _table(config: dict, environment: dict, results: dict, history: dict) -> str
         ("test accuracy", f"{base['test_accuracy']:.2%}", f"{low['test_accuracy']:.2%}", points),
         row("kept for the backward, activations", "kept_bytes_activations", 2**-10, "KiB"),
         row("kept for the backward, all layers", "kept_bytes_network", 2**-10, "KiB"),
+        row("peak of a training step", "peak_bytes", 2**-10, "KiB"),
         row("training step, median", "step_seconds", 1e3, "ms"),
     ]
     values = [value for layer in low["alpha"].values() for value in layer]
@@ -171,8 +181,8 @@ def _table(config: dict, environment: dict, results: dict, history: dict) -> str
         "",
         f"ste {config['ste']}, rounding {config['rounding']}, alpha {alpha}: "
         + (f"learned by {config['learn_alpha']}" if config["learn_alpha"] else "fixed"),
-        f"Bytes are of one step on {config['batch_size']} images, without weights. \"All layers\" includes",
-        "what pooling and the next layer keep: the activation's output itself.",
+        f"Bytes are of one step on {config['batch_size']} images, without weights. \"Activations\" are their outputs,",
+        "packed, and their gates; the rest of \"all layers\" is what BatchNorm and max pooling keep.",
         f"Times are of {_TIMED_STEPS} steps of each network in turn, in one process, on this machine: "
         f"{environment['cpu']},",
         f"device {environment['device']}, threads {environment['threads']}, torch {environment['torch']}, "
