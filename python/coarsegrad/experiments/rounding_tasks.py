@@ -126,10 +126,10 @@ class Images(Task):
         epochs = math.ceil(steps * _BATCH / len(train.y))
         config = {
             "phase": "float" if name == "float" else "tuning", "epochs": epochs, "steps": steps, "lr": lr,
-            "batch_size": min(_BATCH, len(train.y)), "seed": self._seed, "threads": torch.get_num_threads(),
+            "batch_size": _BATCH, "seed": self._seed, "threads": torch.get_num_threads(),
             "data": self._mnist.sha256,
         }  # fmt: skip
-        train = train.first(min(len(train.y), steps * _BATCH // epochs))
+        train = train.first(steps * _BATCH // epochs)
         return training.fit(model, train, test, config, checkpoint, name=f"{self._name} {name}: ")
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
