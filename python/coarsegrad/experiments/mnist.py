@@ -182,7 +182,7 @@ def _table(config: dict, environment: dict, results: dict, history: dict) -> str
         f"ste {config['ste']}, rounding {config['rounding']}, alpha {alpha}: "
         + (f"learned by {config['learn_alpha']}" if config["learn_alpha"] else "fixed"),
         f"Bytes are of one step on {config['batch_size']} images, without weights. \"Activations\" are their outputs,",
-        "packed, and their gates; the rest of \"all layers\" is what BatchNorm and max pooling keep.",
+        "packed, and their gates; the rest of \"all layers\" is mostly what BatchNorm and max pooling keep.",
         f"Times are of {_TIMED_STEPS} steps of each network in turn, in one process, on this machine: "
         f"{environment['cpu']},",
         f"device {environment['device']}, threads {environment['threads']}, torch {environment['torch']}, "
