@@ -178,6 +178,6 @@ def test_nearest_changes_the_outputs_least():
     networks = numbers(RESULTS)
     assert set(networks) == set(rounding.NETWORKS)
     for runs in networks.values():
-        for bits in {run["bits"] for run in runs.values()} - {None, 8}:
+        for bits in (2, 3, 4, 8):
             errors = {name: runs[f"{bits}bit-{name}"]["output_error"] for name in ("ceil", "nearest", "hwgq")}
             assert min(errors, key=errors.get) == "nearest"
