@@ -211,11 +211,13 @@ def test_an_ste_with_a_gradient_at_zero_keeps_the_dropout_apart():
     assert "dropout is not folded: dropout needs an STE without a gradient at 0" in report.replaced[0].note
 
 
-@pytest.mark.parametrize("ste, bits_kept", [("relu", 2), ("clipped_relu", 3)])
-def test_t5(ste, bits_kept):
+@pytest.mark.parametrize(
+    "ste, rounding, bits_kept", [("relu", "hwgq", 2), ("relu", "nearest", 3), ("clipped_relu", "nearest", 3)]
+)
+def test_t5(ste, rounding, bits_kept):
     """The feed-forward blocks of transformers' T5 keep b or b + 1 bits for an element of wi's output."""
     model, batch = built(t5)
-    cg.quantize_(model, 2, ste=ste, fold_dropout=True)
+    cg.quantize_(model, 2, ste=ste, rounding=rounding, fold_dropout=True)
     blocks = [m for m in model.modules() if type(m).__name__ == "T5DenseActDense"]
     assert len(blocks) == 4 and all(type(block.dropout) is nn.Identity for block in blocks)
     x = torch.randn(8, 16, 32)

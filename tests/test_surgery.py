@@ -264,11 +264,20 @@ def test_in_place_is_given_up_with_a_note_where_the_ste_keeps_x():
     assert "no longer in place" in report.replaced[0].note
 
 
+@pytest.mark.parametrize("settings, rounding", [({}, "nearest"), ({"rounding": "ceil"}, "ceil")])
+def test_the_rounding_is_nearest_where_none_is_given(settings, rounding):
+    model = Shared(nn.ReLU())
+    cg.quantize_(model, 2, **settings)
+    assert [layer.rounding for layer in qrelus(model).values()] == [rounding] * 3
+    alphas = {layer.alpha.item() for layer in qrelus(model).values()}
+    assert alphas == {torch.tensor(cg.nn.half_gaussian_alpha(2, rounding)).item()}
+
+
 def test_settings_training_and_device_go_to_every_qrelu():
     model = nn.Sequential(nn.Linear(2, 2, device="meta"), Shared(nn.ReLU()).to("meta")).eval()
-    cg.quantize_(model, bits=3, ste="relu", rounding="nearest", alpha=0.25, learn_alpha=True, alpha_scale="lsq")
+    cg.quantize_(model, bits=3, ste="relu", rounding="hwgq", alpha=0.25, learn_alpha=True, alpha_scale="lsq")
     for layer in qrelus(model).values():
-        assert (layer.bits, layer.ste, layer.rounding, layer.alpha_scale) == (3, "relu", "nearest", "lsq")
+        assert (layer.bits, layer.ste, layer.rounding, layer.alpha_scale) == (3, "relu", "hwgq", "lsq")
         assert layer.alpha.device.type == "meta" and not layer.training and layer.alpha.requires_grad
 
 

@@ -26,6 +26,7 @@ def quantize_(
     model: nn.Module,
     bits: int = 4,
     *,
+    rounding: str = "nearest",
     replace: tuple[type[nn.Module], ...] = (nn.ReLU, nn.ReLU6),
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     fold_dropout: bool = False,
@@ -62,6 +63,8 @@ def quantize_(
 
     model: any nn.Module, not yet compiled or wrapped (DDP, FSDP, accelerate's hooks): do that to the result.
     bits: 1..8.
+    rounding: of every QReLU. "nearest" costs a trained network the least; QReLU's own default, "ceil", lifts every
+        activation by half a stair (docs/rounding.md).
     replace: the classes to replace, and with them the functions of their names in lower case in torch.nn.functional:
         with nn.GELU or nn.SiLU the network computes something else afterwards, and must be trained.
     filter_fn: filter_fn(module, name) says whether to replace: of a submodule it and its name; of a call in a method
@@ -92,6 +95,7 @@ def quantize_(
         raise TypeError(f"filter_fn must be callable, got {filter_fn!r}")
     for name in settings.keys() & _WHY_OWN:
         raise TypeError(f"{name} cannot be given for all: {_WHY_OWN[name]}")
+    settings["rounding"] = rounding
     QReLU(bits, **settings)  # refuses what is wrong before anything is changed
     surgery = Surgery(model, bits, tuple(replace), filter_fn or (lambda module, name: True), fold_dropout, settings)
     report = surgery.report

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..calibrate import calibrate
-from ..surgery import quantize_
+from ..quantize import quantize_
 from . import training
 from .data import Mnist
 from .models import lenet5, resnet14
