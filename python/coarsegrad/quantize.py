@@ -63,8 +63,8 @@ def quantize_(
 
     model: any nn.Module, not yet compiled or wrapped (DDP, FSDP, accelerate's hooks): do that to the result.
     bits: 1..8.
-    rounding: of every QReLU. "nearest" costs a trained network the least; QReLU's own default, "ceil", lifts every
-        activation by half a stair (docs/rounding.md).
+    rounding: "nearest", with which a network that was trained with ReLU loses least (`python -m coarsegrad rounding`);
+        "ceil", which a QReLU has by itself; or "hwgq". With ste `relu` and a fixed alpha "nearest" keeps a bit more.
     replace: the classes to replace, and with them the functions of their names in lower case in torch.nn.functional:
         with nn.GELU or nn.SiLU the network computes something else afterwards, and must be trained.
     filter_fn: filter_fn(module, name) says whether to replace: of a submodule it and its name; of a call in a method

@@ -17,9 +17,10 @@ from ..calibrate import calibrate
 from ..memory import saved_memory
 from ..nn import QReLU
 from ..packed import pack_activations_
+from ..quantize import quantize_
+from ..report import QuantizeReport
 from ..stats import stats
 from ..ste import ROUNDINGS, stes
-from ..surgery import QuantizeReport, quantize_
 from .arguments import positive, usable_device
 from .checkpoints import differences
 from .download import cache_folder
