@@ -32,7 +32,7 @@ class Staircases(TorchFunctionMode):
         x = next((t for t in (*args, *(kwargs or {}).values()) if isinstance(t, torch.Tensor) and t.dim() > 1), None)
         name = getattr(function, "__name__", "").replace("aten::", "").strip("_").split(".")[0]
         if name in ("relu", "clamp", "clamp_min", "maximum", "hardtanh", "threshold", "leaky_relu"):
-            y = cg.qrelu(x, self.alphas[self.count], BITS)
+            y = cg.qrelu(x, self.alphas[self.count], BITS, rounding="nearest")
             self.count += 1
         return y
 
