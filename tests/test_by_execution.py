@@ -203,6 +203,19 @@ def test_relus_of_scores_are_pointed_out():
     assert ["scores" in r.note for r in report.replaced] == [True, False]
 
 
+def test_a_bound_of_what_no_weight_is_part_of_is_no_activation():
+    """As the weights of an interpolation."""
+
+    class Interpolates(Both):
+        def forward(self, x):
+            weights = (1 - torch.linspace(-2, 2, 16).view(4, 4).abs()).clamp(min=0)
+            return torch.maximum(self.linear(x), torch.zeros(())) @ weights
+
+    model = made(Interpolates)
+    report = cg.quantize_(model, example_inputs=X)
+    assert [r.was.split()[0] for r in report.replaced] == ["maximum"] and not report.skipped
+
+
 def test_what_is_not_reached_is_reported():
     class Branches(Both):
         def forward(self, x, other=False):

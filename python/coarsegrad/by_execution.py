@@ -117,8 +117,9 @@ class Conversion:
     def _relus(self) -> list[Execution]:
         found = []
         for training in self._modes:
-            with undisturbed(self._model, training), self._watched(), Recorder() as recorder:
-                run(self._model, self._inputs)
+            with undisturbed(self._model, training), self._watched(), Recorder(self._model) as recorder:
+                with torch.enable_grad():  # tells what depends on weights
+                    run(self._model, self._inputs)
             found += recorder.executions
         return found
 

@@ -76,6 +76,10 @@ class Relu:
     inplace: bool
     limit: float = float("inf")
 
+    @property
+    def is_named_so(self) -> bool:
+        return self.name.startswith("relu")
+
 
 def as_relu(function: Callable, args: tuple, kwargs: Mapping[str, object]) -> Relu | None:
     """The call of a torch function as a relu, if it is one of a floating-point tensor."""
@@ -256,16 +260,18 @@ class Execution:
 
 
 class Recorder(TorchFunctionMode):
-    """Notes each relu that runs in the block."""
+    """Notes each relu that runs in the block; a bound by another name, as clamp(min=0), only where its input depends on
+    the model's weights, if those require grad: else it is of positions, sizes or weights of an interpolation."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.executions: list[Execution] = []
+        self._trained = any(p.requires_grad for p in model.parameters())
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         relu = as_relu(function, args, kwargs)
-        if relu is not None:
+        if relu is not None and (relu.is_named_so or relu.x.requires_grad or not self._trained):
             self.executions.append(Execution(relu, steps_from(sys._getframe(1))))
         return function(*args, **kwargs)
 
