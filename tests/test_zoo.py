@@ -44,13 +44,15 @@ def _one_thread():  # as quick for networks this small, and leaves the other cor
 
 
 def is_relu(function: Callable, args: tuple, kwargs: dict) -> bool:
-    """Whether a call computes max(x, 0), or that with a bound, of floating-point numbers. A bound on a tensor of one
-    dimension is none: it is of lengths, variances or losses."""
+    """Whether a call computes max(x, 0), or that with a bound, of floating-point numbers. A bound by another name is
+    none on a tensor of one dimension, which is of lengths, variances or losses, nor where no weight is part of x."""
     x = args[0] if args else kwargs.get("input")
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return False
     if function in _RELUS:
         return True
+    if not x.requires_grad:
+        return False
     low = args[1] if len(args) > 1 else next((kwargs[k] for k in ("min", "min_val", "other") if k in kwargs), None)
     if function in _MAXIMUMS:  # else max's second argument is a dimension
         return isinstance(low, Tensor) and low.numel() == 1 and low.item() == 0 and x.dim() > 1
@@ -86,7 +88,7 @@ class Relus(TorchFunctionMode):
 
 
 def relus_executed(model: nn.Module, inputs: dict[str, object]) -> int:
-    with torch.no_grad(), Relus() as relus:
+    with torch.enable_grad(), Relus() as relus:
         zoo.run(model, inputs)
     return relus.count
 
@@ -127,16 +129,15 @@ class Trial:
     def outputs(self, training: bool, model: nn.Module | None = None) -> list[Tensor]:
         return self.run(training, model)
 
-    @torch.no_grad()
     def relus(self, training: bool) -> int:
-        with Relus() as relus:
+        with torch.enable_grad(), Relus() as relus:
             self.run(training)
         return relus.count
 
     def with_staircases(self, training: bool, staircases: list[Callable[[Tensor], Tensor]]) -> list[Tensor]:
         """The oracle."""
-        with torch.no_grad(), Relus(lambda i, x: staircases[i](x)) as relus:
-            outputs = self.run(training)
+        with torch.enable_grad(), Relus(lambda i, x: staircases[i](x)) as relus:
+            outputs = [t.detach() for t in self.run(training)]
         assert relus.count == len(staircases), f"{relus.count} relus in float, {len(staircases)} QReLUs"
         return outputs
 
