@@ -26,6 +26,23 @@ def layer(x, linear):
     return F.relu(linear(x))
 
 
+def forwards(function):
+    """A wrapper with another reference to what it wraps, as those that choose an implementation."""
+    implementation = function
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return implementation(*args, **kwargs) if kwargs or args else function()
+
+    return wrapper
+
+
+@forwards
+@forwards
+def wrapped_helper(x):
+    return MODULES["relu"](x) - 0.25
+
+
 class Twice(nn.Module):
     """`act` runs twice, behind different layers."""
 
@@ -131,6 +148,20 @@ class Helper(Twice):
 class ThroughAnother(Twice):
     def act(self, x):
         return through_another(x)
+
+
+class WrappedHelper(Twice):
+    def act(self, x):
+        return wrapped_helper(x)
+
+
+class WrappedMethod(Twice):
+    @forwards
+    def inner(self, x):
+        return F.relu(x)
+
+    def act(self, x):
+        return self.inner(x)
 
 
 class Stored(Twice):
@@ -407,7 +438,8 @@ class BoundMethod(nn.Module):
 
 TWICE = [
     Clamp, ClampMin, Maximum, OfTensor, Keyword, Flag, Starred, Hardtanh, Threshold, LeakyRelu, Aten, AtenOverload,
-    GetAttribute, FromATable, ModuleFromATable, MadeInForward, Helper, ThroughAnother, Stored, Local, Private,
+    GetAttribute, FromATable, ModuleFromATable, MadeInForward, Helper, ThroughAnother, WrappedHelper,
+    WrappedMethod, Stored, Local, Private,
     CheckpointedHelper, CheckpointedLambda, CheckpointedMethod, HandedOn, Static, Property, Super, Partial,
     StoredLambda, InAList, OfSubclass, OfSubclassWithForward, OfHardtanh, OfThreshold, OfLeakyReLU,
 ]  # fmt: skip

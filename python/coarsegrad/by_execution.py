@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from types import CodeType
 
 import torch
 from torch import Tensor, nn
@@ -386,12 +387,14 @@ def _way(
     the module's own call, as far as they can be told."""
     owner: nn.Module | None = None
     calls: list[tuple[str, Span, Source]] = []
+    wrappers: set[CodeType] = set()  # of the function that was called last
     while i < len(steps) and steps[i].code not in _MACHINERY:
-        if steps[i].torch and steps[i].module is None:  # torch's own, which was handed the function
+        step = steps[i]
+        if step.code in wrappers or step.torch and step.module is None:  # torch's own, which was handed the function
             i += 1
             continue
         try:
-            where, i, call = _call_in(steps, i, owner, calls)
+            where, i, call, wrappers = _call_in(steps, i, owner, calls)
         except _CannotEdit:
             if owner is None:
                 raise
@@ -412,8 +415,9 @@ def _way(
 
 def _call_in(
     steps: list[Step], i: int, owner: nn.Module | None, calls: list[tuple[str, Span, Source]]
-) -> tuple[str, int, tuple[str, Span, Source]]:
-    """(the function that step i is in, the step it is called in as that, the call): of what was called last."""
+) -> tuple[str, int, tuple[str, Span, Source], set[CodeType]]:
+    """(the function that step i is in, the step it is called in as that, the call of what was called last, what is
+    wrapped around the function)."""
     step = steps[i]
     if step.position[1] is None:
         raise _CannotEdit("where it is called can be told from Python 3.11 on")
@@ -423,7 +427,8 @@ def _call_in(
     where, i = located
     holder = steps[i].module if steps[i].module is not None else owner
     try:
-        source = function_at(nn.Module if holder is None else original(type(holder))[0], where).source()
+        function = function_at(nn.Module if holder is None else original(type(holder))[0], where)
+        source, wrappers = function.source(), function.wrappers()
     except (OSError, TypeError, SyntaxError, AttributeError, ImportError) as error:
         raise _CannotEdit(f"the source of {where} cannot be read: {error}") from error
     span = source.span_in_file(step.position)
@@ -435,7 +440,7 @@ def _call_in(
             if not references:
                 raise _CannotEdit(f"{name} is handed on: {step.scope.get('__name__')}, line {step.position[0]}")
             span = references[0]
-    return where, i, (where, span, source)
+    return where, i, (where, span, source), wrappers
 
 
 def _without_turns(key: tuple) -> tuple:

@@ -51,6 +51,14 @@ class Function:
     def source(self) -> Source:
         return Source(self.where, self.function, method=self.method)
 
+    def wrappers(self) -> set[CodeType]:
+        """The code of what is around the function."""
+        found, function = set(), self.wrapped
+        while (below := getattr(function, "__wrapped__", None)) is not None:
+            found.add(getattr(function, "__code__", None))
+            function = below
+        return found - {None}
+
 
 def _is_torchs(base: type) -> bool:
     return base is nn.Module or base.__module__.startswith("torch.nn.modules.")
