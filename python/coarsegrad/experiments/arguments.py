@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -34,3 +35,18 @@ def usable_device(name: str) -> torch.device:
         return device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise ExperimentError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def ending(command: str, kept: str) -> Iterator[None]:
+    """Ends the command with a message and status 1 for what the user can mend, and with 130 after Ctrl-C.
+
+    kept: what is kept, and where.
+    """
+    try:
+        yield
+    except (ExperimentError, OSError) as error:
+        raise SystemExit(f"coarsegrad {command}: {error}") from error
+    except KeyboardInterrupt:
+        print(f"\nStopped. {kept}; the same command goes on from there.")
+        raise SystemExit(130) from None

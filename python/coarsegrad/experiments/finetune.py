@@ -21,7 +21,7 @@ from ..quantize import quantize_
 from ..report import QuantizeReport
 from ..stats import stats
 from ..ste import ROUNDINGS, stes
-from .arguments import positive, usable_device
+from .arguments import ending, positive, usable_device
 from .checkpoints import differences
 from .download import cache_folder
 from .files import ExperimentError
@@ -101,13 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Runs the command; ends it with a message and status 1 for what the user can mend, 130 after Ctrl-C."""
-    try:
+    with ending("finetune", f"What was done is kept in {args.out}"):
         _run(args)
-    except (ExperimentError, OSError) as error:
-        raise SystemExit(f"coarsegrad finetune: {error}") from error
-    except KeyboardInterrupt:
-        print(f"\nStopped. What was done is kept in {args.out}; the same command goes on from there.")
-        raise SystemExit(130) from None
 
 
 def _run(args: argparse.Namespace) -> None:

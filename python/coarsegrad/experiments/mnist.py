@@ -16,7 +16,7 @@ from ..memory import saved_memory
 from ..nn import QReLU
 from ..packed import pack_activations_
 from ..ste import ALPHA_GRADS, ROUNDINGS, format_table, stes
-from .arguments import positive, usable_device
+from .arguments import ending, positive, usable_device
 from .data import Mnist, Split, load_mnist
 from .download import cache_folder
 from .files import ExperimentError, replacing
@@ -71,13 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Runs the command; ends it with a message and status 1 for what the user can mend, 130 after Ctrl-C."""
-    try:
+    with ending("mnist", f"Finished epochs are kept in {args.out}"):
         _run(args)
-    except (ExperimentError, OSError) as error:
-        raise SystemExit(f"coarsegrad mnist: {error}") from error
-    except KeyboardInterrupt:
-        print(f"\nStopped. Finished epochs are kept in {args.out}; the same command goes on from there.")
-        raise SystemExit(130) from None
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from ..memory import saved_memory
 from ..packed import pack_activations_
 from ..ste import ROUNDINGS
 from . import rounding_report
-from .arguments import positive, usable_device
+from .arguments import ending, positive, usable_device
 from .checkpoints import differences
 from .data import load_mnist
 from .files import ExperimentError
@@ -64,13 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Runs the command; ends it with a message and status 1 for what the user can mend, 130 after Ctrl-C."""
-    try:
+    with ending("rounding", f"What was done is kept in {args.out}"):
         _run(args)
-    except (ExperimentError, OSError) as error:
-        raise SystemExit(f"coarsegrad rounding: {error}") from error
-    except KeyboardInterrupt:
-        print(f"\nStopped. What was done is kept in {args.out}; the same command goes on from there.")
-        raise SystemExit(130) from None
 
 
 def _run(args: argparse.Namespace) -> None:

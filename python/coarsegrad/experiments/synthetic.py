@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ..functional import qrelu
 from ..ste import format_table, get_ste, stes
-from .arguments import positive
+from .arguments import ending, positive
 from .files import ExperimentError, replacing
 from .measure import environment
 
@@ -177,13 +177,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Runs the command; ends it with a message and status 1 for what the user can mend, 130 after Ctrl-C."""
-    try:
+    with ending("synthetic", f"Finished settings are kept in {args.out}"):
         _run(args)
-    except (ExperimentError, OSError) as error:
-        raise SystemExit(f"coarsegrad synthetic: {error}") from error
-    except KeyboardInterrupt:
-        print(f"\nStopped. Finished settings are kept in {args.out}; the same command goes on from there.")
-        raise SystemExit(130) from None
 
 
 def _angle(text: str) -> float:

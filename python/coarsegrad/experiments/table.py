@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..nn import QReLU
 from ..stats import stats
-from .arguments import positive, usable_device
+from .arguments import ending, positive, usable_device
 from .data import Split
 from .files import ExperimentError, replacing
 from .measure import environment
@@ -122,13 +122,8 @@ def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
 
 def main(table: Table, command: str, args: argparse.Namespace) -> None:
     """Runs the command; ends it with a message and status 1 for what the user can mend, 130 after Ctrl-C."""
-    try:
+    with ending(command, f"Finished epochs are kept in {args.out}"):
         _run(table, args)
-    except (ExperimentError, OSError) as error:
-        raise SystemExit(f"coarsegrad {command}: {error}") from error
-    except KeyboardInterrupt:
-        print(f"\nStopped. Finished epochs are kept in {args.out}; the same command goes on from there.")
-        raise SystemExit(130) from None
 
 
 def _run(table: Table, args: argparse.Namespace) -> None:
