@@ -336,8 +336,8 @@ def test_forward_mode(reference_or_native, ste):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_a_torch_function_mode_sees_the_op(reference_or_native, inplace):
-    """Without one the native library is called past torch.ops."""
+def test_a_torch_function_mode_sees_the_call(reference_or_native, inplace):
+    """As one of torch's own functions. Without a mode the native library is called past torch.ops."""
     seen = []
 
     class Recorder(torch.overrides.TorchFunctionMode):
@@ -348,12 +348,11 @@ def test_a_torch_function_mode_sees_the_op(reference_or_native, inplace):
     x = torch.randn(70)
     with Recorder():
         y = cg.qrelu(x.clone(), torch.tensor([0.5]), 2, inplace=inplace)
-    op = torch.ops.coarsegrad.qrelu_ if inplace else torch.ops.coarsegrad.qrelu
-    assert op.default in seen
+    assert seen.count(cg.qrelu) == 1
     assert torch.equal(y, cg.qrelu(x, torch.tensor([0.5]), 2))
 
 
-def test_a_tensor_with_a_torch_function_sees_the_op(reference_or_native):
+def test_a_tensor_with_a_torch_function_sees_the_call(reference_or_native):
     seen = []
 
     class Named(torch.Tensor):
@@ -364,4 +363,4 @@ def test_a_tensor_with_a_torch_function_sees_the_op(reference_or_native):
 
     y = cg.qrelu(torch.randn(70).as_subclass(Named), torch.tensor([0.5]), 2)
     assert isinstance(y, Named)
-    assert torch.ops.coarsegrad.qrelu.default in seen
+    assert seen.count(cg.qrelu) == 1
