@@ -59,7 +59,7 @@ def test_the_table_and_the_csv(small, tmp_path, capsys):
         assert kept["relu, checkpoint"] == ""
         assert int(kept["relu"]) == ACTIVATIONS * COUNT * item
         assert int(kept["qrelu"]) == ACTIVATIONS * (COUNT * item + COUNT // 8)
-        assert int(kept["qrelu, packed"]) == ACTIVATIONS * (COUNT * 2 // 8 + item)  # codes, and alpha
+        assert int(kept["qrelu, packed"]) == ACTIVATIONS * (COUNT * 2 // 8 + 4)  # codes, and alpha
     assert all(row["threads"] == "1" and int(row["peak_bytes"]) >= 0 for row in rows)
     assert {float(row["time_over_qrelu_median"]) for row in rows if row["activation"] == "qrelu"} == {1.0}
     figure = figures.memory_figure(rows)
