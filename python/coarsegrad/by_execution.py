@@ -36,8 +36,6 @@ from .surgery import Place, Surgery, free_name, joined
 
 _ROUNDS = 8  # each gets on by one call further out, or by one form of it
 _MACHINERY = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
-
-
 _SCORES = "of products of activations, as scores are: what is chosen by them may change"
 
 
