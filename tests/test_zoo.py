@@ -159,7 +159,8 @@ class Trial:
                 handles.append(module.register_forward_pre_hook(before))
             elif module._parameters:
                 handles.append(module.register_forward_hook(after))
-        outputs = self.outputs(training)
+        with torch.enable_grad():  # some of torch's kernels round in another way without it
+            outputs = [t.detach() for t in self.run(training)]
         for handle in handles:
             handle.remove()
         return ran, outputs
