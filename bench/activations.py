@@ -147,12 +147,8 @@ IMPLEMENTATIONS = {
     "relu": Implementation("nn.ReLU", nn.ReLU, "relu"),
     "relu_inplace": Implementation("nn.ReLU in place", lambda: nn.ReLU(inplace=True), "relu", inplace=True),
     "qrelu": Implementation("QReLU", lambda: cg.QReLU(BITS, alpha=ALPHA)),
-    "qrelu_inplace": Implementation(
-        "QReLU in place", lambda: cg.QReLU(BITS, alpha=ALPHA, inplace=True), inplace=True
-    ),
-    "qrelu_learned": Implementation(
-        "QReLU, learned", lambda: cg.QReLU(BITS, alpha=ALPHA, learn_alpha=True)
-    ),
+    "qrelu_inplace": Implementation("QReLU in place", lambda: cg.QReLU(BITS, alpha=ALPHA, inplace=True), inplace=True),
+    "qrelu_learned": Implementation("QReLU, learned", lambda: cg.QReLU(BITS, alpha=ALPHA, learn_alpha=True)),
     "compile": Implementation("torch.compile", _compiled),
     "idiomatic": Implementation("compiled idiom", _idiomatic),
     "eager": Implementation("eager", lambda: _Eager.apply),

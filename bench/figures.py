@@ -141,8 +141,12 @@ def training_figure(rows: list[Row]) -> Figure:
     for (network, dtype), axes in zip(cases, panels):
         mine = [row for row in rows if (row["network"], row["dtype"]) == (network, dtype)]
         places = range(len(mine))
-        axes.barh(places, [1e3 * float(row["seconds_median"]) for row in mine], 0.7,
-            color=[_BLUE if "qrelu" in row["activation"] else _GREY for row in mine])
+        axes.barh(
+            places,
+            [1e3 * float(row["seconds_median"]) for row in mine],
+            0.7,
+            color=[_BLUE if "qrelu" in row["activation"] else _GREY for row in mine],
+        )
         axes.set_yticks(places, [row["activation"] for row in mine] if axes is panels[0] else [], fontsize=8)
         axes.invert_yaxis()
         axes.set_title(f"{network}, {dtype}: ms a step", fontsize=9)

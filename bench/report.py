@@ -277,12 +277,25 @@ def main(argv: list[str] | None = None) -> None:
         description="Draws what the benchmarks measured, writes docs/benchmarks.md, and says which promises are kept.",
     )
     add = parser.add_argument
-    add("--results", type=Path, default=RESULTS, metavar="FOLDER",
-        help=f"where the CSV files are, and the figures go (default {os.path.relpath(RESULTS)})")
-    add("--page", type=Path, default=DOCS / "benchmarks.md", metavar="FILE",
-        help=f"the page (default {os.path.relpath(DOCS / 'benchmarks.md')}); of a GPU, FILE-cuda.md beside it")
-    add("--staircase", action="store_true",
-        help=f"only draw {os.path.relpath(DOCS / 'staircase.png')}: the staircase and its coarse gradients")
+    add(
+        "--results",
+        type=Path,
+        default=RESULTS,
+        metavar="FOLDER",
+        help=f"where the CSV files are, and the figures go (default {os.path.relpath(RESULTS)})",
+    )
+    add(
+        "--page",
+        type=Path,
+        default=DOCS / "benchmarks.md",
+        metavar="FILE",
+        help=f"the page (default {os.path.relpath(DOCS / 'benchmarks.md')}); of a GPU, FILE-cuda.md beside it",
+    )
+    add(
+        "--staircase",
+        action="store_true",
+        help=f"only draw {os.path.relpath(DOCS / 'staircase.png')}: the staircase and its coarse gradients",
+    )
     args = parser.parse_args(argv)
     if args.staircase:
         return _save(figures.staircase_figure(), DOCS / "staircase.png")

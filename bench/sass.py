@@ -374,10 +374,20 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--arch", nargs="+", choices=ARCHS, default=list(ARCHS), metavar="ARCH",
-        help=f"some of {', '.join(ARCHS)} (default: all)")
-    add("--only", metavar="PATTERN", default="*",
-        help="kernels whose name and dtype match, as 'forward*' or '*bfloat16' (default: all)")
+    add(
+        "--arch",
+        nargs="+",
+        choices=ARCHS,
+        default=list(ARCHS),
+        metavar="ARCH",
+        help=f"some of {', '.join(ARCHS)} (default: all)",
+    )
+    add(
+        "--only",
+        metavar="PATTERN",
+        default="*",
+        help="kernels whose name and dtype match, as 'forward*' or '*bfloat16' (default: all)",
+    )
     add("--json", action="store_true", help="JSON instead of tables: one object for each kernel and architecture")
     add("--show", action="store_true", help="the instructions of each bulk path too, and how many there are of each")
     add("--write", type=Path, metavar="FILE", help="write the tables there, as docs/sass.md")
@@ -394,8 +404,10 @@ def main() -> None:
         fields = map(sass_triton.instance_fields, sass_triton.rows())
         names += [(each["kernel"], each["dtype"]) for each in fields]
     if not any(_chosen(*each, args.only) for each in names):
-        raise SystemExit(f"bench.sass: no kernel matches {args.only!r}; there are "
-                         + ", ".join(dict.fromkeys(kernel for kernel, _ in names)))
+        raise SystemExit(
+            f"bench.sass: no kernel matches {args.only!r}; there are "
+            + ", ".join(dict.fromkeys(kernel for kernel, _ in names))
+        )
     try:
         found = reports(args.arch, args.only)
         if args.json:

@@ -42,7 +42,7 @@ class Instruction:
 
     @property
     def access(self) -> str:
-        """"load" or "store" in global memory, else nothing."""
+        """Either "load" or "store" in global memory, else nothing."""
         return _ACCESSES.get(self.name, "")
 
     @property

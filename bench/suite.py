@@ -152,25 +152,48 @@ def size_options(parser: argparse.ArgumentParser, results: Path, names: Iterable
     add = parser.add_argument
     add_device(parser, results)
     add("--quick", action="store_true", help="fewer sizes and rounds")
-    add("--sizes", nargs="+", type=_elements, metavar="N",
-        help="these numbers of elements alone, as 65536 or 2^16")
-    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE",
-        help=f"{' and/or '.join(DTYPES)} (default: both)")
-    add("--only", nargs="+", choices=names, default=names, metavar="NAME",
-        help=f"some of {', '.join(names)}; and always the measure: {', '.join(measures)} (default: all)")
-    add("--rounds", type=at_least(5), metavar="N",
-        help="rounds that count, at least 5 (default 31; with --quick 11)")
-    add("--threads", type=at_least(1), default=1, metavar="N",
-        help="threads (default 1, timed by its CPU time; more by the wall clock)")
-    add("--allocator", choices=ALLOCATORS, default="keep",
-        help="whether freed memory is kept, or the environment stays as it is (default keep)")
+    add("--sizes", nargs="+", type=_elements, metavar="N", help="these numbers of elements alone, as 65536 or 2^16")
+    add(
+        "--dtypes",
+        nargs="+",
+        choices=DTYPES,
+        default=list(DTYPES),
+        metavar="DTYPE",
+        help=f"{' and/or '.join(DTYPES)} (default: both)",
+    )
+    add(
+        "--only",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="NAME",
+        help=f"some of {', '.join(names)}; and always the measure: {', '.join(measures)} (default: all)",
+    )
+    add("--rounds", type=at_least(5), metavar="N", help="rounds that count, at least 5 (default 31; with --quick 11)")
+    add(
+        "--threads",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="threads (default 1, timed by its CPU time; more by the wall clock)",
+    )
+    add(
+        "--allocator",
+        choices=ALLOCATORS,
+        default="keep",
+        help="whether freed memory is kept, or the environment stays as it is (default keep)",
+    )
 
 
 def add_device(parser: argparse.ArgumentParser, results: Path) -> None:
     """The options of where to measure, and where to write to; see `find_device`."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default cpu)")
-    parser.add_argument("--out", type=Path, metavar="CSV",
-        help=f"the results (default {os.path.relpath(results)}; of a GPU, {os.path.relpath(of_gpu(results))})")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="CSV",
+        help=f"the results (default {os.path.relpath(results)}; of a GPU, {os.path.relpath(of_gpu(results))})",
+    )
 
 
 def of_gpu(results: Path) -> Path:

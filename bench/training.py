@@ -105,8 +105,9 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     network_options(parser, list(NETWORKS), "float32", 15)
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="CSV",
-        help=f"the results (default {os.path.relpath(RESULTS)})")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, metavar="CSV", help=f"the results (default {os.path.relpath(RESULTS)})"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)  # as in the processes that measure
     here = facts(torch.device("cpu"), "keep")

@@ -232,7 +232,7 @@ def _code_of(value: object) -> CodeType | None:
 
 
 def _global_function(code: CodeType, scope: dict[str, object]) -> str | None:
-    """ "module:name" of the function of that code."""
+    """The name of the function of that code, "module:name"."""
     module = scope.get("__name__")
     path = getattr(code, "co_qualname", code.co_name)
     if module in sys.modules and "<" not in path:

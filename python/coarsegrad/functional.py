@@ -113,9 +113,7 @@ def _checked(
         or alpha_scale != 1.0
     ):
         if isinstance(x, Tensor) and x.is_nested:
-            alpha, _ = check_arguments(
-                x.contiguous().values(), alpha, bits, rounding, _dim_of_values(x, channel_dim)
-            )
+            alpha, _ = check_arguments(x.contiguous().values(), alpha, bits, rounding, _dim_of_values(x, channel_dim))
         else:
             alpha, channel_dim = check_arguments(x, alpha, bits, rounding, channel_dim)
         alpha_scale = _scale(alpha_scale, x, bits)

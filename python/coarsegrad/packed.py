@@ -132,9 +132,7 @@ class _Output:
     y: a weak reference to y, from then on.
     """
 
-    def __init__(
-        self, y: Tensor, codes: Tensor, alpha: Tensor, gate: _Gate | None, rebuilding: _Rebuilding
-    ) -> None:
+    def __init__(self, y: Tensor, codes: Tensor, alpha: Tensor, gate: _Gate | None, rebuilding: _Rebuilding) -> None:
         self.version: int | None = None
         self.y: weakref.ref[Tensor] = lambda: None
         self._codes, self._alpha, self._gate, self._rebuilding = codes, alpha, gate, rebuilding

@@ -101,7 +101,7 @@ def find_calls(cls: type[nn.Module], functions: frozenset[Callable]) -> Found:
 
 @functools.cache
 def activation_of(cls: type[nn.Module], functions: frozenset[Callable]) -> str | None:
-    """"ReLU" or "ReLU squared", if that is what the source of the class's forward says it is."""
+    """Either "ReLU" or "ReLU squared", if that is what the source of the class's forward says it is."""
     function = inspect.getattr_static(cls, "forward", None)
     if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__") or _is_torchs(cls):
         return None
@@ -221,9 +221,7 @@ def _rewrapped(function: Callable, inner: FunctionType) -> Callable:
         raise TypeError(f"it is wrapped by {getattr(function, '__qualname__', function)!s}, which cannot be made anew")
     new_below = _rewrapped(below, inner)
     closure = tuple(CellType(new_below) if held else cell for cell, held in zip(cells, holds))
-    made = FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, closure
-    )
+    made = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, closure)
     made.__dict__.update(function.__dict__, __wrapped__=new_below)
     for name in ("__kwdefaults__", "__qualname__", "__module__", "__doc__", "__annotations__"):
         setattr(made, name, getattr(function, name))

@@ -153,8 +153,11 @@ class Source:
     def span_in_file(self, position: tuple[int, int, int, int]) -> Span:
         """The span of a position in the file, given as (line, column, last line, last column)."""
         line, column, last_line, last_column = position
-        return line - self.first_line + 1, column - self.indent, last_line - self.first_line + 1, (
-            last_column - self.indent
+        return (
+            line - self.first_line + 1,
+            column - self.indent,
+            last_line - self.first_line + 1,
+            (last_column - self.indent),
         )
 
     def _resolve(self, node: ast.AST) -> Callable | None:
@@ -345,7 +348,7 @@ class Source:
         return found[::-1]
 
     def what_of_its_argument(self) -> str | None:
-        """"ReLU" or "ReLU squared" if the function is that of its one argument beside self, whatever the argument and
+        """Either "ReLU" or "ReLU squared" if the function is that of its one argument beside self, whatever the argument and
         the module's mode: a chain of assignments and a return."""
         arguments = self.definition.args
         if len(arguments.args) != 2 or arguments.vararg or arguments.kwonlyargs or arguments.posonlyargs:

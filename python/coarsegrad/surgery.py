@@ -320,6 +320,7 @@ class Surgery:
         if not self._exchanged:
             return
         for owner in list(self.model.modules()):
+
             def new(module: object, owner: nn.Module = owner) -> object:
                 candidates = self._exchanged.get(module, []) if isinstance(module, nn.Module) else []
                 own = [made for other, made in candidates if other is owner]

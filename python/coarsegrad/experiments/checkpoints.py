@@ -37,9 +37,7 @@ def load_checkpoint(path: Path, config: dict, parts: dict) -> list[dict]:
     except Exception as error:  # torch.load raises whatever the damage leads it to
         raise ExperimentError(f"{path} is not a readable checkpoint ({error}); {remedy}") from error
     if there != config:
-        raise ExperimentError(
-            f"{path} is of a run with another configuration ({differences(there, config)}); {remedy}"
-        )
+        raise ExperimentError(f"{path} is of a run with another configuration ({differences(there, config)}); {remedy}")
     for name, part in parts.items():
         part.load_state_dict(saved[name])
     return history

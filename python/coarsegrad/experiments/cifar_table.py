@@ -51,8 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `python -m coarsegrad cifar-table` to `parser`."""
     parser.description = _DESCRIPTION
     parser.add_argument("network", choices=list(TABLES), help="what is trained")
-    parser.add_argument("--data", type=Path, metavar="FOLDER",
-                        help="the files of CIFAR-10's binary version: data_batch_1.bin to _5.bin, test_batch.bin")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="the files of CIFAR-10's binary version: data_batch_1.bin to _5.bin, test_batch.bin",
+    )
     table.add_arguments(parser, "runs/cifar-table/NETWORK")
 
 

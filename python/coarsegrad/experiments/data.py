@@ -107,17 +107,13 @@ def read_idx(path: Path) -> np.ndarray:
     shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4))
     wanted = header + int(np.prod(shape, dtype=object))
     if len(content) != wanted:
-        raise ExperimentError(
-            f"{path} is damaged: {len(content):,} bytes, but its header asks for {wanted:,}"
-        )
+        raise ExperimentError(f"{path} is damaged: {len(content):,} bytes, but its header asks for {wanted:,}")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
 
 
 def _idx_arrays(folder: Path) -> dict[str, np.ndarray]:
     if not folder.is_dir():
-        raise ExperimentError(
-            f"--data {folder} is not a folder; wanted one that holds the four IDX files of MNIST"
-        )
+        raise ExperimentError(f"--data {folder} is not a folder; wanted one that holds the four IDX files of MNIST")
     arrays, paths, missing = {}, {}, []
     for name, file in _IDX_NAMES.items():
         found = [path for path in (folder / file, folder / f"{file}.gz") if path.exists()]
@@ -134,13 +130,9 @@ def _idx_arrays(folder: Path) -> dict[str, np.ndarray]:
         if images.ndim != 3 or images.shape[1:] != (28, 28) or len(images) == 0:
             raise ExperimentError(f"{paths[f'{part}_images']} holds shape {images.shape}, wanted (N, 28, 28)")
         if labels.shape != images.shape[:1]:
-            raise ExperimentError(
-                f"{paths[f'{part}_labels']} holds shape {labels.shape}, wanted {images.shape[:1]}"
-            )
+            raise ExperimentError(f"{paths[f'{part}_labels']} holds shape {labels.shape}, wanted {images.shape[:1]}")
         if labels.max() >= _CLASSES:
-            raise ExperimentError(
-                f"{paths[f'{part}_labels']} holds the label {labels.max()}, wanted 0..{_CLASSES - 1}"
-            )
+            raise ExperimentError(f"{paths[f'{part}_labels']} holds the label {labels.max()}, wanted 0..{_CLASSES - 1}")
     return arrays
 
 
@@ -199,9 +191,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) not in self._KNOWN:
-            raise ExperimentError(
-                f"refused a pickle that asks for {module}.{name}: only plain numpy arrays are read"
-            )
+            raise ExperimentError(f"refused a pickle that asks for {module}.{name}: only plain numpy arrays are read")
         return self._KNOWN[module, name]
 
 

@@ -69,27 +69,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", metavar="FOLDER_OR_ID", help="a pretrained model with its tokenizer (default: a small OPT)")
     add("--data", type=Path, metavar="FOLDER", help="fine-tune on its train/*.txt, validate on its validation/*.txt")
-    add("--bits", nargs="+", type=int, choices=range(1, 9), default=[8, 4, 2, 1], metavar="N",
-        help="bits of the activations, a run for each (default 8 4 2 1)")
+    add(
+        "--bits",
+        nargs="+",
+        type=int,
+        choices=range(1, 9),
+        default=[8, 4, 2, 1],
+        metavar="N",
+        help="bits of the activations, a run for each (default 8 4 2 1)",
+    )
     add("--ste", choices=list(stes()), default="relu", help="coarse gradient (default relu)")
     add("--rounding", choices=ROUNDINGS, default="nearest", help="thresholds of the staircase (default nearest)")
-    add("--alpha-lr", type=positive(float), metavar="RATE",
-        help=f"learning rate of the alphas, in units of their mean (default {_ALPHA_LR} times that of the weights)")
+    add(
+        "--alpha-lr",
+        type=positive(float),
+        metavar="RATE",
+        help=f"learning rate of the alphas, in units of their mean (default {_ALPHA_LR} times that of the weights)",
+    )
     add("--fixed-alpha", action="store_true", help="leave alphas as calibrated, in place of learning them")
     add("--steps", type=positive(int), default=200, metavar="N", help="of each fine-tuning (default 200)")
-    add("--lr", type=positive(float), default=5e-4, metavar="RATE",
-        help="highest learning rate: it rises to it, and falls to 0 along half a cosine (default 0.0005)")
+    add(
+        "--lr",
+        type=positive(float),
+        default=5e-4,
+        metavar="RATE",
+        help="highest learning rate: it rises to it, and falls to 0 along half a cosine (default 0.0005)",
+    )
     add("--batch-size", type=positive(int), default=16, metavar="N", help="blocks a step (default 16)")
     add("--length", type=positive(int), default=128, metavar="N", help="tokens of a block (default 128)")
-    add("--validation", type=positive(int), default=512, metavar="N",
-        help="blocks to validate on, at most, evenly spaced (default 512)")
-    add("--evaluations", type=positive(int), default=10, metavar="N",
-        help="how often each training is evaluated and a checkpoint written (default 10)")
+    add(
+        "--validation",
+        type=positive(int),
+        default=512,
+        metavar="N",
+        help="blocks to validate on, at most, evenly spaced (default 512)",
+    )
+    add(
+        "--evaluations",
+        type=positive(int),
+        default=10,
+        metavar="N",
+        help="how often each training is evaluated and a checkpoint written (default 10)",
+    )
     add("--seed", type=int, default=0, help="of the weights and the order of the blocks (default 0)")
     add("--device", default="cpu", help="as torch names it: cpu, cuda, cuda:1 (default cpu)")
     add("--threads", type=positive(int), metavar="N", help="threads on a CPU (default: torch's choice)")
-    add("--out", type=Path, default=Path("runs/finetune"), metavar="FOLDER",
-        help="checkpoints and results (default runs/finetune)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/finetune"),
+        metavar="FOLDER",
+        help="checkpoints and results (default runs/finetune)",
+    )
     own = parser.add_argument_group("our own model, without --model").add_argument
     own("--pretrain-data", type=Path, metavar="FOLDER", help="as --data, to pretrain on")
     own("--pretrain-steps", type=positive(int), default=1600, metavar="N", help="(default 1600)")

@@ -33,8 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `python -m coarsegrad memory` to `parser`."""
     parser.description = _DESCRIPTION
     add = parser.add_argument
-    add("--model", choices=[*_CONFIGS, "mlp", "lenet"], default="opt-125m-config",
-        help="what to measure (default opt-125m-config)")
+    add(
+        "--model",
+        choices=[*_CONFIGS, "mlp", "lenet"],
+        default="opt-125m-config",
+        help="what to measure (default opt-125m-config)",
+    )
     add("--bits", type=int, choices=range(1, 9), default=2, help="bits of an activation (default 2)")
     add("--ste", choices=list(stes()), default="clipped_relu", help="coarse gradient (default clipped_relu)")
     add("--rounding", choices=ROUNDINGS, default="ceil", help="thresholds of the staircase (default ceil)")

@@ -51,22 +51,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bits", type=int, choices=range(1, 9), default=2, help="bits of an activation (default 2)")
     add("--ste", choices=list(stes()), default="clipped_relu", help="coarse gradient (default clipped_relu)")
     add("--rounding", choices=ROUNDINGS, default="nearest", help="thresholds of the staircase (default nearest)")
-    add("--learn-alpha", nargs="?", choices=ALPHA_GRADS, const="three_valued", metavar="RULE",
+    add(
+        "--learn-alpha",
+        nargs="?",
+        choices=ALPHA_GRADS,
+        const="three_valued",
+        metavar="RULE",
         help=f"learn the height of a stair by one of the rules {', '.join(ALPHA_GRADS)} (three_valued if "
-             f"none is named), at {ALPHA_LR} of the learning rate; a step at most halves it; "
-             "else it stays at the best for half-Gaussian inputs")
+        f"none is named), at {ALPHA_LR} of the learning rate; a step at most halves it; "
+        "else it stays at the best for half-Gaussian inputs",
+    )
     add("--epochs", type=positive(int), default=3, help="epochs with low-bit activations (default 3)")
     add("--float-epochs", type=positive(int), default=2, help="epochs in float before that (default 2)")
-    add("--lr", type=positive(float), default=0.05,
-        help="learning rate at the start of each phase; half a cosine takes it to 0 (default 0.05)")
+    add(
+        "--lr",
+        type=positive(float),
+        default=0.05,
+        help="learning rate at the start of each phase; half a cosine takes it to 0 (default 0.05)",
+    )
     add("--batch-size", type=positive(int), default=64, help="images a step (default 64)")
     add("--subset", type=positive(int), metavar="N", help="train on the first N images only")
     add("--seed", type=int, default=0, help="of the weights and the order of the images (default 0)")
     add("--device", default="cpu", help="as torch names it: cpu, cuda, cuda:1 (default cpu)")
     add("--threads", type=positive(int), metavar="N", help="threads on a CPU (default: torch's choice)")
     add("--data", type=Path, metavar="FOLDER", help="the four IDX files of MNIST, gzipped or not")
-    add("--out", type=Path, default=Path("runs/mnist"), metavar="FOLDER",
-        help="checkpoints and results (default runs/mnist)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/mnist"),
+        metavar="FOLDER",
+        help="checkpoints and results (default runs/mnist)",
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -88,8 +103,13 @@ def _run(args: argparse.Namespace) -> None:
 
     # All that decides the numbers: a checkpoint must agree with it to be gone on from.
     common = {
-        "lr": args.lr, "batch_size": args.batch_size, "seed": args.seed, "subset": args.subset,
-        "device": str(device), "threads": torch.get_num_threads(), "data": mnist.sha256,
+        "lr": args.lr,
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+        "subset": args.subset,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "data": mnist.sha256,
     }
     float_config = {"phase": "float", "epochs": args.float_epochs, **common}
     config = {"phase": "quantized", "epochs": args.epochs, "float_epochs": args.float_epochs}
@@ -103,7 +123,7 @@ def _run(args: argparse.Namespace) -> None:
     history["quantized"] = fit(model, mnist.train, mnist.test, config, folder / "checkpoint.pt")
 
     training_curves(history, f"LeNet-5 on MNIST, {folder.name}", folder / "curves.png")
-    batch = Split(*(part[:args.batch_size].clone() for part in mnist.train))
+    batch = Split(*(part[: args.batch_size].clone() for part in mnist.train))
     results = _measure({"float": float_model, "quantized": model}, batch, args.lr)
     for phase, result in results.items():
         result["test_accuracy"] = history[phase][-1]["test_accuracy"]
@@ -171,15 +191,17 @@ def _table(config: dict, environment: dict, results: dict, history: dict) -> str
     ]
     values = [value for layer in low["alpha"].values() for value in layer]
     alpha = ", ".join(f"{value:.4g}" for value in values)
-    return "\n".join([
-        format_table(("", "nn.ReLU", f"QReLU, {config['bits']} bits", ""), rows),
-        "",
-        f"ste {config['ste']}, rounding {config['rounding']}, alpha {alpha}: "
-        + (f"learned by {config['learn_alpha']}" if config["learn_alpha"] else "fixed"),
-        f"Bytes are of one step on {config['batch_size']} images, without weights. \"Activations\" are their outputs,",
-        "packed, and their gates; the rest of \"all layers\" is mostly what BatchNorm and max pooling keep.",
-        f"Times are of {_TIMED_STEPS} steps of each network in turn, in one process, on this machine: "
-        f"{environment['cpu']},",
-        f"device {environment['device']}, threads {environment['threads']}, torch {environment['torch']}, "
-        f"backend {environment['backend']}.",
-    ])
+    return "\n".join(
+        [
+            format_table(("", "nn.ReLU", f"QReLU, {config['bits']} bits", ""), rows),
+            "",
+            f"ste {config['ste']}, rounding {config['rounding']}, alpha {alpha}: "
+            + (f"learned by {config['learn_alpha']}" if config["learn_alpha"] else "fixed"),
+            f'Bytes are of one step on {config["batch_size"]} images, without weights. "Activations" are their',
+            'outputs, packed, and their gates; the rest of "all layers" is mostly what BatchNorm and max pooling keep.',
+            f"Times are of {_TIMED_STEPS} steps of each network in turn, in one process, on this machine: "
+            f"{environment['cpu']},",
+            f"device {environment['device']}, threads {environment['threads']}, torch {environment['torch']}, "
+            f"backend {environment['backend']}.",
+        ]
+    )

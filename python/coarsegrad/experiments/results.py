@@ -39,8 +39,13 @@ FOLDER is relative to the page's own. All else on the page stays as it is.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `python -m coarsegrad results` to `parser`."""
     parser.description = _DESCRIPTION
-    parser.add_argument("page", nargs="?", type=Path, default=Path("docs/experiments.md"),
-                        help="a Markdown file (default docs/experiments.md)")
+    parser.add_argument(
+        "page",
+        nargs="?",
+        type=Path,
+        default=Path("docs/experiments.md"),
+        help="a Markdown file (default docs/experiments.md)",
+    )
 
 
 def main(args: argparse.Namespace) -> None:

@@ -47,10 +47,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `python -m coarsegrad rounding` to `parser`."""
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     add = parser.add_argument
-    add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME",
-        help=f"of {', '.join(NETWORKS)} (default: all; opt needs transformers)")
-    add("--bits", nargs="+", type=int, choices=range(1, 9), default=[8, 4, 3, 2], metavar="N",
-        help="bits of the activations (default 8 4 3 2)")
+    add(
+        "--networks",
+        nargs="+",
+        choices=NETWORKS,
+        default=list(NETWORKS),
+        metavar="NAME",
+        help=f"of {', '.join(NETWORKS)} (default: all; opt needs transformers)",
+    )
+    add(
+        "--bits",
+        nargs="+",
+        type=int,
+        choices=range(1, 9),
+        default=[8, 4, 3, 2],
+        metavar="N",
+        help="bits of the activations (default 8 4 3 2)",
+    )
     add("--float-steps", type=positive(int), default=600, metavar="N", help="of the training in float (default 600)")
     add("--steps", type=positive(int), default=50, metavar="N", help="of each fine-tuning (default 50)")
     add("--seed", type=int, default=0, help="of the weights and the order of the data (default 0)")
@@ -58,8 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=positive(int), metavar="N", help="threads on a CPU (default: torch's choice)")
     add("--data", type=Path, metavar="FOLDER", help="the four IDX files of MNIST, gzipped or not")
     add("--text", type=Path, metavar="FOLDER", help="train/*.txt and validation/*.txt in place of Shakespeare")
-    add("--out", type=Path, default=Path("runs/rounding"), metavar="FOLDER",
-        help="checkpoints and results (default runs/rounding)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/rounding"),
+        metavar="FOLDER",
+        help="checkpoints and results (default runs/rounding)",
+    )
 
 
 def main(args: argparse.Namespace) -> None:

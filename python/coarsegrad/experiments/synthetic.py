@@ -160,10 +160,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--stes", nargs="+", choices=list(stes()), default=list(stes()), metavar="STE", help="estimators (default all)")
     add("--bits", nargs="+", type=int, choices=range(1, 9), default=[1, 2, 3, 4, 8], help="(default 1 2 3 4 8)")
-    add("--hidden", nargs="+", type=positive(int), default=[32, 8, 16, 64], metavar="K",
-        help="hidden neurons (default 32 8 16 64)")
-    add("--angles", nargs="+", type=_angle, default=[90.0, 75.0, 60.0, 45.0, 30.0], metavar="DEGREES",
-        help="between the subspaces, above 0 and at most 90 (default 90 75 60 45 30)")
+    add(
+        "--hidden",
+        nargs="+",
+        type=positive(int),
+        default=[32, 8, 16, 64],
+        metavar="K",
+        help="hidden neurons (default 32 8 16 64)",
+    )
+    add(
+        "--angles",
+        nargs="+",
+        type=_angle,
+        default=[90.0, 75.0, 60.0, 45.0, 30.0],
+        metavar="DEGREES",
+        help="between the subspaces, above 0 and at most 90 (default 90 75 60 45 30)",
+    )
     add("--seeds", type=positive(int), default=20, help="runs of each setting (default 20)")
     add("--classes", type=positive(int), default=2, help="(default 2)")
     add("--dim", type=positive(int), default=2, help="dimensions of each subspace (default 2)")

@@ -109,14 +109,24 @@ def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     """Adds the options that all tables have to `parser`."""
     parser.epilog = _EPILOG
     add = parser.add_argument
-    add("--runs", nargs="+", default=["*"], metavar="PATTERN",
-        help="only the runs whose name, SCHEDULE/RUN, has one of these patterns, as 'full/2bit-*' (default all)")
+    add(
+        "--runs",
+        nargs="+",
+        default=["*"],
+        metavar="PATTERN",
+        help="only the runs whose name, SCHEDULE/RUN, has one of these patterns, as 'full/2bit-*' (default all)",
+    )
     add("--list", action="store_true", help="print the names of the runs, and which are finished; train nothing")
     add("--report", action="store_true", help="make table and figures of the finished runs; train nothing")
     add("--device", default="cpu", help="as torch names it: cpu, cuda, cuda:1 (default cpu)")
     add("--threads", type=positive(int), metavar="N", help="threads on a CPU (default: torch's choice)")
-    add("--jobs", type=positive(int), default=1, metavar="N",
-        help="runs that are trained at once, each in a thread (default 1)")
+    add(
+        "--jobs",
+        type=positive(int),
+        default=1,
+        metavar="N",
+        help="runs that are trained at once, each in a thread (default 1)",
+    )
     add("--out", type=Path, default=Path(out), metavar="FOLDER", help=f"results and checkpoints (default {out})")
 
 
@@ -348,5 +358,3 @@ def _write_csv(results: list[tuple[Run, dict]], path: Path) -> None:
     writer.writerows(rows)
     with replacing(path) as file:
         file.write(text.getvalue().encode())
-
-

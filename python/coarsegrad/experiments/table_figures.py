@@ -54,7 +54,7 @@ def _accuracy(results: list[tuple[Run, dict]], title: str) -> Figure:
             if run.bits == b:
                 x = [row["epoch"] for row in result["history"]]
                 y = [100 * (1 - row["test_accuracy"]) for row in result["history"]]
-                lines[run.variant], = axes.plot(x, y, color=f"C{variants.index(run.variant)}", linewidth=1)
+                (lines[run.variant],) = axes.plot(x, y, color=f"C{variants.index(run.variant)}", linewidth=1)
         axes.set(xlabel="epoch", yscale="log", title=f"{b} bit{'s' if b > 1 else ''}")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:.2g}")

@@ -51,9 +51,7 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.SGD:
     return keep_positive(torch.optim.SGD(param_groups(model, lr, alpha_lr=ALPHA_LR * lr), momentum=0.9), model)
 
 
-def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor]:
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """One step on a batch; returns its mean loss and the number of right answers before the step."""
     optimizer.zero_grad()
     output = model(x)
@@ -99,9 +97,7 @@ def fit(
     """
     batches = len(train.y) // config["batch_size"]
     if batches == 0:
-        raise ExperimentError(
-            f"--batch-size {config['batch_size']} is more than the {len(train.y)} training images"
-        )
+        raise ExperimentError(f"--batch-size {config['batch_size']} is more than the {len(train.y)} training images")
     optimizer = make_optimizer(model, config["lr"])
     scheduler = LambdaLR(optimizer, _lr_factor(batches, config["epochs"], config.get("lr_drops")))
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}

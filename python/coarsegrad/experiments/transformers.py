@@ -45,9 +45,7 @@ class _Attention(nn.Module):
         self.out = nn.Linear(config.inner, config.width, bias=bias)
 
     def forward(self, x: Tensor, position_bias: Tensor | None, causal: bool, scale: float | None) -> Tensor:
-        q, k, v = (
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.q, self.k, self.v)
-        )
+        q, k, v = (project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=position_bias, is_causal=causal, scale=scale)
         return self.out(y.transpose(1, 2).flatten(-2))
 
