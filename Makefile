@@ -29,7 +29,7 @@ test: build  ## all tests, C++ and Python
 	python -m pytest -n auto --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
 
 test-zoo: build  ## converts every architecture of transformers that can be built small; takes many minutes
-	python -m pytest tests/test_zoo.py -m "slow or not slow" -n auto $(TEST_ARGS)
+	python -m pytest tests/convert/test_zoo.py -m "slow or not slow" -n auto $(TEST_ARGS)
 
 demo: build  ## trains LeNet-5 on MNIST, float and then with 2-bit activations
 	python -m coarsegrad mnist --bits 2 $(DEMO_ARGS)
@@ -52,8 +52,9 @@ bench-gpu: build  ## the benchmarks of a GPU and docs/benchmarks-cuda.md; brevit
 	python -m bench.memory --device cuda
 	python -m bench.report
 
-lint: setup  ## ruff
+lint: setup  ## ruff: rules and format
 	ruff check .
+	ruff format --check .
 
 clean:  ## removes .venv and what was built
 	rm -rf build dist $(VENV) python/coarsegrad.egg-info python/coarsegrad/_C.* python/coarsegrad/_build.py

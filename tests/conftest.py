@@ -50,7 +50,7 @@ reference_or_native = pytest.fixture(
 
 @pytest.fixture
 def device(request):
-    """"cpu" or "cuda"; "cuda-native" and the like let that backend serve it."""
+    """The device "cpu" or "cuda"; "cuda-native" and the like let that backend serve it."""
     device, _, backend = request.param.partition("-")
     with contextlib.ExitStack() as stack:
         if backend:

@@ -11,8 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-
 # In the order of the enumerators in csrc/math and of the operations in tests/cpp/cuda_host.cpp.
 OPS = ("forward", "backward", "dequantize", "times_slopes")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

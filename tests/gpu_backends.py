@@ -1,4 +1,4 @@
-"""The devices that test_gpu.py and test_gpu_stack.py run on, and with it the backend that serves it there."""
+"""The devices that test_gpu.py and test_gpu_modules.py run on, and with it the backend that serves it there."""
 
 from __future__ import annotations
 

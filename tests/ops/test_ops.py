@@ -1,0 +1,322 @@
+"""The ops as torch sees them: opcheck, torch.compile, torch.export, autocast."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import coarsegrad as cg
+
+ALPHA = torch.tensor([0.4])
+CHANNEL_ALPHA = torch.tensor([0.3, 0.4, 0.5])
+FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+def sample(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def forward_samples(tail):
+    yield (sample(37, dtype=torch.bfloat16), ALPHA, 2, *tail(None))
+    yield (sample(2, 3, 4, 5).contiguous(memory_format=torch.channels_last), CHANNEL_ALPHA, 5, *tail(-3))
+    yield (sample(2, 3, 4, 5).transpose(1, 3), ALPHA, 1, *tail(None))
+    yield (sample(0, 3), ALPHA, 8, *tail(None))
+    yield (sample(1)[0], ALPHA, 4, *tail(None))
+
+
+def qrelu_samples(inplace=False):
+    for ste in oracle.STES:
+        for alpha_grad, need_x, need_alpha in (
+            ("exact", False, False),
+            ("exact", True, False),
+            ("chain", False, True),
+            ("exact", True, True),
+            ("two_valued", True, True),
+        ):
+            if inplace and (need_x or need_alpha):
+                continue  # a leaf cannot be written to; the compile tests below differentiate in place
+            x = sample(2, 3, 5).requires_grad_(need_x)
+            alpha = CHANNEL_ALPHA.clone().requires_grad_(need_alpha)
+            yield (x, alpha, 2, ste, "ceil", alpha_grad, 1.0, 1)
+    for arguments in forward_samples(lambda channel_dim: ("relu", "hwgq", "exact", 0.5, channel_dim)):
+        if not inplace:
+            arguments = (arguments[0].detach().requires_grad_(), *arguments[1:])
+        yield arguments
+
+
+def kept_samples():
+    for kept in (("nothing", False), ("positive", False), ("inside", True), ("state", False)):
+        for *arguments, channel_dim in forward_samples(lambda channel_dim: (channel_dim,)):
+            yield (*arguments, "nearest", *kept, channel_dim)
+
+
+def backward_samples():
+    """Real kept state, as the forward hands it over."""
+    cases = (
+        ("identity", None),
+        ("relu", None),
+        ("clipped_relu", None),
+        ("log_tailed_relu", None),
+        ("identity", "exact"),
+        ("relu", "exact"),
+        ("clipped_relu", "exact"),
+        ("clipped_relu", "three_valued"),
+        ("relu", "two_valued"),
+        ("relu", "chain"),
+        ("reverse_exponential", "exact"),
+    )
+    for ste, alpha_grad in cases:
+        mask, codes, keep_x = cg.ste.kept(ste, "ceil", alpha_grad, True)
+        for memory_format in FORMATS:
+            x = sample(2, 3, 4, 5).contiguous(memory_format=memory_format)
+            _, bits, packed = torch.ops.coarsegrad.qrelu_forward(x, CHANNEL_ALPHA, 2, "ceil", mask, codes, 1)
+            with_x = (CHANNEL_ALPHA, x) if keep_x else (None, None)
+            kept = (*with_x, None if mask == "nothing" else bits, packed if codes else None)
+            dy = sample(2, 3, 4, 5, seed=1).contiguous(memory_format=memory_format)
+            rule = (2, ste, "ceil", alpha_grad or "exact", 1.0, 1)
+            yield (dy, *kept, *rule, True, alpha_grad is not None)
+
+
+def slopes_samples(ste):
+    """slopes, or the name of their STE."""
+    for bits, dtype in ((1, torch.float64), (2, torch.float32), (3, torch.bfloat16), (7, torch.float16)):
+        for memory_format in FORMATS:
+            dy, x = (sample(2, 3, 4, 5, dtype=dtype, seed=i).contiguous(memory_format=memory_format) for i in (0, 1))
+            codes = cg.qrelu_codes(x, ALPHA, bits)
+            slopes = sample(2**bits, dtype=cg.reference.wide_dtype(dtype))
+            yield (dy, codes, bits, ste) if ste else (dy, codes, slopes, bits)
+
+
+def dequantize_samples():
+    for bits in (1, 2, 4, 7):
+        for memory_format in FORMATS:
+            x = sample(2, 3, 4, 5).contiguous(memory_format=memory_format)
+            codes = cg.qrelu_codes(x, CHANNEL_ALPHA, bits, channel_dim=1)
+            dtype = oracle.DTYPES[bits % 4]
+            yield (codes, CHANNEL_ALPHA, bits, [2, 3, 4, 5], dtype, 1, memory_format)
+
+
+def layer_backward_samples(*settings):
+    """A Linear over the last dimension, or a Conv2d where there are settings, with and without the codes."""
+    for memory_format in FORMATS:
+        x = sample(2, 4, 6, 5).contiguous(memory_format=memory_format)
+        weight = sample(8, 2, 3, 3) if settings else sample(8, 5)
+        out = nn.functional.conv2d(x, weight, None, *settings) if settings else nn.functional.linear(x, weight)
+        codes = cg.qrelu_codes(x, ALPHA, 2)
+        for mask in ([True, True, True], [False, True, False], [True, False, True]):
+            y = (2, [2, 4, 6, 5], x.dtype, None, memory_format)
+            yield (torch.randn_like(out), weight, codes if mask[1] else None, ALPHA, *y, mask, *settings)
+
+
+def layer_samples(*settings):
+    shapes = ((2, 4, 6, 5), (8, 2, 3, 3)) if settings else ((2, 3, 5), (8, 5))
+    for need, dtype in ((False, torch.float32), (True, torch.float32), (True, torch.bfloat16)):
+        x, weight = (sample(*shape, dtype=dtype).requires_grad_(need) for shape in shapes)
+        if settings and dtype == torch.bfloat16:
+            x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+        bias = sample(8, dtype=dtype).requires_grad_() if need else None
+        alpha = ALPHA.clone().requires_grad_(need)
+        yield (x, alpha, weight, bias, 2, "relu", "ceil", "exact", 0.5, None, dtype, *settings)
+
+
+SAMPLES = {
+    "qrelu": qrelu_samples,
+    "qrelu_": lambda: qrelu_samples(inplace=True),
+    "qrelu_own": lambda: list(qrelu_samples())[::4],  # an STE built in does as well
+    "qrelu_own_": lambda: list(qrelu_samples(inplace=True))[::4],
+    "qrelu_linear": layer_samples,
+    "qrelu_conv2d": lambda: layer_samples([2, 1], [1, 1], [1, 2], 2),
+    "qrelu_forward": kept_samples,
+    "qrelu_forward_": kept_samples,
+    "qrelu_backward": backward_samples,
+    "qrelu_backward_own": backward_samples,
+    "times_slopes": lambda: slopes_samples(None),
+    "times_slopes_of": lambda: slopes_samples("reverse_exponential_step"),
+    "qrelu_codes": lambda: forward_samples(lambda channel_dim: ("ceil", channel_dim)),
+    "dequantize": dequantize_samples,
+    "linear_backward_from_codes": layer_backward_samples,
+    "conv2d_backward_from_codes": lambda: layer_backward_samples([2, 1], [1, 1], [1, 2], 2),
+}
+
+
+def test_every_op_has_samples():
+    defined = {
+        s.name.removeprefix("coarsegrad::")
+        for s in torch._C._jit_get_all_schemas()
+        if s.name.startswith("coarsegrad::")
+    }
+    assert defined == set(SAMPLES)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(reference_or_native, name):
+    op = getattr(torch.ops.coarsegrad, name).default
+    for arguments in SAMPLES[name]():
+        torch.library.opcheck(op, arguments)
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def eager_and_compiled(function, make_inputs, sizes, compiler):
+    """Forward and backward of both at several sizes, one graph without breaks."""
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=compiler)
+    for size in sizes:
+        results = []
+        for run in (function, compiled):
+            inputs = make_inputs(size)
+            y = run(*inputs)
+            y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(y.dtype))
+            results.append((y.detach(), *(t.grad for t in inputs if t.requires_grad)))
+        assert results[0][0].stride() == results[1][0].stride()
+        for eager, other in zip(*results, strict=True):
+            assert torch.equal(eager, other)
+
+
+@pytest.mark.parametrize("alpha_grad", [None, "exact", "three_valued", "chain"])
+@pytest.mark.parametrize("ste", oracle.STES)
+def test_compile_with_dynamic_shapes(reference_or_native, fresh_compiler, ste, alpha_grad):
+    def function(x, alpha):
+        return cg.qrelu(x * 2, alpha, 2, ste=ste, alpha_grad=alpha_grad or "exact", channel_dim=1) * 3
+
+    def make_inputs(size):
+        alpha = CHANNEL_ALPHA.clone().requires_grad_(alpha_grad is not None)
+        return sample(size, 3, 4, 5).requires_grad_(), alpha
+
+    eager_and_compiled(function, make_inputs, (2, 5), "aot_eager")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_lsq_compiles_once_for_all_lengths(reference_or_native, fresh_compiler, fused):
+    """The elements of a sample, of which it is made, are counted as the program runs."""
+    activation, layer = cg.QReLU(2, learn_alpha=True, alpha_scale="lsq"), nn.Linear(8, 4)
+    model = cg.nn.QReLULinear(activation, layer) if fused else nn.Sequential(activation, layer)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend=counter)
+    graphs = set()
+    for length in (3, 4, 7, 19):
+        x, gradients = sample(2, length, 8), []
+        for run in (model, compiled):
+            model.zero_grad()
+            run(x).square().sum().backward()
+            gradients.append(activation.alpha.grad)
+        assert torch.equal(*gradients) and gradients[0] != 0
+        graphs.add(counter.frame_count)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("alpha_grad", [None, "exact", "three_valued"])
+@pytest.mark.parametrize("ste", oracle.MASKED_STES)
+def test_compile_in_place(reference_or_native, fresh_compiler, ste, alpha_grad):
+    def function(x, alpha):
+        hidden = x * 2
+        y = cg.qrelu(hidden, alpha, 2, ste=ste, alpha_grad=alpha_grad or "exact", inplace=True)
+        return y + hidden
+
+    def make_inputs(size):
+        return sample(size, 7).requires_grad_(), ALPHA.clone().requires_grad_(alpha_grad is not None)
+
+    eager_and_compiled(function, make_inputs, (2, 5), "aot_eager")
+
+
+def test_compile_in_place_on_an_input(reference_or_native, fresh_compiler):
+    """Without a gradient the graph's own input is overwritten, as in eager mode."""
+    compiled = torch.compile(lambda x: cg.qrelu(x, ALPHA, 2, inplace=True), fullgraph=True, backend="aot_eager")
+    x = sample(50)
+    want = oracle.output(x, ALPHA, 2, "ceil")
+    assert torch.equal(compiled(x), want) and torch.equal(x, want)
+
+
+def test_compile_codes_and_dequantize(reference_or_native, fresh_compiler):
+    def function(x):
+        return cg.dequantize(cg.qrelu_codes(x, ALPHA, 3), ALPHA, 3, x.shape, x.dtype)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (3, 8, 13):
+        x = sample(size, 7)
+        assert torch.equal(compiled(x), oracle.output(x, ALPHA, 3, "ceil"))
+
+
+class Network(nn.Module):
+    """Conv, batch norm and QReLU in a row, in place and out of place, fixed and learned."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 3, 3),
+            nn.BatchNorm2d(3, affine=False),
+            cg.QReLU(2, inplace=True),
+            nn.Conv2d(3, 4, 3),
+            cg.QReLU(2, learn_alpha=True, num_channels=4),
+            nn.Flatten(),
+            nn.Linear(4 * 4 * 4, 5),
+            cg.QReLU(4, ste="reverse_exponential", rounding="hwgq"),
+        )
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def make_network():
+    torch.manual_seed(0)
+    return Network()
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile_a_network(reference_or_native, fresh_compiler, compiler):
+    """The whole thing, with the default compiler as well: same loss, same gradients to rounding."""
+    plain, other = make_network(), make_network()
+    compiled = torch.compile(other, fullgraph=True, dynamic=True, backend=compiler)
+    for size in (3, 6):
+        losses = [network(sample(size, 1, 8, 8)).square().sum() for network in (plain, compiled)]
+        for loss in losses:
+            loss.backward()
+        assert torch.allclose(*losses, rtol=1e-4)
+    for (name, a), b in zip(plain.named_parameters(), other.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-4), name
+    assert plain.body[4].alpha.grad.abs().sum() > 0
+
+
+def test_compile_under_no_grad(reference_or_native, fresh_compiler):
+    network = make_network().eval()
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    x = sample(3, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), network(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_a_network(reference_or_native, strict):
+    network = make_network().eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(network, (sample(3, 1, 8, 8),), dynamic_shapes={"x": {0: batch}}, strict=strict)
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert sum("coarsegrad.qrelu" in name for name in names) == 3
+    with torch.no_grad():
+        for size in (2, 5):
+            x = sample(size, 1, 8, 8, seed=size)
+            assert torch.equal(program.module()(x), network(x))
+    lowered = program.run_decompositions()
+    x = sample(4, 1, 8, 8, seed=9)
+    with torch.no_grad():
+        assert torch.allclose(lowered.module()(x), network(x), rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_keeps_bfloat16(reference_or_native):
+    """In bfloat16, out bfloat16, gradient bfloat16; float32 stays float32 too."""
+    linear, layer = nn.Linear(8, 8), cg.QReLU(2, learn_alpha=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = linear(sample(4, 8))
+        y = layer(hidden)
+        assert hidden.dtype == y.dtype == torch.bfloat16
+        assert torch.equal(y, oracle.output(hidden, layer.alpha, 2, "ceil"))
+        assert layer(sample(4, 8)).dtype == torch.float32
+    y.sum().backward()
+    assert linear.weight.grad.dtype == torch.float32 and layer.alpha.grad.dtype == torch.float32
