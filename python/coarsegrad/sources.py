@@ -348,8 +348,8 @@ class Source:
         return found[::-1]
 
     def what_of_its_argument(self) -> str | None:
-        """Either "ReLU" or "ReLU squared" if the function is that of its one argument beside self, whatever the argument and
-        the module's mode: a chain of assignments and a return."""
+        """Either "ReLU" or "ReLU squared" if the function computes that of its one argument besides self in every mode
+        of the module: a chain of assignments and a return."""
         arguments = self.definition.args
         if len(arguments.args) != 2 or arguments.vararg or arguments.kwonlyargs or arguments.posonlyargs:
             return None
