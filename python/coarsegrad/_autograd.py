@@ -7,34 +7,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch._prims_common import suggest_memory_format
-from torch.autograd import forward_ad
 
 from . import reference
 from ._ops import KERNELS, _library, _qrelu_without_grad, _qrelu_without_grad_, native, ops
+from ._torch_internals import (
+    apply_in_kernel,
+    below_autograd,
+    below_autograd_with_derivatives,
+    has_tangent,
+    in_functorch_kernel,
+    redispatch_below_views,
+    suggest_memory_format,
+)
 from .ste import ALPHA_GRADS, BUILT_IN, check_inplace, get_ste, kept
-
-
-def transformed() -> bool:
-    """Whether a transform of torch.func is at work in the Autograd kernel that asks. What that calls below itself then
-    meets the transforms around this one, each with an Autograd kernel of its own."""
-    return torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.FuncTorchDynamicLayerBackMode)
-
-
-def _apply(function: type[torch.autograd.Function], *args):
-    """function.apply in an Autograd kernel."""
-    if not transformed():
-        return function.apply(*args)
-    with enable_single_level_autograd_function():  # for this transform alone, as is right in a kernel
-        return super(torch.autograd.Function, function).apply(*args)
-
-
-def _below(op: torch._ops.OpOverload, *args):
-    """op below the Autograd kernel of it that calls this: the transforms around this one may want a derivative too,
-    also where a Function's forward has switched that off."""
-    with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-        return op(*args)
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
@@ -42,7 +27,7 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 
 def refuse_forward_mode(*tensors: Tensor) -> None:
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if any(map(has_tangent, tensors)):
         raise NotImplementedError("qrelu has no forward-mode derivative (jvp); use reverse mode (backward)")
 
 
@@ -52,9 +37,9 @@ def _qrelu_autograd(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, chan
     refuse_forward_mode(x, alpha)
     config = (bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
     if wants_grad(x, alpha):
-        return _apply(_QReLU, x, alpha, (*config, x.requires_grad, alpha.requires_grad))
-    if transformed():
-        return _below(ops.qrelu_own.default, x, alpha, *config)
+        return apply_in_kernel(_QReLU, x, alpha, (*config, x.requires_grad, alpha.requires_grad))
+    if in_functorch_kernel():
+        return below_autograd_with_derivatives(ops.qrelu_own.default, x, alpha, *config)
     return _qrelu_without_grad(x, alpha, *config)
 
 
@@ -63,7 +48,7 @@ def _qrelu_autograd_(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, cha
     config = (bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
     if wants_grad(x, alpha):
         check_inplace(ste, rounding, alpha_grad if alpha.requires_grad else None, x.requires_grad)
-    elif not transformed():
+    elif not in_functorch_kernel():
         refuse_forward_mode(x, alpha)
         return _qrelu_without_grad_(x, alpha, *config)
     return x.copy_(_qrelu_autograd(x, alpha, *config))
@@ -77,8 +62,8 @@ class _QReLU(torch.autograd.Function):
         bits, ste, rounding, alpha_grad, _, channel_dim, need_grad_x, need_grad_alpha = config
         mask, codes, keep_x = kept(ste, rounding, alpha_grad if need_grad_alpha else None, need_grad_x)
         y, kept_mask, kept_codes = ops.qrelu_forward.default(x, alpha, bits, rounding, mask, codes, channel_dim)
-        if transformed():  # a y that has a derivative for the transforms around this one
-            y = _below(ops.qrelu_own.default, x, alpha, *config[:-2])
+        if in_functorch_kernel():  # a y that has a derivative for the transforms around this one
+            y = below_autograd_with_derivatives(ops.qrelu_own.default, x, alpha, *config[:-2])
         ctx.config, ctx.memory_format = config, suggest_memory_format(x)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
@@ -124,14 +109,14 @@ def backward_from_kept(
 def _backward_autograd(*args):
     """qrelu_backward, of whatever STE, with its own derivative."""
     if wants_grad(*args[:5]):
-        return _apply(_QReLUBackward, *args[:5], args[5:])
+        return apply_in_kernel(_QReLUBackward, *args[:5], args[5:])
     return _backward_below(*args)
 
 
 def _backward_below(*args):
-    if transformed():
-        return _below(ops.qrelu_backward_own.default, *args)
-    with torch._C._AutoDispatchBelowAutograd():
+    if in_functorch_kernel():
+        return below_autograd_with_derivatives(ops.qrelu_backward_own.default, *args)
+    with below_autograd():
         ste, x, codes = get_ste(args[6]), args[2], args[4]
         if ste.name in BUILT_IN:
             return ops.qrelu_backward.default(*args)
@@ -191,8 +176,7 @@ for _name in set(KERNELS) - {"qrelu_backward", "qrelu_backward_own"} | {"times_s
 
 def _bump_version(keyset, x, *args):
     """What torch does for an in-place op of its own: whoever kept x for a backward must notice the write."""
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        kept_state = ops.qrelu_forward_.default.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, x, *args)
+    kept_state = redispatch_below_views(ops.qrelu_forward_.default, keyset, x, *args)
     torch.autograd.graph.increment_version(x)
     return kept_state
 

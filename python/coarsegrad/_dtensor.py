@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-from torch._prims_common import make_contiguous_strides_for, suggest_memory_format
+
+from ._torch_internals import make_contiguous_strides_for, suggest_memory_format
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

@@ -8,9 +8,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from . import _autograd, _ops
+from ._torch_internals import below_autograd, in_functorch_kernel, suggest_memory_format
 from .ste import BUILT_IN, kept
 
 
@@ -135,11 +135,11 @@ def _one_after_the_other(x, alpha, weight, bias, bits, ste, *rest):
 
 
 def _autograd_kernel(x, alpha, weight, bias, *rest):
-    if _autograd.transformed():  # where nothing is said of what is kept
+    if in_functorch_kernel():  # where nothing is said of what is kept
         return _one_after_the_other(x, alpha, weight, bias, *rest)
     _autograd.refuse_forward_mode(x, alpha, weight)
     if not _autograd.wants_grad(x, alpha, weight, bias):
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return _one_after_the_other(x, alpha, weight, bias, *rest)
     config, dtype, settings = rest[:6], rest[6], rest[7:]
     config = (*config, x.requires_grad, alpha.requires_grad)

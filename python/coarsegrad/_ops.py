@@ -15,9 +15,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from . import reference
+from ._torch_internals import suggest_memory_format
 from .ste import GPrime, get_ste, real_numbers
 
 _SCHEMAS = (

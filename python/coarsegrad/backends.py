@@ -19,6 +19,7 @@ from types import ModuleType
 import torch
 
 from . import _ops, reference
+from ._torch_internals import dispatch_key, unregister
 from .ste import format_table, one_of
 
 
@@ -141,7 +142,7 @@ def _put_in_kernels() -> None:
     """Make the innermost open block's backend serve the devices it can serve."""
     global _override
     if _override is not None:
-        _override._destroy()
+        unregister(_override)
         _override = None
     backend = _BACKENDS[_open_blocks[-1]] if _open_blocks else None
     if backend is None or backend.kernels is None:
@@ -152,7 +153,7 @@ def _put_in_kernels() -> None:
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")  # that is what it is for
         for device in _device_types():
             if backend.why_not(device) is None:
-                key = torch._C._dispatch_key_for_device(device)
+                key = dispatch_key(device)
                 for op, name in _ops.KERNELS.items():
                     _override.impl(op, getattr(kernels, name), key, allow_override=True)
 
@@ -202,7 +203,7 @@ _triton_library = torch.library.Library("coarsegrad", "IMPL")
 for _device in _TRITON_DEVICES:
     for _op in _ops.KERNELS:
         if _ops.why_not_native(_device) is not None or _op == "qrelu_backward_own":
-            _triton_library.impl(_op, _triton_kernel(_op), torch._C._dispatch_key_for_device(_device))
+            _triton_library.impl(_op, _triton_kernel(_op), dispatch_key(_device))
 
 
 def preloaded_malloc() -> str | None:

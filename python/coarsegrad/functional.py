@@ -20,6 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 from . import _ops
 from ._dtensor import is_dtensor, on_shards
 from ._fused import qrelu_and_layer
+from ._torch_internals import nested_like
 from .packed import active_packing
 from .reference import (
     CODE_WIDTH,
@@ -224,11 +225,7 @@ def _nested_qrelu(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channe
         x.values(), alpha, bits, ste=ste, rounding=rounding, alpha_grad=alpha_grad, alpha_scale=alpha_scale,
         channel_dim=_dim_of_values(x, channel_dim),
     )  # fmt: skip
-    if x.layout is torch.jagged:
-        lengths = (x._maybe_min_seqlen, x._maybe_max_seqlen)
-        return torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths(), x._ragged_idx, *lengths)
-    parts = (x._nested_tensor_size(), x._nested_tensor_strides(), x._nested_tensor_storage_offsets())
-    return torch._nested_view_from_buffer(y, *parts)
+    return nested_like(y, x)
 
 
 def _nested_qrelu_(x, *args):

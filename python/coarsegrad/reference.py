@@ -14,8 +14,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
+from ._torch_internals import suggest_memory_format
 from .ste import ROUNDINGS, get_ste, kept, one_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+
+from ._torch_internals import no_dispatch_modes
 
 ROUNDINGS = ("ceil", "nearest", "hwgq")
 ALPHA_GRADS = ("exact", "three_valued", "two_valued", "chain")
@@ -224,7 +225,7 @@ class STECheck:
 @contextlib.contextmanager
 def real_numbers() -> Iterator[None]:
     """New tensors are on the CPU and have values, whatever the default device, and in a FakeTensorMode too."""
-    with _disable_current_modes(), torch.device("cpu"):
+    with no_dispatch_modes(), torch.device("cpu"):
         yield
 
 

@@ -14,6 +14,7 @@ CSRC = ROOT / "csrc"
 
 # A file imports only from files above it.
 ORDER = (
+    "_torch_internals",
     "ste",
     "reference",
     "_build",

@@ -15,9 +15,9 @@ import contextlib
 import torch
 import triton
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from .. import reference
+from .._torch_internals import suggest_memory_format
 from ..ste import ALPHA_GRADS, BUILT_IN, get_ste, kept
 from . import kernels
 from . import ste as mirror

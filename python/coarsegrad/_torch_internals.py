@@ -1,0 +1,152 @@
+"""Every private torch API that this package uses. Where a torch release breaks something, look here first.
+
+torch has no public form of these: what autograd kernels written in Python need, dispatch keys, saved-tensor hooks, the
+structure of nested tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch._ops import OpOverload
+from torch._prims_common import make_contiguous_strides_for, suggest_memory_format
+from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import Node
+from torch.utils._python_dispatch import _disable_current_modes as no_dispatch_modes
+from torch.utils._pytree import SUPPORTED_NODES, tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+__all__ = [
+    "SUPPORTED_NODES",
+    "FakeTensor",
+    "Hooks",
+    "OpOverload",
+    "apply_in_kernel",
+    "below_autograd",
+    "below_autograd_with_derivatives",
+    "components",
+    "dispatch_key",
+    "functorch_active",
+    "has_tangent",
+    "in_functorch_kernel",
+    "make_contiguous_strides_for",
+    "nested_like",
+    "no_dispatch_modes",
+    "raw_saved",
+    "redispatch_below_views",
+    "saved_tensor_hooks",
+    "storage_id",
+    "suggest_memory_format",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_unflatten",
+    "unregister",
+    "view_root",
+]
+
+# --------------------------------------------------------------------------------------- dispatch
+
+
+def dispatch_key(device_type: str) -> str:
+    """The dispatch key of the kernels of a device type, such as "CUDA" for "cuda"."""
+    return torch._C._dispatch_key_for_device(device_type)
+
+
+def unregister(library: torch.library.Library) -> None:
+    """Remove all that a library registered."""
+    library._destroy()
+
+
+def below_autograd() -> AbstractContextManager:
+    """Ops called inside skip their Autograd kernels."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def below_autograd_with_derivatives(op: OpOverload, *args):
+    """Call op below its own Autograd kernel, which is the caller. Outer functorch transforms can still differentiate
+    the call, even where an autograd.Function's forward has disabled gradients."""
+    with below_autograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return op(*args)
+
+
+def redispatch_below_views(op: OpOverload, keyset: torch._C.DispatchKeySet, *args):
+    """Call op below its ADInplaceOrView kernel, which is the caller, with the keyset that kernel was given."""
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+
+# --------------------------------------------------------------------------------------- functorch
+
+
+def functorch_active() -> bool:
+    """Whether the caller runs under a transform of torch.func."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def in_functorch_kernel() -> bool:
+    """Whether a transform of torch.func runs the calling Autograd kernel. Ops called below that kernel then reach the
+    outer transforms, each with an Autograd kernel of its own."""
+    return torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.FuncTorchDynamicLayerBackMode)
+
+
+def apply_in_kernel(function: type[torch.autograd.Function], *args):
+    """function.apply for an Autograd kernel, for the transform of torch.func that runs it alone."""
+    if not in_functorch_kernel():
+        return function.apply(*args)
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*args)
+
+
+# --------------------------------------------------------------------------------------- autograd
+
+Hooks = tuple[Callable[[Tensor], object], Callable[[object], Tensor]]
+
+
+def saved_tensor_hooks() -> Hooks | None:
+    """The innermost saved-tensor hooks, (pack, unpack), or None."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def raw_saved(node: Node, name: str) -> object:
+    """What saved-tensor hooks returned for a tensor saved by a node; None if it was freed or is unknown."""
+    try:
+        return getattr(getattr(node, f"_raw_saved_{name}"), "data", None)
+    except RuntimeError:
+        return None
+
+
+def has_tangent(t: Tensor) -> bool:
+    """Whether t carries a forward-mode derivative."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
+
+
+# --------------------------------------------------------------------------------------- tensors
+
+
+def view_root(t: Tensor) -> Tensor:
+    """The tensor that t is a view of; t itself if it is not a view."""
+    return t._base if t._is_view() else t
+
+
+def storage_id(t: Tensor) -> int:
+    """A number that identifies t's storage, even without memory (meta, fake)."""
+    return t.untyped_storage()._cdata
+
+
+def components(t: Tensor) -> tuple[Tensor, ...]:
+    """The strided tensors that t consists of: t itself, or indices and values of a sparse t."""
+    return (t,) if t.layout is torch.strided else (t._indices(), t._values())
+
+
+def nested_like(values: Tensor, x: Tensor) -> Tensor:
+    """A nested tensor with the structure of the contiguous nested tensor x and the given values."""
+    if x.layout is torch.jagged:
+        lengths = (x._maybe_min_seqlen, x._maybe_max_seqlen)
+        return torch.nested.nested_tensor_from_jagged(values, x.offsets(), x.lengths(), x._ragged_idx, *lengths)
+    parts = (x._nested_tensor_size(), x._nested_tensor_strides(), x._nested_tensor_storage_offsets())
+    return torch._nested_view_from_buffer(values, *parts)
