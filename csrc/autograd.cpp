@@ -223,11 +223,13 @@ Settings settings_of(const Tensor& x, const Tensor& alpha, int64_t bits, std::st
           grad && x.requires_grad(), grad && alpha.requires_grad()};
 }
 
-void set_history(Tensor& y, const Settings& settings, const Tensor& x, const Tensor& alpha, const Tensor& mask,
-                 const Tensor& codes, bool inplace) {
+// edges: of x and alpha, collected before an in-place op bumps x's version. A view makes its grad_fn again at the first
+// look after that, which must be rebase_history's.
+void set_history(Tensor& y, const Settings& settings, torch::autograd::edge_list edges, const Tensor& x,
+                 const Tensor& alpha, const Tensor& mask, const Tensor& codes, bool inplace) {
   if (!settings.need_grad_x && !settings.need_grad_alpha) return;
   auto node = new_node<QReluBackward>(Rule{settings, y.suggest_memory_format()});
-  node->set_next_edges(torch::autograd::collect_next_edges(x, alpha));
+  node->set_next_edges(std::move(edges));
   node->keep(settings.kept(), x, alpha, mask, codes);
   if (inplace) torch::autograd::rebase_history(y, node);
   else torch::autograd::set_history(y, node);
@@ -244,7 +246,7 @@ Tensor qrelu(const Tensor& x, const Tensor& alpha, int64_t bits, std::string_vie
         call_forward(x, alpha, bits, rounding, name_of(kept.mask, kMaskKinds), kept.codes, channel_dim);
     if (transformed()) y = dispatch_qrelu(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim);
   }
-  set_history(y, settings, x, alpha, mask, codes, /*inplace=*/false);
+  set_history(y, settings, torch::autograd::collect_next_edges(x, alpha), x, alpha, mask, codes, /*inplace=*/false);
   return y;
 }
 
@@ -255,6 +257,7 @@ Tensor& qrelu_(Tensor& x, const Tensor& alpha, int64_t bits, std::string_view st
   TORCH_CHECK_VALUE(!kept.x, "inplace must be False for ste '", ste, "' with alpha_grad '", alpha_grad,
                     "' here: the backward needs x, which would be overwritten");
   torch::autograd::check_inplace(x, settings.need_grad_x || settings.need_grad_alpha);
+  torch::autograd::edge_list edges = torch::autograd::collect_next_edges(x, alpha);
   Tensor y, mask, codes;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -267,7 +270,7 @@ Tensor& qrelu_(Tensor& x, const Tensor& alpha, int64_t bits, std::string_view st
     }
   }
   torch::autograd::increment_version(x);
-  set_history(x, settings, x, alpha, mask, codes, /*inplace=*/true);
+  set_history(x, settings, std::move(edges), x, alpha, mask, codes, /*inplace=*/true);
   return x;
 }
 
