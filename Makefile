@@ -5,7 +5,7 @@ VENV   ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export CMAKE_GENERATOR ?= Ninja
 
-.PHONY: help setup build test test-zoo demo bench bench-full bench-gpu lint clean
+.PHONY: help setup build test test-zoo demo bench bench-full bench-gpu docs lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -51,6 +51,9 @@ bench-gpu: build  ## the benchmarks of a GPU and docs/benchmarks-cuda.md; brevit
 	python -m bench.peers --device cuda
 	python -m bench.memory --device cuda
 	python -m bench.report
+
+docs: setup  ## the documentation site in build/docs; warnings and broken links are errors
+	python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet -b html docs build/docs
 
 lint: setup  ## ruff: rules and format
 	ruff check .
