@@ -7,14 +7,12 @@ import importlib.metadata
 
 from . import nn
 from .backends import backends, use_backend
-from .calibrate import calibrate
+from .convert import calibrate, quantize_, stats
 from .functional import dequantize, qrelu, qrelu_codes, qrelu_conv2d, qrelu_linear
 from .memory import saved_memory
 from .nn import QReLU
 from .optim import keep_positive, param_groups
-from .packed import pack_activations_, packed_activations
-from .quantize import quantize_
-from .stats import stats
+from .packing import pack_activations_, packed_activations
 from .ste import check_ste, register_ste, stes
 
 try:

@@ -21,7 +21,7 @@ from . import _ops
 from ._dtensor import is_dtensor, on_shards
 from ._fused import qrelu_and_layer
 from ._torch_internals import nested_like
-from .packed import active_packing
+from .packing import active_packing
 from .reference import (
     CODE_WIDTH,
     DTYPES,

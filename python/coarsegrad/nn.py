@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ._fused import register_flop_formulas
 from ._torch_internals import suggest_memory_format
 from .functional import check_alpha_scale, qrelu, qrelu_conv2d, qrelu_linear
-from .packed import packed_activations, square
+from .packing import packed_activations, square
 from .reference import check_bits, check_number, check_word, checked_values, wide_dtype
 from .ste import ALPHA_GRADS, ROUNDINGS, check_inplace, get_ste, kept
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import coarsegrad as cg
 from coarsegrad.experiments import cifar, cifar_table, models
-from coarsegrad.experiments.table import Run, Schedule
+from coarsegrad.experiments.table_runs import Run, Schedule
 
 EACH, BATCH = 4, 5  # images of a file, and of a step
 FILES = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]

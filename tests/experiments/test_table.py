@@ -20,8 +20,9 @@ import coarsegrad as cg
 from coarsegrad.experiments import cifar_table, mnist_table, models, results, table, training
 from coarsegrad.experiments.data import Split
 from coarsegrad.experiments.files import ExperimentError
-from coarsegrad.experiments.table import Run, Schedule, Table, finished
+from coarsegrad.experiments.table_runs import Run, Schedule, Table, finished, float_folder
 from coarsegrad.experiments.table_summary import summary
+from coarsegrad.experiments.table_training import project
 from coarsegrad.nn import half_gaussian_alpha
 from coarsegrad.ste import ALPHA_GRADS, BUILT_IN
 
@@ -106,7 +107,7 @@ def test_what_it_leaves(whole):
     for run in RUNS:
         result, schedule = got[f"{run.name}/results.json"], SMALL.schedules[run.schedule]
         assert len(result["history"]) == schedule.epochs and not result["diverged"]
-        start = got[f"{table.float_folder(schedule, run.seed)}/results.json"]
+        start = got[f"{float_folder(schedule, run.seed)}/results.json"]
         assert result["start"]["weights"] == start["weights"]
         assert result["start"]["test_accuracy"] == start["history"][-1]["test_accuracy"]
         assert result["environment"]["threads"] == 1 and result["config"]["data"] == "small"
@@ -297,7 +298,7 @@ def test_projection_is_that_of_the_singular_vectors():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
     x = torch.randn(40, 5)
-    got = table.project(model, Split(x, torch.arange(40) % 3))
+    got = project(model, Split(x, torch.arange(40) % 3))
     features = model[:2](x).detach().double()
     centred = features - features.mean(0)
     _, values, vectors = torch.linalg.svd(centred)

@@ -199,7 +199,7 @@ def test_the_square_of_an_output_that_was_written_to_is_kept_whole():
         def forward(leaf=leaf, weight=weight):
             y = cg.qrelu(leaf, 0.3, BITS, ste="relu")
             y.mul_(3)
-            return (cg.packed.square(y) * weight).sum()
+            return (cg.packing.square(y) * weight).sum()
 
         if packed:
             with cg.packed_activations():

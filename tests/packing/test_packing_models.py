@@ -125,9 +125,9 @@ def test_nothing_survives(ste, around):
         def watch(module, args, output):
             storage = output.untyped_storage()
             refs.append(weakref.ref(storage))
-            note = storage.__dict__.get("_coarsegrad_note")
-            if note is not None:
-                refs.extend(map(weakref.ref, (note, note._codes, note._alpha, note._rebuilding)))
+            record = storage.__dict__.get("_coarsegrad_record")
+            if record is not None:
+                refs.extend(map(weakref.ref, (record, record._codes, record._alpha, record._decoder)))
 
         for module in model.modules():
             module.register_forward_hook(watch)
@@ -165,7 +165,7 @@ def test_codes_of_an_output_that_nobody_keeps_die_with_it():
     x, alpha = torch.randn(64, requires_grad=True), torch.tensor([0.3])
     with cg.packed_activations():
         y = cg.qrelu(x, alpha, 2)
-        codes = weakref.ref(y.untyped_storage()._coarsegrad_note._codes)
+        codes = weakref.ref(y.untyped_storage()._coarsegrad_record._codes)
         z = y + 1
         assert codes() is not None
         del y

@@ -12,63 +12,67 @@ from paths import ROOT
 PACKAGE = ROOT / "python" / "coarsegrad"
 CSRC = ROOT / "csrc"
 
-# A file imports only from files above it.
-ORDER = (
-    "_torch_internals",
-    "ste",
-    "reference",
-    "_build",
-    "_C",
-    "_ops",
-    "_autograd",
-    "_fused",
-    "packed",
-    "triton",
-    "backends",
-    "_dtensor",
-    "functional",
-    "nn",
-    "sources",
-    "rewriting",
-    "executions",
-    "report",
-    "surgery",
-    "by_execution",
-    "quantize",
-    "histogram",
-    "calibrate",
-    "stats",
-    "optim",
-    "memory",
-    "experiments",
-    "testing",
-    "__init__",
-    "__main__",
-)
+# A file imports only from files and folders before it. A folder is a room: files outside import its __init__ alone.
+# fmt: off
+ORDER = {
+    "coarsegrad": """
+        _torch_internals  ste  reference  _build  _C  _ops  _autograd  _fused
+        packing  triton  backends  _dtensor  functional  nn
+        convert  optim  memory  experiments  testing  __init__  __main__
+    """.split(),
+    "coarsegrad.packing": "saved  records  function  hooks  blocks  __init__".split(),
+    "coarsegrad.triton": "staircase  ste  kernels  qrelu  __init__".split(),
+    "coarsegrad.convert": """
+        relus  source  rewriting  running  frames  recording  report  surgery  dynamic  quantize
+        histogram  counting  watching  calibration  code_stats  __init__
+    """.split(),
+    "coarsegrad.experiments": """
+        files  arguments  download  measure  figures  checkpoints  data  cifar  text  models  transformers
+        training  language  mnist
+        table_runs  table_training  table_summary  table_figures  table  mnist_table  cifar_table
+        synthetic_summary  synthetic_figures  synthetic
+        finetune_report  finetune  rounding_report  rounding_tasks  rounding  memory  results  __init__
+    """.split(),
+}
+# fmt: on
 
 TORCH_HEADER = re.compile(r"(torch|ATen|c10)/")
 
 
-def _place(path: Path) -> str:
-    """The entry of ORDER that a Python file belongs to."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def _module(path: Path) -> tuple[str, str]:
+    """(room, name) of a Python file of the package."""
+    *room, name = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(room), name
 
 
-def _imports(path: Path) -> list[tuple[str, str]]:
-    """(place, name) for every name that a file of the package imports from the package, at any depth of the file."""
-    package = ("coarsegrad", *path.relative_to(PACKAGE).parent.parts)
+def _imports(path: Path) -> list[tuple[str, ...]]:
+    """The dotted names that a file imports from the package, at any depth of the file."""
+    package = path.relative_to(PACKAGE.parent).parent.parts
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [tuple(alias.name.split(".")) for alias in node.names]
+            found += [tuple(alias.name.split(".")) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             base += tuple((node.module or "").split(".")) if node.module else ()
-            names = [(*base, alias.name) for alias in node.names]
-        else:
-            continue
-        found += [(name[1] if len(name) > 1 else "__init__", name[-1]) for name in names if name[0] == "coarsegrad"]
-    return found
+            found += [(*base, alias.name) for alias in node.names]
+    return [name for name in found if name[0] == "coarsegrad"]
+
+
+def _why_not(path: Path, name: tuple[str, ...]) -> str:
+    """Why a file may not import a dotted name; "" if it may."""
+    own, depth = (*_module(path)[0].split("."), _module(path)[1]), 1
+    while depth < len(own) - 1 and name[depth : depth + 1] == own[depth : depth + 1]:
+        depth += 1
+    room, rest = ".".join(own[:depth]), name[depth:]  # the innermost room that both are in
+    order, other = ORDER[room], rest[0] if rest and rest[0] in ORDER[room] else "__init__"
+    if rest == ("__version__",):  # a fact that the package's own file has before all else
+        return ""
+    if order.index(other) >= order.index(own[depth]):
+        return f"{'.'.join(own)} may not import {'.'.join(name)}: {other} does not come before {own[depth]}"
+    if len(rest) > 1 and rest[1] in ORDER.get(f"{room}.{other}", ()):
+        return f"{'.'.join(own)} may not import {'.'.join(name)}, which is inside {room}.{other}"
+    return ""
 
 
 def _python_files() -> list[Path]:
@@ -88,16 +92,31 @@ def _includes(path: Path) -> list[str]:
 
 
 def test_every_python_file_has_a_place():
-    assert {_place(path) for path in _python_files()} <= set(ORDER)
+    for room, name in map(_module, _python_files()):
+        assert name in ORDER[room], f"{room}.{name} is missing in ORDER"
 
 
 @pytest.mark.parametrize("path", _python_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_python_imports_go_up_the_order(path):
-    place = _place(path)
-    for other, name in _imports(path):
-        # The version is a fact that the package's own file has before all else.
-        allowed = place == other or name == "__version__" or ORDER.index(other) < ORDER.index(place)
-        assert allowed, f"{place} may not import {name} from {other}"
+    for name in _imports(path):
+        assert not (why := _why_not(path, name)), why
+
+
+@pytest.mark.parametrize(
+    "file, name, allowed",
+    [
+        ("packing/hooks.py", "coarsegrad.packing.saved.SavedTensor", True),
+        ("packing/saved.py", "coarsegrad.packing.hooks.Packing", False),
+        ("packing/saved.py", "coarsegrad.packing.Packing", False),
+        ("convert/code_stats.py", "coarsegrad.packing.packed_activations", True),
+        ("convert/code_stats.py", "coarsegrad.packing.saved.SavedTensor", False),
+        ("packing/saved.py", "coarsegrad.convert.stats", False),
+        ("nn.py", "coarsegrad.functional.qrelu", True),
+        ("nn.py", "coarsegrad.qrelu", False),
+    ],
+)
+def test_the_order_sees_inside_rooms(file, name, allowed):
+    assert (not _why_not(PACKAGE / file, tuple(name.split(".")))) == allowed
 
 
 def test_package_needs_nothing_beside_it():
@@ -149,7 +168,7 @@ def test_devices_do_not_know_each_other():
             assert not (device == "cpu" and name.startswith("cuda/")), path
             assert not (device == "cuda" and name.startswith("cpu/")), path
         if path.name != "module.cpp":
-            assert "WITH_CUDA" not in path.read_text(), path
+            assert "CG_HAVE_CUDA" not in path.read_text(), path
 
 
 def test_no_flag_that_changes_results():

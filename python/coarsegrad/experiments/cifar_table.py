@@ -8,7 +8,7 @@ from pathlib import Path
 from . import table
 from .cifar import crop_and_flip, load_cifar10
 from .models import resnet20, vgg11
-from .table import Run, Schedule, Table
+from .table_runs import Run, Schedule, Table
 
 _STES = ("clipped_relu", "relu", "identity", "log_tailed_relu", "reverse_exponential", "reverse_exponential_step")
 

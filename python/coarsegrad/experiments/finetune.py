@@ -13,13 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..calibrate import calibrate
+from ..convert import QuantizeReport, calibrate, quantize_, stats
 from ..memory import saved_memory
 from ..nn import QReLU
-from ..packed import pack_activations_
-from ..quantize import quantize_
-from ..report import QuantizeReport
-from ..stats import stats
+from ..packing import pack_activations_
 from ..ste import ROUNDINGS, stes
 from .arguments import ending, positive, usable_device
 from .checkpoints import differences

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..memory import MemoryComparison, saved_memory
 from ..nn import QReLU
-from ..packed import pack_activations_
+from ..packing import pack_activations_
 from ..ste import ROUNDINGS, stes
 from .arguments import positive
 from .files import ExperimentError

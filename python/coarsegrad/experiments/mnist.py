@@ -14,7 +14,7 @@ from torch import nn
 
 from ..memory import saved_memory
 from ..nn import QReLU
-from ..packed import pack_activations_
+from ..packing import pack_activations_
 from ..ste import ALPHA_GRADS, ROUNDINGS, format_table, stes
 from .arguments import ending, positive, usable_device
 from .data import Mnist, Split, load_mnist

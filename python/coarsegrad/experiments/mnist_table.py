@@ -10,7 +10,7 @@ from ..ste import ALPHA_GRADS
 from . import table
 from .data import load_mnist
 from .models import lenet5
-from .table import Run, Schedule, Table
+from .table_runs import Run, Schedule, Table
 
 _OWN = ("log_tailed_relu", "reverse_exponential")  # Long, Yin, Xin 2021, arXiv 2011.11256
 _STES = ("clipped_relu", "relu", "identity", *_OWN, "reverse_exponential_step")

@@ -9,10 +9,11 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from . import cifar_table, finetune_report, mnist_table, rounding_report, synthetic
+from . import cifar_table, finetune_report, mnist_table, rounding_report
 from .files import ExperimentError, replacing
-from .table import finished
+from .synthetic_summary import summary as synthetic_summary
 from .table_figures import figure_paths
+from .table_runs import finished
 from .table_summary import summary as table_summary
 
 _TABLES = {"mnist": mnist_table.TABLE, **cifar_table.TABLES}
@@ -90,7 +91,7 @@ def _read(folder: Path, summary: Callable[[dict], str]) -> str:
 
 
 def _synthetic(kept: dict) -> str:
-    return "".join(list(synthetic.summary(kept["results"]))[1:])
+    return "".join(list(synthetic_summary(kept["results"]))[1:])
 
 
 def _indented(text: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..memory import saved_memory
-from ..packed import pack_activations_
+from ..packing import pack_activations_
 from ..ste import ROUNDINGS
 from . import rounding_report
 from .arguments import ending, positive, usable_device

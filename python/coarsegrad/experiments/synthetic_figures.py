@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .files import replacing
-from .synthetic import reached
+from .synthetic_summary import reached
 
 
 def draw(results: list[dict], hidden: int, angle: float, folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .files import replacing
-from .table import Run, Table, float_folder
+from .table_runs import Run, Table, float_folder
 
 _WIDTH = 2.6  # inches of a panel
 

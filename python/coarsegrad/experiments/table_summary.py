@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterable, Iterator
 
 from ..ste import format_table, get_ste
-from .table import Run, Schedule, Table
+from .table_runs import Run, Schedule, Table
 
 Results = list[tuple[Run, dict]]
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from types import FunctionType, ModuleType
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+
+from .relus import instead
 
 # Where a call stands in its function's own source: first line and column, last line and column, without the
 # indentation of the def.
@@ -389,25 +389,8 @@ def keyed_name(where: str) -> str:
     return "_keyed_" + re.sub(r"\W", "_", where)
 
 
-def instead(site: Callable, called: object) -> Callable:
-    """The site where what is called is an activation, else that."""
-    return site if is_activation(called) else called  # type: ignore[return-value]
-
-
-def is_activation(called: object) -> bool:
-    """Whether it is nn.ReLU, one of its functions, or a partial of one."""
-    if isinstance(called, functools.partial):
-        called = called.func
-    if isinstance(called, nn.Module):
-        return type(called).forward in (nn.ReLU.forward, nn.ReLU6.forward)
-    called = getattr(called, "__func__", called)
-    return called in RELUS or getattr(called, "__name__", "") in ("relu", "relu_") and hasattr(called, "__self__")
-
-
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
 _SQUARES = {"square": torch.square, "square_": torch.square_, "pow": torch.pow, "pow_": torch.pow}
-# What stands for nn.ReLU beside the function of its name in torch.nn.functional.
-RELUS = (F.relu, torch.relu, torch.relu_, F.relu_, torch.Tensor.relu, torch.Tensor.relu_)
 
 
 def _turn_of(loop: ast.For | ast.comprehension) -> str:

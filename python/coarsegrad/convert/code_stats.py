@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import _ops, reference
-from .calibrate import layers_of, run_batches, warn_of_unreached, watched
-from .nn import QReLU
-from .reference import CODE_WIDTH
-from .ste import format_table
+from .. import _ops, reference
+from ..nn import QReLU
+from ..reference import CODE_WIDTH
+from ..ste import format_table
+from .watching import layers_of, run_batches, warn_of_unreached, watched
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import nn
 
-from .by_execution import Conversion
-from .nn import QReLU
+from ..nn import QReLU
+from .dynamic import Conversion
 from .report import QuantizeReport
 from .rewriting import find_calls, original
 from .surgery import Surgery

@@ -18,7 +18,7 @@ from types import CellType, CodeType, FunctionType
 
 from torch import nn
 
-from .sources import AT, Call, Edit, Source, Span, keyed_name
+from .source import AT, Call, Edit, Source, Span, keyed_name
 
 Plan = frozenset[Edit]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .ste import format_table
+from ..ste import format_table
 
 _NOT_RUN = (
     "Not looked at: functions outside of methods, and whatever else the source of the methods does not show;"

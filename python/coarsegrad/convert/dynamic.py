@@ -13,25 +13,15 @@ from types import CodeType
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from .executions import (
-    Execution,
-    Products,
-    Recorder,
-    Step,
-    float_activation,
-    is_product,
-    locate,
-    moved_to,
-    run,
-    steps_from,
-    undisturbed,
-)  # fmt: skip
-from .nn import QReLU
+from .._torch_internals import tree_leaves
+from ..nn import QReLU
+from .frames import Step, locate, steps_from
+from .recording import Execution, Products, Recorder, is_product
 from .report import Replaced
 from .rewriting import function_at, original
-from .sources import AT, HANDED_ON, Edit, Source, Span, name_of
+from .running import float_activation, moved_to, run, undisturbed
+from .source import AT, HANDED_ON, Edit, Source, Span, name_of
 from .surgery import Place, Surgery, free_name, joined
 
 _ROUNDS = 8  # each gets on by one call further out, or by one form of it

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .reference import levels, thresholds
+from ..reference import levels, thresholds
 
 # A bin is the inputs that share the 16 leading bits of a float32, its key: 128 bins for each power of two, so that all
 # bfloat16 numbers have bins of their own. A row keeps the bins of the 24 powers of two that end at its largest input.

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .nn import QReLU
+from ..nn import QReLU
+from .relus import RELUS
 from .report import QuantizeReport, Replaced, Skipped
 from .rewriting import activation_of, find_calls, original, rewritten
-from .sources import RELUS, Call, Edit
+from .source import Call, Edit
 
 
 @dataclass(frozen=True)

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import math
-import os
-import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
-from torch.overrides import TorchFunctionMode
-from tqdm import tqdm
 
-from .executions import float_activation, moved_to, run
-from .histogram import Histogram, StaircaseErrors
-from .nn import QReLU, half_gaussian_alpha
-from .reference import check_word
-from .ste import format_table
+from ..nn import QReLU, half_gaussian_alpha
+from ..reference import check_word
+from ..ste import format_table
+from .counting import CountedInputs, Forwards, add_up
+from .histogram import StaircaseErrors
+from .recording import RelusCalled
+from .watching import layers_of, run_batches, warn_of_unreached, watched
 
 METHODS = ("mse", "percentile", "half_gaussian")
 
@@ -137,12 +130,12 @@ def calibrate(
         raise ValueError(f"percentile must be above 0 and at most 100, got {percentile!r}")
     if channel_dim is not None and type(channel_dim) is not int:
         raise TypeError(f"channel_dim must be an int or None, got {channel_dim!r}")
-    forwards = _Forwards()
-    counted = {name: _Counted(name, layer, channel_dim, forwards) for name, layer in layers.items()}
-    relus = _OtherRelus()
+    forwards = Forwards()
+    counted = {name: CountedInputs(name, layer, channel_dim, forwards) for name, layer in layers.items()}
+    relus = RelusCalled()
     with watched(model, layers, counted), forwards.of(model), relus:
         run_batches(model, batches, forwards.counting(forward), progress, "calibrate")
-    _add_up(list(counted.values()))
+    add_up(list(counted.values()))
     with torch.device("cpu"):
         found = {name: _found(name, count, method, percentile) for name, count in counted.items()}
     for name, layer in layers.items():
@@ -191,190 +184,7 @@ def _warn_of(report: CalibrationReport) -> None:
             warnings.warn(f"calibrate: {what} {', '.join(names)}", stacklevel=3)
 
 
-def warn_of_unreached(function: str, names: list[str], stacklevel: int) -> None:
-    if names:
-        warnings.warn(f"{function}: no batch reached {', '.join(names)}", stacklevel=stacklevel + 1)
-
-
-def layers_of(model: nn.Module) -> dict[str, QReLU]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    layers = {name or "(model)": module for name, module in model.named_modules() if isinstance(module, QReLU)}
-    if not layers:
-        raise ValueError("model has no QReLU; quantize_ puts them in")
-    for name, layer in layers.items():
-        _check_values("alpha", name, layer.alpha)
-    return layers
-
-
-def _check_values(what: str, name: str, t: Tensor) -> None:
-    if t.is_meta or isinstance(t, FakeTensor):
-        where = "made in FakeTensorMode" if isinstance(t, FakeTensor) else "on the meta device (or offloaded)"
-        raise ValueError(f"{what} of {name} has no values: it is {where}")
-
-
-def run_batches(model: nn.Module, batches: Iterable, forward: Callable | None, progress: bool, title: str) -> None:
-    count = 0
-    for batch in tqdm(batches, desc=title, unit="batch", leave=False, disable=None if progress else True):
-        (forward or run)(model, moved_to(model, batch))
-        count += 1
-    if not count:
-        raise ValueError("batches is empty")
-
-
-@contextmanager
-def watched(model: nn.Module, layers: dict[str, QReLU], watchers: dict[str, Callable[[Tensor], Tensor]]) -> Iterator:
-    """In the block, the `watchers` of the names compute in place of the layers; evaluation mode, no gradients."""
-    training = {module: module.training for module in model.modules()}
-    before = {layer: vars(layer).get("forward") for layer in layers.values()}
-    model.eval()
-    for name, layer in layers.items():
-        layer.forward = functools.partial(_watch, name, watchers[name])
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for layer, forward in before.items():
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward
-        for module, mode in training.items():
-            module.training = mode
-
-
-def _watch(name: str, watcher: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    _check_values("the input", name, x)
-    if x.is_nested:
-        raise ValueError(f"the input of {name} is a nested tensor; give padded batches")
-    return watcher(x)
-
-
-class _OtherRelus(TorchFunctionMode):
-    """Notes where a relu is called in the block, as file:line outside of torch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.places: set[str] = set()
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__name__", "") in ("relu", "relu_", "relu6", "relu6_"):
-            frame = sys._getframe(1)
-            while frame.f_back and frame.f_code.co_filename.startswith(_TORCH):
-                frame = frame.f_back
-            self.places.add(f"{frame.f_code.co_filename}:{frame.f_lineno}")
-        return function(*args, **(kwargs or {}))
-
-
-_TORCH = os.path.dirname(torch.__file__)
-
-
-class _Forwards:
-    """Counts forwards of a model, so that a layer can tell its first call in one from its second."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._depth = 0
-
-    @contextmanager
-    def of(self, model: nn.Module) -> Iterator[None]:
-        hooks = ExitStack()
-        hooks.callback(model.register_forward_pre_hook(self._enter).remove)
-        hooks.callback(model.register_forward_hook(self._leave, always_call=True).remove)
-        with hooks:
-            yield
-
-    def _enter(self, *_) -> None:
-        self.number += self._depth == 0  # a model may call itself
-        self._depth += 1
-
-    def _leave(self, *_) -> None:
-        self._depth -= 1
-
-    def counting(self, forward: Callable | None) -> Callable | None:
-        """`forward`, which need not call the model itself, but a method."""
-        if forward is None:
-            return None
-
-        def counted(model: nn.Module, batch: object) -> object:
-            self.number += 1
-            return forward(model, batch)
-
-        return counted
-
-
-class _Counted:
-    """The inputs of one layer: a histogram of a row for each alpha that is wanted, and the power of each call."""
-
-    def __init__(self, name: str, layer: QReLU, channel_dim: int | None, forwards: _Forwards) -> None:
-        self.layer, self._name = layer, name
-        self._channel_dim = layer.channel_dim if channel_dim is None else channel_dim
-        self._forwards, self._forward, self._call = forwards, 0, 0
-        self.histogram: Histogram | None = None
-        self.rows = self.elements = 0
-        self.dtype: torch.dtype | None = None
-        self.calls: list[Tensor] = []  # of the first, second, ... in a forward: [sum of squares, count] of x > 0
-
-    def __call__(self, x: Tensor) -> Tensor:
-        limited = x.clamp(max=self.layer.limit)
-        if not (limited < math.inf).all():
-            raise ValueError(f"the input of {self._name} is NaN or +inf")
-        dim = self._channel_dim
-        if dim is not None and not -x.dim() <= dim < x.dim():
-            raise ValueError(f"channel_dim is {dim}, but the input of {self._name} has shape {list(x.shape)}")
-        rows = limited.reshape(1, -1) if dim is None else limited.movedim(dim, 0).flatten(1)
-        if self.histogram is None:
-            self.rows, self.dtype = rows.size(0), x.dtype
-            self.histogram = Histogram(self.rows, x.device)
-        elif self.rows != rows.size(0):
-            raise ValueError(f"{self._name} had inputs of {self.rows} channels before, now of {rows.size(0)}")
-        self.histogram.add(rows)
-        self.dtype = torch.promote_types(self.dtype, x.dtype)
-        self.elements += x.numel()
-        self._count_call(limited.clamp_(min=0))
-        return float_activation(self.layer, x)
-
-    def _count_call(self, positive: Tensor) -> None:
-        if self._forward != self._forwards.number:
-            self._forward, self._call = self._forwards.number, 0
-        power = torch.linalg.vector_norm(positive, dtype=torch.float64).square()
-        found = torch.stack([power, positive.count_nonzero().double()])
-        if self._call == len(self.calls):
-            self.calls.append(found)
-        else:
-            self.calls[self._call] += found
-        self._call += 1
-
-    @property
-    def spread(self) -> float:
-        ranges = [math.sqrt(power / count) for power, count in (call.tolist() for call in self.calls) if count]
-        return max(ranges) / min(ranges) if ranges else math.nan
-
-
-def _add_up(counted: list[_Counted]) -> None:
-    """Makes every layer's counts those of all processes."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    mine = [(count.rows, count.dtype, count.elements, [call.cpu() for call in count.calls]) for count in counted]
-    everyone: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
-    for count, found in zip(counted, zip(*everyone)):
-        found = [of_process for of_process in found if of_process[0]]
-        if not found:
-            continue
-        rows, dtypes, elements, calls = zip(*found)
-        count.rows, count.elements = max(rows), sum(elements)
-        count.dtype = functools.reduce(torch.promote_types, dtypes)
-        count.calls = [sum(call for call in same if call is not None) for same in zip_longest(*calls)]
-        count.histogram = count.histogram or Histogram(count.rows, count.layer.alpha.device)
-        count.histogram.merge(_all_reduce)
-
-
-def _all_reduce(t: Tensor, how: str) -> None:
-    torch.distributed.all_reduce(t, getattr(torch.distributed.ReduceOp, how.upper()))
-
-
-def _found(name: str, counted: _Counted, method: str, percentile: float) -> CalibratedLayer:
+def _found(name: str, counted: CountedInputs, method: str, percentile: float) -> CalibratedLayer:
     layer, before = counted.layer, counted.layer.alpha.detach().clone()
     if not counted.rows:
         return CalibratedLayer(name, before, before, math.nan, math.nan, math.nan, False, 0, math.nan)

@@ -1,0 +1,75 @@
+"""Forwards of a model with watchers in place of its QReLUs: what `calibrate` and `stats` share."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .._torch_internals import FakeTensor
+from ..nn import QReLU
+from .running import moved_to, run
+
+
+def warn_of_unreached(function: str, names: list[str], stacklevel: int) -> None:
+    if names:
+        warnings.warn(f"{function}: no batch reached {', '.join(names)}", stacklevel=stacklevel + 1)
+
+
+def layers_of(model: nn.Module) -> dict[str, QReLU]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    layers = {name or "(model)": module for name, module in model.named_modules() if isinstance(module, QReLU)}
+    if not layers:
+        raise ValueError("model has no QReLU; quantize_ puts them in")
+    for name, layer in layers.items():
+        _check_values("alpha", name, layer.alpha)
+    return layers
+
+
+def _check_values(what: str, name: str, t: Tensor) -> None:
+    if t.is_meta or isinstance(t, FakeTensor):
+        where = "made in FakeTensorMode" if isinstance(t, FakeTensor) else "on the meta device (or offloaded)"
+        raise ValueError(f"{what} of {name} has no values: it is {where}")
+
+
+def run_batches(model: nn.Module, batches: Iterable, forward: Callable | None, progress: bool, title: str) -> None:
+    count = 0
+    for batch in tqdm(batches, desc=title, unit="batch", leave=False, disable=None if progress else True):
+        (forward or run)(model, moved_to(model, batch))
+        count += 1
+    if not count:
+        raise ValueError("batches is empty")
+
+
+@contextmanager
+def watched(model: nn.Module, layers: dict[str, QReLU], watchers: dict[str, Callable[[Tensor], Tensor]]) -> Iterator:
+    """In the block, the `watchers` of the names compute in place of the layers; evaluation mode, no gradients."""
+    training = {module: module.training for module in model.modules()}
+    before = {layer: vars(layer).get("forward") for layer in layers.values()}
+    model.eval()
+    for name, layer in layers.items():
+        layer.forward = functools.partial(_watch, name, watchers[name])
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for layer, forward in before.items():
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _watch(name: str, watcher: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    _check_values("the input", name, x)
+    if x.is_nested:
+        raise ValueError(f"the input of {name} is a nested tensor; give padded batches")
+    return watcher(x)

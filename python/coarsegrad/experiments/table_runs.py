@@ -1,0 +1,133 @@
+"""The runs of a table, and their results on disk.
+
+What a finished run leaves is one file, OUT/SCHEDULE/RUN/results.json, which is all that tables and figures are made
+of. Checkpoints, and the float networks that the runs start from, are only needed to train.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from .data import Split
+from .files import ExperimentError, replacing
+
+Network = Callable[[Callable[[], nn.Module]], nn.Module]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the runs of one kind are trained, and the float networks before them; see `training.fit`."""
+
+    epochs: int
+    lr_drops: tuple[int, ...]
+    float_epochs: int
+    float_lr_drops: tuple[int, ...]
+    lr: float = 0.1
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training with low-bit activations, from the float network of the same seed; see `models.quantized`.
+
+    ste may be "A_then_B": A until the rate's first drop, B from there.
+    """
+
+    schedule: str
+    bits: int
+    ste: str
+    learn_alpha: str | None = None
+    per_channel: bool = False
+    seed: int = 0
+    range_bits: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.schedule}/{self.bits}bit-{self.variant}-seed{self.seed}"
+
+    @property
+    def variant(self) -> str:
+        alpha = f"-{self.learn_alpha}_alpha" if self.learn_alpha else ""
+        of_range = f"-range_of_{self.range_bits}bit" if self.range_bits else ""
+        return self.ste + alpha + ("-per_channel" if self.per_channel else "") + of_range
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a command of this kind trains. `load(folder)` gives the training set, the test set and their sha256;
+    `published` is the accuracy in % by (bits, ste) that the runs of the schedule "full" are held against."""
+
+    title: str
+    network: Network
+    load: Callable[[Path | None], tuple[Split, Split, str]]
+    schedules: dict[str, Schedule]
+    runs: tuple[Run, ...]  # in the order in which they are trained
+    published: dict[tuple[int, str], float]
+    augment: Callable[[Tensor], Tensor] = lambda x: x
+
+
+def float_folder(schedule: Schedule, seed: int) -> str:
+    """Where the float network is kept that the runs of a schedule start from; schedules may share it."""
+    return f"float-{schedule.float_epochs}epochs-seed{seed}"
+
+
+def config_of(table: Table, run: Run) -> dict:
+    """All that decides the numbers of a run, but for its data and the machine."""
+    schedule = asdict(table.schedules[run.schedule])
+    config = {"phase": "quantized", **schedule, **asdict(run), "rounding": "ceil"}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+
+
+def finished(table: Table, out: Path) -> list[tuple[Run, dict]]:
+    """The runs of the table that are finished in `out`, in the table's order."""
+    results = [(run, read_results(table, run, out)) for run in table.runs]
+    return [(run, result) for run, result in results if result is not None]
+
+
+def read_results(table: Table, run: Run, out: Path, sha256: str | None = None) -> dict | None:
+    """The results of `run`, or None; an ExperimentError if they are of another configuration, or of other data."""
+    path = out / run.name / "results.json"
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text())
+        there = result["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExperimentError(f"{path} is no results file of this command ({error!r})") from error
+    wanted = config_of(table, run) | ({} if sha256 is None else {"data": sha256})
+    for name, value in wanted.items():
+        if there.get(name) != value:
+            raise ExperimentError(f"{path} has {name} {there.get(name)!r}, wanted {value!r}; choose another --out")
+    return result
+
+
+def write_results(report: dict, path: Path) -> None:
+    with replacing(path) as file:
+        file.write(json.dumps(report).encode() + b"\n")
+
+
+def write_csv(results: list[tuple[Run, dict]], path: Path) -> None:
+    rows = []
+    for run, result in results:
+        history = result["history"]
+        best = max(history, key=lambda row: row["test_accuracy"], default={})
+        rows.append(asdict(run) | {
+            "epochs": len(history), "diverged": result["diverged"],
+            "float_test_accuracy": result["start"]["test_accuracy"],
+            "test_accuracy": history[-1]["test_accuracy"] if history else None,
+            "best_test_accuracy": best.get("test_accuracy"), "best_epoch": best.get("epoch"),
+            "seconds": round(sum(row["seconds"] for row in history), 1),
+        })  # fmt: skip
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())

@@ -1,0 +1,11 @@
+"""Saved activations as packed codes: layers that save the output of a qrelu for backward save its codes instead.
+
+Inside `packed_activations` a pair of saved-tensor hooks sees each tensor that autograd saves. The storage of a qrelu's
+output y carries a record, from which the hooks learn what to save instead: the codes, from which y is rebuilt bit for
+bit. Every view of y shares that storage, and the record is freed with it.
+"""
+
+from .blocks import pack_activations_, packed_activations
+from .hooks import Packing, active_packing, packing_of, square
+
+__all__ = ["Packing", "active_packing", "pack_activations_", "packed_activations", "packing_of", "square"]

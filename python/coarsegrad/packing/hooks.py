@@ -1,0 +1,76 @@
+"""The saved-tensor hooks of a `packed_activations` block, and how the functions called in it find them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _autograd
+from .._torch_internals import Hooks, functorch_active, saved_tensor_hooks, view_root
+from ..ste import check_inplace
+from .function import SAVE_AS, PackedQReLU
+from .records import OutputRecord, SavedView, attached_record, record_of
+from .saved import SavedTensor, SharedMask
+
+Saved = SavedTensor | SharedMask | SavedView
+
+
+class Packing:
+    """The hooks of one block, `save` and `load`. outer_hooks: those around the block, which get all that it saves."""
+
+    def __init__(self, outer_hooks: Hooks | None) -> None:
+        self.outer_hooks = outer_hooks
+        self._last: OutputRecord | None = None  # an output may be freed before its square is saved
+
+    def save(self, t: Tensor) -> Saved:
+        instead = getattr(t, SAVE_AS, None)
+        if instead is None and t.layout is torch.strided and not t.is_nested:
+            record = record_of(t)
+            instead = record and record.replacement_for(t, self.outer_hooks)
+            self._last = record if instead else self._last
+        return instead or SavedTensor(t, self.outer_hooks)
+
+    @staticmethod
+    def load(saved: Saved) -> Tensor:
+        return saved.load()
+
+    def qrelu(self, x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim, inplace) -> Tensor:
+        """qrelu, or qrelu_, with an output that can be saved as codes."""
+        _autograd.refuse_forward_mode(x, alpha)
+        if inplace:
+            check_inplace(ste, rounding, alpha_grad if alpha.requires_grad else None, x.requires_grad)
+            root = view_root(x)
+            if root.is_leaf and root.requires_grad:
+                raise RuntimeError("inplace=True would write to a leaf that requires grad; use inplace=False")
+        config = (bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
+        y = PackedQReLU.apply(x, alpha, self.outer_hooks, inplace, config)
+        if (record := attached_record(y)) is not None:
+            record.publish(y)
+        return y
+
+
+def packing_of(hooks: Hooks | None) -> Packing | None:
+    """The packing that these hooks belong to, if any."""
+    packing = getattr(hooks[0], "__self__", None) if hooks else None
+    return packing if isinstance(packing, Packing) else None
+
+
+def active_packing() -> Packing | None:
+    """The packing whose hooks are the innermost ones. Other hooks inside of it, such as a checkpoint's, see what is
+    saved without packing."""
+    if torch.compiler.is_compiling():
+        return None
+    hooks = saved_tensor_hooks()  # first, as mostly there are none
+    if hooks is None or functorch_active() or not torch.is_grad_enabled():
+        return None
+    return packing_of(hooks)
+
+
+def square(y: Tensor) -> Tensor:
+    """y * y for the output y of a qrelu. Inside `packed_activations` its square is saved as y's codes, and so is its
+    copy in another dtype."""
+    z = y.square()
+    if active_packing() is not None and isinstance(z, Tensor) and z.requires_grad:
+        if (record := record_of(z)) is not None:
+            record.publish(z)
+    return z
