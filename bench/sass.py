@@ -164,7 +164,7 @@ PREAMBLE = f"""\
 #include "cuda/dequantize.cuh"
 #include "cuda/forward.cuh"
 static_assert(cg::cuda::kThreads == {_THREADS} && cg::cuda::kUnroll == {_PACKS});
-static_assert(sizeof(cg::cuda::Words) == {_PACK_BYTES});
+static_assert(sizeof(cg::cuda::Chunk) == {_PACK_BYTES});
 """
 _DTYPES = {"float32": ("float", 4), "bfloat16": ("bf16", 2), "float16": ("f16", 2)}
 _PROMISED = {"sm_80": 1.0, "sm_90": 1.0, "sm_100": 0.9}
@@ -172,7 +172,8 @@ _PROMISED = {"sm_80": 1.0, "sm_90": 1.0, "sm_100": 0.9}
 # Name, kernel, numbers read, numbers written, bits kept, and what is special. Where a kernel decides at run time what
 # it does, the bits are the most that it may move.
 _FORWARD = "qrelu_forward_kernel<{{T}}, Rounding::{}, MaskKind::{}, {}>".format
-_X_CHANNELS = "qrelu_backward_x_channels_kernel<{T}, ReverseExponential, kPack<{T}>, false>"
+_X_CHANNELS = "qrelu_backward_x_channels_kernel<{T}, ReverseExponential, kChunk<{T}>, false>"
+_SAVED_CHANNELS = "qrelu_backward_saved_channels_kernel<{T}, true, 2, kChunk<{T}>>"
 _KERNELS = (
     ("forward", _FORWARD("ceil", "nothing", "false"), 1, 1, 0, ""),
     ("forward, mask", _FORWARD("ceil", "inside", "false"), 1, 1, 1, "shares"),
@@ -183,18 +184,18 @@ _KERNELS = (
     ("forward, channels", "qrelu_forward_channels_kernel<{T}, Rounding::ceil, true>", 1, 1, 10, ""),
     ("forward, channels innermost", "qrelu_forward_channels_kernel<{T}, Rounding::ceil, false>", 1, 1, 10, ""),
     ("backward, mask", "qrelu_backward_mask_kernel<uint{bits}_t>", 1, 1, 1, "shares"),
-    ("backward, state, dalpha", "qrelu_backward_kept_kernel<{T}, true, 2>", 1, 1, 2, ""),
-    ("backward, codes, dalpha", "qrelu_backward_kept_kernel<{T}, false, 2>", 1, 1, 3, ""),
+    ("backward, state, dalpha", "qrelu_backward_saved_kernel<{T}, true, 2>", 1, 1, 2, ""),
+    ("backward, codes, dalpha", "qrelu_backward_saved_kernel<{T}, false, 2>", 1, 1, 3, ""),
     ("backward, slopes", "times_slopes_kernel<{T}, 2>", 1, 1, 2, ""),
     ("backward, slopes, 8 bits", "times_slopes_kernel<{T}, 8>", 1, 1, 8, ""),
-    ("backward, x", "qrelu_backward_x_kernel<{T}, ReverseExponential, Alphas::one>", 2, 1, 0, ""),
-    ("backward, x, log_tailed", "qrelu_backward_x_kernel<{T}, LogTailedRelu, Alphas::one>", 2, 1, 0, ""),
-    ("backward, x, channels", "qrelu_backward_x_kernel<{T}, ReverseExponential, Alphas::by_pack>", 2, 1, 0, ""),
+    ("backward, x", "qrelu_backward_x_kernel<{T}, ReverseExponential, AlphaLayout::one>", 2, 1, 0, ""),
+    ("backward, x, log_tailed", "qrelu_backward_x_kernel<{T}, LogTailedRelu, AlphaLayout::one>", 2, 1, 0, ""),
+    ("backward, x, channels", "qrelu_backward_x_kernel<{T}, ReverseExponential, AlphaLayout::by_chunk>", 2, 1, 0, ""),
     ("backward, x, dalpha, channels", _X_CHANNELS, 2, 1, 0, ""),
-    ("backward, state, dalpha, channels", "qrelu_backward_kept_channels_kernel<{T}, true, 2, kPack<{T}>>", 1, 1, 2, ""),
-    ("dequantize", "dequantize_kernel<{T}, 2, Alphas::one>", 0, 1, 2, ""),
-    ("dequantize, channels", "dequantize_kernel<{T}, 2, Alphas::by_pack>", 0, 1, 2, ""),
-    ("dequantize, channels innermost", "dequantize_kernel<{T}, 2, Alphas::by_element>", 0, 1, 2, ""),
+    ("backward, state, dalpha, channels", _SAVED_CHANNELS, 1, 1, 2, ""),
+    ("dequantize", "dequantize_kernel<{T}, 2, AlphaLayout::one>", 0, 1, 2, ""),
+    ("dequantize, channels", "dequantize_kernel<{T}, 2, AlphaLayout::by_chunk>", 0, 1, 2, ""),
+    ("dequantize, channels innermost", "dequantize_kernel<{T}, 2, AlphaLayout::by_element>", 0, 1, 2, ""),
 )
 
 INSTANCES = [

@@ -1,14 +1,14 @@
-// dy to dx and to the sums of dalpha, from kept bits, codes or x; and dy to dx by a slope for each code.
+// dy to dx and to the sums of dalpha, from saved bits, codes or x; and dy to dx by a slope for each code.
 #pragma once
 
 #include "reduce.cuh"
-#include "steps.cuh"
+#include "alphas.cuh"
 
 namespace cg::cuda {
 
-// The elements of a pack where bit i * kStride of `gate` is set; else zero.
+// The elements of a chunk where bit i * kStride of `gate` is set; else zero.
 template <class T, int kStride>
-CG_D Words keep(Words words, uint64_t gate) {
+CG_D Chunk masked_chunk(Chunk words, uint64_t gate) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(T) == 4) {
@@ -24,26 +24,26 @@ CG_D Words keep(Words words, uint64_t gate) {
 // dx = dy where the 1-bit mask says so. T is any type of the size: numbers pass as they are.
 template <class T>
 __global__ void __launch_bounds__(kThreads) qrelu_backward_mask_kernel(const Backward a, bool aligned) {
-  for_each_pack<T>(
+  for_each_chunk<T>(
       a.count, aligned,
       [&](int64_t first) {
         if constexpr (kVector<T>) {
-          Words dy[kUnroll];
+          Chunk dy[kUnroll];
           uint64_t gate[kUnroll];
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) {
-            dy[u] = load_words<T>(a.grad_y, first + u * kThreads);
-            gate[u] = read_bits<kPack<T>, 1>(a.mask, first + u * kThreads, kPack<T>, true);
+            dy[u] = load_chunk<T>(a.grad_y, first + u * kThreads);
+            gate[u] = read_bits<kChunk<T>, 1>(a.mask, first + u * kThreads, kChunk<T>, true);
           }
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) {
-            store_words<T>(a.grad_x, first + u * kThreads, keep<T, 1>(dy[u], gate[u]));
+            store_chunk<T>(a.grad_x, first + u * kThreads, masked_chunk<T, 1>(dy[u], gate[u]));
           }
         }
       },
-      [&](int64_t pack, int count) {
-        const int64_t start = pack * kPack<T>;
-        const uint64_t gate = read_bits<kPack<T>, 1>(a.mask, pack, count, aligned && count == kPack<T>);
+      [&](int64_t chunk, int count) {
+        const int64_t start = chunk * kChunk<T>;
+        const uint64_t gate = read_bits<kChunk<T>, 1>(a.mask, chunk, count, aligned && count == kChunk<T>);
 #pragma unroll 1
         for (int i = 0; i < count; ++i) {
           static_cast<T*>(a.grad_x)[start + i] = gate >> i & 1 ? static_cast<const T*>(a.grad_y)[start + i] : T{};
@@ -51,9 +51,9 @@ __global__ void __launch_bounds__(kThreads) qrelu_backward_mask_kernel(const Bac
       });
 }
 
-// What is kept of x in kWidth bits: the state, or the codes.
+// What is saved of x in kWidth bits: the state, or the codes.
 template <bool kState, int kWidth>
-struct KeptValues {
+struct SavedValues {
   uint64_t bits;
 
   // The gate of dx, from these bits, at every kWidth-th bit.
@@ -78,68 +78,68 @@ struct KeptValues {
 // dx and the partial sum of dalpha, of one alpha, from the state or the codes. The gate of dx is the mask's where there
 // is one beside the codes; else it follows from the codes, as rounding is ceil or hwgq: x > 0 is c > 0.
 template <class T, bool kState, int kWidth>
-__global__ void __launch_bounds__(kThreads) qrelu_backward_kept_kernel(const Backward a, bool aligned) {
+__global__ void __launch_bounds__(kThreads) qrelu_backward_saved_kernel(const Backward a, bool aligned) {
   using A = compute_t<T>;
-  using Values = KeptValues<kState, kWidth>;
+  using Values = SavedValues<kState, kWidth>;
   const A q = A((1 << a.bits) - 1), inside = inside_value(a.rule, q);
   const uint8_t* values = kState ? a.mask : a.codes;
   const bool masked = !kState && a.kind != MaskKind::nothing;
   A total = A(0);
-  for_each_pack<T>(
+  for_each_chunk<T>(
       a.count, aligned,
       [&](int64_t first) {
         if constexpr (kVector<T>) {
-          Words words[kUnroll];
-          Values kept[kUnroll];
+          Chunk words[kUnroll];
+          Values saved[kUnroll];
           uint64_t mask[kUnroll];
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) {
-            const int64_t pack = first + u * kThreads;
-            words[u] = load_words<T>(a.grad_y, pack);
-            kept[u].bits = read_bits<kPack<T>, kWidth>(values, pack, kPack<T>, true);
-            if (masked) mask[u] = read_bits<kPack<T>, 1>(a.mask, pack, kPack<T>, true);
+            const int64_t chunk = first + u * kThreads;
+            words[u] = load_chunk<T>(a.grad_y, chunk);
+            saved[u].bits = read_bits<kChunk<T>, kWidth>(values, chunk, kChunk<T>, true);
+            if (masked) mask[u] = read_bits<kChunk<T>, 1>(a.mask, chunk, kChunk<T>, true);
           }
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) {
             if (a.grad_x) {
-              const Words dx = masked ? keep<T, 1>(words[u], mask[u]) : keep<T, kWidth>(words[u], kept[u].gate(a.ste));
-              store_words<T>(a.grad_x, first + u * kThreads, dx);
+              const Chunk dx = masked ? masked_chunk<T, 1>(words[u], mask[u]) : masked_chunk<T, kWidth>(words[u], saved[u].gate(a.ste));
+              store_chunk<T>(a.grad_x, first + u * kThreads, dx);
             }
             if (a.partial) {
-              float dy[kPack<T>];
-              unpack<T>(words[u], dy);
+              float dy[kChunk<T>];
+              widen_chunk<T>(words[u], dy);
 #pragma unroll
-              for (int i = 0; i < kPack<T>; ++i) total += times_slope(dy[i], kept[u].factor(i, inside, q));
+              for (int i = 0; i < kChunk<T>; ++i) total += times_slope(dy[i], saved[u].factor(i, inside, q));
             }
           }
         }
       },
-      [&](int64_t pack, int count) {
-        const int64_t start = pack * kPack<T>;
-        const bool whole = aligned && count == kPack<T>;
-        const Values kept{read_bits<kPack<T>, kWidth>(values, pack, count, whole)};
-        const uint64_t gate = masked ? read_bits<kPack<T>, 1>(a.mask, pack, count, whole) : kept.gate(a.ste);
+      [&](int64_t chunk, int count) {
+        const int64_t start = chunk * kChunk<T>;
+        const bool whole = aligned && count == kChunk<T>;
+        const Values saved{read_bits<kChunk<T>, kWidth>(values, chunk, count, whole)};
+        const uint64_t gate = masked ? read_bits<kChunk<T>, 1>(a.mask, chunk, count, whole) : saved.gate(a.ste);
 #pragma unroll 1
         for (int i = 0; i < count; ++i) {
           const T dy = static_cast<const T*>(a.grad_y)[start + i];
           if (a.grad_x) static_cast<T*>(a.grad_x)[start + i] = gate >> (i * (masked ? 1 : kWidth)) & 1 ? dy : T{};
-          if (a.partial) total += times_slope(A(widen(dy)), kept.factor(i, inside, q));
+          if (a.partial) total += times_slope(A(widen(dy)), saved.factor(i, inside, q));
         }
       });
   if (a.partial) sum_blocks(total, static_cast<A*>(a.partial));
 }
 
-// Of many alphas: dx, and the terms of the sums. kUnit: 1, or a pack.
+// Of many alphas: dx, and the terms of the sums. kUnit: 1, or a chunk.
 template <class T, bool kState, int kWidth, int kUnit>
-struct KeptTerms {
+struct SavedTerms {
   using A = compute_t<T>;
   const Backward& a;
   bool masked;
   A q, inside;
 
   struct Loaded {
-    Words dy;
-    KeptValues<kState, kWidth> kept;
+    Chunk dy;
+    SavedValues<kState, kWidth> saved;
     uint64_t mask;
   };
 
@@ -150,35 +150,35 @@ struct KeptTerms {
   }
   CG_D Loaded load(int64_t unit) const {
     Loaded loaded;
-    if constexpr (kUnit > 1) loaded.dy = load_words<T>(a.grad_y, unit);
-    loaded.kept.bits = bits_of<kWidth>(kState ? a.mask : a.codes, unit);
+    if constexpr (kUnit > 1) loaded.dy = load_chunk<T>(a.grad_y, unit);
+    loaded.saved.bits = bits_of<kWidth>(kState ? a.mask : a.codes, unit);
     loaded.mask = masked ? bits_of<1>(a.mask, unit) : 0;
     return loaded;
   }
   CG_D void add(int64_t unit, const Loaded& loaded, A (&total)[kUnit]) const {
-    const uint64_t gate = masked ? loaded.mask : loaded.kept.gate(a.ste);
+    const uint64_t gate = masked ? loaded.mask : loaded.saved.gate(a.ste);
     if constexpr (kUnit == 1) {
       const T dy = static_cast<const T*>(a.grad_y)[unit];
       if (a.grad_x) static_cast<T*>(a.grad_x)[unit] = gate & 1 ? dy : T{};
-      total[0] += times_slope(A(widen(dy)), loaded.kept.factor(0, inside, q));
+      total[0] += times_slope(A(widen(dy)), loaded.saved.factor(0, inside, q));
     } else {
       if (a.grad_x) {
-        store_words<T>(a.grad_x, unit, masked ? keep<T, 1>(loaded.dy, gate) : keep<T, kWidth>(loaded.dy, gate));
+        store_chunk<T>(a.grad_x, unit, masked ? masked_chunk<T, 1>(loaded.dy, gate) : masked_chunk<T, kWidth>(loaded.dy, gate));
       }
       float dy[kUnit];
-      unpack<T>(loaded.dy, dy);
+      widen_chunk<T>(loaded.dy, dy);
 #pragma unroll
-      for (int k = 0; k < kUnit; ++k) total[k] += times_slope(dy[k], loaded.kept.factor(k, inside, q));
+      for (int k = 0; k < kUnit; ++k) total[k] += times_slope(dy[k], loaded.saved.factor(k, inside, q));
     }
   }
 };
 
 template <class T, bool kState, int kWidth, int kUnit>
-__global__ void __launch_bounds__(kThreads) qrelu_backward_kept_channels_kernel(const Backward a) {
+__global__ void __launch_bounds__(kThreads) qrelu_backward_saved_channels_kernel(const Backward a) {
   using A = compute_t<T>;
   const A q = A((1 << a.bits) - 1);
-  const KeptTerms<T, kState, kWidth, kUnit> terms{a, !kState && a.kind != MaskKind::nothing, q, inside_value(a.rule, q)};
-  sum_channel<kUnit>(a.steps, a.count, static_cast<A*>(a.partial), [&](int64_t, const auto& loop) { loop(terms); });
+  const SavedTerms<T, kState, kWidth, kUnit> terms{a, !kState && a.kind != MaskKind::nothing, q, inside_value(a.rule, q)};
+  sum_channel<kUnit>(a.alphas, a.count, static_cast<A*>(a.partial), [&](int64_t, const auto& loop) { loop(terms); });
 }
 
 template <class T>
@@ -217,26 +217,26 @@ CG_D Gradients<compute_t<T>> gradients(const Backward& a, compute_t<T> x, comput
   return {times_slope(dy, g), times_slope(dy, factor)};
 }
 
-// The same of a pack, for `simple` steps; step(i) is that of element i. The terms are added to total[i], or total[0].
-template <class T, class SteT, class StepOf, int kTotals>
-CG_D Words gradients_of_pack(const Backward& a, const Words& x_words, const Words& dy_words, const StepOf& step, bool sum,
+// The same of a chunk, for regular alphas; alpha_of(i) is that of element i. The terms are added to total[i], or total[0].
+template <class T, class SteT, class AlphaOf, int kTotals>
+CG_D Chunk gradients_of_chunk(const Backward& a, const Chunk& x_chunk, const Chunk& dy_chunk, const AlphaOf& alpha_of, bool sum,
                              float (&total)[kTotals]) {
   const float q = static_cast<float>((1 << a.bits) - 1), inverse_q = 1 / q;
-  float x[kPack<T>], dy[kPack<T>], code[kPack<T>] = {};
-  unpack<T>(x_words, x);
-  unpack<T>(dy_words, dy);
+  float x[kChunk<T>], dy[kChunk<T>], code[kChunk<T>] = {};
+  widen_chunk<T>(x_chunk, x);
+  widen_chunk<T>(dy_chunk, dy);
   if (sum && needs_code(a.rule)) {
-    float y[kPack<T>];
+    float y[kChunk<T>];
     switch (a.rounding) {
-      case Rounding::ceil: quantize_pack<T, Rounding::ceil>(x, step, q, code, y); break;
-      case Rounding::nearest: quantize_pack<T, Rounding::nearest>(x, step, q, code, y); break;
-      case Rounding::hwgq: quantize_pack<T, Rounding::hwgq>(x, step, q, code, y); break;
+      case Rounding::ceil: quantize_chunk<T, Rounding::ceil>(x, alpha_of, q, code, y); break;
+      case Rounding::nearest: quantize_chunk<T, Rounding::nearest>(x, alpha_of, q, code, y); break;
+      case Rounding::hwgq: quantize_chunk<T, Rounding::hwgq>(x, alpha_of, q, code, y); break;
     }
   }
 #pragma unroll
-  for (int i = 0; i < kPack<T>; ++i) {
-    const Step<T>& own = step(i);
-    const Point<float> p{x[i], quotient(x[i], own.alpha, own.inverse), q, inverse_q, own.top(q)};
+  for (int i = 0; i < kChunk<T>; ++i) {
+    const Alpha<T>& own = alpha_of(i);
+    const Point<float> p{x[i], quotient(x[i], own.value, own.inverse), q, inverse_q, own.top(q)};
     const float g = slope<SteT>(p);
     if (sum) {
       float factor = fminf(code[i], q);  // of NaN it is q
@@ -246,20 +246,20 @@ CG_D Words gradients_of_pack(const Backward& a, const Words& x_words, const Word
     }
     dy[i] = times_slope(dy[i], g);
   }
-  return round_all<T>(dy);
+  return round_chunk<T>(dy);
 }
 
 // dx, and the partial sum where there is one alpha.
-template <class T, class SteT, Alphas kAlphas>
+template <class T, class SteT, AlphaLayout kLayout>
 __global__ void __launch_bounds__(kThreads) qrelu_backward_x_kernel(const Backward a, bool aligned) {
   using A = compute_t<T>;
   const A q = A((1 << a.bits) - 1);
-  Step<T> own;
-  if constexpr (kAlphas == Alphas::one) own = Step<T>(static_cast<const A*>(a.steps.alpha)[0], a.rounding);
-  const bool sum = kAlphas == Alphas::one && a.partial;  // of many alphas qrelu_backward_x_channels_kernel
+  Alpha<T> own;
+  if constexpr (kLayout == AlphaLayout::one) own = Alpha<T>(static_cast<const A*>(a.alphas.values)[0], a.rounding);
+  const bool sum = kLayout == AlphaLayout::one && a.partial;  // of many alphas qrelu_backward_x_channels_kernel
   A total[1] = {};
   const auto one_by_one = [&](int64_t start, int count) {
-    Run<A> alphas(a.steps, start);
+    AlphaRun<A> alphas(a.alphas, start);
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
       const Gradients<A> g =
@@ -269,35 +269,35 @@ __global__ void __launch_bounds__(kThreads) qrelu_backward_x_kernel(const Backwa
       total[0] += g.term;
     }
   };
-  for_each_pack<T>(
-      a.count, aligned && kAlphas != Alphas::by_element,
+  for_each_chunk<T>(
+      a.count, aligned && kLayout != AlphaLayout::by_element,
       [&](int64_t first) {
-        if constexpr (kVector<T> && kAlphas != Alphas::by_element) {
-          Words x[kUnroll], dy[kUnroll];
+        if constexpr (kVector<T> && kLayout != AlphaLayout::by_element) {
+          Chunk x[kUnroll], dy[kUnroll];
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) {
-            x[u] = load_words<T>(a.x, first + u * kThreads);
-            dy[u] = load_words<T>(a.grad_y, first + u * kThreads);
+            x[u] = load_chunk<T>(a.x, first + u * kThreads);
+            dy[u] = load_chunk<T>(a.grad_y, first + u * kThreads);
           }
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) {
-            const int64_t pack = first + u * kThreads;
-            if constexpr (kAlphas == Alphas::by_pack) own = Step<T>(alpha_of_pack<T>(a.steps, pack), a.rounding);
-            if (own.simple(q)) {
-              const Words dx = gradients_of_pack<T, SteT>(a, x[u], dy[u], [&](int) { return own; }, sum, total);
-              if (a.grad_x) store_words<T>(a.grad_x, pack, dx);
+            const int64_t chunk = first + u * kThreads;
+            if constexpr (kLayout == AlphaLayout::by_chunk) own = Alpha<T>(alpha_of_chunk<T>(a.alphas, chunk), a.rounding);
+            if (own.is_regular(q)) {
+              const Chunk dx = gradients_of_chunk<T, SteT>(a, x[u], dy[u], [&](int) { return own; }, sum, total);
+              if (a.grad_x) store_chunk<T>(a.grad_x, chunk, dx);
             } else {
-              one_by_one(pack * kPack<T>, kPack<T>);
+              one_by_one(chunk * kChunk<T>, kChunk<T>);
             }
           }
         }
       },
-      [&](int64_t pack, int count) { one_by_one(pack * kPack<T>, count); });
+      [&](int64_t chunk, int count) { one_by_one(chunk * kChunk<T>, count); });
   if (sum) sum_blocks(total[0], static_cast<A*>(a.partial));
 }
 
-// Of many alphas: dx, and the terms of the sums, one by one. kUnit: 1, or a pack; kInnermost: whether the channels are, so
-// that a pack has kUnit of them, from `channel` on.
+// Of many alphas: dx, and the terms of the sums, one by one. kUnit: 1, or a chunk; kInnermost: whether the channels are, so
+// that a chunk has kUnit of them, from `channel` on.
 template <class T, class SteT, int kUnit, bool kInnermost>
 struct XTerms {
   using A = compute_t<T>;
@@ -310,7 +310,7 @@ struct XTerms {
 #pragma unroll 1
     for (int k = 0; k < kUnit; ++k) {
       const int64_t i = unit * kUnit + k;
-      const A alpha = checked(static_cast<const A*>(a.steps.alpha)[kInnermost ? channel + k : channel]);
+      const A alpha = checked(static_cast<const A*>(a.alphas.values)[kInnermost ? channel + k : channel]);
       const Gradients<A> g = gradients<T, SteT>(a, widen(static_cast<const T*>(a.x)[i]),
                                                 widen(static_cast<const T*>(a.grad_y)[i]), alpha, true);
       if (a.grad_x) static_cast<T*>(a.grad_x)[i] = narrow<T>(g.dx);
@@ -323,38 +323,38 @@ struct XTerms {
   }
 };
 
-// The same of whole packs and `simple` steps, of which element i has steps[i % kSteps].
-template <class T, class SteT, int kSteps>
-struct XPackTerms {
+// The same of whole chunks and regular alphas, of which element i has alphas[i % kAlphas].
+template <class T, class SteT, int kAlphas>
+struct XChunkTerms {
   const Backward& a;
-  const Step<T> (&steps)[kSteps];
+  const Alpha<T> (&alphas)[kAlphas];
 
   struct Loaded {
-    Words x, dy;
+    Chunk x, dy;
   };
-  CG_D Loaded load(int64_t unit) const { return {load_words<T>(a.x, unit), load_words<T>(a.grad_y, unit)}; }
-  CG_D void add(int64_t unit, const Loaded& loaded, float (&total)[kPack<T>]) const {
-    const auto step = [&](int i) { return steps[i % kSteps]; };
-    const Words dx = gradients_of_pack<T, SteT>(a, loaded.x, loaded.dy, step, true, total);
-    if (a.grad_x) store_words<T>(a.grad_x, unit, dx);
+  CG_D Loaded load(int64_t unit) const { return {load_chunk<T>(a.x, unit), load_chunk<T>(a.grad_y, unit)}; }
+  CG_D void add(int64_t unit, const Loaded& loaded, float (&total)[kChunk<T>]) const {
+    const auto alpha_of = [&](int i) { return alphas[i % kAlphas]; };
+    const Chunk dx = gradients_of_chunk<T, SteT>(a, loaded.x, loaded.dy, alpha_of, true, total);
+    if (a.grad_x) store_chunk<T>(a.grad_x, unit, dx);
   }
 };
 
 template <class T, class SteT, int kUnit, bool kInnermost>
 __global__ void __launch_bounds__(kThreads) qrelu_backward_x_channels_kernel(const Backward a) {
   using A = compute_t<T>;
-  constexpr int kSteps = kInnermost ? kUnit : 1;
-  sum_channel<kUnit>(a.steps, a.count, static_cast<A*>(a.partial), [&](int64_t channel, const auto& loop) {
+  constexpr int kAlphas = kInnermost ? kUnit : 1;
+  sum_channel<kUnit>(a.alphas, a.count, static_cast<A*>(a.partial), [&](int64_t channel, const auto& loop) {
     if constexpr (kUnit > 1) {
       const A q = A((1 << a.bits) - 1);
-      Step<T> steps[kSteps];
-      bool simple = true;
+      Alpha<T> alphas[kAlphas];
+      bool is_regular = true;
 #pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-        steps[k] = Step<T>(static_cast<const A*>(a.steps.alpha)[channel + k], a.rounding);
-        simple &= steps[k].simple(q);
+      for (int k = 0; k < kAlphas; ++k) {
+        alphas[k] = Alpha<T>(static_cast<const A*>(a.alphas.values)[channel + k], a.rounding);
+        is_regular &= alphas[k].is_regular(q);
       }
-      if (simple) return loop(XPackTerms<T, SteT, kSteps>{a, steps});
+      if (is_regular) return loop(XChunkTerms<T, SteT, kAlphas>{a, alphas});
     }
     loop(XTerms<T, SteT, kUnit, kInnermost>{a, channel});
   });
@@ -370,30 +370,30 @@ __global__ void __launch_bounds__(kThreads) times_slopes_kernel(const TimesSlope
   for (int code = threadIdx.x; code < 1 << a.bits; code += kThreads) slopes[code] = static_cast<const A*>(a.slopes)[code];
   __syncthreads();
   const auto slope_of = [&](uint64_t codes, int i) { return slopes[static_cast<uint32_t>(codes >> (i * kWidth)) & kLow]; };
-  for_each_pack<T>(
+  for_each_chunk<T>(
       a.count, aligned,
       [&](int64_t first) {
         if constexpr (kVector<T>) {
-          Words words[kUnroll];
+          Chunk words[kUnroll];
           uint64_t codes[kUnroll];
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) {
-            words[u] = load_words<T>(a.grad_y, first + u * kThreads);
-            codes[u] = read_bits<kPack<T>, kWidth>(a.codes, first + u * kThreads, kPack<T>, true);
+            words[u] = load_chunk<T>(a.grad_y, first + u * kThreads);
+            codes[u] = read_bits<kChunk<T>, kWidth>(a.codes, first + u * kThreads, kChunk<T>, true);
           }
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) {
-            float v[kPack<T>];
-            unpack<T>(words[u], v);
+            float v[kChunk<T>];
+            widen_chunk<T>(words[u], v);
 #pragma unroll
-            for (int i = 0; i < kPack<T>; ++i) v[i] = times_slope(v[i], slope_of(codes[u], i));
-            store_words<T>(a.grad_x, first + u * kThreads, round_all<T>(v));
+            for (int i = 0; i < kChunk<T>; ++i) v[i] = times_slope(v[i], slope_of(codes[u], i));
+            store_chunk<T>(a.grad_x, first + u * kThreads, round_chunk<T>(v));
           }
         }
       },
-      [&](int64_t pack, int count) {
-        const int64_t start = pack * kPack<T>;
-        const uint64_t codes = read_bits<kPack<T>, kWidth>(a.codes, pack, count, aligned && count == kPack<T>);
+      [&](int64_t chunk, int count) {
+        const int64_t start = chunk * kChunk<T>;
+        const uint64_t codes = read_bits<kChunk<T>, kWidth>(a.codes, chunk, count, aligned && count == kChunk<T>);
 #pragma unroll 1
         for (int i = 0; i < count; ++i) {
           const A dy = widen(static_cast<const T*>(a.grad_y)[start + i]);

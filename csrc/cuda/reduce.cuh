@@ -1,7 +1,7 @@
 // Sums in a fixed order and in two stages: a partial sum per block, then one over the blocks. No float atomics.
 #pragma once
 
-#include "vec.cuh"
+#include "chunk.cuh"
 
 #ifndef CG_SHARED
 #define CG_SHARED(type, name, count) __shared__ type name[count]
@@ -42,14 +42,14 @@ CG_D void sum_blocks(A total, A* partial) {
 template <int kUnit>
 struct ChannelShare {
   bool innermost;
-  int64_t channel, first, step;
+  int64_t channel, first, alpha_of;
 
-  CG_D explicit ChannelShare(const Steps& steps) : innermost(steps.inner == 1) {
+  CG_D explicit ChannelShare(const Alphas& alphas) : innermost(alphas.inner == 1) {
     const int each = innermost ? kThreads / kWarp : kThreads;
     const int mine = innermost ? threadIdx.x / kWarp : threadIdx.x;
     channel = innermost ? (int64_t{blockIdx.x} * kWarp + threadIdx.x % kWarp) * kUnit : blockIdx.x;
     first = int64_t{blockIdx.y} * each + mine;
-    step = int64_t{gridDim.y} * each;
+    alpha_of = int64_t{gridDim.y} * each;
   }
 };
 
@@ -58,18 +58,18 @@ struct ChannelShare {
 // total[k] the term of the unit's element k, which is of `channel`, or of channel + k where the channel is the innermost
 // dimension.
 template <int kUnit, class A, class WithTerms>
-CG_D void sum_channel(const Steps& steps, int64_t count, A* partial, const WithTerms& with_terms) {
-  const ChannelShare<kUnit> share(steps);
+CG_D void sum_channel(const Alphas& alphas, int64_t count, A* partial, const WithTerms& with_terms) {
+  const ChannelShare<kUnit> share(alphas);
   A total[kUnit] = {};
-  if (share.channel < steps.channels) {
-    const int64_t inner = share.innermost ? 1 : steps.inner / kUnit;
-    const int64_t row = share.innermost ? steps.channels / kUnit : steps.channels * inner;
+  if (share.channel < alphas.channels) {
+    const int64_t inner = share.innermost ? 1 : alphas.inner / kUnit;
+    const int64_t row = share.innermost ? alphas.channels / kUnit : alphas.channels * inner;
     const int64_t start = share.innermost ? share.channel / kUnit : share.channel * inner;
-    // first and step are below 2^32, as a grid has fewer threads: no 64-bit division, which is a call and spills.
+    // first and alpha_of are below 2^32, as a grid has fewer threads: no 64-bit division, which is a call and spills.
     const auto runs = [&](int64_t units) {
       return inner > units ? 0u : static_cast<uint32_t>(units) / static_cast<uint32_t>(inner);
     };
-    const int64_t step_outer = runs(share.step), step_at = share.step - step_outer * inner, end = count / kUnit;
+    const int64_t step_outer = runs(share.alpha_of), step_at = share.alpha_of - step_outer * inner, end = count / kUnit;
     int64_t outer = runs(share.first), at = share.first - outer * inner;
     const auto next = [&] {
       const int64_t unit = outer * row + start + at;
@@ -90,13 +90,13 @@ CG_D void sum_channel(const Steps& steps, int64_t count, A* partial, const WithT
       }
     });
   }
-  A* to = partial + blockIdx.y * steps.channels + share.channel;
+  A* to = partial + blockIdx.y * alphas.channels + share.channel;
   if (share.innermost) {
     CG_SHARED(A, sums, kUnit * kThreads);
 #pragma unroll
     for (int k = 0; k < kUnit; ++k) sums[k * kThreads + threadIdx.x] = total[k];
     __syncthreads();
-    if (threadIdx.x < kWarp && share.channel < steps.channels) {
+    if (threadIdx.x < kWarp && share.channel < alphas.channels) {
 #pragma unroll 1
       for (int k = 0; k < kUnit; ++k) {
         A sum = A(0);

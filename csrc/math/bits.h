@@ -64,7 +64,7 @@ CG_HD uint64_t unspread_bits(uint64_t v) {
 }
 
 // The 2-bit states of 64 numbers from the bits of those inside and those above.
-CG_HD void pack_states(uint64_t inside, uint64_t above, uint64_t (&words)[2]) {
+CG_HD void bitpack_states(uint64_t inside, uint64_t above, uint64_t (&words)[2]) {
   words[0] = spread_bits(inside) | spread_bits(above) << 1;
   words[1] = spread_bits(inside >> 32) | spread_bits(above >> 32) << 1;
 }

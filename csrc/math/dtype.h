@@ -96,7 +96,7 @@ CG_HD f16 to_f16(float a) {
 }
 
 // round_to<T>(v): the nearest number of T, as a number of the compute type. round_level<T>(v) is the same for v >= 0
-// that is no NaN, which costs packs less.
+// that is no NaN, which costs vectors less.
 template <class T>
 CG_HD compute_t<T> round_to(compute_t<T> v) {
   return v;
@@ -116,21 +116,21 @@ CG_HD compute_t<T> round_level(compute_t<T> v) {
 
 // The numbers of T as something that is compared fast: float as it is; 16-bit numbers that are no NaN as signed
 // integers, which are in the order of their bits from 0 up, and negative below 0. So x > v, for v >= 0, is
-// ordered(x) > ordered_floor<T>(v), the largest number of T that is at most v. Magnitudes above kInfinityBits are NaNs.
+// ordered(x) > compare_key_floor<T>(v), the largest number of T that is at most v. Magnitudes above kInfinityBits are NaNs.
 template <class T>
-using ordered_t = std::conditional_t<sizeof(T) == 2, int16_t, compute_t<T>>;
+using compare_key_t = std::conditional_t<sizeof(T) == 2, int16_t, compute_t<T>>;
 template <class T>
-ordered_t<T> ordered_floor(float v) = delete;
+compare_key_t<T> compare_key_floor(float v) = delete;
 template <>
-CG_HD float ordered_floor<float>(float v) {
+CG_HD float compare_key_floor<float>(float v) {
   return v;
 }
 template <>
-CG_HD int16_t ordered_floor<bf16>(float v) {
+CG_HD int16_t compare_key_floor<bf16>(float v) {
   return static_cast<int16_t>(bit_cast<uint32_t>(v) >> 16);
 }
 template <>
-CG_HD int16_t ordered_floor<f16>(float v) {
+CG_HD int16_t compare_key_floor<f16>(float v) {
   const f16 nearest = to_f16(v);
   return static_cast<int16_t>(nearest.bits - (to_float(nearest) > v ? 1 : 0));
 }

@@ -1,4 +1,4 @@
-// What the maths in this folder asks of a number type F. float and double have it here; the packs of csrc/cpu/pack.h
+// What the maths in this folder asks of a number type F. float and double have it here; the vectors of csrc/cpu/pack.h
 // have it for vectors, so that every formula is written once and instantiated per device and instruction set.
 #pragma once
 
@@ -44,7 +44,7 @@ CG_HD float quotient(float a, float b, float inverse) {
 }
 #endif
 
-// a * b + c for approximations: rounded once by packs that have an fma, else twice.
+// a * b + c for approximations: rounded once by vectors that have an fma, else twice.
 template <class F>
 CG_HD F mul_add(F a, F b, F c) {
   return mul(a, b) + c;
@@ -80,7 +80,7 @@ CG_HD float times_pow2(float a, float shifted) {
   return bit_cast<float>(bit_cast<uint32_t>(a) + (bit_cast<uint32_t>(shifted) << 23));
 }
 
-// The scalar under F: float for float and its packs, double for double and its packs.
+// The scalar under F: float for float and its vectors, double for double and its vectors.
 template <class F>
 struct ScalarOf {
   using type = typename F::scalar;

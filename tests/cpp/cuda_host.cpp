@@ -7,7 +7,7 @@
 
 #include <cstdio>
 
-#include "cuda/launches.cuh"
+#include "cuda/dispatch.cuh"
 
 namespace {
 
@@ -35,7 +35,7 @@ void need(void* to, size_t bytes) {
 
 void run(const Header& h, const Buffer (&b)[kBuffers]) {
   using namespace cg;
-  const cuda::Steps steps{b[kAlpha].data(), h.channels, h.inner};
+  const Alphas alphas{b[kAlpha].data(), h.channels, h.inner};
   const auto dtype = static_cast<Dtype>(h.dtype);
   const auto rounding = static_cast<Rounding>(h.rounding);
   const auto kind = static_cast<MaskKind>(h.kind);
@@ -43,26 +43,63 @@ void run(const Header& h, const Buffer (&b)[kBuffers]) {
   cuda_host::random_order.seed(static_cast<unsigned>(h.seed));
   if (h.op == kForward) {
     void* y = h.in_place ? b[kX].data() : b[kY].data();
-    launch_forward(cuda::Forward{dtype, rounding, bits, h.count, steps, b[kX].data(), y, b[kMask].packed(), kind,
-                                 b[kCodes].packed()},
+    cuda::launch_forward(Forward{.dtype = dtype,
+                           .rounding = rounding,
+                           .bits = bits,
+                           .count = h.count,
+                           .alphas = alphas,
+                           .x = b[kX].data(),
+                           .y = y,
+                           .mask = b[kMask].packed(),
+                           .kind = kind,
+                           .codes = b[kCodes].packed(),
+                           .stream = false},
                    cudaStream_t{});
   } else if (h.op == kDequantize) {
-    launch_dequantize(cuda::Dequantize{dtype, bits, h.count, steps, b[kCodes].packed(), b[kY].data()}, cudaStream_t{});
+    cuda::launch_dequantize(Dequantize{.dtype = dtype,
+                                 .bits = bits,
+                                 .count = h.count,
+                                 .alphas = alphas,
+                                 .codes = b[kCodes].packed(),
+                                 .y = b[kY].data(),
+                                 .stream = false},
+                      cudaStream_t{});
   } else if (h.op == kTimesSlopes) {
-    launch_times_slopes(cuda::TimesSlopes{dtype, bits, h.count, b[kGradY].data(), b[kCodes].packed(), b[kSlopes].data(),
-                                          b[kGradX].data()},
+    cuda::launch_times_slopes(TimesSlopes{.dtype = dtype,
+                                    .bits = bits,
+                                    .count = h.count,
+                                    .grad_y = b[kGradY].data(),
+                                    .codes = b[kCodes].packed(),
+                                    .slopes = b[kSlopes].data(),
+                                    .grad_x = b[kGradX].data(),
+                                    .stream = false},
                         cudaStream_t{});
   } else {
-    cuda::Backward a{dtype, static_cast<Ste>(h.ste), rounding, static_cast<AlphaGrad>(h.rule), bits, h.count, steps,
-                     b[kGradY].data(), b[kX].data(), b[kMask].packed(), kind, b[kCodes].packed(), b[kGradX].data(),
-                     h.scale, b[kGradAlpha].data(), nullptr};
+    Backward a{.dtype = dtype,
+               .ste = static_cast<Ste>(h.ste),
+               .rounding = rounding,
+               .rule = static_cast<AlphaGrad>(h.rule),
+               .bits = bits,
+               .count = h.count,
+               .alphas = alphas,
+               .grad_y = b[kGradY].data(),
+               .x = b[kX].data(),
+               .mask = b[kMask].packed(),
+               .kind = kind,
+               .codes = b[kCodes].packed(),
+               .grad_x = b[kGradX].data(),
+               .partial = nullptr,
+               .chunk_blocks = 0,
+               .stream = false,
+               .scale = h.scale,
+               .grad_alpha = b[kGradAlpha].data()};
     std::vector<double> partial;
     if (a.grad_alpha) {
       const size_t size = dtype == Dtype::float64 ? sizeof(double) : sizeof(float);
       partial.assign(cuda::partial_count(a) * size / sizeof(double) + 1, NAN);
       a.partial = partial.data();
     }
-    launch_backward(a, cudaStream_t{});
+    cuda::launch_backward(a, cudaStream_t{});
   }
 }
 

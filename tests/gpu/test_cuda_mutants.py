@@ -14,8 +14,8 @@ pytestmark = pytest.mark.skipif(cuda_host.why_not() is not None, reason=str(cuda
 
 # Few blocks, so that the loops over the grid turn more than once; no mistake by itself.
 SMALL_GRID = (
-    ("launches.cuh", "kMaxBlocks = 1 << 30", "kMaxBlocks = 3"),
-    ("launches.cuh", "kMaxSums = 4096, kSumBlocks = 4096", "kMaxSums = 2, kSumBlocks = 7"),
+    ("dispatch.cuh", "kMaxBlocks = 1 << 30", "kMaxBlocks = 3"),
+    ("dispatch.cuh", "kMaxSums = 4096, kSumBlocks = 4096", "kMaxSums = 2, kSumBlocks = 7"),
 )
 
 # A mistake shows in one dtype and in some of the ops: nothing else need be compiled for it.
@@ -28,40 +28,40 @@ COPIES = {
 }
 IN_FLOAT32 = (
     "a return before the shuffle", "half a warp in the mask of the bits", "nibbles of a byte swapped",
-    "misaligned packs moved at once",
+    "misaligned chunks moved at once",
 )  # fmt: skip
-IN_BACKWARD = ("rows of channels that are no packs",)  # beside those in its files
+IN_BACKWARD = ("rows of channels that are no chunks",)  # beside those in its files
 
 # name: (file, what it says, what it says instead). The text must be there once.
 MUTANTS = {
     "no barrier in the sum of a block": ("reduce.cuh", "__syncthreads();\n  if (warp == 0)", "if (warp == 0)"),
     "no barrier in the sum of channels": ("reduce.cuh", "__syncthreads();\n    if (threadIdx.x < kWarp", "if (threadIdx.x < kWarp"),
     "half a warp in the mask of a sum": ("reduce.cuh", "__shfl_down_sync(0xffffffffu, v", "__shfl_down_sync(0xffffu, v"),
-    "half a warp in the mask of the bits": ("vec.cuh", "__shfl_down_sync(0xffffffffu, own", "__shfl_down_sync(0xffffu, own"),
-    "a return before the shuffle": ("vec.cuh", "const uint32_t own =", "if (count == 0) return;\n    const uint32_t own ="),
+    "half a warp in the mask of the bits": ("chunk.cuh", "__shfl_down_sync(0xffffffffu, own", "__shfl_down_sync(0xffffu, own"),
+    "a return before the shuffle": ("chunk.cuh", "const uint32_t own =", "if (count == 0) return;\n    const uint32_t own ="),
     "a sum of slices that some lanes skip": ("reduce.cuh", "  total = block_sum(total);\n  if (threadIdx.x == 0) grad_alpha", "  if (threadIdx.x >= slices) return;\n  total = block_sum(total);\n  if (threadIdx.x == 0) grad_alpha"),
     "half of the levels of a warp's sum": ("reduce.cuh", "down > 0; down /= 2", "down > 1; down /= 2"),
-    "the last short pack is left out": ("vec.cuh", "(count + kPack<T> - 1) / kPack<T>", "count / kPack<T>"),
-    "the last element is left out": ("vec.cuh", "left = count - pack * kPack<T>", "left = count - 1 - pack * kPack<T>"),
-    "tiles that are done again": ("vec.cuh", "tile += gridDim.x * kTile", "tile += kTile"),
-    "tiles that are left out": ("vec.cuh", "tile += gridDim.x * kTile", "tile += 2 * gridDim.x * kTile"),
-    "misaligned packs moved at once": ("launches.cuh", "return low % 16 == 0;", "return low < ~uintptr_t{0};"),
+    "the last short chunk is left out": ("chunk.cuh", "(count + kChunk<T> - 1) / kChunk<T>", "count / kChunk<T>"),
+    "the last element is left out": ("chunk.cuh", "left = count - chunk * kChunk<T>", "left = count - 1 - chunk * kChunk<T>"),
+    "tiles that are done again": ("chunk.cuh", "tile += gridDim.x * kTile", "tile += kTile"),
+    "tiles that are left out": ("chunk.cuh", "tile += gridDim.x * kTile", "tile += 2 * gridDim.x * kTile"),
+    "misaligned chunks moved at once": ("dispatch.cuh", "return low % 16 == 0;", "return low < ~uintptr_t{0};"),
     "floor for ceil": ("../math/staircase.h", "max_of(ceil(min_of(u, q)), F(1))", "max_of(F(::floor(min_of(u, q))), F(1))"),
-    "the fma of ceil rounds downwards": ("steps.cuh", "__fmaf_ru", "__fmaf_rd"),
-    "the fma of nearest rounds upwards": ("steps.cuh", "__fmaf_rd(", "__fmaf_ru("),
-    "< for <= at a threshold of ceil": ("steps.cuh", "!(x[i] <= below[i])", "!(x[i] < below[i])"),
-    ">= for > at a threshold of nearest": ("steps.cuh", "over = x[i] > (", "over = x[i] >= ("),
-    "the dead zone of nearest under hwgq": ("steps.cuh", "R == Rounding::hwgq && code[i] == 0", "false"),
-    "levels that are not rounded": ("steps.cuh", "round_levels<T>(below);", ""),
-    "no code above the guess's bound": ("steps.cuh", "kMagic + 1, kMagic + q)", "kMagic + 1, kMagic + q - 1)"),
-    "a guess from 0 up": ("steps.cuh", "kMagic + 1, kMagic + q)", "kMagic, kMagic + q)"),
-    "illegal alpha not noticed": ("steps.cuh", "return alpha > A(0) && alpha < A(INFINITY) ? alpha : A(NAN);", "return alpha;"),
-    "alphas of the wrong channels": ("steps.cuh", "segment % steps.channels", "start % steps.channels"),
-    "channels that do not start again": ("steps.cuh", "if (++at_ == end_) at_ = first_;", "++at_;\n      if (at_ == end_) --at_;"),
+    "the fma of ceil rounds downwards": ("alphas.cuh", "__fmaf_ru", "__fmaf_rd"),
+    "the fma of nearest rounds upwards": ("alphas.cuh", "__fmaf_rd(", "__fmaf_ru("),
+    "< for <= at a threshold of ceil": ("alphas.cuh", "!(x[i] <= below[i])", "!(x[i] < below[i])"),
+    ">= for > at a threshold of nearest": ("alphas.cuh", "over = x[i] > (", "over = x[i] >= ("),
+    "the dead zone of nearest under hwgq": ("alphas.cuh", "R == Rounding::hwgq && code[i] == 0", "false"),
+    "levels that are not rounded": ("alphas.cuh", "round_levels<T>(below);", ""),
+    "no code above the guess's bound": ("alphas.cuh", "kMagic + 1, kMagic + q)", "kMagic + 1, kMagic + q - 1)"),
+    "a guess from 0 up": ("alphas.cuh", "kMagic + 1, kMagic + q)", "kMagic, kMagic + q)"),
+    "illegal alpha not noticed": ("alphas.cuh", "return alpha > A(0) && alpha < A(INFINITY) ? alpha : A(NAN);", "return alpha;"),
+    "alphas of the wrong channels": ("alphas.cuh", "segment % alphas.channels", "start % alphas.channels"),
+    "channels that do not start again": ("alphas.cuh", "if (++at_ == end_) at_ = first_;", "++at_;\n      if (at_ == end_) --at_;"),
     "the top level outside": ("forward.cuh", "is_positive(x) & !(x > top)", "is_positive(x) & !(x >= top)"),
     "the gate of NaN shut": ("../math/ste.h", "return !(x <= F(0));", "return x > F(0);"),
-    "halves of a word swapped": ("vec.cuh", "narrow<T>(low).bits | static_cast<uint32_t>(narrow<T>(high).bits) << 16", "narrow<T>(high).bits | static_cast<uint32_t>(narrow<T>(low).bits) << 16"),
-    "nibbles of a byte swapped": ("vec.cuh", "static_cast<uint8_t>(own | next << 4)", "static_cast<uint8_t>(next | own << 4)"),
+    "halves of a word swapped": ("chunk.cuh", "narrow<T>(low).bits | static_cast<uint32_t>(narrow<T>(high).bits) << 16", "narrow<T>(high).bits | static_cast<uint32_t>(narrow<T>(low).bits) << 16"),
+    "nibbles of a byte swapped": ("chunk.cuh", "static_cast<uint8_t>(own | next << 4)", "static_cast<uint8_t>(next | own << 4)"),
     "mask bits in reverse": ("forward.cuh", "? 1u << i : 0;", "? 1u << (7 - i) : 0;"),
     "codes in reverse": ("forward.cuh", "for (int i = 3; i >= 0; --i) four", "for (int i = 0; i < 4; ++i) four"),
     "codes of the second half on the first": ("forward.cuh", "<< (first * width)", "<< (first / 2 * width)"),
@@ -74,20 +74,20 @@ MUTANTS = {
     "no barrier before the slopes are read": ("backward.cuh", "__syncthreads();\n  const auto slope_of", "const auto slope_of"),
     "one partial sum for all blocks": ("reduce.cuh", "partial[blockIdx.x] = total", "partial[0] = total"),
     "slices for channels": ("reduce.cuh", "partial[slice * channels + channel]", "partial[slice + channel * slices]"),
-    "elements of the wrong channel": ("reduce.cuh", "unit = outer * row + start + at", "unit = (outer * inner + at) * steps.channels / kUnit + share.channel"),
+    "elements of the wrong channel": ("reduce.cuh", "unit = outer * row + start + at", "unit = (outer * inner + at) * alphas.channels / kUnit + share.channel"),
     "the second of two units left out": ("reduce.cuh", "if (more) terms.add(second, two, total);", ""),
     "the last unit counted twice": ("reduce.cuh", "if (more) terms.add", "terms.add"),
-    "channels of a pack that are one": ("backward.cuh", "[channel + k], a.rounding", "[channel], a.rounding"),
+    "channels of a chunk that are one": ("backward.cuh", "[channel + k], a.rounding", "[channel], a.rounding"),
     "the channel of another's alpha": ("backward.cuh", "[kInnermost ? channel + k : channel]", "[channel]"),
     "totals that stay where they are": ("backward.cuh", "total[kUnit - 1] = first;", "total[kUnit - 1] = first * 0 + total[0];"),
-    "terms of a pack's channels added up": ("backward.cuh", "total[i % kTotals] +=", "total[0] +="),
+    "terms of a chunk's channels added up": ("backward.cuh", "total[i % kTotals] +=", "total[0] +="),
     "the code of NaN in a sum": ("backward.cuh", "factor = fminf(code[i], q)", "factor = code[i]"),
-    "any step taken for a simple one": ("backward.cuh", "if (own.simple(q)) {", "if (true) {"),
-    "dx of the pack before": ("backward.cuh", "store_words<T>(a.grad_x, unit, dx)", "store_words<T>(a.grad_x, unit - (unit > 0), dx)"),
-    "sums of the wrong part of a pack": ("reduce.cuh", "to[k] = sum", "to[kUnit - 1 - k] = sum"),
-    "alpha of the next run": ("steps.cuh", "static_cast<uint32_t>(pack) / run", "static_cast<uint32_t>(pack + 1) / run"),
-    "packs that straddle channels moved at once": ("launches.cuh", "a.steps.inner % kPack<T> == 0", "a.steps.inner > 1"),
-    "rows of channels that are no packs": ("launches.cuh", "run % pack == 0", "run >= pack"),
+    "any alpha taken for a regular one": ("backward.cuh", "if (own.is_regular(q)) {", "if (true) {"),
+    "dx of the chunk before": ("backward.cuh", "store_chunk<T>(a.grad_x, unit, dx)", "store_chunk<T>(a.grad_x, unit - (unit > 0), dx)"),
+    "sums of the wrong part of a chunk": ("reduce.cuh", "to[k] = sum", "to[kUnit - 1 - k] = sum"),
+    "alpha of the next run": ("alphas.cuh", "static_cast<uint32_t>(chunk) / run", "static_cast<uint32_t>(chunk + 1) / run"),
+    "chunks that straddle channels moved at once": ("dispatch.cuh", "a.alphas.inner % kChunk<T> == 0", "a.alphas.inner > 1"),
+    "rows of channels that are no chunks": ("dispatch.cuh", "run % chunk == 0", "run >= chunk"),
     "a step over the rows too far": ("reduce.cuh", "at -= inner, ++outer", "at -= inner, outer += 2"),
 }  # fmt: skip
 
@@ -130,7 +130,7 @@ class Copy:
             shutil.copy(ROOT / name, self.root)
         others = [
             (
-                "launches.cuh",
+                "dispatch.cuh",
                 f"    case Dtype::{str(other).removeprefix('torch.')}: return body(Tag<{name}>{{}});\n",
                 "",
             )

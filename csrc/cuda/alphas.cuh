@@ -1,9 +1,12 @@
 // alpha where the kernels read it, and the staircase in few GPU instructions.
 #pragma once
 
-#include "vec.cuh"
+#include "chunk.cuh"
 
 namespace cg::cuda {
+
+// Which elements have an alpha in common: all, those of each chunk, or none for certain.
+enum class AlphaLayout { one, by_chunk, by_element };
 
 // alpha as read; NaN where it is no legal alpha, so that every level is NaN.
 template <class A>
@@ -12,31 +15,31 @@ CG_D A checked(A alpha) {
 }
 
 template <class T>
-struct Step {
+struct Alpha {
   using A = compute_t<T>;
-  A alpha = A(0), inverse = A(0);
+  A value = A(0), inverse = A(0);
 
-  Step() = default;
-  CG_D Step(A value, Rounding rounding) : alpha(checked(value)), inverse(reciprocal(alpha, rounding)) {}
+  Alpha() = default;
+  CG_D Alpha(A given, Rounding rounding) : value(checked(given)), inverse(reciprocal(value, rounding)) {}
 
-  CG_D A top(A q) const { return level<T>(q, alpha); }
+  CG_D A top(A q) const { return level<T>(q, value); }
 
-  // Whether `quantize_pack` may be used.
-  CG_D bool simple(A q) const { return regular<T>(alpha, q); }
+  // Whether `quantize_chunk` may be used.
+  CG_D bool is_regular(A q) const { return regular<T>(value, q); }
 };
 
 // The alphas of consecutive elements, from element `start` on.
 template <class A>
-class Run {
+class AlphaRun {
  public:
-  CG_D Run(const Steps& steps, int64_t start) : first_(static_cast<const A*>(steps.alpha)) {
-    end_ = first_ + steps.channels;
+  CG_D AlphaRun(const Alphas& alphas, int64_t start) : first_(static_cast<const A*>(alphas.values)) {
+    end_ = first_ + alphas.channels;
     at_ = first_;
-    inner_ = left_ = steps.inner;
-    if (steps.channels > 1) {
-      const int64_t segment = start / steps.inner;
-      at_ += segment % steps.channels;
-      left_ -= start - segment * steps.inner;
+    inner_ = left_ = alphas.inner;
+    if (alphas.channels > 1) {
+      const int64_t segment = start / alphas.inner;
+      at_ += segment % alphas.channels;
+      left_ -= start - segment * alphas.inner;
     }
   }
   CG_D A next() {
@@ -53,12 +56,12 @@ class Run {
   int64_t inner_, left_;
 };
 
-// The one alpha of a pack, where runs are whole packs. 32 bits: a 64-bit division is a call.
+// The one alpha of a chunk, where runs are whole chunks. 32 bits: a 64-bit division is a call.
 template <class T>
-CG_D compute_t<T> alpha_of_pack(const Steps& steps, int64_t pack) {
-  const uint32_t run = static_cast<uint32_t>(steps.inner / kPack<T>);
-  const uint32_t channel = static_cast<uint32_t>(pack) / run % static_cast<uint32_t>(steps.channels);
-  return static_cast<const compute_t<T>*>(steps.alpha)[channel];
+CG_D compute_t<T> alpha_of_chunk(const Alphas& alphas, int64_t chunk) {
+  const uint32_t run = static_cast<uint32_t>(alphas.inner / kChunk<T>);
+  const uint32_t channel = static_cast<uint32_t>(chunk) / run % static_cast<uint32_t>(alphas.channels);
+  return static_cast<const compute_t<T>*>(alphas.values)[channel];
 }
 
 // Into [low, high]; NaN stays.
@@ -85,10 +88,10 @@ CG_D void round_levels(float (&v)[kCount]) {
   }
 }
 
-// The codes of a pack, NaN for NaN, and its outputs, to be rounded to T: the staircase for `simple` steps, by one fma
-// and one comparison. step(i) is the step of element i.
-template <class T, Rounding R, class StepOf, int kCount>
-CG_D void quantize_pack(const float (&x)[kCount], const StepOf& step, float q, float (&code)[kCount],
+// The codes of a chunk, NaN for NaN, and its outputs, to be rounded to T: the staircase for regular alphas, by one fma
+// and one comparison. alpha_of(i) is the Alpha of element i.
+template <class T, Rounding R, class AlphaOf, int kCount>
+CG_D void quantize_chunk(const float (&x)[kCount], const AlphaOf& alpha_of, float q, float (&code)[kCount],
                         float (&y)[kCount]) {
   // Numbers from kMagic to 2 kMagic are integers: the sum is rounded to one, upwards or downwards.
   constexpr float kMagic = 0x1p23f;
@@ -97,14 +100,14 @@ CG_D void quantize_pack(const float (&x)[kCount], const StepOf& step, float q, f
     float below[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      code[i] = bounded(__fmaf_ru(x[i], step(i).inverse, kMagic), kMagic + 1, kMagic + q) - (kMagic + 1);
-      below[i] = mul(code[i], step(i).alpha);
+      code[i] = bounded(__fmaf_ru(x[i], alpha_of(i).inverse, kMagic), kMagic + 1, kMagic + q) - (kMagic + 1);
+      below[i] = mul(code[i], alpha_of(i).value);
     }
     round_levels<T>(below);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       if (!(x[i] <= below[i])) code[i] += 1;
-      y[i] = mul(code[i], step(i).alpha);
+      y[i] = mul(code[i], alpha_of(i).value);
     }
   } else {
     // The code is k = floor(x / alpha) or k + 1, and T[k + 1] says which. Rounding to T moves a level by at most half
@@ -113,9 +116,9 @@ CG_D void quantize_pack(const float (&x)[kCount], const StepOf& step, float q, f
     float upper[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      code[i] = bounded(__fmaf_rd(x[i], step(i).inverse, kMagic), kMagic, kMagic + (q - 1)) - kMagic;
-      y[i] = mul(code[i], step(i).alpha);
-      upper[i] = mul(code[i] + 1, step(i).alpha);
+      code[i] = bounded(__fmaf_rd(x[i], alpha_of(i).inverse, kMagic), kMagic, kMagic + (q - 1)) - kMagic;
+      y[i] = mul(code[i], alpha_of(i).value);
+      upper[i] = mul(code[i] + 1, alpha_of(i).value);
     }
     round_levels<T>(y);
     round_levels<T>(upper);
@@ -129,11 +132,11 @@ CG_D void quantize_pack(const float (&x)[kCount], const StepOf& step, float q, f
   }
 }
 
-// Of one number and any step.
+// Of one number and any alpha.
 template <class T, Rounding R>
-CG_D Quantized<compute_t<T>> quantize_one(compute_t<T> x, const Step<T>& step, compute_t<T> q) {
-  if (regular<T>(step.alpha, q)) return quantize<T, R>(x, step.alpha, step.inverse, q);
-  return quantize_any<T, R>(x, step.alpha, q);
+CG_D Quantized<compute_t<T>> quantize_one(compute_t<T> x, const Alpha<T>& alpha, compute_t<T> q) {
+  if (alpha.is_regular(q)) return quantize<T, R>(x, alpha.value, alpha.inverse, q);
+  return quantize_any<T, R>(x, alpha.value, q);
 }
 
 }  // namespace cg::cuda

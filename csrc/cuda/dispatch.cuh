@@ -20,20 +20,20 @@ constexpr int64_t kMaxSums = 4096, kSumBlocks = 4096;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline int64_t pack_of(Dtype dtype) {
+inline int64_t chunk_size(Dtype dtype) {
   switch (dtype) {
-    case Dtype::float32: return kPack<float>;
-    case Dtype::float64: return kPack<double>;
-    default: return kPack<bf16>;
+    case Dtype::float32: return kChunk<float>;
+    case Dtype::float64: return kChunk<double>;
+    default: return kChunk<bf16>;
   }
 }
 
-// Blocks for `count` elements, a tile of whole packs each, at most `most`.
-inline int64_t pack_blocks(Dtype dtype, int64_t count, int64_t most) {
-  return std::min(divide_up(count, pack_of(dtype) * kThreads * kUnroll), most);
+// Blocks for `count` elements, a tile of whole chunks each, at most `most`.
+inline int64_t chunk_blocks(Dtype dtype, int64_t count, int64_t most) {
+  return std::min(divide_up(count, chunk_size(dtype) * kThreads * kUnroll), most);
 }
 
-// Whether a kernel may move whole packs: of elements by 16 bytes, of packed bits by up to 8.
+// Whether a kernel may move whole chunks: of elements by 16 bytes, of packed bits by up to 8.
 inline bool aligned(std::initializer_list<const void*> elements, std::initializer_list<const void*> bits) {
   uintptr_t low = 0;
   for (const void* p : elements) low |= reinterpret_cast<uintptr_t>(p);
@@ -79,16 +79,16 @@ void with_width(int width, const Body& body) {
 }
 
 template <class T, class Params>
-Alphas alphas_of(const Params& a) {
-  if (a.steps.channels == 1) return Alphas::one;
-  const bool whole = kVector<T> && a.steps.inner % kPack<T> == 0 && a.count / kPack<T> <= UINT32_MAX;
-  return whole ? Alphas::by_pack : Alphas::by_element;
+AlphaLayout alpha_layout(const Params& a) {
+  if (a.alphas.channels == 1) return AlphaLayout::one;
+  const bool whole = kVector<T> && a.alphas.inner % kChunk<T> == 0 && a.count / kChunk<T> <= UINT32_MAX;
+  return whole ? AlphaLayout::by_chunk : AlphaLayout::by_element;
 }
 
 template <class Stream>
 void launch_forward(const Forward& a, Stream stream) {
   if (a.count == 0) return;
-  const unsigned blocks = static_cast<unsigned>(pack_blocks(a.dtype, a.count, kMaxBlocks));
+  const unsigned blocks = static_cast<unsigned>(chunk_blocks(a.dtype, a.count, kMaxBlocks));
   const bool whole = aligned({a.x, a.y}, {a.mask, a.codes});
   const auto run = [&](auto kernel) { launch(kernel, dim3(blocks), dim3(kThreads), 0, stream, a, whole); };
   with_dtype(a.dtype, [&](auto tag) {
@@ -100,7 +100,7 @@ void launch_forward(const Forward& a, Stream stream) {
           if (a.codes) run(qrelu_forward_kernel<T, R, kind.value, true>);
           else run(qrelu_forward_kernel<T, R, kind.value, false>);
         };
-        if (a.steps.channels == 1) {
+        if (a.alphas.channels == 1) {
           switch (a.kind) {
             case MaskKind::nothing: return run_kind(Constant<MaskKind::nothing>{});
             case MaskKind::positive: return run_kind(Constant<MaskKind::positive>{});
@@ -110,7 +110,7 @@ void launch_forward(const Forward& a, Stream stream) {
         }
       }
       if constexpr (kVector<T>) {
-        if (alphas_of<T>(a) == Alphas::by_pack) return run(qrelu_forward_channels_kernel<T, R, true>);
+        if (alpha_layout<T>(a) == AlphaLayout::by_chunk) return run(qrelu_forward_channels_kernel<T, R, true>);
       }
       run(qrelu_forward_channels_kernel<T, R, false>);
     });
@@ -120,7 +120,7 @@ void launch_forward(const Forward& a, Stream stream) {
 template <class Stream>
 void launch_dequantize(const Dequantize& a, Stream stream) {
   if (a.count == 0) return;
-  const unsigned blocks = static_cast<unsigned>(pack_blocks(a.dtype, a.count, kMaxBlocks));
+  const unsigned blocks = static_cast<unsigned>(chunk_blocks(a.dtype, a.count, kMaxBlocks));
   const bool whole = aligned({a.y}, {a.codes});
   with_dtype(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -128,10 +128,10 @@ void launch_dequantize(const Dequantize& a, Stream stream) {
       const auto run = [&](auto alphas) {
         launch(dequantize_kernel<T, width.value, alphas.value>, dim3(blocks), dim3(kThreads), 0, stream, a, whole);
       };
-      switch (alphas_of<T>(a)) {
-        case Alphas::one: return run(Constant<Alphas::one>{});
-        case Alphas::by_pack: if constexpr (kVector<T>) return run(Constant<Alphas::by_pack>{});
-        case Alphas::by_element: return run(Constant<Alphas::by_element>{});
+      switch (alpha_layout<T>(a)) {
+        case AlphaLayout::one: return run(Constant<AlphaLayout::one>{});
+        case AlphaLayout::by_chunk: if constexpr (kVector<T>) return run(Constant<AlphaLayout::by_chunk>{});
+        case AlphaLayout::by_element: return run(Constant<AlphaLayout::by_element>{});
       }
     });
   });
@@ -140,7 +140,7 @@ void launch_dequantize(const Dequantize& a, Stream stream) {
 template <class Stream>
 void launch_times_slopes(const TimesSlopes& a, Stream stream) {
   if (a.count == 0) return;
-  const unsigned blocks = static_cast<unsigned>(pack_blocks(a.dtype, a.count, kMaxBlocks));
+  const unsigned blocks = static_cast<unsigned>(chunk_blocks(a.dtype, a.count, kMaxBlocks));
   const bool whole = aligned({a.grad_y, a.grad_x}, {a.codes});
   with_dtype(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -150,18 +150,18 @@ void launch_times_slopes(const TimesSlopes& a, Stream stream) {
   });
 }
 
-// Elements that the sums per channel read at once: a pack where each lies within a channel, or within a row of channels.
+// Elements that the sums per channel read at once: a chunk where each lies within a channel, or within a row of channels.
 inline int64_t channel_unit(const Backward& a) {
-  const int64_t pack = pack_of(a.dtype), run = a.steps.inner == 1 ? a.steps.channels : a.steps.inner;
-  const bool whole = a.dtype != Dtype::float64 && run % pack == 0 && aligned({a.grad_y, a.grad_x, a.x}, {a.mask, a.codes});
-  return whole ? pack : 1;
+  const int64_t chunk = chunk_size(a.dtype), run = a.alphas.inner == 1 ? a.alphas.channels : a.alphas.inner;
+  const bool whole = a.dtype != Dtype::float64 && run % chunk == 0 && aligned({a.grad_y, a.grad_x, a.x}, {a.mask, a.codes});
+  return whole ? chunk : 1;
 }
 
 // The grid of the sums per channel: groups of channels by slices of their elements.
 inline dim3 channel_grid(const Backward& a) {
-  const bool innermost = a.steps.inner == 1;
-  const int64_t unit = channel_unit(a), groups = innermost ? divide_up(a.steps.channels, kWarp * unit) : a.steps.channels;
-  const int64_t each = a.count / a.steps.channels / (innermost ? 1 : unit), threads = innermost ? kThreads / kWarp : kThreads;
+  const bool innermost = a.alphas.inner == 1;
+  const int64_t unit = channel_unit(a), groups = innermost ? divide_up(a.alphas.channels, kWarp * unit) : a.alphas.channels;
+  const int64_t each = a.count / a.alphas.channels / (innermost ? 1 : unit), threads = innermost ? kThreads / kWarp : kThreads;
   const int64_t slices = std::clamp<int64_t>(kSumBlocks / groups, 1, divide_up(each, 8 * threads));
   return dim3(static_cast<unsigned>(groups), static_cast<unsigned>(slices));
 }
@@ -169,22 +169,22 @@ inline dim3 channel_grid(const Backward& a) {
 // Slices of the first stage of the sums of dalpha.
 inline int64_t sum_slices(const Backward& a) {
   if (a.count == 0) return 0;
-  return a.steps.channels == 1 ? pack_blocks(a.dtype, a.count, kMaxSums) : channel_grid(a).y;
+  return a.alphas.channels == 1 ? chunk_blocks(a.dtype, a.count, kMaxSums) : channel_grid(a).y;
 }
 
 // Numbers of the compute type that Backward::partial must have room for.
-inline int64_t partial_count(const Backward& a) { return sum_slices(a) * a.steps.channels; }
+inline int64_t partial_count(const Backward& a) { return sum_slices(a) * a.alphas.channels; }
 
 template <class T, class Body>
 void with_unit(const Backward& a, const Body& body) {
   if constexpr (kVector<T>) {
-    if (channel_unit(a) > 1) return body(Constant<kPack<T>>{});
+    if (channel_unit(a) > 1) return body(Constant<kChunk<T>>{});
   }
   body(Constant<1>{});
 }
 
 // A kernel of its own where there are many alphas to sum for: it does all.
-inline bool sums_channels(const Backward& a) { return a.grad_alpha && a.steps.channels > 1; }
+inline bool sums_channels(const Backward& a) { return a.grad_alpha && a.alphas.channels > 1; }
 
 template <class T, class Stream>
 void launch_backward_x(const Backward& a, Stream stream, dim3 grid, bool whole) {
@@ -200,15 +200,15 @@ void launch_backward_x(const Backward& a, Stream stream, dim3 grid, bool whole) 
     if (sums_channels(a)) {
       return with_unit<T>(a, [&](auto unit) {
         if constexpr (unit.value > 1) {
-          if (a.steps.inner == 1) return sum(unit, Constant<true>{});
+          if (a.alphas.inner == 1) return sum(unit, Constant<true>{});
         }
         sum(unit, Constant<false>{});
       });
     }
-    switch (alphas_of<T>(a)) {
-      case Alphas::one: return map(Constant<Alphas::one>{});
-      case Alphas::by_pack: if constexpr (kVector<T>) return map(Constant<Alphas::by_pack>{});
-      case Alphas::by_element: return map(Constant<Alphas::by_element>{});
+    switch (alpha_layout<T>(a)) {
+      case AlphaLayout::one: return map(Constant<AlphaLayout::one>{});
+      case AlphaLayout::by_chunk: if constexpr (kVector<T>) return map(Constant<AlphaLayout::by_chunk>{});
+      case AlphaLayout::by_element: return map(Constant<AlphaLayout::by_element>{});
     }
   };
   switch (a.ste) {
@@ -220,20 +220,20 @@ void launch_backward_x(const Backward& a, Stream stream, dim3 grid, bool whole) 
 }
 
 template <class T, bool kState, int kWidth, class Stream>
-void launch_backward_kept(const Backward& a, Stream stream, dim3 grid, bool whole) {
+void launch_backward_saved(const Backward& a, Stream stream, dim3 grid, bool whole) {
   if (sums_channels(a)) {
     return with_unit<T>(a, [&](auto unit) {
-      launch(qrelu_backward_kept_channels_kernel<T, kState, kWidth, unit.value>, channel_grid(a), dim3(kThreads), 0,
+      launch(qrelu_backward_saved_channels_kernel<T, kState, kWidth, unit.value>, channel_grid(a), dim3(kThreads), 0,
              stream, a);
     });
   }
-  launch(qrelu_backward_kept_kernel<T, kState, kWidth>, grid, dim3(kThreads), 0, stream, a, whole);
+  launch(qrelu_backward_saved_kernel<T, kState, kWidth>, grid, dim3(kThreads), 0, stream, a, whole);
 }
 
 template <class Stream>
 void launch_backward(const Backward& a, Stream stream) {
-  const int64_t most = a.grad_alpha && a.steps.channels == 1 ? kMaxSums : kMaxBlocks;
-  const dim3 grid(static_cast<unsigned>(pack_blocks(a.dtype, a.count, most)));
+  const int64_t most = a.grad_alpha && a.alphas.channels == 1 ? kMaxSums : kMaxBlocks;
+  const dim3 grid(static_cast<unsigned>(chunk_blocks(a.dtype, a.count, most)));
   const bool whole = aligned({a.grad_y, a.grad_x, a.x}, {a.mask, a.codes});
   with_dtype(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -242,16 +242,16 @@ void launch_backward(const Backward& a, Stream stream) {
       launch_backward_x<T>(a, stream, grid, whole);
     } else if (a.codes) {
       with_width(packed_width(a.bits),
-                 [&](auto width) { launch_backward_kept<T, false, width.value>(a, stream, grid, whole); });
+                 [&](auto width) { launch_backward_saved<T, false, width.value>(a, stream, grid, whole); });
     } else if (a.kind == MaskKind::state) {
-      launch_backward_kept<T, true, 2>(a, stream, grid, whole);
+      launch_backward_saved<T, true, 2>(a, stream, grid, whole);
     } else if (a.kind != MaskKind::nothing) {
       launch(qrelu_backward_mask_kernel<bytes_t<sizeof(T)>>, grid, dim3(kThreads), 0, stream, a, whole);
     }
     if (a.grad_alpha) {
       using A = compute_t<T>;
-      launch(sum_slices_kernel<A>, dim3(static_cast<unsigned>(a.steps.channels)), dim3(kThreads), 0, stream,
-             static_cast<const A*>(a.partial), sum_slices(a), a.steps.channels, a.scale,
+      launch(sum_slices_kernel<A>, dim3(static_cast<unsigned>(a.alphas.channels)), dim3(kThreads), 0, stream,
+             static_cast<const A*>(a.partial), sum_slices(a), a.alphas.channels, a.scale,
              static_cast<A*>(a.grad_alpha));
     }
   });

@@ -37,9 +37,9 @@ Tensor empty_as(const Tensor& t) {
 
 // alpha, checked, in the compute type, with what the kernels need beside it.
 template <class A>
-struct PreparedSteps {
+struct PreparedAlphas {
   c10::SmallVector<A, 4> alpha, inverse;
-  Steps steps;
+  Alphas alphas;
 
   template <class T>
   void fill(const A* values, int64_t count, Channels channels, int bits, Rounding rounding, bool per_channel) {
@@ -59,13 +59,13 @@ struct PreparedSteps {
       all_regular &= regular<T>(a, q);
     }
     for (int64_t i = count; i < length; ++i) alpha[i] = alpha[i - count], inverse[i] = inverse[i - count];
-    steps = {alpha.data(), inverse.data(), channels.count, channels.inner, all_regular};
+    alphas = {alpha.data(), channels.count, channels.inner, inverse.data(), all_regular};
   }
 };
 
-// body(prepared steps) with alpha in the type that x's dtype is computed in.
+// body(prepared alphas) with alpha in the type that x's dtype is computed in.
 template <class Body>
-void with_steps(const Tensor& dense, Dtype dtype, const Tensor& alpha, int bits, Rounding rounding,
+void with_alphas(const Tensor& dense, Dtype dtype, const Tensor& alpha, int bits, Rounding rounding,
                 std::optional<int64_t> channel_dim, const Body& body) {
   const Channels channels = channels_of(dense, channel_dim);
   const int64_t expected = check_alpha(alpha, dense, channel_dim);
@@ -73,7 +73,7 @@ void with_steps(const Tensor& dense, Dtype dtype, const Tensor& alpha, int bits,
     using A = decltype(zero);
     Tensor converted = alpha;
     if (alpha.scalar_type() != compute || !alpha.is_contiguous()) converted = alpha.to(compute).contiguous();
-    PreparedSteps<A> prepared;
+    PreparedAlphas<A> prepared;
     const A* values = converted.const_data_ptr<A>();
     const auto fill = [&](auto tag) {
       prepared.template fill<decltype(tag)>(values, expected, channels, bits, rounding, channel_dim.has_value());
@@ -81,13 +81,13 @@ void with_steps(const Tensor& dense, Dtype dtype, const Tensor& alpha, int bits,
     if constexpr (std::is_same_v<A, double>) fill(double{});
     else if (dtype == Dtype::float16) fill(f16{});
     else fill(float{});  // bfloat16 has the same range
-    body(prepared.steps);
+    body(prepared.alphas);
   };
   if (dtype == Dtype::float64) run(double{}, at::kDouble);
   else run(float{}, at::kFloat);
 }
 
-const Kernels& kernels_for(const Steps& steps) { return steps.regular ? active_kernels() : kKernelsDefault; }
+const Kernels& kernels_for(const Alphas& alphas) { return alphas.regular ? active_kernels() : kKernelsDefault; }
 
 struct Outputs {
   Tensor mask, codes;
@@ -107,13 +107,13 @@ Outputs run_forward(const Tensor& x, void* y, bool stream, const Tensor& alpha, 
   a.y = y;
   a.stream = stream;
   Outputs out;
-  with_steps(x, a.dtype, alpha, a.bits, a.rounding, channel_dim, [&](const Steps& steps) {
-    a.steps = steps;
+  with_alphas(x, a.dtype, alpha, a.bits, a.rounding, channel_dim, [&](const Alphas& alphas) {
+    a.alphas = alphas;
     out.mask = empty_bytes(packed_bytes(a.count, mask_width(a.kind)));
     out.codes = empty_bytes(codes ? packed_bytes(a.count, packed_width(a.bits)) : 0);
     if (a.kind != MaskKind::nothing) a.mask = out.mask.mutable_data_ptr<uint8_t>();
     if (codes) a.codes = out.codes.mutable_data_ptr<uint8_t>();
-    const auto run = kernels_for(steps).forward;
+    const auto run = kernels_for(alphas).forward;
     at::parallel_for(0, block_total(a.count), kGrainBlocks, [&](int64_t begin, int64_t end) { run(a, begin, end); });
   });
   return out;
@@ -179,9 +179,9 @@ std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const std::optio
   const int64_t blocks = block_total(a.count);
   a.chunk_blocks = std::max(kChunkBlocks, (blocks + kMaxChunks - 1) / kMaxChunks);
   Tensor grad_alpha;
-  const auto run = [&](const Steps& steps) {
-    a.steps = steps;
-    const auto kernel = kernels_for(steps).backward;
+  const auto run = [&](const Alphas& alphas) {
+    a.alphas = alphas;
+    const auto kernel = kernels_for(alphas).backward;
     if (!need_grad_alpha) {
       grad_alpha = at::detail::empty_cpu({0}, a.dtype == Dtype::float64 ? at::kDouble : at::kFloat);
       at::parallel_for(0, blocks, kGrainBlocks, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
@@ -207,9 +207,9 @@ std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const std::optio
     else sum(float{}, at::kFloat);
   };
   if (kept.x) {
-    with_steps(dense, a.dtype, *alpha, a.bits, a.rounding, channel_dim, run);
+    with_alphas(dense, a.dtype, *alpha, a.bits, a.rounding, channel_dim, run);
   } else {
-    run(Steps{nullptr, nullptr, channels.count, channels.inner, true});
+    run(Alphas{nullptr, channels.count, channels.inner});
   }
   return {std::move(grad_x), std::move(grad_alpha)};
 }
@@ -226,8 +226,8 @@ Tensor dequantize(const Tensor& codes, const Tensor& alpha, int64_t bits, at::In
   a.codes = codes.const_data_ptr<uint8_t>();
   a.y = y.mutable_data_ptr();
   a.stream = streams(y);
-  with_steps(y, a.dtype, alpha, a.bits, Rounding::ceil, channel_dim, [&](const Steps& steps) {
-    a.steps = steps;
+  with_alphas(y, a.dtype, alpha, a.bits, Rounding::ceil, channel_dim, [&](const Alphas& alphas) {
+    a.alphas = alphas;
     const auto run = active_kernels().dequantize;
     at::parallel_for(0, block_total(a.count), kGrainBlocks, [&](int64_t begin, int64_t end) { run(a, begin, end); });
   });

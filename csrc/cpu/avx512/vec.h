@@ -3,9 +3,9 @@
 
 #include <immintrin.h>
 
-#include "../math/alpha_grad.h"
-#include "../math/bits.h"
-#include "two.h"
+#include "../../math/alpha_grad.h"
+#include "../../math/bits.h"
+#include "../generic/pair.h"
 
 namespace cg::CG_ISA {
 // Every machine with AVX-512 has these as one fast instruction.
@@ -13,7 +13,7 @@ CG_HD uint64_t spread_bits(uint64_t v) { return _pdep_u64(v, 0x5555555555555555u
 CG_HD uint64_t unspread_bits(uint64_t v) { return _pext_u64(v, 0x5555555555555555u); }
 }  // namespace cg::CG_ISA
 
-#include "states.h"  // which calls them
+#include "../generic/word_masks.h"  // which calls them
 
 namespace cg::CG_ISA {
 
@@ -54,7 +54,7 @@ CG_HD Floats times_pow2(Floats a, Floats shifted) {
 }
 CG_HD Floats mul_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 // Newton's step squares the error, which is 2^-14 or less.
-CG_HD Floats one_over_16(Floats d) {
+CG_HD Floats approximate_reciprocal(Floats d) {
   const __m512 guess = _mm512_rcp14_ps(d.v), error = _mm512_fnmadd_ps(d.v, guess, _mm512_set1_ps(1));
   return _mm512_fmadd_ps(guess, error, guess);
 }
@@ -82,17 +82,17 @@ CG_HD Doubles shift_bits_left(Doubles a, int count) {
 }
 
 template <class A>
-struct PackOf {
+struct VecOf {
   using type = Floats;
 };
 template <>
-struct PackOf<double> {
+struct VecOf<double> {
   using type = Doubles;
 };
 template <class A>
-using Pack = typename PackOf<A>::type;
+using Vec = typename VecOf<A>::type;
 
-template <class P>
+template <class V>
 struct Lanes;
 template <>
 struct Lanes<Floats> {
@@ -219,11 +219,11 @@ struct Io<f16> {
   static CG_HD void stream(f16* p, Floats v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), halves(v)); }
 };
 
-// A register of T as two packs, and back. Of bfloat16 the numbers at even places and those at odd ones, in fewer
+// A register of T as two vectors, and back. Of bfloat16 the numbers at even places and those at odd ones, in fewer
 // instructions than the two halves take; none is a NaN but one of bfloat16, so that rounding carries none over. Without
 // kTiesToEven bfloat16's ties go up in magnitude, which takes a quarter of the instructions.
 template <class T>
-CG_HD Two<Floats> unpack(__m512i both) {
+CG_HD Pair<Floats> split(__m512i both) {
   if constexpr (std::is_same_v<T, bf16>) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), keep_upper_half(both)};
   } else {
@@ -231,7 +231,7 @@ CG_HD Two<Floats> unpack(__m512i both) {
   }
 }
 template <class T, bool kTiesToEven = true>
-CG_HD __m512i pack(Two<Floats> v) {
+CG_HD __m512i join(Pair<Floats> v) {
   if constexpr (std::is_same_v<T, bf16>) {
     const auto bits = [](Floats p) {
       if constexpr (kTiesToEven) return bf16_round_bits(p.v);
@@ -242,12 +242,12 @@ CG_HD __m512i pack(Two<Floats> v) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(Io<f16>::halves(v.first)), Io<f16>::halves(v.second), 1);
   }
 }
-CG_HD Two<Floats> load_two(const bf16* p) { return unpack<bf16>(_mm512_loadu_si512(p)); }
-CG_HD Two<Floats> load_two_where(const bf16* block, uint64_t bits, int first) {
-  return unpack<bf16>(_mm512_maskz_loadu_epi16(static_cast<__mmask32>(bits >> first), block + first));
+CG_HD Pair<Floats> load_pair(const bf16* p) { return split<bf16>(_mm512_loadu_si512(p)); }
+CG_HD Pair<Floats> load_pair_where(const bf16* block, uint64_t bits, int first) {
+  return split<bf16>(_mm512_maskz_loadu_epi16(static_cast<__mmask32>(bits >> first), block + first));
 }
-CG_HD void store_two(bf16* p, Two<Floats> v, bool stream) {
-  const __m512i both = pack<bf16>(v);
+CG_HD void store_pair(bf16* p, Pair<Floats> v, bool stream) {
+  const __m512i both = join<bf16>(v);
   if (stream) _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both);
   else _mm512_storeu_si512(p, both);
 }
@@ -257,7 +257,7 @@ CG_HD __m512i four(__m128i a, __m128i b, __m128i c, __m128i d) {
 }
 // The codes of a block, a byte each, packed. A sum of products gathers neighbouring fields, two at a time.
 template <int kWidth>
-CG_HD void pack_block(__m512i v, uint8_t* packed) {
+CG_HD void bitpack_block(__m512i v, uint8_t* packed) {
   if constexpr (kWidth == 1) {
     const uint64_t bits = _mm512_test_epi8_mask(v, v);
     memcpy(packed, &bits, sizeof(bits));
@@ -274,7 +274,7 @@ CG_HD void pack_block(__m512i v, uint8_t* packed) {
 }
 
 template <int kCount, class U>
-CG_HD void keep_bits(const U* from, U* to, uint64_t bits, int first, bool stream) {
+CG_HD void masked_copy(const U* from, U* to, uint64_t bits, int first, bool stream) {
   for (int i = first; i < first + kCount; i += 64 / static_cast<int>(sizeof(U))) {
     __m512i v;
     if constexpr (sizeof(U) == 2) v = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(bits >> i), from + i);
@@ -288,13 +288,13 @@ CG_HD void keep_bits(const U* from, U* to, uint64_t bits, int first, bool stream
 // The codes are loaded in the pieces that they may have been stored in: a load wider than the stores before it waits
 // for them to leave the store buffer.
 template <int kWidth>
-CG_HD void pack_codes(const uint8_t* codes, uint8_t* packed) {
+CG_HD void bitpack(const uint8_t* codes, uint8_t* packed) {
   const __m128i* p = reinterpret_cast<const __m128i*>(codes);
   const auto load = [&](int i) { return _mm_loadu_si128(p + i); };
-  pack_block<kWidth>(four(load(0), load(1), load(2), load(3)), packed);
+  bitpack_block<kWidth>(four(load(0), load(1), load(2), load(3)), packed);
 }
 template <int kWidth>
-CG_HD void unpack_codes(const uint8_t* packed, uint8_t* codes) {
+CG_HD void bitunpack(const uint8_t* packed, uint8_t* codes) {
   __m512i v;
   if constexpr (kWidth == 1) {
     uint64_t bits;
@@ -319,7 +319,7 @@ CG_HD uint64_t nonzero_codes(const uint8_t* codes) {
   return _mm256_test_epi8_mask(low, low) | static_cast<uint64_t>(_mm256_test_epi8_mask(high, high)) << 32;
 }
 
-template <class P>
+template <class V>
 struct LargeTable;
 template <>
 struct LargeTable<Floats> {
@@ -340,7 +340,7 @@ struct LargeTable<Doubles> {
   }
 };
 
-template <class P>
+template <class V>
 struct SmallTable {
   static constexpr int kSize = 0;
 };
@@ -363,7 +363,7 @@ template <int kWidth>
 CG_HD void times_slopes_block(const bf16* grad_y, const uint8_t* packed, const SmallTable<Floats>& table, bf16* grad_x,
                               bool stream) {
   uint8_t codes[64];
-  unpack_codes<kWidth>(packed, codes);
+  bitunpack<kWidth>(packed, codes);
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   const Floats entries(table.entries), slopes = select(entries != entries, round_to<bf16>(entries), entries);
   const auto product = [&](__m512i dy, __m512i index) {
@@ -387,8 +387,8 @@ CG_HD void times_slopes_block(const bf16* grad_y, const uint8_t* packed, const S
 }
 
 constexpr int kPrefetchBytes = 0, kChains = 1;
-template <class P>
-constexpr bool kWeighs = false;
+template <class V>
+constexpr bool kAddsWeighed = false;
 
 // Streamed stores are weakly ordered: fence before another thread may read.
 CG_HD void stream_fence() { _mm_sfence(); }

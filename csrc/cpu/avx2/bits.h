@@ -3,17 +3,17 @@
 
 #include <immintrin.h>
 
-#include "../math/bits.h"
-#include "../math/macros.h"
+#include "../../math/bits.h"
+#include "../../math/macros.h"
 
 namespace cg::CG_ISA {
 
-// The bits of a block in each half of a register, from where a shuffle takes those of a pack.
+// The bits of a block in each half of a register, from where a shuffle takes those of a vector.
 struct BlockBits {
   __m256i all;
   explicit CG_HD BlockBits(uint64_t bits) : all(_mm256_set1_epi64x(static_cast<long long>(bits))) {}
 
-  // As a mask, those of the numbers of kBytes each from the given one on, which begins a pack.
+  // As a mask, those of the numbers of kBytes each from the given one on, which begins a vector.
   template <int kBytes>
   CG_HD __m256i mask(int first) const {
     const __m256i byte = _mm256_set1_epi8(static_cast<char>(first / 8));
@@ -72,8 +72,8 @@ struct BlockStates {
   CG_HD EitherBits either() const { return {inside(), above()}; }
 };
 
-// Loads that are masked are not seen by Zen 3's own prefetching, which would ask for memory a second time.
-CG_HD __m256i load_unseen(const void* from) {
+// Loads that are saved are not seen by Zen 3's own prefetching, which would ask for memory a second time.
+CG_HD __m256i load_without_prefetch(const void* from) {
   __m256i all = _mm256_set1_epi32(-1);
   asm("" : "+x"(all));  // else it is a plain load
   return _mm256_maskload_epi32(static_cast<const int*>(from), all);
@@ -81,13 +81,13 @@ CG_HD __m256i load_unseen(const void* from) {
 
 // cached: `from` was just read.
 template <int kCount, class U, class Bits>
-CG_HD void keep_bits(const U* from, U* to, Bits bits, int first, bool stream, bool cached = false) {
+CG_HD void masked_copy(const U* from, U* to, Bits bits, int first, bool stream, bool cached = false) {
 #pragma GCC unroll 16
   for (int i = first; i < first + kCount; i += 32 / static_cast<int>(sizeof(U))) {
     const __m256i mask = bits.template mask<sizeof(U)>(i);
     const __m256i* dy = reinterpret_cast<const __m256i*>(from + i);
     __m256i* dx = reinterpret_cast<__m256i*>(to + i);
-    if (stream && !cached) _mm256_stream_si256(dx, _mm256_and_si256(mask, load_unseen(dy)));
+    if (stream && !cached) _mm256_stream_si256(dx, _mm256_and_si256(mask, load_without_prefetch(dy)));
     else if (stream) _mm256_stream_si256(dx, _mm256_and_si256(mask, _mm256_loadu_si256(dy)));
     else _mm256_storeu_si256(dx, _mm256_and_si256(mask, _mm256_loadu_si256(dy)));
   }
@@ -100,7 +100,7 @@ CG_HD void store_signs(uint8_t* to, __m256i bytes) {
 }
 // Half of the codes of a block, a byte each, packed. A sum of products gathers neighbouring fields, two at a time.
 template <int kWidth>
-CG_HD void pack_half(__m256i codes, uint8_t* packed) {
+CG_HD void bitpack_half(__m256i codes, uint8_t* packed) {
   if constexpr (kWidth == 1) {
     store_signs(packed, _mm256_slli_epi16(codes, 7));
   } else if constexpr (kWidth == 2) {
@@ -120,17 +120,17 @@ CG_HD void pack_half(__m256i codes, uint8_t* packed) {
 // The codes are loaded in the pieces that they may have been stored in: a load wider than the stores before it waits
 // for them to leave the store buffer.
 template <int kWidth>
-CG_HD void pack_codes(const uint8_t* codes, uint8_t* packed) {
+CG_HD void bitpack(const uint8_t* codes, uint8_t* packed) {
   const auto sixteen = [](const uint8_t* p) {
     const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(low), reinterpret_cast<const __m64*>(p + 8)));
   };
   for (int half = 0; half < 2; ++half, codes += 32, packed += 4 * kWidth) {
-    pack_half<kWidth>(_mm256_setr_m128i(sixteen(codes), sixteen(codes + 16)), packed);
+    bitpack_half<kWidth>(_mm256_setr_m128i(sixteen(codes), sixteen(codes + 16)), packed);
   }
 }
 template <int kWidth>
-CG_HD void unpack_codes(const uint8_t* packed, uint8_t* codes) {
+CG_HD void bitunpack(const uint8_t* packed, uint8_t* codes) {
   for (int half = 0; half < 2; ++half, packed += 4 * kWidth) {
     __m256i v;
     if constexpr (kWidth == 1) {

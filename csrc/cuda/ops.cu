@@ -11,7 +11,7 @@
 #include "../checks.h"
 #include "../register.h"
 #include "launch.cuh"
-#include "launches.cuh"
+#include "dispatch.cuh"
 
 namespace cg::cuda {
 namespace {
@@ -25,15 +25,15 @@ at::ScalarType compute_type(Dtype dtype) { return dtype == Dtype::float64 ? at::
 Tensor empty_bytes(const Tensor& like, int64_t bytes) { return at::empty({bytes}, like.options().dtype(at::kByte)); }
 
 // What the kernels are told of alpha, and the tensor that holds it.
-struct PreparedSteps {
+struct PreparedAlphas {
   Tensor alpha;
-  Steps steps;
+  Alphas alphas;
 
-  PreparedSteps(const Tensor& dense, Dtype dtype, const Tensor& given, std::optional<int64_t> channel_dim) {
+  PreparedAlphas(const Tensor& dense, Dtype dtype, const Tensor& given, std::optional<int64_t> channel_dim) {
     const Channels channels = channels_of(dense, channel_dim);
     check_alpha(given, dense, channel_dim);
     alpha = given.to(compute_type(dtype)).contiguous();
-    steps = {alpha.const_data_ptr(), channels.count, channels.inner};
+    alphas = {alpha.const_data_ptr(), channels.count, channels.inner};
   }
 };
 
@@ -53,8 +53,8 @@ Outputs run_forward(const Tensor& x, void* y, const Tensor& alpha, int64_t bits,
   a.count = x.numel();
   a.x = x.const_data_ptr();
   a.y = y;
-  const PreparedSteps prepared(x, a.dtype, alpha, channel_dim);
-  a.steps = prepared.steps;
+  const PreparedAlphas prepared(x, a.dtype, alpha, channel_dim);
+  a.alphas = prepared.alphas;
   Outputs out{empty_bytes(x, packed_bytes(a.count, mask_width(a.kind))),
               empty_bytes(x, codes ? packed_bytes(a.count, packed_width(a.bits)) : 0)};
   if (a.kind != MaskKind::nothing) a.mask = out.mask.mutable_data_ptr<uint8_t>();
@@ -111,13 +111,13 @@ std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const std::optio
   const Tensor dense = grad_y.contiguous(format);
   a.grad_y = dense.const_data_ptr();
   const Channels channels = channels_of(dense, channel_dim);
-  a.steps = {nullptr, channels.count, channels.inner};
+  a.alphas = {nullptr, channels.count, channels.inner};
   Tensor x_dense;
-  std::optional<PreparedSteps> prepared;
+  std::optional<PreparedAlphas> prepared;
   if (kept.x) {
     x_dense = x->contiguous(format);
     a.x = x_dense.const_data_ptr();
-    a.steps = prepared.emplace(dense, a.dtype, *alpha, channel_dim).steps;
+    a.alphas = prepared.emplace(dense, a.dtype, *alpha, channel_dim).alphas;
   }
   if (kept.mask != MaskKind::nothing) a.mask = mask->const_data_ptr<uint8_t>();
   if (kept.codes) a.codes = codes->const_data_ptr<uint8_t>();
@@ -150,8 +150,8 @@ Tensor dequantize(const Tensor& codes, const Tensor& alpha, int64_t bits, at::In
   check_packed(codes, "codes", a.count, packed_width(a.bits), y.device());
   a.codes = codes.const_data_ptr<uint8_t>();
   a.y = y.mutable_data_ptr();
-  const PreparedSteps prepared(y, a.dtype, alpha, channel_dim);
-  a.steps = prepared.steps;
+  const PreparedAlphas prepared(y, a.dtype, alpha, channel_dim);
+  a.alphas = prepared.alphas;
   launch_dequantize(a, getCurrentCUDAStream().stream());
   return y;
 }

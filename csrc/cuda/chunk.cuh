@@ -1,13 +1,13 @@
-// How threads share out a tensor: packs of consecutive elements, and the packed bits that belong to each.
+// How threads share out a tensor: chunks of consecutive elements, and the packed bits that belong to each.
 //
-// A pack is 16 bytes of elements (8 elements of float64, which moves them one by one), so that a thread owns the bits of
+// A chunk is 16 bytes of elements (8 elements of float64, which moves them one by one), so that a thread owns the bits of
 // its own elements and writes them as whole bytes. Packs are counted from the start of the tensor, as packed bytes are;
-// where a pointer is not aligned for that, the same packs are moved element by element.
+// where a pointer is not aligned for that, the same chunks are moved element by element.
 #pragma once
 
 #include <type_traits>
 
-#include "kernels.h"
+#include "../arguments.h"
 
 #define CG_D __device__ __forceinline__
 
@@ -20,19 +20,19 @@ constexpr int kUnroll = 2;
 template <class T>
 constexpr bool kVector = sizeof(T) < 8;
 template <class T>
-constexpr int kPack = kVector<T> ? 16 / sizeof(T) : 8;
+constexpr int kChunk = kVector<T> ? 16 / sizeof(T) : 8;
 
-struct alignas(16) Words {
+struct alignas(16) Chunk {
   uint32_t w[4];
 };
 
 template <class T>
-CG_D Words load_words(const void* from, int64_t pack) {
-  return static_cast<const Words*>(from)[pack];
+CG_D Chunk load_chunk(const void* from, int64_t chunk) {
+  return static_cast<const Chunk*>(from)[chunk];
 }
 template <class T>
-CG_D void store_words(void* to, int64_t pack, const Words& words) {
-  static_cast<Words*>(to)[pack] = words;
+CG_D void store_chunk(void* to, int64_t chunk, const Chunk& words) {
+  static_cast<Chunk*>(to)[chunk] = words;
 }
 
 CG_D float widen(float v) { return v; }
@@ -68,9 +68,9 @@ CG_D float high_half(uint32_t word) {
   else return to_float(T{static_cast<uint16_t>(word >> 16)});
 }
 
-// The elements of a pack as float32, and back, rounding.
+// The elements of a chunk as float32, and back, rounding.
 template <class T>
-CG_D void unpack(const Words& words, float (&v)[kPack<T>]) {
+CG_D void widen_chunk(const Chunk& words, float (&v)[kChunk<T>]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(T) == 4) {
@@ -82,8 +82,8 @@ CG_D void unpack(const Words& words, float (&v)[kPack<T>]) {
   }
 }
 template <class T>
-CG_D Words round_all(const float (&v)[kPack<T>]) {
-  Words words;
+CG_D Chunk round_chunk(const float (&v)[kChunk<T>]) {
+  Chunk words;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(T) == 4) words.w[i] = bit_cast<uint32_t>(v[i]);
@@ -98,61 +98,61 @@ using bytes_t = std::conditional_t<
     kBytes == 1, uint8_t,
     std::conditional_t<kBytes == 2, uint16_t, std::conditional_t<kBytes == 4, uint32_t, uint64_t>>>;
 
-// The kWidth bits that belong to each of a pack's first `count` elements. `whole`: the pack is whole and the pointer
-// aligned for its bytes. A pack of 4 elements has half a byte of 1-bit flags.
+// The kWidth bits that belong to each of a chunk's first `count` elements. `whole`: the chunk is whole and the pointer
+// aligned for its bytes. A chunk of 4 elements has half a byte of 1-bit flags.
 template <int kCount, int kWidth>
-CG_D uint64_t read_bits(const uint8_t* from, int64_t pack, int count, bool whole) {
+CG_D uint64_t read_bits(const uint8_t* from, int64_t chunk, int count, bool whole) {
   constexpr int kBits = kCount * kWidth;
   if constexpr (kBits < 8) {
     static_assert(kBits == 4);
-    return count == 0 ? 0 : from[pack / 2] >> (pack % 2 * 4) & 15;
+    return count == 0 ? 0 : from[chunk / 2] >> (chunk % 2 * 4) & 15;
   } else {
-    if (whole) return static_cast<bytes_t<kBits / 8>>(reinterpret_cast<const bytes_t<kBits / 8>*>(from)[pack]);
+    if (whole) return static_cast<bytes_t<kBits / 8>>(reinterpret_cast<const bytes_t<kBits / 8>*>(from)[chunk]);
     uint64_t bits = 0;
 #pragma unroll 1
     for (int i = 0; i < (count * kWidth + 7) / 8; ++i) {
-      bits |= static_cast<uint64_t>(from[pack * (kBits / 8) + i]) << (8 * i);
+      bits |= static_cast<uint64_t>(from[chunk * (kBits / 8) + i]) << (8 * i);
     }
     return bits;
   }
 }
 
-// The lanes of a warp hold consecutive packs and call it together: two of them may share a byte.
+// The lanes of a warp hold consecutive chunks and call it together: two of them may share a byte.
 template <int kCount, int kWidth>
-CG_D void write_bits(uint8_t* to, int64_t pack, int count, bool whole, uint64_t bits) {
+CG_D void write_bits(uint8_t* to, int64_t chunk, int count, bool whole, uint64_t bits) {
   constexpr int kBits = kCount * kWidth;
   if constexpr (kBits < 8) {
     static_assert(kBits == 4);
     const uint32_t own = static_cast<uint32_t>(bits), next = __shfl_down_sync(0xffffffffu, own, 1);
-    if (pack % 2 == 0 && count > 0) to[pack / 2] = static_cast<uint8_t>(own | next << 4);
+    if (chunk % 2 == 0 && count > 0) to[chunk / 2] = static_cast<uint8_t>(own | next << 4);
   } else {
     if (whole) {
-      reinterpret_cast<bytes_t<kBits / 8>*>(to)[pack] = static_cast<bytes_t<kBits / 8>>(bits);
+      reinterpret_cast<bytes_t<kBits / 8>*>(to)[chunk] = static_cast<bytes_t<kBits / 8>>(bits);
       return;
     }
 #pragma unroll 1
     for (int i = 0; i < (count * kWidth + 7) / 8; ++i) {
-      to[pack * (kBits / 8) + i] = static_cast<uint8_t>(bits >> (8 * i));
+      to[chunk * (kBits / 8) + i] = static_cast<uint8_t>(bits >> (8 * i));
     }
   }
 }
 
-// whole(first) for groups of kUnroll whole packs, first + u * kThreads; then rest(pack, count) for the packs that are
+// whole(first) for groups of kUnroll whole chunks, first + u * kThreads; then rest(chunk, count) for the chunks that are
 // left, with a count of 0 past the end. All threads of a block make the same calls, so that its warps stay together.
 template <class T, class Whole, class Rest>
-CG_D void for_each_pack(int64_t count, bool vector, const Whole& whole, const Rest& rest) {
+CG_D void for_each_chunk(int64_t count, bool vector, const Whole& whole, const Rest& rest) {
   constexpr int64_t kTile = kUnroll * kThreads;
   int64_t done = 0;
   if constexpr (kVector<T>) {
     if (vector) {
-      done = count / kPack<T> / kTile * kTile;
+      done = count / kChunk<T> / kTile * kTile;
       for (int64_t tile = blockIdx.x * kTile; tile < done; tile += gridDim.x * kTile) whole(tile + threadIdx.x);
     }
   }
-  const int64_t packs = (count + kPack<T> - 1) / kPack<T>;
-  for (int64_t base = done + int64_t{blockIdx.x} * kThreads; base < packs; base += int64_t{gridDim.x} * kThreads) {
-    const int64_t pack = base + threadIdx.x, left = count - pack * kPack<T>;
-    rest(pack, left <= 0 ? 0 : left < kPack<T> ? static_cast<int>(left) : kPack<T>);
+  const int64_t chunks = (count + kChunk<T> - 1) / kChunk<T>;
+  for (int64_t base = done + int64_t{blockIdx.x} * kThreads; base < chunks; base += int64_t{gridDim.x} * kThreads) {
+    const int64_t chunk = base + threadIdx.x, left = count - chunk * kChunk<T>;
+    rest(chunk, left <= 0 ? 0 : left < kChunk<T> ? static_cast<int>(left) : kChunk<T>);
   }
 }
 

@@ -7,17 +7,17 @@ namespace {
 CG_HD bool codes_are_flags(const Backward& a) { return a.codes && packed_width(a.bits) <= 2; }
 
 // A term is a select, not a product: dy may be infinite where A is 0.
-template <class P>
-CG_HD P masked_product(P dy, P value) {
-  const P zero(scalar_of<P>(0));
+template <class V>
+CG_HD V masked_product(V dy, V value) {
+  const V zero(scalar_of<V>(0));
   return select(value != zero, mul(dy, value), zero);
 }
 
 // Sums dy * A per chunk and channel. Blocks of one channel are summed in registers until chunk or channel change.
 template <class A>
 class ChannelSums {
-  using P = Pack<A>;
-  static constexpr int kCount = Lanes<P>::kCount;
+  using V = Vec<A>;
+  static constexpr int kCount = Lanes<V>::kCount;
 
  public:
   explicit CG_HD ChannelSums(const Backward& a)
@@ -27,66 +27,66 @@ class ChannelSums {
   CG_HD ~ChannelSums() { flush(); }
 
   // Before the terms of a block, one after the other.
-  CG_HD void start(int64_t block, const Uniform<A>& source) {
+  CG_HD void start(int64_t block, const OneAlpha<A>& source) {
     A* const sum = sums_of_chunk(block) + source.channel;
     if (sum == sum_) return;
     flush();
     sum_ = sum;
   }
-  CG_HD void start(int64_t block, const Varying<A>& source) {
-    const bool in_place = a_.steps.inner == 1 && source.channel + kBlock <= a_.steps.channels;
+  CG_HD void start(int64_t block, const AlphaPerElement<A>& source) {
+    const bool in_place = a_.alphas.inner == 1 && source.channel + kBlock <= a_.alphas.channels;
     to_ = in_place ? sums_of_chunk(block) + source.channel : nullptr;
   }
 
-  CG_HD void add(const Uniform<A>&, int, P term) { total_ = total_ + term; }
-  CG_HD void add(const Varying<A>&, int i, P term) {
-    if (to_) Lanes<P>::store(to_ + i, Lanes<P>::load(to_ + i) + term);
-    else Lanes<P>::store(terms_ + i, term);
+  CG_HD void add(const OneAlpha<A>&, int, V term) { total_ = total_ + term; }
+  CG_HD void add(const AlphaPerElement<A>&, int i, V term) {
+    if (to_) Lanes<V>::store(to_ + i, Lanes<V>::load(to_ + i) + term);
+    else Lanes<V>::store(terms_ + i, term);
   }
 
   // The same where the terms are dy inside and above, times what A is there: factored out of the sums where it can be.
-  CG_HD void add_flagged(const Uniform<A>&, int, P inside, P above) {
+  CG_HD void add_flagged(const OneAlpha<A>&, int, V inside, V above) {
     inside_ = inside_ + inside;
     above_ = above_ + above;
   }
-  CG_HD void add_flagged(const Varying<A>& source, int i, P inside, P above) {
+  CG_HD void add_flagged(const AlphaPerElement<A>& source, int i, V inside, V above) {
     add(source, i, weighed(inside, above));
   }
 
   CG_HD int64_t chunk_end(int64_t block) { return sums_of_chunk(block), chunk_end_; }
 
   // A by the two bits of a state or a code.
-  CG_HD SmallTable<P> weights() const {
+  CG_HD SmallTable<V> weights() const {
     const A of[4] = {0, inside_factor_, above_factor_, inside_factor_ + above_factor_};
-    return SmallTable<P>(of, 4);
+    return SmallTable<V>(of, 4);
   }
 
   // After them.
-  CG_HD void finish(int64_t, const Uniform<A>&) {}
-  CG_HD void finish(int64_t block, const Varying<A>& source) {
+  CG_HD void finish(int64_t, const OneAlpha<A>&) {}
+  CG_HD void finish(int64_t block, const AlphaPerElement<A>& source) {
     if (to_) return;
     A* sums = sums_of_chunk(block);
-    if (a_.steps.inner == 1) {
+    if (a_.alphas.inner == 1) {
       int64_t channel = source.channel;
       for (int i = 0; i < kBlock;) {
-        const int64_t left = a_.steps.channels - channel;
+        const int64_t left = a_.alphas.channels - channel;
         const int run = left < kBlock - i ? static_cast<int>(left) : kBlock - i;
         int j = 0;
         for (A* to = sums + channel; j + kCount <= run; j += kCount) {
-          Lanes<P>::store(to + j, Lanes<P>::load(to + j) + Lanes<P>::load(terms_ + i + j));
+          Lanes<V>::store(to + j, Lanes<V>::load(to + j) + Lanes<V>::load(terms_ + i + j));
         }
         for (; j < run; ++j) sums[channel + j] += terms_[i + j];
         i += run;
         channel = 0;
       }
     } else {
-      for_each_run(a_.steps, source.channel, source.left, [&](int64_t channel, int first, int last) {
+      for_each_run(a_.alphas, source.channel, source.left, [&](int64_t channel, int first, int last) {
         const uint64_t run = ~uint64_t{0} >> (kBlock - (last - first)) << first;
-        P sum(A(0));
+        V sum(A(0));
         for (int i = first - first % kCount; i < last; i += kCount) {
-          sum = sum + select(Lanes<P>::mask(run >> i), Lanes<P>::load(terms_ + i), P(A(0)));
+          sum = sum + select(Lanes<V>::mask(run >> i), Lanes<V>::load(terms_ + i), V(A(0)));
         }
-        sums[channel] += Lanes<P>::sum(sum);
+        sums[channel] += Lanes<V>::sum(sum);
       });
     }
   }
@@ -96,23 +96,23 @@ class ChannelSums {
     if (block >= chunk_end_) {  // a division takes as long as a block
       const int64_t chunk = block / a_.chunk_blocks;
       chunk_end_ = (chunk + 1) * a_.chunk_blocks;
-      chunk_sums_ = static_cast<A*>(a_.partial) + chunk * a_.steps.channels;
+      chunk_sums_ = static_cast<A*>(a_.partial) + chunk * a_.alphas.channels;
     }
     return chunk_sums_;
   }
-  CG_HD P weighed(P inside, P above) const {
-    return masked_product(inside, P(inside_factor_)) + mul(above, P(above_factor_));
+  CG_HD V weighed(V inside, V above) const {
+    return masked_product(inside, V(inside_factor_)) + mul(above, V(above_factor_));
   }
   CG_HD void flush() {
-    if (sum_) *sum_ += Lanes<P>::sum(total_ + weighed(inside_, above_));
-    total_ = inside_ = above_ = P(A(0));
+    if (sum_) *sum_ += Lanes<V>::sum(total_ + weighed(inside_, above_));
+    total_ = inside_ = above_ = V(A(0));
   }
 
   const Backward& a_;
   const A inside_factor_, above_factor_;
   A *sum_ = nullptr, *chunk_sums_ = nullptr, *to_ = nullptr;  // to_: where the sums of a block's numbers lie, side by side
   int64_t chunk_end_ = 0;
-  P total_ = P(A(0)), inside_ = total_, above_ = total_;
+  V total_ = V(A(0)), inside_ = total_, above_ = total_;
   A terms_[kBlock];
 };
 

@@ -1,39 +1,39 @@
-// One number at a time: the packs of the baseline build, with the interface that kernels.inl asks of every
+// One number at a time: the vectors of the baseline build, with the interface that kernels.inl asks of every
 // instruction set:
-//   Pack<A>             numbers of compute type A: the operations of math/macros.h
-//   Lanes<P>            kCount; masks to and from bits; codes to and from bytes; the sum over lanes
-//   Io<T>               load; store and stream (past the caches, aligned) a pack whose numbers are numbers of T
+//   Vec<A>             numbers of compute type A: the operations of math/macros.h
+//   Lanes<V>            kCount; masks to and from bits; codes to and from bytes; the sum over lanes
+//   Io<T>               load; store and stream (past the caches, aligned) a vector whose numbers are numbers of T
 //   round_for_store<T>  what is left to do for Io<T>::store of any number to store it rounded to T
-//   Two<P>              two packs (two.h); load_two and store_two of blocks.inl may be overloaded for a T
+//   Pair<V>              two vectors (two.h); load_pair and store_pair of blocks.inl may be overloaded for a T
 //   kChains             how many Twos a formula that is one chain of operations is evaluated for side by side: 1 or 2
-//   LargeTable<P>       at(codes): the entries of a table of up to 256 numbers for a pack's codes, from memory
-//   SmallTable<P>       the same for up to kSize numbers, from registers; none where kSize is 0
-//   Ordered<T>          numbers of T as ordered_t<T> (dtype.h), for staircases of up to kSearchBits, 0 where there is
+//   LargeTable<V>       at(codes): the entries of a table of up to 256 numbers for a vector's codes, from memory
+//   SmallTable<V>       the same for up to kSize numbers, from registers; none where kSize is 0
+//   CompareKey<T>          numbers of T as compare_key_t<T> (dtype.h), for staircases of up to kSearchBits, 0 where there is
 //                       none: by comparisons up to kCompareBits, from there by look_up(): table entries by indices,
-//                       which begin at kIndexStart and count in kIndexUnit; beyond, where kGuesses, by arithmetic, with
-//                       mask() and whole(). floats() makes a pack or two of it, in an order of its own, in which
-//                       load_floats() loads; level(), rounded() and floor() are three ways back. What some packs keep is
+//                       which begin at kIndexStart and count in kIndexUnit; beyond, where kArithmetic, by arithmetic, with
+//                       mask() and whole(). floats() makes a vector or two of it, in an order of its own, in which
+//                       load_floats() loads; level(), rounded() and floor() are three ways back. What some vectors saved is
 //                       packed by store_bits() of masks, store_states() of two masks, store_codes<w>() of indices.
-//                       kHolds: a block fits into registers beside what is done to it; any_nan() is then of its packs,
-//                       and load_unseen() loads what is read once
-//   keep_bits<n>(...)   n elements of raw bits of a block from `first` on, kept where the block's mask says, else zero
-//   BlockBits           64 bits, as keep_bits and load_two_where take them
+//                       kHoldsBlock: a block fits into registers beside what is done to it; any_nan() is then of its vectors,
+//                       and load_without_prefetch() loads what is read once
+//   masked_copy<n>(...)   n elements of raw bits of a block from `first` on, saved where the block's mask says, else zero
+//   BlockBits           64 bits, as masked_copy and load_pair_where take them
 //   BlockStates         64 2-bit states, from what is packed: inside(), above() and either() are such bits
-//   pack_codes<w>(...)  64 codes, a byte each, to w bits each (math/bits.h); and unpack_codes<w>(...) back
+//   bitpack<w>(...)  64 codes, a byte each, to w bits each (math/bits.h); and bitunpack<w>(...) back
 //   nonzero_codes(...)  the bits of c > 0 of 64 codes
 //   times_slopes_block  of slopes.inl may be overloaded for a T or a table
-//   kWeighs<P>          whether there are weights_of() 2 bits, entries of a SmallTable, and add_weighed(), dy times them
+//   kAddsWeighed<V>          whether there are weights_of() 2 bits, entries of a SmallTable, and add_weighed(), dy times them
 #pragma once
 
-#include "../math/alpha_grad.h"
-#include "../math/bits.h"
-#include "states.h"
-#include "two.h"
+#include "../../math/alpha_grad.h"
+#include "../../math/bits.h"
+#include "../generic/word_masks.h"
+#include "../generic/pair.h"
 
 namespace cg::CG_ISA {
 
 template <class A>
-using Pack = A;
+using Vec = A;
 
 template <class A>
 struct Lanes {
@@ -68,12 +68,12 @@ struct Io {
 };
 
 template <int kCount, class U>
-CG_HD void keep_bits(const U* from, U* to, uint64_t bits, int first, bool) {
+CG_HD void masked_copy(const U* from, U* to, uint64_t bits, int first, bool) {
   for (int i = first; i < first + kCount; ++i) to[i] = (bits >> i) & 1 ? from[i] : U(0);
 }
 
 template <int kWidth>
-CG_HD void pack_codes(const uint8_t* codes, uint8_t* packed) {
+CG_HD void bitpack(const uint8_t* codes, uint8_t* packed) {
   for (int i = 0; i < 8; ++i) {
     uint64_t eight;
     memcpy(&eight, codes + 8 * i, 8);
@@ -82,7 +82,7 @@ CG_HD void pack_codes(const uint8_t* codes, uint8_t* packed) {
   }
 }
 template <int kWidth>
-CG_HD void unpack_codes(const uint8_t* packed, uint8_t* codes) {
+CG_HD void bitunpack(const uint8_t* packed, uint8_t* codes) {
   for (int i = 0; i < 8; ++i) {
     uint64_t eight = 0;
     memcpy(&eight, packed + kWidth * i, kWidth);
@@ -108,14 +108,14 @@ struct SmallTable {
 };
 
 template <class T>
-struct Ordered {
+struct CompareKey {
   static constexpr int kSearchBits = 0, kCompareBits = 0;
-  static constexpr bool kGuesses = false;
+  static constexpr bool kArithmetic = false;
 };
 
 constexpr int kPrefetchBytes = 0, kChains = 1;
-template <class P>
-constexpr bool kWeighs = false;
+template <class V>
+constexpr bool kAddsWeighed = false;
 
 CG_HD void stream_fence() {}
 

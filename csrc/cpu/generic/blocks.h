@@ -2,59 +2,59 @@
 
 namespace cg::CG_ISA {
 
-// Two packs, in an order that load_two and store_two share; what is stored is rounded to T.
+// Pair vectors, in an order that load_pair and store_pair share; what is stored is rounded to T.
 template <class T>
-CG_HD auto load_two(const T* p) {
-  using P = Pack<compute_t<T>>;
-  return Two<P>{Io<T>::load(p), Io<T>::load(p + Lanes<P>::kCount)};
+CG_HD auto load_pair(const T* p) {
+  using V = Vec<compute_t<T>>;
+  return Pair<V>{Io<T>::load(p), Io<T>::load(p + Lanes<V>::kCount)};
 }
-// From the given place in a block, zero where a bit of the block's is not set: a pack in order, or two in load_two's.
+// From the given place in a block, zero where a bit of the block's is not set: a vector in order, or two in load_pair's.
 template <class T>
 CG_HD auto load_where(const T* block, uint64_t bits, int first) {
-  using P = Pack<compute_t<T>>;
-  return select(Lanes<P>::mask(bits >> first), Io<T>::load(block + first), P(compute_t<T>(0)));
+  using V = Vec<compute_t<T>>;
+  return select(Lanes<V>::mask(bits >> first), Io<T>::load(block + first), V(compute_t<T>(0)));
 }
 template <class T, class Bits>
-CG_HD auto load_two_where(const T* block, Bits bits, int first) {
-  using P = Pack<compute_t<T>>;
-  return Two<P>{load_where(block, bits, first), load_where(block, bits, first + Lanes<P>::kCount)};
+CG_HD auto load_pair_where(const T* block, Bits bits, int first) {
+  using V = Vec<compute_t<T>>;
+  return Pair<V>{load_where(block, bits, first), load_where(block, bits, first + Lanes<V>::kCount)};
 }
-template <class T, class P>
-CG_HD void store_two(T* p, Two<P> v, bool stream) {
-  if (stream) Io<T>::stream(p, v.first), Io<T>::stream(p + Lanes<P>::kCount, v.second);
-  else Io<T>::store(p, v.first), Io<T>::store(p + Lanes<P>::kCount, v.second);
+template <class T, class V>
+CG_HD void store_pair(T* p, Pair<V> v, bool stream) {
+  if (stream) Io<T>::stream(p, v.first), Io<T>::stream(p + Lanes<V>::kCount, v.second);
+  else Io<T>::store(p, v.first), Io<T>::store(p + Lanes<V>::kCount, v.second);
 }
 
 namespace {
 
 // One alpha for the whole block.
 template <class A>
-struct Uniform {
-  Pack<A> alpha, inverse;
+struct OneAlpha {
+  Vec<A> alpha, inverse;
   int64_t channel;
-  CG_HD Pack<A> alpha_at(int) const { return alpha; }
-  CG_HD Pack<A> inverse_at(int) const { return inverse; }
-  CG_HD const Uniform& of(int64_t) const { return *this; }
+  CG_HD Vec<A> alpha_at(int) const { return alpha; }
+  CG_HD Vec<A> inverse_at(int) const { return inverse; }
+  CG_HD const OneAlpha& of(int64_t) const { return *this; }
 };
 
 // An alpha for each element, read from two arrays; the first one's channel, and how many elements of it come.
 template <class A>
-struct Varying {
+struct AlphaPerElement {
   const A* alpha;
   const A* inverse;
   int64_t channel, left;
-  CG_HD Pack<A> alpha_at(int i) const { return Lanes<Pack<A>>::load(alpha + i); }
-  CG_HD Pack<A> inverse_at(int i) const { return Lanes<Pack<A>>::load(inverse + i); }
-  CG_HD const Varying& of(int64_t) const { return *this; }
+  CG_HD Vec<A> alpha_at(int i) const { return Lanes<Vec<A>>::load(alpha + i); }
+  CG_HD Vec<A> inverse_at(int i) const { return Lanes<Vec<A>>::load(inverse + i); }
+  CG_HD const AlphaPerElement& of(int64_t) const { return *this; }
 };
 
 // The same of every block, where channels are the innermost dimension.
 template <class A>
-struct Columns {
+struct AlphaPerColumn {
   const A* alpha;
   const A* inverse;
   int64_t channels;
-  CG_HD Varying<A> of(int64_t block) const {
+  CG_HD AlphaPerElement<A> of(int64_t block) const {
     const int64_t channel = block * kBlock % channels;
     return {alpha + channel, inverse + channel, channel, 1};
   }
@@ -62,60 +62,60 @@ struct Columns {
 
 // body(channel, first, last) for each run of one channel within a block, given the first one's.
 template <class Body>
-CG_HD void for_each_run(const Steps& steps, int64_t channel, int64_t left, const Body& body) {
+CG_HD void for_each_run(const Alphas& alphas, int64_t channel, int64_t left, const Body& body) {
   for (int first = 0; first < kBlock;) {
     const int last = left < kBlock - first ? first + static_cast<int>(left) : kBlock;
     body(channel, first, last);
     first = last;
-    left = steps.inner;
-    if (++channel == steps.channels) channel = 0;
+    left = alphas.inner;
+    if (++channel == alphas.channels) channel = 0;
   }
 }
 
-// body(first, last, source) for ranges of blocks, with the source of alpha that fits them; without kSteps the source
+// body(first, last, source) for ranges of blocks, with the source of alpha that fits them; without kValues the source
 // only tells whether a block has one channel, and which. Blocks of more channels than one come one by one.
-template <class A, bool kSteps = true, class Body>
-CG_HD void for_each_range(const Steps& steps, int64_t begin, int64_t end, const Body& body) {
-  const A* alpha = static_cast<const A*>(steps.alpha);
-  const A* inverse = static_cast<const A*>(steps.inverse);
-  const auto uniform = [&](int64_t channel) {
-    if constexpr (kSteps) return Uniform<A>{Pack<A>(alpha[channel]), Pack<A>(inverse[channel]), channel};
-    else return Uniform<A>{{}, {}, channel};
+template <class A, bool kValues = true, class Body>
+CG_HD void for_each_range(const Alphas& alphas, int64_t begin, int64_t end, const Body& body) {
+  const A* alpha = static_cast<const A*>(alphas.values);
+  const A* inverse = static_cast<const A*>(alphas.inverses);
+  const auto one_alpha = [&](int64_t channel) {
+    if constexpr (kValues) return OneAlpha<A>{Vec<A>(alpha[channel]), Vec<A>(inverse[channel]), channel};
+    else return OneAlpha<A>{{}, {}, channel};
   };
-  if (steps.channels == 1) {
-    body(begin, end, uniform(0));
+  if (alphas.channels == 1) {
+    body(begin, end, one_alpha(0));
     return;
   }
   // The channel that a block begins in, and where that ends: counted, as divisions take as long as a block.
-  int64_t channel = begin * kBlock / steps.inner, channel_end = (channel + 1) * steps.inner;
-  channel %= steps.channels;
-  const int64_t step = kBlock % steps.channels;
+  int64_t channel = begin * kBlock / alphas.inner, channel_end = (channel + 1) * alphas.inner;
+  channel %= alphas.channels;
+  const int64_t step = kBlock % alphas.channels;
   for (int64_t block = begin; block < end;) {
-    if (steps.inner == 1) {
-      body(block, block + 1, Varying<A>{alpha + channel, inverse + channel, channel, 1});
+    if (alphas.inner == 1) {
+      body(block, block + 1, AlphaPerElement<A>{alpha + channel, inverse + channel, channel, 1});
       ++block;
       channel += step;
-      if (channel >= steps.channels) channel -= steps.channels;
+      if (channel >= alphas.channels) channel -= alphas.channels;
       continue;
     }
-    for (; channel_end <= block * kBlock; channel_end += steps.inner) {
-      if (++channel == steps.channels) channel = 0;
+    for (; channel_end <= block * kBlock; channel_end += alphas.inner) {
+      if (++channel == alphas.channels) channel = 0;
     }
     const int64_t whole = channel_end / kBlock;
     if (block < whole) {
       const int64_t last = whole < end ? whole : end;
-      body(block, last, uniform(channel));
+      body(block, last, one_alpha(channel));
       block = last;
       continue;
     }
-    A alphas[kBlock], inverses[kBlock];
+    A values[kBlock], inverses[kBlock];
     const int64_t left = channel_end - block * kBlock;
-    if constexpr (kSteps) {
-      for_each_run(steps, channel, left, [&](int64_t channel, int first, int last) {
-        for (int i = first; i < last; ++i) alphas[i] = alpha[channel], inverses[i] = inverse[channel];
+    if constexpr (kValues) {
+      for_each_run(alphas, channel, left, [&](int64_t channel, int first, int last) {
+        for (int i = first; i < last; ++i) values[i] = alpha[channel], inverses[i] = inverse[channel];
       });
     }
-    body(block, block + 1, Varying<A>{alphas, inverses, channel, left});
+    body(block, block + 1, AlphaPerElement<A>{values, inverses, channel, left});
     ++block;
   }
 }
@@ -165,7 +165,7 @@ CG_HD void read_packed(const uint8_t* from, int64_t block, int count, uint64_t* 
 CG_HD void write_mask(uint8_t* to, MaskKind kind, int64_t block, int count, uint64_t inside, uint64_t above) {
   if (kind == MaskKind::state) {
     uint64_t words[2];
-    pack_states(inside, above, words);
+    bitpack_states(inside, above, words);
     write_packed<2>(to, block, count, words);
   } else {
     if (kind == MaskKind::positive) inside |= above;
@@ -175,17 +175,17 @@ CG_HD void write_mask(uint8_t* to, MaskKind kind, int64_t block, int count, uint
 
 template <int kWidth>
 CG_HD void write_codes_of(uint8_t* to, int64_t block, int count, const uint8_t* codes) {
-  if (count == kBlock) return pack_codes<kWidth>(codes, to + block * 8 * kWidth);
+  if (count == kBlock) return bitpack<kWidth>(codes, to + block * 8 * kWidth);
   uint64_t words[kWidth];
-  pack_codes<kWidth>(codes, reinterpret_cast<uint8_t*>(words));
+  bitpack<kWidth>(codes, reinterpret_cast<uint8_t*>(words));
   write_packed<kWidth>(to, block, count, words);
 }
 template <int kWidth>
 CG_HD void read_codes_of(const uint8_t* from, int64_t block, int count, uint8_t* codes) {
-  if (count == kBlock) return unpack_codes<kWidth>(from + block * 8 * kWidth, codes);
+  if (count == kBlock) return bitunpack<kWidth>(from + block * 8 * kWidth, codes);
   uint64_t words[kWidth];
   read_packed<kWidth>(from, block, count, words);
-  unpack_codes<kWidth>(reinterpret_cast<const uint8_t*>(words), codes);
+  bitunpack<kWidth>(reinterpret_cast<const uint8_t*>(words), codes);
 }
 
 void write_codes(uint8_t* to, int64_t block, int count, int width, const uint8_t* codes) {
@@ -222,7 +222,7 @@ void copy(const Copy& args, int64_t begin, int64_t end) {
     const float* from = a.from + block * kBlock;
     float* to = a.to + block * kBlock;
 #pragma GCC unroll 16
-    for (int i = 0; i < kBlock; i += Lanes<Pack<float>>::kCount) {
+    for (int i = 0; i < kBlock; i += Lanes<Vec<float>>::kCount) {
       const auto v = Io<float>::load(from + i);
       if (a.stream) Io<float>::stream(to + i, v);
       else Io<float>::store(to + i, v);

@@ -5,12 +5,12 @@ namespace {
 
 template <int kWidth, class T, class Table>
 CG_HD void times_slopes_block(const T* grad_y, const uint8_t* packed, const Table& table, T* grad_x, bool stream) {
-  using P = Pack<compute_t<T>>;
+  using V = Vec<compute_t<T>>;
   uint8_t unpacked[kBlock];
   const uint8_t* codes = packed;
-  if constexpr (kWidth < 8) unpack_codes<kWidth>(packed, unpacked), codes = unpacked;
-  for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
-    const P dx = round_for_store<T>(times_slope(Io<T>::load(grad_y + i), table.at(codes + i)));
+  if constexpr (kWidth < 8) bitunpack<kWidth>(packed, unpacked), codes = unpacked;
+  for (int i = 0; i < kBlock; i += Lanes<V>::kCount) {
+    const V dx = round_for_store<T>(times_slope(Io<T>::load(grad_y + i), table.at(codes + i)));
     if (stream) Io<T>::stream(grad_x + i, dx);
     else Io<T>::store(grad_x + i, dx);
   }
@@ -40,9 +40,9 @@ void times_slopes_of(const TimesSlopes& args, int64_t begin, int64_t end) {
 
 template <int kWidth, class T>
 void times_slopes_width(const TimesSlopes& a, int64_t begin, int64_t end) {
-  using P = Pack<compute_t<T>>;
-  constexpr bool kSmall = kWidth <= 4 && SmallTable<P>::kSize > 0;
-  times_slopes_of<kWidth, T, std::conditional_t<kSmall, SmallTable<P>, LargeTable<P>>>(a, begin, end);
+  using V = Vec<compute_t<T>>;
+  constexpr bool kSmall = kWidth <= 4 && SmallTable<V>::kSize > 0;
+  times_slopes_of<kWidth, T, std::conditional_t<kSmall, SmallTable<V>, LargeTable<V>>>(a, begin, end);
 }
 
 void times_slopes(const TimesSlopes& a, int64_t begin, int64_t end) {

@@ -1,57 +1,57 @@
 // Numbers as what is compared fast (dtype.h), 16 of 16 bits or 8 floats in a register.
 #pragma once
 
-#include "pack_avx2.h"
+#include "vec.h"
 
 namespace cg::CG_ISA {
 
 // A table is 8 entries in each half of a register, and an index the two bytes of its entry.
 template <class T>
-struct Ordered {
+struct CompareKey {
   static constexpr int kSearchBits = std::is_same_v<T, bf16> ? 5 : 6, kCompareBits = 2;
-  static constexpr bool kGuesses = true, kHolds = true;
+  static constexpr bool kArithmetic = true, kHoldsBlock = true;
   static constexpr int kCount = 16, kGroup = 2, kEntries = 8;
   static constexpr int kIndexStart = 0x0100, kIndexUnit = 0x0202;
   using Element = int16_t;
   using Mask = __m256i;
   using Index = __m256i;
   __m256i v;
-  static CG_HD Ordered all(int from) { return {indices(from)}; }
-  static CG_HD Ordered load(const int16_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
-  static CG_HD Ordered load_unseen(const int16_t* p) { return {cg::CG_ISA::load_unseen(p)}; }
-  static CG_HD void store(int16_t* p, Ordered a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
-  static CG_HD void stream(int16_t* p, Ordered a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), a.v); }
-  static CG_HD Mask greater(Ordered a, Ordered b) { return _mm256_cmpgt_epi16(a.v, b.v); }
-  static CG_HD Mask at_most(Mask m, Ordered a, Ordered high) { return _mm256_andnot_si256(greater(a, high), m); }
-  static CG_HD Ordered keep(Mask m, Ordered a) { return {_mm256_and_si256(m, a.v)}; }
-  template <size_t kPacks>
-  static CG_HD void store_bits(uint8_t* to, const Mask (&m)[kPacks]) {
-    for (size_t i = 0; i < kPacks; i += 2, to += 4) {
+  static CG_HD CompareKey all(int from) { return {indices(from)}; }
+  static CG_HD CompareKey load(const int16_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+  static CG_HD CompareKey load_without_prefetch(const int16_t* p) { return {cg::CG_ISA::load_without_prefetch(p)}; }
+  static CG_HD void store(int16_t* p, CompareKey a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+  static CG_HD void stream(int16_t* p, CompareKey a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), a.v); }
+  static CG_HD Mask greater(CompareKey a, CompareKey b) { return _mm256_cmpgt_epi16(a.v, b.v); }
+  static CG_HD Mask at_most(Mask m, CompareKey a, CompareKey high) { return _mm256_andnot_si256(greater(a, high), m); }
+  static CG_HD CompareKey masked(Mask m, CompareKey a) { return {_mm256_and_si256(m, a.v)}; }
+  template <size_t kVecs>
+  static CG_HD void store_bits(uint8_t* to, const Mask (&m)[kVecs]) {
+    for (size_t i = 0; i < kVecs; i += 2, to += 4) {
       store_signs(to, _mm256_permute4x64_epi64(_mm256_packs_epi16(m[i], m[i + 1]), 0xd8));
     }
   }
-  template <size_t kPacks>
-  static CG_HD void store_states(uint8_t* to, const Mask (&low)[kPacks], const Mask (&high)[kPacks]) {
+  template <size_t kVecs>
+  static CG_HD void store_states(uint8_t* to, const Mask (&low)[kVecs], const Mask (&high)[kVecs]) {
     const __m256i upper_bytes = _mm256_set1_epi16(static_cast<short>(0xff00));
-    for (size_t i = 0; i < kPacks; ++i, to += 4) store_signs(to, _mm256_blendv_epi8(low[i], high[i], upper_bytes));
+    for (size_t i = 0; i < kVecs; ++i, to += 4) store_signs(to, _mm256_blendv_epi8(low[i], high[i], upper_bytes));
   }
   static CG_HD Mask choose(Mask m, Mask a, Mask b) { return _mm256_blendv_epi8(b, a, m); }
-  static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm256_blendv_epi8(b.v, a.v, m)}; }
-  static CG_HD Ordered farther(Ordered a, Ordered b) {
+  static CG_HD CompareKey select(Mask m, CompareKey a, CompareKey b) { return {_mm256_blendv_epi8(b.v, a.v, m)}; }
+  static CG_HD CompareKey farther(CompareKey a, CompareKey b) {
     return {_mm256_max_epi16(a.v, _mm256_and_si256(b.v, _mm256_set1_epi16(0x7fff)))};
   }
-  static CG_HD bool any_beyond(Ordered farthest, int16_t most) {
+  static CG_HD bool any_beyond(CompareKey farthest, int16_t most) {
     return _mm256_movemask_epi8(greater(farthest, all(most))) != 0;
   }
-  static CG_HD bool any_nan(const Ordered (&x)[4]) {
+  static CG_HD bool any_nan(const CompareKey (&x)[4]) {
     return any_beyond(farther(farther(farther(farther(all(0), x[0]), x[1]), x[2]), x[3]), kInfinityBits<T>);
   }
-  CG_HD Two<Floats> floats() const { return unpack<T>(v); }
+  CG_HD Pair<Floats> floats() const { return split<T>(v); }
   // Ties of bfloat16 go up.
-  static CG_HD Ordered rounded(Two<Floats> from) { return {pack<T, false>(from)}; }
-  static CG_HD Ordered level(Two<Floats> from) { return {pack<T>(from)}; }
+  static CG_HD CompareKey rounded(Pair<Floats> from) { return {join<T, false>(from)}; }
+  static CG_HD CompareKey level(Pair<Floats> from) { return {join<T>(from)}; }
   // The largest numbers of T that are at most these, which are not negative.
-  static CG_HD Ordered floor(Two<Floats> from) {
+  static CG_HD CompareKey floor(Pair<Floats> from) {
     if constexpr (std::is_same_v<T, bf16>) {
       const __m256i even = _mm256_srli_epi32(_mm256_castps_si256(from.first.v), 16);
       return {_mm256_blend_epi16(even, _mm256_castps_si256(from.second.v), 0xaa)};
@@ -61,7 +61,7 @@ struct Ordered {
     }
   }
   // Floats in the order of floats().
-  static CG_HD Two<Floats> load_floats(const float* p) {
+  static CG_HD Pair<Floats> load_floats(const float* p) {
     const __m256 low = _mm256_loadu_ps(p), high = _mm256_loadu_ps(p + 8);
     if constexpr (std::is_same_v<T, f16>) return {low, high};
     const auto gather = [](__m256 v) {
@@ -70,13 +70,13 @@ struct Ordered {
     return {gather(_mm256_shuffle_ps(low, high, 0x88)), gather(_mm256_shuffle_ps(low, high, 0xdd))};
   }
   // Of masks and of small whole numbers, in the order of floats().
-  static CG_HD Mask mask(TwoMasks<FloatMask> m) {
-    return join(_mm256_castps_si256(m.first.m), _mm256_castps_si256(m.second.m));
+  static CG_HD Mask mask(PairMask<FloatMask> m) {
+    return join_lanes(_mm256_castps_si256(m.first.m), _mm256_castps_si256(m.second.m));
   }
-  static CG_HD Index whole(Two<Floats> from) {
-    return join(_mm256_cvtps_epi32(from.first.v), _mm256_cvtps_epi32(from.second.v));
+  static CG_HD Index whole(Pair<Floats> from) {
+    return join_lanes(_mm256_cvtps_epi32(from.first.v), _mm256_cvtps_epi32(from.second.v));
   }
-  static CG_HD __m256i join(__m256i first, __m256i second) {
+  static CG_HD __m256i join_lanes(__m256i first, __m256i second) {
     if constexpr (std::is_same_v<T, bf16>) return _mm256_blend_epi16(first, _mm256_slli_epi32(second, 16), 0xaa);
     else return _mm256_permute4x64_epi64(_mm256_packs_epi32(first, second), 0xd8);
   }
@@ -87,7 +87,7 @@ struct Ordered {
   }
   static CG_HD Index raise(Index a, Mask m, int by) { return _mm256_add_epi16(a, _mm256_and_si256(m, indices(by))); }
   template <int kRegisters>
-  static CG_HD Ordered look_up(const Ordered* table, Index index) {
+  static CG_HD CompareKey look_up(const CompareKey* table, Index index) {
     if constexpr (kRegisters == 1) {
       return {_mm256_shuffle_epi8(table[0].v, index)};
     } else {
@@ -98,37 +98,37 @@ struct Ordered {
       return select(upper, look_up<kHalf>(table + kHalf, index), look_up<kHalf>(table, index));
     }
   }
-  static CG_HD Index whole(Ordered from) { return from.v; }
-  template <int kWidth, size_t kPacks>
-  static CG_HD void store_codes(uint8_t* to, const Index (&codes)[kPacks]) {
-    for (size_t i = 0; i < kPacks; i += 2, to += 4 * kWidth) {
+  static CG_HD Index whole(CompareKey from) { return from.v; }
+  template <int kWidth, size_t kVecs>
+  static CG_HD void store_codes(uint8_t* to, const Index (&codes)[kVecs]) {
+    for (size_t i = 0; i < kVecs; i += 2, to += 4 * kWidth) {
       const __m256i bytes = _mm256_packus_epi16(codes[i], codes[i + 1]);
-      pack_half<kWidth>(_mm256_permute4x64_epi64(bytes, 0xd8), to);
+      bitpack_half<kWidth>(_mm256_permute4x64_epi64(bytes, 0xd8), to);
     }
   }
 };
 
 template <>
-struct Ordered<double> {
+struct CompareKey<double> {
   static constexpr int kSearchBits = 0, kCompareBits = 0;
-  static constexpr bool kGuesses = false;
+  static constexpr bool kArithmetic = false;
 };
 template <>
-struct Ordered<float> {
+struct CompareKey<float> {
   static constexpr int kSearchBits = 2, kCompareBits = 2, kCount = 8, kGroup = 4;
-  static constexpr bool kGuesses = true, kHolds = false;
+  static constexpr bool kArithmetic = true, kHoldsBlock = false;
   using Element = float;
   using Mask = __m256;
   using Index = Floats;
   __m256 v;
-  static CG_HD Ordered all(float from) { return {_mm256_set1_ps(from)}; }
-  static CG_HD Ordered load(const float* p) { return {_mm256_loadu_ps(p)}; }
-  static CG_HD void store(float* p, Ordered a) { _mm256_storeu_ps(p, a.v); }
-  static CG_HD void stream(float* p, Ordered a) { _mm256_stream_ps(p, a.v); }
-  static CG_HD Mask greater(Ordered a, Ordered b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
-  static CG_HD Mask at_most(Mask m, Ordered a, Ordered high) { return _mm256_andnot_ps(greater(a, high), m); }
-  static CG_HD Ordered keep(Mask m, Ordered a) { return {_mm256_and_ps(m, a.v)}; }
-  // The bytes of four packs of 32-bit lanes, where packing left them.
+  static CG_HD CompareKey all(float from) { return {_mm256_set1_ps(from)}; }
+  static CG_HD CompareKey load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static CG_HD void store(float* p, CompareKey a) { _mm256_storeu_ps(p, a.v); }
+  static CG_HD void stream(float* p, CompareKey a) { _mm256_stream_ps(p, a.v); }
+  static CG_HD Mask greater(CompareKey a, CompareKey b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
+  static CG_HD Mask at_most(Mask m, CompareKey a, CompareKey high) { return _mm256_andnot_ps(greater(a, high), m); }
+  static CG_HD CompareKey masked(Mask m, CompareKey a) { return {_mm256_and_ps(m, a.v)}; }
+  // The bytes of four vectors of 32-bit lanes, where packing left them.
   static CG_HD __m256i in_order(__m256i bytes) {
     return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   }
@@ -147,7 +147,7 @@ struct Ordered<float> {
     }
   }
   static CG_HD Mask choose(Mask m, Mask a, Mask b) { return _mm256_blendv_ps(b, a, m); }
-  static CG_HD Ordered select(Mask m, Ordered a, Ordered b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
+  static CG_HD CompareKey select(Mask m, CompareKey a, CompareKey b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
   static CG_HD bool any_nan(const float* x) {
     __m256 nan = _mm256_setzero_ps();
     for (int i = 0; i < 64; i += 2 * kCount) {
@@ -155,25 +155,25 @@ struct Ordered<float> {
     }
     return _mm256_movemask_ps(nan) != 0;
   }
-  static CG_HD Ordered farther(Ordered a, Ordered b) {
+  static CG_HD CompareKey farther(CompareKey a, CompareKey b) {
     const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(b.v), _mm256_set1_epi32(0x7fffffff));
     return {_mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a.v), magnitude))};
   }
-  static CG_HD bool any_beyond(Ordered farthest, float most) {
+  static CG_HD bool any_beyond(CompareKey farthest, float most) {
     const __m256i bits = _mm256_castps_si256(farthest.v), limit = _mm256_castps_si256(all(most).v);
     return _mm256_movemask_epi8(_mm256_cmpgt_epi32(bits, limit)) != 0;
   }
   CG_HD Floats floats() const { return v; }
-  static CG_HD Ordered rounded(Floats from) { return {from.v}; }
-  static CG_HD Ordered level(Floats from) { return {from.v}; }
-  static CG_HD Ordered floor(Floats from) { return {from.v}; }
+  static CG_HD CompareKey rounded(Floats from) { return {from.v}; }
+  static CG_HD CompareKey level(Floats from) { return {from.v}; }
+  static CG_HD CompareKey floor(Floats from) { return {from.v}; }
   static CG_HD Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
   template <int kWidth>
   static CG_HD void store_codes(uint8_t* to, const Index (&codes)[kGroup]) {
     const auto words = [&](int i) {
       return _mm256_packs_epi32(_mm256_cvtps_epi32(codes[i].v), _mm256_cvtps_epi32(codes[i + 1].v));
     };
-    pack_half<kWidth>(in_order(_mm256_packus_epi16(words(0), words(2))), to);
+    bitpack_half<kWidth>(in_order(_mm256_packus_epi16(words(0), words(2))), to);
   }
 };
 

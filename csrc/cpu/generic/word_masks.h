@@ -1,7 +1,7 @@
 // The bits and the 2-bit states of a block as words, for the instruction sets whose masks are words or bools.
 #pragma once
 
-#include "../math/bits.h"
+#include "../../math/bits.h"
 
 namespace cg::CG_ISA {
 

@@ -3,9 +3,9 @@
 
 #include <immintrin.h>
 
-#include "../math/alpha_grad.h"
-#include "packed_avx2.h"
-#include "two.h"
+#include "../../math/alpha_grad.h"
+#include "bits.h"
+#include "../generic/pair.h"
 
 namespace cg::CG_ISA {
 
@@ -48,7 +48,7 @@ CG_HD Floats times_pow2(Floats a, Floats shifted) {
 }
 CG_HD Floats mul_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 // Newton's step squares the error, which is 2^-11 or less, as CPUs differ.
-CG_HD Floats one_over_16(Floats d) {
+CG_HD Floats approximate_reciprocal(Floats d) {
   const __m256 guess = _mm256_rcp_ps(d.v), error = _mm256_fnmadd_ps(d.v, guess, _mm256_set1_ps(1));
   return _mm256_fmadd_ps(guess, error, guess);
 }
@@ -84,17 +84,17 @@ CG_HD Doubles shift_bits_left(Doubles a, int count) {
 }
 
 template <class A>
-struct PackOf {
+struct VecOf {
   using type = Floats;
 };
 template <>
-struct PackOf<double> {
+struct VecOf<double> {
   using type = Doubles;
 };
 template <class A>
-using Pack = typename PackOf<A>::type;
+using Vec = typename VecOf<A>::type;
 
-template <class P>
+template <class V>
 struct Lanes;
 template <>
 struct Lanes<Floats> {
@@ -247,14 +247,14 @@ struct Io<f16> {
   static CG_HD void stream(f16* p, Floats v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), halves(v)); }
 };
 
-CG_HD Floats kept(Floats v, __m256i mask) { return _mm256_and_ps(v.v, _mm256_castsi256_ps(mask)); }
-CG_HD Doubles kept(Doubles v, __m256i mask) { return _mm256_and_pd(v.v, _mm256_castsi256_pd(mask)); }
+CG_HD Floats masked(Floats v, __m256i mask) { return _mm256_and_ps(v.v, _mm256_castsi256_ps(mask)); }
+CG_HD Doubles masked(Doubles v, __m256i mask) { return _mm256_and_pd(v.v, _mm256_castsi256_pd(mask)); }
 
-// A register of T as two packs, and back. Of bfloat16 the numbers at even places and those at odd ones, in fewer
+// A register of T as two vectors, and back. Of bfloat16 the numbers at even places and those at odd ones, in fewer
 // instructions than the two halves take; none is a NaN but one of bfloat16, so that rounding carries none over. Without
 // kTiesToEven bfloat16's ties go up in magnitude, which takes a quarter of the instructions.
 template <class T>
-CG_HD Two<Floats> unpack(__m256i both) {
+CG_HD Pair<Floats> split(__m256i both) {
   if constexpr (std::is_same_v<T, bf16>) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), keep_upper_half(both)};
   } else {
@@ -262,7 +262,7 @@ CG_HD Two<Floats> unpack(__m256i both) {
   }
 }
 template <class T, bool kTiesToEven = true>
-CG_HD __m256i pack(Two<Floats> v) {
+CG_HD __m256i join(Pair<Floats> v) {
   if constexpr (std::is_same_v<T, bf16>) {
     const auto bits = [](Floats p) {
       if constexpr (kTiesToEven) return bf16_round_bits(p.v);
@@ -273,25 +273,25 @@ CG_HD __m256i pack(Two<Floats> v) {
     return _mm256_setr_m128i(Io<f16>::halves(v.first), Io<f16>::halves(v.second));
   }
 }
-CG_HD Two<Floats> load_two(const bf16* p) {
-  return unpack<bf16>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+CG_HD Pair<Floats> load_pair(const bf16* p) {
+  return split<bf16>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 template <class T, class Bits>
 CG_HD auto load_where(const T* block, Bits bits, int first) {
-  return kept(Io<T>::load(block + first), bits.template mask<sizeof(compute_t<T>)>(first));
+  return masked(Io<T>::load(block + first), bits.template mask<sizeof(compute_t<T>)>(first));
 }
 template <class Bits>
-CG_HD Two<Floats> load_two_where(const bf16* block, Bits bits, int first) {
+CG_HD Pair<Floats> load_pair_where(const bf16* block, Bits bits, int first) {
   const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + first));
-  return unpack<bf16>(_mm256_and_si256(bits.template mask<2>(first), v));
+  return split<bf16>(_mm256_and_si256(bits.template mask<2>(first), v));
 }
-CG_HD void store_two(bf16* p, Two<Floats> v, bool stream) {
-  const __m256i both = pack<bf16>(v);
+CG_HD void store_pair(bf16* p, Pair<Floats> v, bool stream) {
+  const __m256i both = join<bf16>(v);
   if (stream) _mm256_stream_si256(reinterpret_cast<__m256i*>(p), both);
   else _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), both);
 }
 
-template <class P>
+template <class V>
 struct LargeTable;
 template <>
 struct LargeTable<Floats> {
@@ -313,7 +313,7 @@ struct LargeTable<Doubles> {
   }
 };
 
-template <class P>
+template <class V>
 struct SmallTable {
   static constexpr int kSize = 0;
 };
@@ -338,17 +338,17 @@ struct SmallTable<Floats> {
 
 // The entries for the 2 bits of 16 numbers of a block from the given one on, and those times dy, added to the sums.
 template <bool kEvenOdd>
-CG_HD Two<Floats> weights_of(const uint8_t* packed, const SmallTable<Floats>& weights, int first) {
+CG_HD Pair<Floats> weights_of(const uint8_t* packed, const SmallTable<Floats>& weights, int first) {
   __m256i one, other;
   packed_indices<2, kEvenOdd>(packed, first, one, other);
   return {weights.template look_up<2>(one), weights.template look_up<2>(other)};
 }
 template <class T>
 CG_HD void add_weighed(const T* grad_y, const uint8_t* packed, const SmallTable<Floats>& weights, int first,
-                       Two<Floats>& sums) {
+                       Pair<Floats>& sums) {
   constexpr bool kEvenOdd = std::is_same_v<T, bf16>;
-  Two<Floats> dy;
-  if constexpr (kEvenOdd) dy = load_two(grad_y + first);
+  Pair<Floats> dy;
+  if constexpr (kEvenOdd) dy = load_pair(grad_y + first);
   else dy = {Io<T>::load(grad_y + first), Io<T>::load(grad_y + first + 8)};
   sums = mul_add(dy, weights_of<kEvenOdd>(packed, weights, first), sums);
 }
@@ -359,21 +359,21 @@ CG_HD void add_weighed(const T* grad_y, const uint8_t* packed, const SmallTable<
 template <int kWidth, class T>
 CG_HD void times_slopes_block(const T* grad_y, const uint8_t* packed, const SmallTable<Floats>& table, T* grad_x,
                               bool stream) {
-  constexpr bool k16 = std::is_same_v<T, bf16>;
+  constexpr bool kApproximate = std::is_same_v<T, bf16>;
   SmallTable<Floats> slopes = table;
-  if constexpr (k16) {
+  if constexpr (kApproximate) {
     const auto quiet = [](__m256 v) { return select(Floats(v) != Floats(v), round_to<bf16>(v), Floats(v)).v; };
     slopes.low = quiet(slopes.low);
     slopes.high = quiet(slopes.high);
   }
   for (int i = 0; i < 64; i += 16) {
     __m256i first, second;
-    packed_indices<kWidth, k16>(packed, i, first, second);
-    const Two<Floats> slope{slopes.template look_up<kWidth>(first), slopes.template look_up<kWidth>(second)};
-    if constexpr (k16) {
-      store_two(grad_x + i, times_slope(load_two(grad_y + i), slope), stream);
+    packed_indices<kWidth, kApproximate>(packed, i, first, second);
+    const Pair<Floats> slope{slopes.template look_up<kWidth>(first), slopes.template look_up<kWidth>(second)};
+    if constexpr (kApproximate) {
+      store_pair(grad_x + i, times_slope(load_pair(grad_y + i), slope), stream);
     } else {
-      const auto dx = times_slope(Two<Floats>{Io<T>::load(grad_y + i), Io<T>::load(grad_y + i + 8)}, slope);
+      const auto dx = times_slope(Pair<Floats>{Io<T>::load(grad_y + i), Io<T>::load(grad_y + i + 8)}, slope);
       if (stream) Io<T>::stream(grad_x + i, dx.first), Io<T>::stream(grad_x + i + 8, dx.second);
       else Io<T>::store(grad_x + i, dx.first), Io<T>::store(grad_x + i + 8, dx.second);
     }
@@ -383,8 +383,8 @@ CG_HD void times_slopes_block(const T* grad_y, const uint8_t* packed, const Smal
 // How far ahead of the loads memory is asked for. Hardware does it too, but only some instructions ahead.
 constexpr int kPrefetchBytes = 2048;
 constexpr int kChains = 2;
-template <class P>
-constexpr bool kWeighs = std::is_same_v<P, Floats>;
+template <class V>
+constexpr bool kAddsWeighed = std::is_same_v<V, Floats>;
 
 // Streamed stores are weakly ordered: fence before another thread may read.
 CG_HD void stream_fence() { _mm_sfence(); }

@@ -1,9 +1,9 @@
-// dy to dx and to the sums of dalpha, from kept bits, codes or x.
+// dy to dx and to the sums of dalpha, from saved bits, codes or x.
 
 namespace cg::CG_ISA {
 namespace {
 
-// What was kept of x, for one block, as flags; and the codes where there are any of more than two bits. `inside` and
+// What was saved of x, for one block, as flags; and the codes where there are any of more than two bits. `inside` and
 // `above` are the bits of a state, or of a code: A is the sum of what each that is set stands for.
 struct Flags {
   uint64_t gate = ~uint64_t{0}, inside = 0, above = 0;
@@ -17,7 +17,7 @@ CG_HD void read_flags(const uint8_t* from, int width, int64_t block, int count, 
   flags.above = unspread_bits(words[0] >> 1) | unspread_bits(words[1] >> 1) << 32;
 }
 
-CG_HD Flags read_kept(const Backward& a, int64_t block, int count, uint8_t* codes) {
+CG_HD Flags read_saved(const Backward& a, int64_t block, int count, uint8_t* codes) {
   Flags flags;
   if (a.kind == MaskKind::state) {
     read_flags(a.mask, 2, block, count, flags);
@@ -47,7 +47,7 @@ CG_HD void backward_gate(const Backward& a, int64_t block, int count, uint64_t g
   U dy_copy[kBlock], dx_copy[kBlock];
   const U* dy = read_block(static_cast<const U*>(a.grad_y), block, count, dy_copy);
   U* grad_x = static_cast<U*>(a.grad_x) + block * kBlock;
-  keep_bits<kBlock>(dy, count == kBlock ? grad_x : dx_copy, BlockBits(gate), 0, a.stream && count == kBlock);
+  masked_copy<kBlock>(dy, count == kBlock ? grad_x : dx_copy, BlockBits(gate), 0, a.stream && count == kBlock);
   if (count < kBlock) memcpy(grad_x, dx_copy, count * sizeof(U));
 }
 
@@ -62,17 +62,17 @@ CG_HD int64_t backward_mask(const Backward& args, int64_t begin, int64_t end) {
     uint64_t gate;
     memcpy(&gate, a.mask + block * 8, 8);
     prefetch(dy + block * kBlock);
-    keep_bits<kBlock>(dy + block * kBlock, dx + block * kBlock, BlockBits(gate), 0, a.stream);
+    masked_copy<kBlock>(dy + block * kBlock, dx + block * kBlock, BlockBits(gate), 0, a.stream);
   }
   return begin < whole ? whole : begin;
 }
 
-// Adds up a block's dy inside and above; each two packs go to visit(first) too.
-template <class T, class Bits, class P, class Visit>
-CG_HD void sum_flagged(const T* grad_y, Bits in, Bits over, P& inside, P& above, const Visit& visit) {
+// Adds up a block's dy inside and above; each two vectors go to visit(first) too.
+template <class T, class Bits, class V, class Visit>
+CG_HD void sum_flagged(const T* grad_y, Bits in, Bits over, V& inside, V& above, const Visit& visit) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kBlock; i += 2 * Lanes<P>::kCount) {
-    const Two<P> v = load_two_where(grad_y, in, i), w = load_two_where(grad_y, over, i);
+  for (int i = 0; i < kBlock; i += 2 * Lanes<V>::kCount) {
+    const Pair<V> v = load_pair_where(grad_y, in, i), w = load_pair_where(grad_y, over, i);
     visit(i);
     inside = inside + (v.first + v.second);
     above = above + (w.first + w.second);
@@ -83,12 +83,12 @@ CG_HD void sum_flagged(const T* grad_y, Bits in, Bits over, P& inside, P& above,
 constexpr int kShortRun = 16;
 
 // dalpha, and dx where wanted, from two bits an element, states or codes, for the whole blocks in [begin, end), each
-// read once: returns the block after them. gate(states, block) are the bits for dx. Of many channels where kWeighs alone.
+// read once: returns the block after them. gate(states, block) are the bits for dx. Of many channels where kAddsWeighed alone.
 template <class T, class U, class Gate, class Weights, class Source>
 CG_HD int64_t backward_states(const Backward& a, int64_t begin, int64_t end, const Source& source,
                               ChannelSums<compute_t<T>>& sums, const Weights weights, const Gate& gate) {
-  using P = Pack<compute_t<T>>;
-  constexpr int kCount = 2 * Lanes<P>::kCount;
+  using V = Vec<compute_t<T>>;
+  constexpr int kCount = 2 * Lanes<V>::kCount;
   const int64_t whole = end < a.count / kBlock ? end : a.count / kBlock;
   const uint8_t* const two_bits = a.codes ? a.codes : a.mask;
   const T* const dy_of_all = static_cast<const T*>(a.grad_y);
@@ -99,39 +99,39 @@ CG_HD int64_t backward_states(const Backward& a, int64_t begin, int64_t end, con
       const T* grad_y = dy_of_all + block * kBlock;
       U* grad_x = dx_of_all + block * kBlock;
       const BlockStates states(two_bits + block * 16);
-      P inside(compute_t<T>(0)), above(compute_t<T>(0));
+      V inside(compute_t<T>(0)), above(compute_t<T>(0));
       prefetch(grad_y);
       sum_flagged(grad_y, states.inside(), states.above(), inside, above, [&](int i) {
-        if (with_dx) keep_bits<kCount>(reinterpret_cast<const U*>(grad_y), grad_x, gate(states, block), i, stream);
+        if (with_dx) masked_copy<kCount>(reinterpret_cast<const U*>(grad_y), grad_x, gate(states, block), i, stream);
       });
       sums.start(block, source);
       sums.add_flagged(source, 0, inside, above);
     }
   };
-  if constexpr (!std::is_same_v<Source, Uniform<compute_t<T>>>) {
+  if constexpr (!std::is_same_v<Source, OneAlpha<compute_t<T>>>) {
     for (int64_t block = begin; block < whole; ++block) {
       const T* grad_y = dy_of_all + block * kBlock;
       U* grad_x = dx_of_all + block * kBlock;
       const uint8_t* packed = two_bits + block * 16;
       prefetch(grad_y);
       if (dx_of_all) {
-        keep_bits<kBlock>(reinterpret_cast<const U*>(grad_y), grad_x, gate(BlockStates(packed), block), 0, stream);
+        masked_copy<kBlock>(reinterpret_cast<const U*>(grad_y), grad_x, gate(BlockStates(packed), block), 0, stream);
       }
       sums.start(block, source);
       for (int i = 0; i < kBlock; i += kCount) {
-        const int j = i + Lanes<P>::kCount;
-        const Two<P> weight = weights_of<false>(packed, weights, i);
+        const int j = i + Lanes<V>::kCount;
+        const Pair<V> weight = weights_of<false>(packed, weights, i);
         sums.add(source, i, masked_product(Io<T>::load(grad_y + i), weight.first));
         sums.add(source, j, masked_product(Io<T>::load(grad_y + j), weight.second));
       }
       sums.finish(block, source);
     }
-  } else if constexpr (kWeighs<P>) {
+  } else if constexpr (kAddsWeighed<V>) {
     for (int64_t first = begin, last; first < whole; first = last) {
       const int64_t chunk_end = sums.chunk_end(first);
       last = chunk_end < whole ? chunk_end : whole;
-      const P zero(compute_t<T>(0));
-      Two<Two<P>> parts{Two<P>{zero, zero}, Two<P>{zero, zero}};
+      const V zero(compute_t<T>(0));
+      Pair<Pair<V>> parts{Pair<V>{zero, zero}, Pair<V>{zero, zero}};
       for (int64_t block = first; block < last; ++block) {
         const T* grad_y = dy_of_all + block * kBlock;
         U* grad_x = dx_of_all + block * kBlock;
@@ -143,12 +143,12 @@ CG_HD int64_t backward_states(const Backward& a, int64_t begin, int64_t end, con
           add_weighed(grad_y, packed, weights, i, i % (2 * kCount) ? parts.first : parts.second);
         }
         if (dx_of_all) {
-          keep_bits<kBlock>(reinterpret_cast<const U*>(grad_y), grad_x, gate(states, block), 0, stream, true);
+          masked_copy<kBlock>(reinterpret_cast<const U*>(grad_y), grad_x, gate(states, block), 0, stream, true);
         }
       }
-      const Two<P> both = parts.first + parts.second;
-      const P sum = both.first + both.second;
-      if (std::isfinite(Lanes<P>::sum(sum))) {
+      const Pair<V> both = parts.first + parts.second;
+      const V sum = both.first + both.second;
+      if (std::isfinite(Lanes<V>::sum(sum))) {
         sums.start(first, source);
         sums.add(source, 0, sum);
       } else {
@@ -161,26 +161,26 @@ CG_HD int64_t backward_states(const Backward& a, int64_t begin, int64_t end, con
   return begin < whole ? whole : begin;
 }
 
-// From the kept bits or codes: dx, and dalpha for the rules that need no x.
+// From the saved bits or codes: dx, and dalpha for the rules that need no x.
 template <class T>
-void backward_kept(const Backward& args, int64_t begin, int64_t end) {
+void backward_saved(const Backward& args, int64_t begin, int64_t end) {
   using A = compute_t<T>;
-  using P = Pack<A>;
+  using V = Vec<A>;
   using U = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
-  constexpr int kCount = Lanes<P>::kCount;
+  constexpr int kCount = Lanes<V>::kCount;
   const Backward a = args;
   const bool one_bit = a.kind == MaskKind::positive || a.kind == MaskKind::inside;
   if (one_bit && a.grad_x && !a.partial && !a.codes) begin = backward_mask<U>(a, begin, end);
   ChannelSums<A> sums(a);
   const auto weights = [&] {
-    if constexpr (kWeighs<P>) return sums.weights();
+    if constexpr (kAddsWeighed<V>) return sums.weights();
     else return nullptr;
   }();
-  for_each_range<A, false>(a.steps, begin, end, [&](int64_t first, int64_t last, const auto& source) {
-    constexpr bool kUniform = std::is_same_v<std::decay_t<decltype(source)>, Uniform<A>>;
-    if constexpr (kUniform || kWeighs<P>) {
+  for_each_range<A, false>(a.alphas, begin, end, [&](int64_t first, int64_t last, const auto& source) {
+    constexpr bool kOneAlpha = std::is_same_v<std::decay_t<decltype(source)>, OneAlpha<A>>;
+    if constexpr (kOneAlpha || kAddsWeighed<V>) {
       const bool two_bits = a.codes ? packed_width(a.bits) == 2 : a.kind == MaskKind::state;
-      if (a.partial && two_bits && (kUniform || a.steps.inner < kShortRun)) {
+      if (a.partial && two_bits && (kOneAlpha || a.alphas.inner < kShortRun)) {
         const auto run = [&](const auto& gate) {
           first = backward_states<T, U>(a, first, last, source, sums, weights, gate);
         };
@@ -203,24 +203,24 @@ void backward_kept(const Backward& args, int64_t begin, int64_t end) {
       const int count = block_count(a.count, block);
       uint8_t codes[kBlock];
       prefetch(static_cast<const T*>(a.grad_y) + block * kBlock);
-      const Flags kept = read_kept(a, block, count, codes);
-      if (a.grad_x) backward_gate<U>(a, block, count, kept.gate);
+      const Flags masked = read_saved(a, block, count, codes);
+      if (a.grad_x) backward_gate<U>(a, block, count, masked.gate);
       if (!a.partial) continue;
       T copy[kBlock];
       const T* grad_y = read_block(static_cast<const T*>(a.grad_y), block, count, copy);
       const bool flagged = !a.codes || codes_are_flags(a);
-      if (flagged && (kUniform || a.steps.inner >= kShortRun)) {
-        const auto add_run = [&](const Uniform<A>& run, uint64_t bits) {
-          P inside(A(0)), above(A(0));
-          sum_flagged(grad_y, BlockBits(kept.inside & bits), BlockBits(kept.above & bits), inside, above, [](int) {});
+      if (flagged && (kOneAlpha || a.alphas.inner >= kShortRun)) {
+        const auto add_run = [&](const OneAlpha<A>& run, uint64_t bits) {
+          V inside(A(0)), above(A(0));
+          sum_flagged(grad_y, BlockBits(masked.inside & bits), BlockBits(masked.above & bits), inside, above, [](int) {});
           sums.start(block, run);
           sums.add_flagged(run, 0, inside, above);
         };
-        if constexpr (kUniform) {
+        if constexpr (kOneAlpha) {
           add_run(source, ~uint64_t{0});
         } else {
-          for_each_run(a.steps, source.channel, source.left, [&](int64_t channel, int from, int to) {
-            add_run(Uniform<A>{{}, {}, channel}, ~uint64_t{0} >> (kBlock - (to - from)) << from);
+          for_each_run(a.alphas, source.channel, source.left, [&](int64_t channel, int from, int to) {
+            add_run(OneAlpha<A>{{}, {}, channel}, ~uint64_t{0} >> (kBlock - (to - from)) << from);
           });
         }
         continue;
@@ -228,10 +228,10 @@ void backward_kept(const Backward& args, int64_t begin, int64_t end) {
       sums.start(block, source);
       if (!flagged) {
         for (int i = 0; i < kBlock; i += kCount) {
-          sums.add(source, i, masked_product(Io<T>::load(grad_y + i), Lanes<P>::load_codes(codes + i)));
+          sums.add(source, i, masked_product(Io<T>::load(grad_y + i), Lanes<V>::load_codes(codes + i)));
         }
-      } else if constexpr (!kUniform) {
-        const BlockBits inside(kept.inside), above(kept.above);
+      } else if constexpr (!kOneAlpha) {
+        const BlockBits inside(masked.inside), above(masked.above);
         for (int i = 0; i < kBlock; i += kCount) {
           sums.add_flagged(source, i, load_where(grad_y, inside, i), load_where(grad_y, above, i));
         }
@@ -243,12 +243,12 @@ void backward_kept(const Backward& args, int64_t begin, int64_t end) {
 
 template <class T, Rounding R, bool kRegular, class Source>
 CG_HD void codes_rounding(const T* x, const Source& source, int bits, uint8_t* codes) {
-  using P = Pack<compute_t<T>>;
-  const P q(compute_t<T>((1 << bits) - 1));
-  for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
-    const P v = Io<T>::load(x + i);
-    const auto result = quantize_pack<T, R, kRegular>(v, source.alpha_at(i), source.inverse_at(i), q);
-    Lanes<P>::store_codes(codes + i, result.code);
+  using V = Vec<compute_t<T>>;
+  const V q(compute_t<T>((1 << bits) - 1));
+  for (int i = 0; i < kBlock; i += Lanes<V>::kCount) {
+    const V v = Io<T>::load(x + i);
+    const auto result = quantize_vec<T, R, kRegular>(v, source.alpha_at(i), source.inverse_at(i), q);
+    Lanes<V>::store_codes(codes + i, result.code);
   }
 }
 
@@ -261,41 +261,41 @@ void codes_block(Rounding rounding, const T* x, const Source& source, int bits, 
   }
 }
 
-// dx of some packs from x itself. k16: steps are regular, and dx is in 16 bits, which need no more of g' than they show.
-template <class T, class SteT, bool k16, class Source>
+// dx of some vectors from x itself. kApproximate: alphas are regular, and dx is in 16 bits, which need no more of g' than they show.
+template <class T, class SteT, bool kApproximate, class Source>
 CG_HD void dx_run(const T* x, const T* grad_y, T* dx, int64_t count, bool stream, const Source source,
-                  Pack<compute_t<T>> q) {
-  using P = Pack<compute_t<T>>;
-  constexpr int kCount = Lanes<P>::kCount;
-  const P inverse_q = P(scalar_of<P>(1)) / q;
-  const auto dx_of = [&](auto v, auto dy, int64_t i) {  // of a pack, or of more
+                  Vec<compute_t<T>> q) {
+  using V = Vec<compute_t<T>>;
+  constexpr int kCount = Lanes<V>::kCount;
+  const V inverse_q = V(scalar_of<V>(1)) / q;
+  const auto dx_of = [&](auto v, auto dy, int64_t i) {  // of a vector, or of more
     using F = decltype(v);
-    const F u = k16 ? mul(v, F(source.inverse_at(i))) : v / F(source.alpha_at(i));
-    const P top = level<T>(q, source.alpha_at(i));
-    return times_slope_at<SteT, k16>(dy, Point<F>{v, u, F(q), F(inverse_q), F(top)});
+    const F u = kApproximate ? mul(v, F(source.inverse_at(i))) : v / F(source.alpha_at(i));
+    const V top = level<T>(q, source.alpha_at(i));
+    return times_slope_at<SteT, kApproximate>(dy, Point<F>{v, u, F(q), F(inverse_q), F(top)});
   };
   for (int64_t end = 0; end < count;) {
     int64_t i = end;
     end += kBlock;
     prefetch(x + i);
     prefetch(grad_y + i);
-    if constexpr (!std::is_same_v<Source, Uniform<compute_t<T>>>) {
+    if constexpr (!std::is_same_v<Source, OneAlpha<compute_t<T>>>) {
       for (; i < end; i += kCount) {
-        const P result = round_to<T>(dx_of(Io<T>::load(x + i), Io<T>::load(grad_y + i), i));
+        const V result = round_to<T>(dx_of(Io<T>::load(x + i), Io<T>::load(grad_y + i), i));
         if (stream) Io<T>::stream(dx + i, result);
         else Io<T>::store(dx + i, result);
       }
     } else if constexpr (kChains == 2) {
       for (; i < end; i += 4 * kCount) {
         const int64_t j = i + 2 * kCount;
-        const auto result = dx_of(Two{load_two(x + i), load_two(x + j)}, Two{load_two(grad_y + i), load_two(grad_y + j)}, i);
-        store_two(dx + i, result.first, stream);
-        store_two(dx + j, result.second, stream);
+        const auto result = dx_of(Pair{load_pair(x + i), load_pair(x + j)}, Pair{load_pair(grad_y + i), load_pair(grad_y + j)}, i);
+        store_pair(dx + i, result.first, stream);
+        store_pair(dx + j, result.second, stream);
       }
     } else {
       for (; i < end; i += 2 * kCount) {
-        const Two<P> v = load_two(x + i), dy = load_two(grad_y + i);
-        store_two(dx + i, Two<P>{dx_of(v.first, dy.first, i), dx_of(v.second, dy.second, i)}, stream);
+        const Pair<V> v = load_pair(x + i), dy = load_pair(grad_y + i);
+        store_pair(dx + i, Pair<V>{dx_of(v.first, dy.first, i), dx_of(v.second, dy.second, i)}, stream);
       }
     }
   }
@@ -305,40 +305,40 @@ CG_HD void dx_run(const T* x, const T* grad_y, T* dx, int64_t count, bool stream
 // is a NaN and nothing on the way to g' overflows, the gate is one comparison, in 16 bits for 16-bit x. Those that are
 // not are done the other way after it. A function of its own, as its constants fill the registers.
 template <class T, class SteT>
-__attribute__((noinline)) void dx_quick(const Backward& a, const T* x, const T* grad_y, T* dx, int64_t count,
-                                        bool stream, const Uniform<float>& source) {
-  using O = Ordered<T>;
-  using Element = typename O::Element;
-  using F = Two<decltype(O().floats())>;
-  using Quick = typename SteT::template Quick<T, F>;
-  const float alpha = static_cast<const float*>(a.steps.alpha)[source.channel];
+__attribute__((noinline)) void dx_fast(const Backward& a, const T* x, const T* grad_y, T* dx, int64_t count,
+                                        bool stream, const OneAlpha<float>& source) {
+  using Key = CompareKey<T>;
+  using Element = typename Key::Element;
+  using F = Pair<decltype(Key().floats())>;
+  using FastSlope = typename SteT::template FastSlope<T, F>;
+  const float alpha = static_cast<const float*>(a.alphas.values)[source.channel];
   const float q = static_cast<float>((1 << a.bits) - 1);
-  const Quick quick(alpha, q);
-  const float most = min_of(Quick::most(alpha, q), std::numeric_limits<float>::max());
-  const Element moderate = ordered_floor<T>(most);
-  const auto load = [](const T* p) { return O::load(reinterpret_cast<const Element*>(p)); };
-  const auto where_positive = [](O x, auto v) { return O::keep(O::greater(x, O::all(0)), O::rounded(v)); };
+  const FastSlope fast(alpha, q);
+  const float most = min_of(FastSlope::most(alpha, q), std::numeric_limits<float>::max());
+  const Element moderate = compare_key_floor<T>(most);
+  const auto load = [](const T* p) { return Key::load(reinterpret_cast<const Element*>(p)); };
+  const auto where_positive = [](Key x, auto v) { return Key::masked(Key::greater(x, Key::all(0)), Key::rounded(v)); };
   for (int64_t end = 0; end < count;) {
     const int64_t begin = end;
     end += kBlock;
     prefetch(x + begin);
     prefetch(grad_y + begin);
-    O farthest = O::all(0);
+    Key farthest = Key::all(0);
 #pragma GCC unroll 1
-    for (int64_t i = begin; i < end; i += 2 * O::kCount) {
-      const int64_t j = i + O::kCount;
-      const O v = load(x + i), w = load(x + j);
-      farthest = O::farther(O::farther(farthest, v), w);
+    for (int64_t i = begin; i < end; i += 2 * Key::kCount) {
+      const int64_t j = i + Key::kCount;
+      const Key v = load(x + i), w = load(x + j);
+      farthest = Key::farther(Key::farther(farthest, v), w);
       const F dy{load(grad_y + i).floats(), load(grad_y + j).floats()};
-      const F result = mul(dy, quick.at(F{v.floats(), w.floats()}));
-      const O first = where_positive(v, result.first), second = where_positive(w, result.second);
+      const F result = mul(dy, fast.at(F{v.floats(), w.floats()}));
+      const Key first = where_positive(v, result.first), second = where_positive(w, result.second);
       Element* to = reinterpret_cast<Element*>(dx + i);
-      if (stream) O::stream(to, first), O::stream(to + O::kCount, second);
-      else O::store(to, first), O::store(to + O::kCount, second);
+      if (stream) Key::stream(to, first), Key::stream(to + Key::kCount, second);
+      else Key::store(to, first), Key::store(to + Key::kCount, second);
     }
-    if (!O::any_beyond(farthest, moderate)) continue;
+    if (!Key::any_beyond(farthest, moderate)) continue;
     T exact[kBlock];
-    dx_run<T, SteT, sizeof(T) == 2>(x + begin, grad_y + begin, exact, kBlock, false, source, Pack<float>(q));
+    dx_run<T, SteT, sizeof(T) == 2>(x + begin, grad_y + begin, exact, kBlock, false, source, Vec<float>(q));
     for (int i = 0; i < kBlock; ++i) {
       if (!(to_float(x[begin + i]) <= most)) dx[begin + i] = exact[i];
     }
@@ -350,24 +350,24 @@ template <class T, class SteT, class Source>
 CG_HD void add_terms(const Backward& a, const T* x, const T* grad_y, const Source& source,
                      ChannelSums<compute_t<T>>& sums) {
   using A = compute_t<T>;
-  using P = Pack<A>;
+  using V = Vec<A>;
   const A top = A((1 << a.bits) - 1);
-  const P q(top), inside_factor(inside_value(a.rule, top)), zero(A(0));
+  const V q(top), inside_factor(inside_value(a.rule, top)), zero(A(0));
   const bool by_code = a.rule == AlphaGrad::exact || a.rule == AlphaGrad::chain;
   uint8_t codes[kBlock];
   if (by_code) {
-#if CG_ANY_STEPS
-    if (!a.steps.regular) codes_block<T, false>(a.rounding, x, source, a.bits, codes);
+#if CG_ANY_ALPHA
+    if (!a.alphas.regular) codes_block<T, false>(a.rounding, x, source, a.bits, codes);
     else
 #endif
       codes_block<T, true>(a.rounding, x, source, a.bits, codes);
   }
-  for (int i = 0; i < kBlock; i += Lanes<P>::kCount) {
-    const P alpha = source.alpha_at(i), v = Io<T>::load(x + i);
-    const Point<P> p{v, v / alpha, q, P(A(1)) / q, level<T>(q, alpha)};
-    P value;
+  for (int i = 0; i < kBlock; i += Lanes<V>::kCount) {
+    const V alpha = source.alpha_at(i), v = Io<T>::load(x + i);
+    const Point<V> p{v, v / alpha, q, V(A(1)) / q, level<T>(q, alpha)};
+    V value;
     if (by_code) {
-      value = Lanes<P>::load_codes(codes + i);
+      value = Lanes<V>::load_codes(codes + i);
       if (a.rule == AlphaGrad::chain) value = chain_value(p, value, slope<SteT>(p));
     } else {
       value = select(p.x > p.top, q, select(is_positive(p.x), inside_factor, zero));
@@ -381,20 +381,20 @@ template <class T, class SteT>
 void backward_x(const Backward& args, int64_t begin, int64_t end) {
   using A = compute_t<T>;
   const Backward a = args;
-  const Pack<A> q(A((1 << a.bits) - 1));
-  constexpr bool k16 = sizeof(T) == 2;
+  const Vec<A> q(A((1 << a.bits) - 1));
+  constexpr bool kApproximate = sizeof(T) == 2;
   const auto dx_of = [&](const T* x, const T* grad_y, T* dx, int64_t count, bool stream, const auto& source) {
-    if constexpr (Ordered<T>::kSearchBits > 0 && SteT::kNeeds == Needs::x &&
-                  std::is_same_v<std::decay_t<decltype(source)>, Uniform<A>>) {
-      if constexpr (SteT::template kQuick<T>) {
-        if (a.steps.regular) return dx_quick<T, SteT>(a, x, grad_y, dx, count, stream, source);
+    if constexpr (CompareKey<T>::kSearchBits > 0 && SteT::kNeeds == Needs::x &&
+                  std::is_same_v<std::decay_t<decltype(source)>, OneAlpha<A>>) {
+      if constexpr (SteT::template kFastSlope<T>) {
+        if (a.alphas.regular) return dx_fast<T, SteT>(a, x, grad_y, dx, count, stream, source);
       }
     }
-    if (a.steps.regular) dx_run<T, SteT, k16>(x, grad_y, dx, count, stream, source, q);
+    if (a.alphas.regular) dx_run<T, SteT, kApproximate>(x, grad_y, dx, count, stream, source, q);
     else dx_run<T, SteT, false>(x, grad_y, dx, count, stream, source, q);
   };
   ChannelSums<A> sums(a);
-  for_each_range<A>(a.steps, begin, end, [&](int64_t first, int64_t last, const auto& source) {
+  for_each_range<A>(a.alphas, begin, end, [&](int64_t first, int64_t last, const auto& source) {
     if (!a.partial) {  // all whole blocks at once
       const int64_t whole = last < a.count / kBlock ? last : a.count / kBlock, at = first * kBlock;
       if (first < whole) {
@@ -427,7 +427,7 @@ void backward(const Backward& a, int64_t begin, int64_t end) {
   with_dtype(a.dtype, [&](auto tag) {
     using T = decltype(tag);
     if (!a.x) {
-      backward_kept<T>(a, begin, end);
+      backward_saved<T>(a, begin, end);
     } else {
       switch (a.ste) {
 #define CG_CASE(name, Struct) \

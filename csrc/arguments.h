@@ -1,0 +1,79 @@
+// What an op asks of a kernel, on any device: plain structs and pointers, no ATen.
+#pragma once
+
+#include "math/alpha_grad.h"
+#include "math/bits.h"
+
+namespace cg {
+
+// alpha in the compute type. Element i has channel (i / inner) % channels. A backward that reads no alpha has none.
+struct Alphas {
+  const void* values = nullptr;
+  int64_t channels = 1, inner = 1;
+  // On the CPU: the reciprocals, and whether all are regular (staircase.h). A GPU finds both in the kernel.
+  const void* inverses = nullptr;
+  bool regular = true;
+};
+
+// stream, here and below: on the CPU, whether to store past the caches, as what is written is 64-byte aligned and larger
+// than they are.
+struct Forward {
+  Dtype dtype;
+  Rounding rounding;
+  int bits;
+  int64_t count;
+  Alphas alphas;
+  const void* x;
+  void* y;         // may be x itself; null if codes alone are wanted
+  uint8_t* mask;   // null if `kind` is nothing
+  MaskKind kind;
+  uint8_t* codes;  // or null
+  bool stream;
+};
+
+struct Backward {
+  Dtype dtype;
+  Ste ste;
+  Rounding rounding;
+  AlphaGrad rule;
+  int bits;
+  int64_t count;
+  Alphas alphas;
+  const void* grad_y;
+  const void* x;         // or null: then mask and codes say what is known of it
+  const uint8_t* mask;   // null if `kind` is nothing
+  MaskKind kind;
+  const uint8_t* codes;  // or null
+  void* grad_x;          // or null
+  void* partial;         // partial sums of dy * A in the compute type, or null if alpha is fixed
+  // On the CPU partial is [chunks, channels] and zeroed. Blocks per chunk are a function of count alone, so that the sums
+  // do not depend on the number of threads.
+  int64_t chunk_blocks;
+  bool stream;
+  // On a GPU partial has room for partial_count() sums, and the kernels add these up: grad_alpha is [channels].
+  double scale;
+  void* grad_alpha;
+};
+
+struct Dequantize {
+  Dtype dtype;
+  int bits;
+  int64_t count;
+  Alphas alphas;
+  const uint8_t* codes;
+  void* y;
+  bool stream;
+};
+
+struct TimesSlopes {
+  Dtype dtype;
+  int bits;
+  int64_t count;
+  const void* grad_y;
+  const uint8_t* codes;
+  const void* slopes;  // one for each code, in the compute type
+  void* grad_x;
+  bool stream;
+};
+
+}  // namespace cg
