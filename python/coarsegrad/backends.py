@@ -18,7 +18,7 @@ from types import ModuleType
 
 import torch
 
-from . import _ops, reference
+from . import _ops, integer, reference
 from ._torch_internals import dispatch_key, unregister
 from .ste import format_table, one_of
 
@@ -147,15 +147,17 @@ def _put_in_kernels() -> None:
     backend = _BACKENDS[_open_blocks[-1]] if _open_blocks else None
     if backend is None or backend.kernels is None:
         return
-    kernels = backend.kernels()
+    kernels = {op: getattr(backend.kernels(), name) for op, name in _ops.KERNELS.items()}
+    if backend.name == "reference":
+        kernels |= integer.KERNELS
     _override = torch.library.Library("coarsegrad", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")  # that is what it is for
         for device in _device_types():
             if backend.why_not(device) is None:
                 key = dispatch_key(device)
-                for op, name in _ops.KERNELS.items():
-                    _override.impl(op, getattr(kernels, name), key, allow_override=True)
+                for op, kernel in kernels.items():
+                    _override.impl(op, kernel, key, allow_override=True)
 
 
 @contextlib.contextmanager

@@ -17,11 +17,12 @@ CSRC = ROOT / "csrc"
 ORDER = {
     "coarsegrad": """
         _torch_internals  ste  reference  _build  _C  _ops  _autograd  _fused
-        packing  triton  backends  _dtensor  functional  nn
+        packing  triton  integer  backends  _dtensor  functional  nn
         convert  optim  memory  experiments  testing  __init__  __main__
     """.split(),
     "coarsegrad.packing": "saved  records  function  hooks  blocks  __init__".split(),
     "coarsegrad.triton": "staircase  ste  kernels  qrelu  __init__".split(),
+    "coarsegrad.integer": "weights  checks  reference  ops  __init__".split(),
     "coarsegrad.convert": """
         relus  source  rewriting  running  frames  recording  report  surgery  dynamic  quantize
         histogram  counting  watching  calibration  code_stats  __init__

@@ -1,0 +1,72 @@
+"""The integer ops: schemas, shapes and default kernels, the reference's. Codes are uint8, one per byte.
+
+A layer's weight is what `pack_weights` made of its rows [C, K]; of a Conv2d a row is [kh, kw, C_in / groups]. `bits`
+bounds the codes, which are below 2**bits, and the weights of 8 bits are -127..127. No sum of |codes * w| reaches 2**31.
+scale and offset are [C] in float32. thresholds, int32 [C, levels], never decrease along a row; where they are given,
+scale and offset are not read.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _ops
+from .._torch_internals import suggest_memory_format
+from ..reference import check_arguments
+from . import reference
+from .checks import check_conv2d, check_linear
+
+_LAYER = "Tensor codes, Tensor weight, int bits, int weight_bits, Tensor scale, Tensor offset"
+_STAIRCASE = "Tensor? thresholds, int levels"
+_WINDOW = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups"
+
+_SCHEMAS = (
+    "integer_quantize(Tensor x, Tensor alpha, int bits, str rounding, int? channel_dim) -> Tensor",
+    f"integer_linear({_LAYER}, {_STAIRCASE}) -> Tensor",
+    f"integer_linear_float({_LAYER}) -> Tensor",
+    f"integer_conv2d({_LAYER}, {_STAIRCASE}, {_WINDOW}) -> Tensor",
+    f"integer_conv2d_float({_LAYER}, {_WINDOW}) -> Tensor",
+)
+
+_library = torch.library.Library("coarsegrad", "FRAGMENT")
+for _schema in _SCHEMAS:
+    _library.define(_schema, tags=torch.Tag.pt2_compliant_tag)
+    _name = _schema.partition("(")[0]
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+ops = _ops.ops
+KERNELS = {name: getattr(reference, name) for name in (schema.partition("(")[0] for schema in _SCHEMAS)}
+
+
+def _fake(name: str):
+    return torch.library.register_fake(f"coarsegrad::{name}", lib=_library)
+
+
+@_fake("integer_quantize")
+def _(x, alpha, bits, rounding, channel_dim):
+    check_arguments(x, alpha, bits, rounding, channel_dim)
+    return torch.empty_like(x, dtype=torch.uint8, memory_format=suggest_memory_format(x))
+
+
+@_fake("integer_linear")
+def _(codes, *args):
+    return codes.new_empty(check_linear(codes, *args))
+
+
+@_fake("integer_linear_float")
+def _(codes, *args):
+    return codes.new_empty(check_linear(codes, *args), dtype=torch.float32)
+
+
+def _new_images(codes, shape, dtype):
+    return torch.empty(shape, dtype=dtype, device=codes.device, memory_format=suggest_memory_format(codes))
+
+
+@_fake("integer_conv2d")
+def _(codes, weight, bits, weight_bits, scale, offset, thresholds, levels, *window):
+    shape = check_conv2d(codes, weight, bits, weight_bits, scale, offset, window, thresholds, levels)
+    return _new_images(codes, shape, torch.uint8)
+
+
+@_fake("integer_conv2d_float")
+def _(codes, weight, bits, weight_bits, scale, offset, *window):
+    return _new_images(codes, check_conv2d(codes, weight, bits, weight_bits, scale, offset, window), torch.float32)
