@@ -9,7 +9,8 @@ project = "coarsegrad"
 copyright = "the coarsegrad authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "repository_pages", "plain_docstrings"]
 exclude_patterns = ["_ext"]
-suppress_warnings = ["misc.highlighting_failure"]
+highlight_language = "none"  # where a block does not name its language
+smartquotes = False  # "ceil" is code
 
 # `[text](page.md#heading)` resolves, and is checked, by the anchors that GitHub gives to headings.
 myst_heading_anchors = 3
