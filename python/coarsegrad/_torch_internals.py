@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverload
 from torch._prims_common import make_contiguous_strides_for, suggest_memory_format
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes as no_dispatch_m
 from torch.utils._pytree import SUPPORTED_NODES, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 __all__ = [
+    "MODULE_CALL_CODES",
     "SUPPORTED_NODES",
     "FakeTensor",
     "Hooks",
@@ -31,13 +33,16 @@ __all__ = [
     "components",
     "dispatch_key",
     "functorch_active",
+    "has_hooks",
     "has_tangent",
     "in_functorch_kernel",
     "make_contiguous_strides_for",
+    "metadata_of",
     "nested_like",
     "no_dispatch_modes",
     "raw_saved",
     "redispatch_below_views",
+    "saved_scalar",
     "saved_tensor_hooks",
     "storage_id",
     "suggest_memory_format",
@@ -120,9 +125,32 @@ def raw_saved(node: Node, name: str) -> object:
         return None
 
 
+def saved_scalar(node: Node, name: str) -> object:
+    """A number saved by a node, such as the exponent of a power."""
+    return getattr(node, f"_saved_{name}")
+
+
+def metadata_of(node: Node) -> dict[str, Any]:
+    """A node's metadata, which lives as long as the node."""
+    metadata: Any = node.metadata  # a property that torch declares as a method
+    return metadata
+
+
 def has_tangent(t: Tensor) -> bool:
     """Whether t carries a forward-mode derivative."""
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
+
+
+# --------------------------------------------------------------------------------------- modules
+
+# The code of the frames between a module's caller and its forward.
+MODULE_CALL_CODES = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a forward or backward of the module runs hooks."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(hooks)
 
 
 # --------------------------------------------------------------------------------------- tensors

@@ -66,7 +66,7 @@ class SavedMemory:
         return dict(sums)
 
     def __str__(self) -> str:
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (s.module, f"{str(s.dtype).removeprefix('torch.')} {list(s.shape)}", f"{s.bytes:,}") for s in self.storages
         ]
         rows.append(("total", _kib(self.total), f"{self.total:,}"))
@@ -117,7 +117,9 @@ class MemoryComparison:
 
     def __str__(self) -> str:
         before, after = self.before.by_module, self.after.by_module
-        rows = [(name, f"{before.get(name, 0):,}", f"{after.get(name, 0):,}") for name in {**before, **after}]
+        rows: list[tuple[str, ...]] = [
+            (name, f"{before.get(name, 0):,}", f"{after.get(name, 0):,}") for name in {**before, **after}
+        ]
         rows.append(("total", f"{self.before.total:,}", f"{self.after.total:,}"))
         return format_table(("saved by", "bytes before", "bytes after"), rows) + f"\nratio {self.ratio:.3f}"
 
@@ -168,8 +170,9 @@ class _Meter:
             self.exclude(*module.parameters(), *module.buffers())
         self._running.append(module)
         hooks = saved_tensor_hooks()
-        packing = packing_of(hooks)
-        if torch.is_grad_enabled() and (packing.outer_hooks if packing else hooks)[0] != self.save:
+        if (packing := packing_of(hooks)) is not None:
+            hooks = packing.outer_hooks
+        if torch.is_grad_enabled() and (hooks is None or hooks[0] != self.save):
             self.unseen[self.names[module]] = None
 
     def leave(self, module: nn.Module, args: tuple, output: object) -> None:

@@ -1,4 +1,4 @@
-"""Learned alphas in an optimizer."""
+"""Helpers for optimizers: learned alphas without weight decay, and kept positive."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .nn import QReLU
 def param_groups(
     model: nn.Module, lr: float, weight_decay: float = 0.0, *, alpha_lr: float | None = None
 ) -> list[dict[str, object]]:
-    """Two groups for an optimizer: all parameters, and the learned alphas, which no weight decay may shrink; for a
-    parametrized alpha, what it is computed from.
+    """Two parameter groups for an optimizer: the learned alphas, without weight decay, and all other parameters. A
+    parametrized alpha is represented by the parameters that it is computed from.
 
-    lr, weight_decay: of the first group, where a parameter requires grad. alpha_lr: of the alphas, lr if None; their
-    weight decay is 0. Without learned alphas there is the first group only.
+    lr, weight_decay: of the other parameters that require grad. alpha_lr: of the alphas; lr if None. Without learned
+    alphas there is one group.
 
-    An optimizer's step may make an alpha negative, which is an error in the next forward; `keep_positive` prevents it.
-    With many elements behind one alpha its gradient is large: `QReLU(alpha_scale="lsq")` scales it by one sample's
-    elements, so that it does not depend on the batch size; or give a smaller alpha_lr, with SGD a hundredth of lr.
+    A step may make an alpha negative, which is an error in the next forward; `keep_positive` prevents it. The gradient
+    of an alpha is a sum over all its elements and therefore large: `QReLU(alpha_scale="lsq")` scales it by the elements
+    of one sample, independently of the batch size. Alternatively give a smaller alpha_lr, with SGD lr / 100.
     """
     layers = [m for m in model.modules() if isinstance(m, QReLU)]
     alphas = list(dict.fromkeys(p for layer in layers for p in layer.parameters() if p.requires_grad))
@@ -34,11 +34,11 @@ def param_groups(
 
 
 def keep_positive(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """Has every step of `optimizer` leave the learned alphas of `model` positive: a step at most halves one.
+    """Keeps the learned alphas of `model` positive: a step of `optimizer` at most halves each of them.
 
-    Returns the optimizer, and copies of it, with `copy.deepcopy` or pickle, do so with their model. The values from
-    before a step are kept during it, a number for each alpha; there is no other bound, so that alpha can get as small
-    as it wants to in time. A parametrized alpha is bounded through its right_inverse, for the price of a device sync.
+    Returns the optimizer. Copies made with `copy.deepcopy` or pickle together with the model do the same. Over several
+    steps an alpha can become arbitrarily small. A parametrized alpha is set through its right_inverse, which costs a
+    device sync.
     """
     layers = [m for m in model.modules() if isinstance(m, QReLU) and any(True for _ in m.parameters())]
     return _bounded(optimizer, layers)
@@ -61,8 +61,8 @@ def _bounded(optimizer: torch.optim.Optimizer, layers: list[QReLU]) -> torch.opt
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(bound)
-    # An optimizer's copy has no hooks: it is made so that it gets these, with the layers that belong to its parameters.
-    optimizer.__reduce_ex__ = lambda _: (_bounded_copy, (type(optimizer), optimizer.__getstate__(), layers))
+    # Copying an optimizer drops its hooks: register them again, with the layers that belong to the copy's parameters.
+    setattr(optimizer, "__reduce_ex__", lambda _: (_bounded_copy, (type(optimizer), optimizer.__getstate__(), layers)))
     return optimizer
 
 

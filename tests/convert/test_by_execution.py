@@ -73,7 +73,7 @@ class TestEveryForm:
         assert len(names) == len(set(names)) == count
         assert [r.runs for r in report.replaced] == [runs] * count
         assert len(alphas_in_order(model)) == count * runs
-        assert ("runs in a forward" in str(report)) == (runs > 1) and "Not looked at" not in str(report)
+        assert ("runs in a forward" in str(report)) == (runs > 1) and "Only the source" not in str(report)
 
     def test_it_computes_the_float_model_with_staircases_for_relus(self, cls):
         model, _ = converted(cls)
@@ -200,7 +200,7 @@ def test_relus_of_scores_are_pointed_out():
             return F.relu(x @ self.linear.weight.t()) + scores.mean()
 
     report = cg.quantize_(made(Scores), example_inputs=X)
-    assert ["scores" in r.note for r in report.replaced] == [True, False]
+    assert ["attention scores" in r.note for r in report.replaced] == [True, False]
 
 
 def test_a_bound_of_what_no_weight_is_part_of_is_no_activation():
@@ -234,7 +234,7 @@ def test_filter_fn_leaves_what_runs_and_the_report_says_so():
     model = made(Both)
     report = cg.quantize_(model, example_inputs=X, filter_fn=lambda module, name: name == "qrelu")
     assert [r.name for r in report.replaced] == ["qrelu"]
-    assert [(s.name, s.why) for s in report.skipped] == [("layer_of_training", "filter_fn leaves it")]
+    assert [(s.name, s.why) for s in report.skipped] == [("layer_of_training", "filter_fn excludes it")]
 
 
 def test_inputs_that_do_not_fit_change_nothing():
@@ -264,7 +264,7 @@ def test_a_call_that_is_not_a_relu_alone_stays():
     model = nn.Sequential(nn.ReLU(), Capped())
     report = cg.quantize_(model, example_inputs=X)
     assert [r.name for r in report.replaced] == ["0"]
-    assert [s.why for s in report.skipped] == ["what is called there is not a relu alone"]
+    assert [s.why for s in report.skipped] == ["what is called there is not just a relu"]
 
 
 namespace = {"F": F}

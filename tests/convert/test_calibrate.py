@@ -239,8 +239,8 @@ class TestReport:
         with pytest.warns(UserWarning) as caught:
             report = cg.calibrate(model, [_data("shifted")], "percentile", percentile=1)
         said = [str(w.message) for w in caught]
-        assert any("never a positive input in dead" in text for text in said)
-        assert any("above the top level in full" in text for text in said)
+        assert any("no positive input in dead" in text for text in said)
+        assert any("positive inputs saturate in full" in text for text in said)
         assert any("no batch reached unused" in text for text in said)
         assert torch.equal(model.dead.alpha, before) and torch.equal(model.unused.alpha, before)
         assert "not reached" in str(report)
@@ -260,7 +260,7 @@ class TestReport:
         model = Calls()
         cg.quantize_(model)
         line = outside.__code__.co_firstlineno + 1
-        with pytest.warns(UserWarning, match=rf"no QReLU is called at .*test_calibrate.py:{line}"):
+        with pytest.warns(UserWarning, match=rf"other than QReLUs are called at .*test_calibrate.py:{line}"):
             report = cg.calibrate(model, [torch.randn(10)])
         assert len(report.remaining) == 1
 
@@ -301,7 +301,7 @@ class TestBadInput:
             cg.calibrate(_layer(), [torch.ones(2, 8)], **arguments)
 
     def test_channels_that_change_or_do_not_fit(self):
-        with pytest.raises(ValueError, match="0 had inputs of 8 channels before, now of 7"):
+        with pytest.raises(ValueError, match="the input of 0 had 8 channels before, now it has 7"):
             cg.calibrate(_layer(), [torch.ones(2, 8), torch.ones(2, 7)], channel_dim=1)
         with pytest.raises(ValueError, match="the input of 0 has 8 channels, its alpha 3"):
             cg.calibrate(_layer(num_channels=3), [torch.ones(2, 8)])

@@ -41,7 +41,9 @@ class Repeats(nn.Module):
 class TestCallsInAForward:
     def test_ranges_that_differ_are_named(self):
         x = _data()
-        with pytest.warns(UserWarning, match=r"act runs 3 times in a forward, ranges differ by a factor of 10\.0"):
+        with pytest.warns(
+            UserWarning, match=r"act runs 3 times in a forward, with ranges that differ by a factor of 10\.0"
+        ):
             report = cg.calibrate(Repeats(1.0, 5.0, 2.0), x.split(4000))
         [layer] = report.layers
         assert layer.calls == 3 and layer.spread == pytest.approx(10, rel=1e-6)
@@ -104,7 +106,7 @@ class TestAlphasOfEveryKind:
         model(x).sum().backward()
         optimizer.step()
         before = model[0].alpha.detach().clone()
-        with pytest.raises(ValueError, match="give 0 5 alphas in place of 1, but an optimizer has state"):
+        with pytest.raises(ValueError, match="give 0 5 alphas instead of 1, but an optimizer has state"):
             cg.calibrate(model, [x], channel_dim=1)
         assert torch.equal(model[0].alpha, before) and model[0].channel_dim is None
         cg.calibrate(model, [x])  # the shape stays

@@ -200,7 +200,7 @@ def test_it_is_not_done_unasked_and_has_no_rate_of_its_own():
     model = Nested()
     cg.quantize_(model, 2)
     assert len(dropouts(model)) == 1
-    with pytest.raises(TypeError, match="dropout cannot be given for all: .*fold_dropout=True"):
+    with pytest.raises(TypeError, match="dropout cannot be set for all QReLUs: .*fold_dropout=True"):
         cg.quantize_(Nested(), 2, dropout=0.1)
 
 

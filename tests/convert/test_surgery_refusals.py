@@ -45,7 +45,7 @@ class TestWhatIsSkipped:
                 return function(x)
 
         [(name, why)] = self._reasons(HandsOn())
-        assert name == "0.forward" and why == "F.relu is handed on, not called"
+        assert name == "0.forward" and why == "F.relu is passed on, not called"
 
     def test_arguments_that_cannot_be_told(self):
         class Starred(nn.Module):
@@ -56,7 +56,7 @@ class TestWhatIsSkipped:
             def forward(self, x, inplace=False):
                 return F.relu(x, inplace=inplace)
 
-        assert all("cannot be told" in why for _, why in self._reasons(Starred(), Flag()))
+        assert all("unknown" in why for _, why in self._reasons(Starred(), Flag()))
 
     def test_no_plain_method(self):
         class Static(nn.Module):
@@ -76,7 +76,7 @@ class TestWhatIsSkipped:
                 return F.relu(x) + 1
 
         [(name, why)] = self._reasons(Wrapped())
-        assert name == "0.forward" and "wrapped" in why and "cannot be made anew" in why
+        assert name == "0.forward" and "wrapped" in why and "cannot be rebuilt" in why
 
     def test_a_forward_that_was_replaced_on_the_instance(self):
         class Plain(nn.Module):
@@ -90,7 +90,7 @@ class TestWhatIsSkipped:
         assert set(whys) == {"0.forward", "1"} and all("replaced on this instance" in why for why in whys.values())
 
     def test_a_relu_inside_of_torchs_kernel(self):
-        assert self._reasons(nn.RNN(2, 2, nonlinearity="relu")) == [("0", "its relu is inside of torch's kernel")]
+        assert self._reasons(nn.RNN(2, 2, nonlinearity="relu")) == [("0", "its relu is inside a torch kernel")]
 
     def test_no_source(self):
         namespace = {"nn": nn, "F": F}
@@ -147,7 +147,7 @@ class TestBadInput:
             ({"ste": "no"}, ValueError, "ste"),
             ({"nonsense": 1}, TypeError, "nonsense"),
             ({"alpha_scale": "all"}, TypeError, "alpha_scale"),
-            ({"inplace": True}, TypeError, "inplace cannot be given for all"),
+            ({"inplace": True}, TypeError, "inplace cannot be set for all"),
             ({"squared": True}, TypeError, "squared cannot"),
             ({"num_channels": 3}, TypeError, "num_channels cannot.*calibrate"),
             ({"channel_dim": -1}, TypeError, "channel_dim cannot.*calibrate"),

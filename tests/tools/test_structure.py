@@ -136,6 +136,31 @@ def test_package_needs_nothing_beside_it():
         assert not roots & {"tests", "bench", "oracle"}, path
 
 
+def _private_torch_names(path: Path) -> set[str]:
+    """Names of torch with a part that begins with one underscore: imported, or reached from an imported name."""
+    tree = ast.parse(path.read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    bound, found = {"torch"}, set()
+    for node in imports:
+        for alias in node.names:
+            name = alias.name if isinstance(node, ast.Import) else f"{'.' * node.level}{node.module}.{alias.name}"
+            if name.split(".")[0] == "torch":
+                bound.add((alias.asname or alias.name).split(".")[0])
+                found.add(name)
+    for node in ast.walk(tree):
+        parts, inner = [], node
+        while isinstance(inner, ast.Attribute):
+            parts, inner = [inner.attr, *parts], inner.value
+        if isinstance(inner, ast.Name) and inner.id in bound:
+            found.add(".".join([inner.id, *parts]))
+    return {name for name in found if any(re.match(r"_[^_]", part) for part in name.split("."))}
+
+
+def test_private_torch_names_are_in_one_file():
+    files = {path.name: names for path in _python_files() if (names := _private_torch_names(path))}
+    assert files.keys() == {"_torch_internals.py"}, files
+
+
 def test_reference_calls_no_op_of_its_own_package():
     assert "torch.ops" not in (PACKAGE / "reference.py").read_text()
 

@@ -1,8 +1,20 @@
 """From a float model to a low-bit one: `quantize_` inserts QReLUs, `calibrate` sets their alphas, `stats` reports."""
 
-from .calibration import METHODS, CalibrationReport, calibrate
-from .code_stats import StatsReport, stats
+from .calibration import METHODS, CalibratedLayer, CalibrationReport, calibrate
+from .code_stats import LayerStats, StatsReport, stats
 from .quantize import quantize_
-from .report import QuantizeReport
+from .report import QuantizeReport, Replaced, Skipped
 
-__all__ = ["METHODS", "CalibrationReport", "QuantizeReport", "StatsReport", "calibrate", "quantize_", "stats"]
+__all__ = [
+    "METHODS",
+    "CalibratedLayer",
+    "CalibrationReport",
+    "LayerStats",
+    "QuantizeReport",
+    "Replaced",
+    "Skipped",
+    "StatsReport",
+    "calibrate",
+    "quantize_",
+    "stats",
+]

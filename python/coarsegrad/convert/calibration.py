@@ -1,4 +1,4 @@
-"""`calibrate`: alphas from data. It looks at forwards from outside, in evaluation mode and without gradients."""
+"""`calibrate`: alphas from data."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from torch import Tensor, nn
 from ..nn import QReLU, half_gaussian_alpha
 from ..reference import check_word
 from ..ste import format_table
-from .counting import CountedInputs, Forwards, add_up
+from .counting import ForwardCounter, InputCounter, all_reduce
 from .histogram import StaircaseErrors
-from .recording import RelusCalled
-from .watching import layers_of, run_batches, warn_of_unreached, watched
+from .recording import ReluLocations
+from .watching import qrelus_of, run_batches, warn_of_unreached, watched
 
 METHODS = ("mse", "percentile", "half_gaussian")
 
-_SATURATED = 0.5  # share of the positive inputs above the top level that is worth a warning
-_SPREAD = 2.0  # factor between the ranges that one alpha serves that is worth a warning
+_SATURATED = 0.5  # fraction of the positive inputs above the top level from which to warn
+_SPREAD = 2.0  # factor between the ranges that share an alpha from which to warn
 
 
 @dataclass(frozen=True)
 class CalibratedLayer:
     """What `calibrate` found for one QReLU.
 
-    alpha: the new one, of each channel. before: the old one. snr: power of the float activation's output over that of
-    the error, in decibels. zero: share of the inputs that give 0. saturated: share of the positive inputs above the top
-    level. reached: whether any batch came there; where none did, or no input was positive, alpha is the old one. calls:
-    how often it ran in a forward of the model, at most. spread: the factor between the largest and the least of its
-    calls' ranges, as the root mean square of the positive inputs of the first, second, ... call of each forward.
+    alpha: the new alpha, per channel. before: the old one. snr: signal-to-noise ratio of the float activation's output
+    and its quantization error, in dB. zero: fraction of the inputs that give 0. saturated: fraction of the positive
+    inputs above the top level. reached: whether any batch reached the layer. If none did, or no input was positive,
+    alpha is unchanged. calls: the largest number of its runs in a forward of the model. spread: ratio of the largest to
+    the smallest range of its calls, with the range of the first, second, ... call of the forwards as the root mean
+    square of its positive inputs.
     """
 
     name: str
@@ -52,28 +53,28 @@ class CalibratedLayer:
 class CalibrationReport:
     """What `calibrate` found, layer by layer. Prints as a table.
 
-    remaining: the lines, as file:line, in which a relu was called that is not a QReLU.
+    remaining: the lines, as file:line, that call a relu other than a QReLU.
     """
 
     layers: tuple[CalibratedLayer, ...]
     remaining: tuple[str, ...]
 
     def __str__(self) -> str:
-        header = ("QReLU", "alpha before", "alpha", "snr, dB", "zero", "saturated")
-        rows = [
+        header: tuple[str, ...] = ("QReLU", "alpha before", "alpha", "SNR (dB)", "zero", "saturated")
+        rows: list[tuple[str, ...]] = [
             (s.name, _span(s.before), _span(s.alpha), f"{s.snr:.1f}", f"{s.zero:.1%}", f"{s.saturated:.1%}")
             if s.reached
             else (s.name, _span(s.before), _span(s.alpha), "not reached", "", "")
             for s in self.layers
         ]
-        notes = "zero: of all inputs; saturated: of the positive ones"
+        notes = "zero: fraction of all inputs; saturated: fraction of the positive inputs"
         if any(s.calls > 1 for s in self.layers):
             header += ("calls", "spread")
             rows = [(*row, f"{s.calls}", f"{s.spread:.3g}") for row, s in zip(rows, self.layers)]
-            notes += "; calls: in a forward; spread: factor between their ranges"
+            notes += "; calls: per forward; spread: ratio of the largest to the smallest range of the calls"
         lines = [format_table(header, rows), notes]
         if self.remaining:
-            lines.append(f"a relu that is no QReLU is called at {', '.join(self.remaining)}")
+            lines.append(f"relus other than QReLUs are called at {', '.join(self.remaining)}")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -96,46 +97,46 @@ def calibrate(
 ) -> CalibrationReport:
     """Sets the alpha of every `QReLU` in `model` from data, in one pass.
 
-    While it runs, the QReLUs compute the float activation that they stand for (relu(x), its square, at most their
-    `limit`), so that all layers see what they would see in the float model, and count their positive inputs in a
-    histogram of fixed memory (96 KiB for each alpha), in which a value that comes often, as limits and levels do, is a
-    point. The model is in evaluation mode and without gradients meanwhile; no state is kept, and none moves in a
-    training forward. The same data give the same alphas, in any order. Where torch.distributed is initialised, every
-    process must call it, each with its own batches: the counts are added, and all get the same alphas.
+    Meanwhile the QReLUs compute the float activation that they replace (relu(x) or its square, at most their `limit`),
+    so that every layer sees the inputs it has in the float model. Each counts its positive inputs in a histogram of
+    fixed size (96 KiB per alpha), in which frequent values, such as limits and levels, are exact. The model is in
+    evaluation mode and without gradients. The alphas do not depend on the order of the data. If torch.distributed is
+    initialized, every process must call this with its own batches: the counts are summed, and all processes set the
+    same alphas.
 
-    model: it has `QReLU`s, and is not yet compiled or sharded.
-    batches: what the model takes: a tensor, a tuple or list of arguments, or a mapping of keywords, as a tokenizer's;
-        tensors in them are moved to the model's device.
-    method: "mse": the alpha of least sum of (relu(x) - Q(x))**2; "percentile": the top level L[q] is that percentile
-        of the positive inputs; "half_gaussian": the best alpha for a Gaussian with the second moment of the positive
-        inputs (Yin et al. 2019, arXiv 1903.05662). By none is the top level above the layer's `limit`.
-    percentile: above 0, at most 100; 50 or more is what makes sense.
-    channel_dim: gives every layer an alpha for each index along that dimension of its input. None: as the layers are.
-    forward: forward(model, batch) runs the model, where batches are something else, as pairs of input and label.
-    progress: a bar on standard error, where that is a terminal.
+    model: has `QReLU`s, and is not yet compiled or sharded.
+    batches: what the model takes: a tensor, a tuple or list of arguments, or a mapping of keywords, such as a
+        tokenizer's output. Tensors are moved to the model's device.
+    method: "mse" minimizes the sum of (relu(x) - Q(x))**2; "percentile" sets the top level L[q] to that percentile of
+        the positive inputs; "half_gaussian" takes the best alpha for a Gaussian with the second moment of the positive
+        inputs (Yin et al. 2019, arXiv 1903.05662). The layer's `limit` is an upper bound of the top level.
+    percentile: in (0, 100]; useful from about 50.
+    channel_dim: if given, every layer gets an alpha for each index along this dimension of its input.
+    forward: forward(model, batch) runs the model on batches of another form, such as pairs of input and label.
+    progress: show a progress bar on standard error if that is a terminal.
 
-    A learned alpha stays the same Parameter, for optimizers that hold it, also where its shape changes; one of another
-    shape must not have an optimizer's state yet. A parametrized one is set through its parametrization. Warns, by name,
-    of layers that no batch reached, whose inputs are never positive (these keep their alpha), of which more than half
-    of the positive inputs are above the top level, or that run several times in a forward, with ranges more than a
-    factor of 2 apart; and of lines where another relu is called.
+    A learned alpha remains the same Parameter, so that an optimizer still refers to it, even if its shape changes. An
+    alpha whose shape changes must not have optimizer state yet. A parametrized alpha is set through its
+    parametrization. Warns with the names of layers that no batch reached, that never have a positive input (their alpha
+    does not change), that saturate more than half of their positive inputs, or that run several times in a forward
+    with ranges more than a factor of 2 apart; and with the lines that call other relus.
 
-    Returns a `CalibrationReport`. Raises TypeError or ValueError, with all alphas as they were, if model has no QReLU,
-    if batches is empty, for a wrong argument, and, with the layer's name, where an input is NaN or +inf (-inf gives 0,
-    and +inf the limit where there is one), or it or an alpha has no values (meta device, FakeTensorMode).
+    Returns a `CalibrationReport`. Raises TypeError or ValueError, without changing any alpha, if model has no QReLU, if
+    batches is empty, for a wrong argument, and, with the layer's name, if an input is NaN or +inf (+inf is allowed if
+    there is a limit, and -inf gives 0), or if it or an alpha has no values (meta device, FakeTensorMode).
     """
-    layers = layers_of(model)
+    layers = qrelus_of(model)
     check_word("method", method, METHODS)
     if isinstance(percentile, bool) or not isinstance(percentile, (int, float)) or not 0 < percentile <= 100:
-        raise ValueError(f"percentile must be above 0 and at most 100, got {percentile!r}")
+        raise ValueError(f"percentile must be in (0, 100], got {percentile!r}")
     if channel_dim is not None and type(channel_dim) is not int:
         raise TypeError(f"channel_dim must be an int or None, got {channel_dim!r}")
-    forwards = Forwards()
-    counted = {name: CountedInputs(name, layer, channel_dim, forwards) for name, layer in layers.items()}
-    relus = RelusCalled()
-    with watched(model, layers, counted), forwards.of(model), relus:
+    forwards = ForwardCounter()
+    counted = {name: InputCounter(name, layer, channel_dim, forwards) for name, layer in layers.items()}
+    relus = ReluLocations()
+    with watched(model, layers, counted), forwards.watching(model), relus:
         run_batches(model, batches, forwards.counting(forward), progress, "calibrate")
-    add_up(list(counted.values()))
+    all_reduce(list(counted.values()))
     with torch.device("cpu"):
         found = {name: _found(name, count, method, percentile) for name, count in counted.items()}
     for name, layer in layers.items():
@@ -150,7 +151,7 @@ def calibrate(
 
 
 def _applied(layer: QReLU, found: CalibratedLayer, channel_dim: int | None) -> CalibratedLayer:
-    """Sets the alpha; what the layer then has may differ in the last bits, where it is parametrized."""
+    """Set the alpha. A parametrized alpha may then differ from it in the last bits."""
     if not found.reached:
         return found
     layer._set_alpha(found.alpha, layer.channel_dim if channel_dim is None else channel_dim)
@@ -158,13 +159,13 @@ def _applied(layer: QReLU, found: CalibratedLayer, channel_dim: int | None) -> C
 
 
 def _check_no_optimizer(name: str, layer: QReLU, size: int) -> None:
-    """An optimizer's state of the old shape would fail in a step, far from here."""
+    """Refuse optimizer state of the old shape, which would fail in a later step."""
     for parameter in layer.parameters():
         for holder in gc.get_referrers(parameter):
             if isinstance(holder, defaultdict) and holder.get(parameter):  # Optimizer.state
                 raise ValueError(
-                    f"channel_dim would give {name} {size} alphas in place of {layer.alpha.numel()}, but an optimizer"
-                    " has state of the old shape for it: calibrate before the first step"
+                    f"channel_dim would give {name} {size} alphas instead of {layer.alpha.numel()}, but an optimizer"
+                    " has state of the old shape: calibrate before the first step"
                 )
 
 
@@ -172,21 +173,21 @@ def _warn_of(report: CalibrationReport) -> None:
     layers = report.layers
     warn_of_unreached("calibrate", [s.name for s in layers if not s.reached], stacklevel=3)
     for what, names in (
-        ("never a positive input in", [s.name for s in layers if s.reached and s.zero == 1]),
-        (f"more than {_SATURATED:.0%} of the positive inputs are above the top level in",
+        ("no positive input in", [s.name for s in layers if s.reached and s.zero == 1]),
+        (f"more than {_SATURATED:.0%} of the positive inputs saturate in",
          [s.name for s in layers if s.reached and s.zero < 1 and s.saturated > _SATURATED]),
-        ("one alpha for calls with different ranges:",
-         [f"{s.name} runs {s.calls} times in a forward, ranges differ by a factor of {s.spread:.1f}"
+        ("calls with different ranges share an alpha:",
+         [f"{s.name} runs {s.calls} times in a forward, with ranges that differ by a factor of {s.spread:.1f}"
           for s in layers if s.spread > _SPREAD]),
-        ("a relu that is no QReLU is called at", report.remaining),
+        ("relus other than QReLUs are called at", report.remaining),
     ):  # fmt: skip
         if names:
             warnings.warn(f"calibrate: {what} {', '.join(names)}", stacklevel=3)
 
 
-def _found(name: str, counted: CountedInputs, method: str, percentile: float) -> CalibratedLayer:
+def _found(name: str, counted: InputCounter, method: str, percentile: float) -> CalibratedLayer:
     layer, before = counted.layer, counted.layer.alpha.detach().clone()
-    if not counted.rows:
+    if not counted.rows or counted.histogram is None or counted.dtype is None:
         return CalibratedLayer(name, before, before, math.nan, math.nan, math.nan, False, 0, math.nan)
     if len(before) not in (1, counted.rows):
         raise ValueError(f"the input of {name} has {counted.rows} channels, its alpha {len(before)}")
@@ -197,13 +198,13 @@ def _found(name: str, counted: CountedInputs, method: str, percentile: float) ->
             continue
         errors = StaircaseErrors(inputs, layer.bits, layer.rounding, layer.limit, alphas.dtype)
         if method == "mse":
-            alpha = errors.best()
+            best = errors.best()
         elif method == "percentile":
-            alpha = inputs.percentile(percentile) / top
+            best = inputs.percentile(percentile) / top
         else:
             deviation = math.sqrt(inputs.totals[2 // inputs.power] / inputs.count)
-            alpha = deviation * half_gaussian_alpha(layer.bits, layer.rounding)
-        alphas[i : i + 1] = alpha = errors.rounded(torch.tensor([alpha], dtype=torch.float64))
+            best = deviation * half_gaussian_alpha(layer.bits, layer.rounding)
+        alphas[i : i + 1] = alpha = errors.rounded(torch.tensor([best], dtype=torch.float64))
         power += inputs.totals[2]
         error += errors(alpha).item()
         positive += inputs.count

@@ -1,4 +1,4 @@
-"""`stats`: what the layers make of data, counted in the kernels' bits."""
+"""`stats`: zeros, saturation and code counts of each layer, counted from the bits that the kernels return."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .. import _ops, reference
 from ..nn import QReLU
 from ..reference import CODE_WIDTH
 from ..ste import format_table
-from .watching import layers_of, run_batches, warn_of_unreached, watched
+from .watching import qrelus_of, run_batches, warn_of_unreached, watched
 
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What `stats` saw of one QReLU.
+    """Statistics of one QReLU.
 
-    elements: of its inputs. zero, saturated: shares of them that gave code 0, and that were above the top level L[q].
-    codes: how many gave each code 0..q.
+    elements: the number of input elements. zero, saturated: the fractions with code 0 and above the top level L[q].
+    codes: the number of elements with each code 0..q.
     """
 
     name: str
@@ -32,17 +32,19 @@ class LayerStats:
 
 
 class StatsReport(tuple):
-    """`LayerStats` of each layer. Prints as a table; the last column is the histogram of the codes 1..q, by eye."""
+    """`LayerStats` of each layer. Prints as a table; the last column is a bar chart of the codes 1..q."""
 
     def __repr__(self) -> str:
-        rows = [(s.name, f"{s.elements:,}", f"{s.zero:.1%}", f"{s.saturated:.1%}", _bars(s.codes[1:])) for s in self]
+        rows: list[tuple[str, ...]] = [
+            (s.name, f"{s.elements:,}", f"{s.zero:.1%}", f"{s.saturated:.1%}", _bars(s.codes[1:])) for s in self
+        ]
         return format_table(("QReLU", "elements", "zero", "saturated", "codes above 0"), rows)
 
     __str__ = __repr__
 
 
 def _bars(counts: tuple[int, ...]) -> str:
-    """A row of at most 32 bars, each of neighbouring codes."""
+    """At most 32 bars; neighbouring codes share a bar if there are more."""
     width = -(-len(counts) // 32)
     sums = [sum(counts[i : i + width]) for i in range(0, len(counts), width)]
     highest = max(sums)
@@ -56,16 +58,18 @@ def stats(
     forward: Callable[[nn.Module, object], object] | None = None,
     progress: bool = True,
 ) -> StatsReport:
-    """What the `QReLU`s of `model` make of data: shares of zeros and of saturated elements, and how often each code.
+    """Counts what the `QReLU`s of `model` do on data: the fractions of zeros and of saturated elements (x > L[q]), and
+    the number of elements with each code.
 
-    It counts the packed bits that the kernels return anyway, 2 for the state and those of the code of each element,
-    through tables of bytes; the outputs are those of ever. Evaluation mode, no gradients, nothing is changed.
+    It counts the packed codes and 2-bit states that the kernels return, byte by byte. The model runs in evaluation
+    mode, without gradients, with its usual outputs; nothing in it changes.
 
-    Arguments and errors are those of `calibrate`; in a distributed run each process reports its own batches. Warns, by
-    name, of layers that no batch reached.
-    Returns a `StatsReport`. An element is saturated if x > L[q].
+    Arguments and errors are those of `calibrate`. In a distributed run each process reports its own batches. Warns with
+    the names of layers that no batch reached.
+
+    Returns a `StatsReport`.
     """
-    layers = layers_of(model)
+    layers = qrelus_of(model)
     tallies = {name: _Tally(layer) for name, layer in layers.items()}
     with watched(model, layers, tallies):
         run_batches(model, batches, forward, progress, "stats")
@@ -74,7 +78,7 @@ def stats(
 
 
 class _Tally:
-    """Counts of the codes and states of one layer."""
+    """Computes in place of one layer and counts its codes and states."""
 
     def __init__(self, layer: QReLU) -> None:
         self._layer = layer
@@ -101,11 +105,11 @@ class _Tally:
 
 
 def _tally(packed: Tensor, width: int, count: int) -> Tensor:
-    """How often each value 0..2**width - 1 is among the first `count` values of `packed`."""
+    """The count of each value 0..2**width - 1 among the first `count` values of `packed`."""
     of_bytes = packed.bincount(minlength=256).cpu()
     every_byte = torch.arange(256, dtype=torch.uint8, device="cpu")
     values = reference.unpack(every_byte, width, 256 * (8 // width)).view(256, -1).long()
     tally = torch.zeros(2**width, dtype=torch.int64, device="cpu")
     tally.index_add_(0, values.flatten(), of_bytes[:, None].expand_as(values).flatten())
-    tally[0] -= packed.numel() * (8 // width) - count  # what fills up the last byte
+    tally[0] -= packed.numel() * (8 // width) - count  # the padding of the last byte
     return tally

@@ -1,4 +1,4 @@
-"""What `calibrate` counts of one layer's inputs, in all processes."""
+"""The statistics of a layer's inputs that `calibrate` collects, over all processes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .histogram import Histogram
 from .running import float_activation
 
 
-class Forwards:
-    """Counts forwards of a model, so that a layer can tell its first call in one from its second."""
+class ForwardCounter:
+    """Counts forwards of a model, so that a layer can distinguish its first call in a forward from its second."""
 
     def __init__(self) -> None:
         self.number = 0
         self._depth = 0
 
     @contextmanager
-    def of(self, model: nn.Module) -> Iterator[None]:
+    def watching(self, model: nn.Module) -> Iterator[None]:
         hooks = ExitStack()
         hooks.callback(model.register_forward_pre_hook(self._enter).remove)
         hooks.callback(model.register_forward_hook(self._leave, always_call=True).remove)
@@ -40,7 +40,7 @@ class Forwards:
         self._depth -= 1
 
     def counting(self, forward: Callable | None) -> Callable | None:
-        """`forward`, which need not call the model itself, but a method."""
+        """A user's `forward`, counted here because it may call a method instead of the model."""
         if forward is None:
             return None
 
@@ -51,17 +51,17 @@ class Forwards:
         return counted
 
 
-class CountedInputs:
-    """The inputs of one layer: a histogram of a row for each alpha that is wanted, and the power of each call."""
+class InputCounter:
+    """Computes in place of one layer and counts its inputs: a histogram per alpha, and the power per call."""
 
-    def __init__(self, name: str, layer: QReLU, channel_dim: int | None, forwards: Forwards) -> None:
+    def __init__(self, name: str, layer: QReLU, channel_dim: int | None, forwards: ForwardCounter) -> None:
         self.layer, self._name = layer, name
         self._channel_dim = layer.channel_dim if channel_dim is None else channel_dim
         self._forwards, self._forward, self._call = forwards, 0, 0
         self.histogram: Histogram | None = None
         self.rows = self.elements = 0
         self.dtype: torch.dtype | None = None
-        self.calls: list[Tensor] = []  # of the first, second, ... in a forward: [sum of squares, count] of x > 0
+        self.calls: list[Tensor] = []  # of the first, second, ... call in a forward: [sum of squares, count] over x > 0
 
     def __call__(self, x: Tensor) -> Tensor:
         limited = x.clamp(max=self.layer.limit)
@@ -75,9 +75,9 @@ class CountedInputs:
             self.rows, self.dtype = rows.size(0), x.dtype
             self.histogram = Histogram(self.rows, x.device)
         elif self.rows != rows.size(0):
-            raise ValueError(f"{self._name} had inputs of {self.rows} channels before, now of {rows.size(0)}")
+            raise ValueError(f"the input of {self._name} had {self.rows} channels before, now it has {rows.size(0)}")
         self.histogram.add(rows)
-        self.dtype = torch.promote_types(self.dtype, x.dtype)
+        self.dtype = torch.promote_types(self.dtype or x.dtype, x.dtype)
         self.elements += x.numel()
         self._count_call(limited.clamp_(min=0))
         return float_activation(self.layer, x)
@@ -99,24 +99,25 @@ class CountedInputs:
         return max(ranges) / min(ranges) if ranges else math.nan
 
 
-def add_up(counted: list[CountedInputs]) -> None:
-    """Makes every layer's counts those of all processes."""
+def all_reduce(counted: list[InputCounter]) -> None:
+    """Replace every layer's counts by their sums over all processes."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     mine = [(count.rows, count.dtype, count.elements, [call.cpu() for call in count.calls]) for count in counted]
     everyone: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
     for count, found in zip(counted, zip(*everyone)):
-        found = [of_process for of_process in found if of_process[0]]
-        if not found:
+        reached = [counts for counts in found if counts[0]]  # of the processes whose batches reached the layer
+        if not reached:
             continue
-        rows, dtypes, elements, calls = zip(*found)
+        rows, dtypes, elements, calls = zip(*reached)
         count.rows, count.elements = max(rows), sum(elements)
         count.dtype = functools.reduce(torch.promote_types, dtypes)
-        count.calls = [sum(call for call in same if call is not None) for same in zip_longest(*calls)]
+        zero = torch.zeros(2, dtype=torch.float64)
+        count.calls = [sum(same, zero) for same in zip_longest(*calls, fillvalue=zero)]
         count.histogram = count.histogram or Histogram(count.rows, count.layer.alpha.device)
-        count.histogram.merge(_all_reduce)
+        count.histogram.merge(_all_reduce_tensor)
 
 
-def _all_reduce(t: Tensor, how: str) -> None:
+def _all_reduce_tensor(t: Tensor, how: str) -> None:
     torch.distributed.all_reduce(t, getattr(torch.distributed.ReduceOp, how.upper()))

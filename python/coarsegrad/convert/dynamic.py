@@ -1,5 +1,5 @@
-"""The part of `quantize_` that goes by what runs: relus that the methods' source does not show, and an alpha for each
-run where one call runs several times in a forward."""
+"""The part of `quantize_` that runs the model: it replaces the relus that the source of the methods does not show, and
+gives a QReLU that runs several times in a forward an alpha for each run."""
 
 from __future__ import annotations
 
@@ -14,54 +14,62 @@ from types import CodeType
 import torch
 from torch import Tensor, nn
 
-from .._torch_internals import tree_leaves
+from .._torch_internals import MODULE_CALL_CODES, tree_leaves
 from ..nn import QReLU
-from .frames import Step, locate, steps_from
-from .recording import Execution, Products, Recorder, is_product
+from .frames import Frame, locate, stack_from
+from .recording import Execution, ProductMarker, ReluRecorder, is_product
 from .report import Replaced
 from .rewriting import function_at, original
-from .running import float_activation, moved_to, run, undisturbed
-from .source import AT, HANDED_ON, Edit, Source, Span, name_of
-from .surgery import Place, Surgery, free_name, joined
+from .running import float_activation, on_device_of, run, without_side_effects
+from .source import CALL_PATH, PASSED_ON, Edit, Source, Span, name_of
+from .surgery import Place, Surgery, dotted, free_name
 
-_ROUNDS = 8  # each gets on by one call further out, or by one form of it
-_MACHINERY = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
-_SCORES = "of products of activations, as scores are: what is chosen by them may change"
+_ROUNDS = 8  # each round gets one call further out, or tries one more form of the edit
+_SCORES = "its input is a product of activations, like attention scores: what they select may change"
 
 
 class _CannotEdit(Exception):
-    """Why a call cannot be made one of a QReLU."""
+    """Why a call cannot become the call of a QReLU."""
 
 
 @dataclass(frozen=True)
-class _Run:
-    """A QReLU that ran: by which calls, innermost first; behind which module with parameters of its own; whether on a
-    product of activations."""
+class _LayerRun:
+    """A QReLU that ran. stack: innermost frame first. preceding: the last module with parameters that ran before it.
+    product: whether its input is a product of activations."""
 
     layer: QReLU
-    steps: list[Step]
-    behind: nn.Module | None
+    stack: list[Frame]
+    preceding: nn.Module | None
     product: bool
 
 
-class Conversion:
+@dataclass(frozen=True)
+class _CallSite:
+    """A call in the function `where`, or a function's name that is passed on there."""
+
+    where: str
+    span: Span
+    source: Source
+
+
+class DynamicConversion:
     """Runs the model on example inputs, before anything is changed and after each change."""
 
     def __init__(self, surgery: Surgery, inputs: object) -> None:
         self._surgery, self._model, self.report = surgery, surgery.model, surgery.report
-        self._inputs = moved_to(self._model, inputs)
+        self._inputs = on_device_of(self._model, inputs)
         self._sites: dict[tuple[nn.Module, str, Span], str] = {}
         self._edited: set[tuple[nn.Module, str, Span]] = set()  # in this round
         self._tried: set[QReLU] = set()
-        self._seen: set[str] = set()  # the methods through which relus were called
-        self._why: dict[tuple, str] = {}
-        self._modes = (False, True)
+        self._seen: set[str] = set()  # methods through which relus were called
+        self._reasons: dict[tuple, str] = {}
+        self._modes: tuple[bool, ...] = (False, True)
         self._before = {False: self._outputs(False)}
         try:
             self._before[True] = self._outputs(True)
-        except Exception as error:  # as a BatchNorm of one example
+        except Exception as error:  # such as a BatchNorm of one example
             self._modes = (False,)
-            self.report.not_run = f"Not run in training mode, where it fails: {type(error).__name__}: {error}"
+            self.report.not_run = f"Not run in training mode, which fails: {type(error).__name__}: {error}"
 
     def run(self) -> None:
         for _ in range(_ROUNDS):
@@ -77,7 +85,7 @@ class Conversion:
 
     @contextmanager
     def _watched(self, watch: Callable[[QReLU, Tensor], None] = lambda layer, x: None) -> Iterator[None]:
-        """QReLUs compute the float activation, and call `watch`."""
+        """In the block, QReLUs compute the float activation and call `watch`."""
         layers = [module for module in self._model.modules() if isinstance(module, QReLU)]
 
         def as_float(layer: QReLU) -> Callable[[Tensor], Tensor]:
@@ -88,145 +96,143 @@ class Conversion:
             return forward
 
         for layer in layers:
-            layer.forward = as_float(layer)
+            vars(layer)["forward"] = as_float(layer)
         try:
             yield
         finally:
             for layer in layers:
-                del layer.forward
+                del vars(layer)["forward"]
 
     def _outputs(self, training: bool) -> list[Tensor] | None:
-        """The tensors that the model returns; None where two runs differ."""
+        """The tensors that the model returns; None if two runs differ."""
         found = []
         for _ in range(2):
-            with undisturbed(self._model, training), self._watched():
+            with without_side_effects(self._model, training), self._watched():
                 found.append([t for t in tree_leaves(run(self._model, self._inputs)) if isinstance(t, Tensor)])
-        return found[0] if _alike(*found) else None
+        return found[0] if _all_close(*found) else None
 
     def _relus(self) -> list[Execution]:
         found = []
         for training in self._modes:
-            with undisturbed(self._model, training), self._watched(), Recorder(self._model) as recorder:
-                with torch.enable_grad():  # tells what depends on weights
+            with without_side_effects(self._model, training), self._watched(), ReluRecorder(self._model) as recorder:
+                with torch.enable_grad():  # shows what depends on weights
                     run(self._model, self._inputs)
             found += recorder.executions
         return found
 
-    def _runs(self, training: bool) -> list[_Run]:
-        found: list[_Run] = []
+    def _runs(self, training: bool) -> list[_LayerRun]:
+        found: list[_LayerRun] = []
         last: list[nn.Module | None] = [None]
 
-        def note(module: nn.Module, *_: object) -> None:
+        def record(module: nn.Module, *_: object) -> None:
             if module._parameters and not isinstance(module, QReLU):
                 last[0] = module
 
         def watch(layer: QReLU, x: Tensor) -> None:
-            found.append(_Run(layer, steps_from(sys._getframe(2)), last[0], is_product(x)))
+            found.append(_LayerRun(layer, stack_from(sys._getframe(2)), last[0], is_product(x)))
 
-        with undisturbed(self._model, training), self._watched(watch), Products(), ExitStack() as stack:
+        with without_side_effects(self._model, training), self._watched(watch), ProductMarker(), ExitStack() as stack:
             for module in self._model.modules():
-                stack.callback(module.register_forward_hook(note).remove)
+                stack.callback(module.register_forward_hook(record).remove)
             run(self._model, self._inputs)
         return found
 
     # ------------------------------------------------------------------------------- relus that still run
 
     def _convert(self, execution: Execution) -> bool:
-        """Makes the relu a QReLU; whether anything was changed. If not, `_why` says why."""
+        """Replace a relu. Returns whether anything changed; if not, `_reasons` says why."""
         names = {module: name for name, module in self._model.named_modules()}
-        steps, why = execution.steps, "no call of it is in a method of the model"
-        functions = {(locate(steps, i) or ("", 0))[0].rpartition(":")[2].rpartition(".")[2] for i in range(len(steps))}
-        self._seen |= {joined(names[s.module], function) for s in steps if s.module in names for function in functions}
-        for i, step in enumerate(steps):
-            if _is_machinery(step, names):
+        stack, why = execution.stack, "no method of the model calls it"
+        functions = {(locate(stack, i) or ("", 0))[0].rpartition(":")[2].rpartition(".")[2] for i in range(len(stack))}
+        self._seen |= {dotted(names[f.module], function) for f in stack if f.module in names for function in functions}
+        for i, frame in enumerate(stack):
+            if _is_foreign(frame, names):
                 continue
             try:
                 return self._convert_at(execution, i, names)
             except _CannotEdit as error:
                 why = str(error)
-            if step.module is not None:  # further out it would be the whole module's call
+            if frame.module is not None:  # further out is the call of the whole module
                 break
-        self._why[_place_of(steps, names)] = why
+        self._reasons[_place_of(stack, names)] = why
         return False
 
     def _convert_at(self, execution: Execution, i: int, names: dict[nn.Module, str]) -> bool:
-        owner, calls = _way(execution.steps, i, names)
-        where, span, _ = calls[0]
-        plan = original(type(owner))[1]
-        hands = {Edit(outer, at, hands_on=inner) for (inner, *_), (outer, at, _) in zip(calls, calls[1:])}
-        attribute = self._sites.get((owner, where, span))
-        if attribute is None:
-            return self._new_site(execution, i, owner, calls, hands, names)
-        if hands - plan:
-            if why := self._surgery.edit(owner, frozenset(hands)):
+        owner, calls = _call_path(execution.stack, i, names)
+        site = (owner, calls[0].where, calls[0].span)
+        outer_edits = _keyed_calls(calls)
+        if site not in self._sites:
+            return self._new_site(execution, i, owner, calls, outer_edits, names)
+        if outer_edits - original(type(owner))[1]:
+            if why := self._surgery.edit(owner, frozenset(outer_edits)):
                 raise _CannotEdit(why)
-            self._edited.add((owner, where, span))
+            self._edited.add(site)
             return True
-        if (owner, where, span) in self._edited:
+        if site in self._edited:
             return False
-        raise _CannotEdit("a QReLU is called there, and a relu runs all the same")
+        raise _CannotEdit("a QReLU is called there, but a relu still runs")
 
     def _new_site(
         self,
         execution: Execution,
         i: int,
         owner: nn.Module,
-        calls: list[tuple[str, Span, Source]],
-        hands: set[Edit],
+        calls: list[_CallSite],
+        outer_edits: set[Edit],
         names: dict[nn.Module, str],
     ) -> bool:
-        """A QReLU for a call of a relu, by the first form that leaves the float model what it is."""
-        where, span, source = calls[0]
+        """Insert a QReLU for a call of a relu, by the first edit that leaves the float model unchanged."""
+        call = calls[0]
         attribute = free_name(owner, "qrelu", [])
-        if not self._surgery.wanted(owner, joined(names[owner], attribute)):
-            raise _CannotEdit("filter_fn leaves it")
-        relu, why = execution.relu, "its arguments cannot be told"
-        line = execution.steps[i].position[0]
-        for edit, certain in self._forms(execution, i, calls[0], attribute):
+        if not self._surgery.wanted(owner, dotted(names[owner], attribute)):
+            raise _CannotEdit("filter_fn excludes it")
+        relu, why = execution.relu, "its arguments are unknown"
+        line = execution.stack[i].position[0]
+        for edit, certain in self._possible_edits(execution, i, call, attribute):
             state, count = self._surgery.state(), len(self._relus())
-            why = self._surgery.edit(owner, frozenset({replace(edit, keyed=bool(hands)), *hands}))
+            why = self._surgery.edit(owner, frozenset({replace(edit, keyed=bool(outer_edits)), *outer_edits}))
             if not why:
-                was = f"{relu.name} (in {where}, line {line})"
-                place = Place(attribute, was, relu.inplace, source.is_squared(span), relu.limit)
+                was = f"{relu.name} (in {call.where}, line {line})"
+                place = Place(attribute, was, relu.inplace, call.source.is_squared(call.span), relu.limit)
                 self._surgery.install(names[owner], owner, place)
-                why = "" if certain else self._why_other(count, edit.asks)
+                why = "" if certain else self._why_wrong(count, edit.if_relu)
             if not why:
-                for call in ((owner, where, span), (owner, where, edit.span)):
-                    self._sites[call] = attribute
-                    self._edited.add(call)
+                for site in ((owner, call.where, call.span), (owner, call.where, edit.span)):
+                    self._sites[site] = attribute
+                    self._edited.add(site)
                 return True
             self._surgery.roll_back(state)
         raise _CannotEdit(why)
 
-    def _forms(
-        self, execution: Execution, i: int, call: tuple[str, Span, Source], attribute: str
+    def _possible_edits(
+        self, execution: Execution, i: int, call: _CallSite, attribute: str
     ) -> Iterator[tuple[Edit, bool]]:
-        """The edits that may make a QReLU of what is called there, and whether they certainly do no harm."""
-        where, span, source = call
+        """The edits that may turn what is called there into a QReLU, and whether they are known to be right."""
+        where, span, source = call.where, call.span, call.source
         node = source.node_at(span)
         if isinstance(node, ast.Call):
-            direct = all(step.torch and step.module is None for step in execution.steps[:i])
+            direct = all(frame.in_torch and frame.module is None for frame in execution.stack[:i])
             argument = execution.relu.argument if direct else 0 if node.args else _first_word(node)
             if source.argument(node, argument) is not None:
                 known = source.call(node)
-                certain = direct and known is not None and known[0] in self._surgery.functions
+                certain = direct and known is not None and known.function in self._surgery.functions
                 if not certain and argument == 0 and len(node.args) == 1 and not node.keywords:
-                    yield Edit(where, span, attribute, argument=0, asks=True), False
+                    yield Edit(where, span, attribute, argument=0, if_relu=True), False
                 yield Edit(where, span, attribute, argument=argument), certain
         for reference in source.references(span, self._surgery.functions):
             yield Edit(where, reference, attribute), False
 
-    def _why_other(self, count: int, asks: bool) -> str:
-        """Why an edit is not right: as many relus as before still run, or the float model computes something else."""
+    def _why_wrong(self, count: int, if_relu: bool) -> str:
+        """Why an edit is wrong: as many relus as before still run, or the float model computes something else."""
         try:
             if len(self._relus()) >= count:
-                return "a relu runs there all the same"
+                return "a relu still runs there"
             for training in self._modes:
                 before = self._before[training]
-                if before is None and not asks:
-                    return "whether it is a relu alone cannot be told, as two runs of the model differ"
-                if before is not None and not _alike(before, self._outputs(training) or []):
-                    return "what is called there is not a relu alone"
+                if before is None and not if_relu:
+                    return "two runs of the model differ, so it is unknown whether what is called is just a relu"
+                if before is not None and not _all_close(before, self._outputs(training) or []):
+                    return "what is called there is not just a relu"
         except Exception as error:
             return f"with a QReLU there the model fails: {type(error).__name__}: {error}"
         return ""
@@ -234,96 +240,94 @@ class Conversion:
     # --------------------------------------------------------------------------- QReLUs that run several times
 
     def _split(self) -> bool:
-        """An alpha for each run of one QReLU, if there is one to be split: for each way to it, and in a loop for each
-        module that it runs behind, but not for each turn of a loop over time."""
-        for layer, runs in self._several().items():
+        """Split one QReLU that runs several times in a forward: one for each path of calls to it and, in a loop, for
+        each preceding module, but not for each step of a loop over time. Returns whether there was one to split."""
+        for layer, runs in self._run_repeatedly().items():
             self._tried.add(layer)
             state = self._surgery.state()
             try:
-                if self._give_each_its_own(layer, self._key(layer, runs)):
+                if self._split_layer(layer, self._make_keyed(layer, runs)):
                     return True
             except _CannotEdit:
                 pass
             self._surgery.roll_back(state)
         return False
 
-    def _several(self) -> dict[QReLU, list[_Run]]:
-        """The QReLUs that run several times in a forward, and were not tried yet."""
-        found: dict[QReLU, list[_Run]] = {}
+    def _run_repeatedly(self) -> dict[QReLU, list[_LayerRun]]:
+        """The QReLUs that run several times in a forward and have not been tried yet."""
+        found: dict[QReLU, list[_LayerRun]] = {}
         for training in self._modes:
-            of_each: dict[QReLU, list[_Run]] = {}
+            by_layer: dict[QReLU, list[_LayerRun]] = {}
             for one in self._runs(training):
-                of_each.setdefault(one.layer, []).append(one)
-            for layer, runs in of_each.items():
+                by_layer.setdefault(one.layer, []).append(one)
+            for layer, runs in by_layer.items():
                 if len(runs) > 1 and layer not in self._tried:
                     found.setdefault(layer, []).extend(runs)
         return found
 
-    def _key(self, layer: QReLU, runs: list[_Run]) -> list[tuple[nn.Module, str, Edit]]:
-        """Has the calls of the layer choose by a key; (owner, attribute, edit) of each."""
+    def _make_keyed(self, layer: QReLU, runs: list[_LayerRun]) -> tuple[nn.Module, str, dict[tuple[str, Span], Edit]]:
+        """Make the calls of the layer choose it by a key. Returns its owner, its name there, and the edits."""
         names = {module: name for name, module in self._model.named_modules()}
         parents = [(m, a) for m in names for a, child in m._modules.items() if child is layer]
         if len(parents) != 1:
-            raise _CannotEdit("it is in several places")
+            raise _CannotEdit("several modules own it")
         [(owner, attribute)] = parents
         plan = {(edit.where, edit.span): edit for edit in original(type(owner))[1]}
-        sites: dict[tuple[str, Span], Edit] = {}
-        hands: set[Edit] = set()
+        edits: dict[tuple[str, Span], Edit] = {}
+        outer_edits: set[Edit] = set()
         for one in runs:
-            i = next(i for i, step in enumerate(one.steps) if not _is_machinery(step, names))
-            by, calls = _way(one.steps, i, names, whole=True)
-            where, span, source = calls[0]
-            node = source.node_at(span)
-            edit = plan.get((where, span))
-            if edit is None and (call := source.call(node)) and call[1] == attribute:
-                edit = Edit(where, span, attribute)
-            if by is not owner or edit is None or edit.site != attribute or edit.keys:
+            caller, calls = _call_path(one.stack, _first_own(one.stack, names), names, whole=True)
+            site, source = (calls[0].where, calls[0].span), calls[0].source
+            edit = plan.get(site)
+            if edit is None and (call := source.call(source.node_at(site[1]))) and call.attribute == attribute:
+                edit = Edit(*site, attribute)
+            if caller is not owner or edit is None or edit.site != attribute or edit.keys:
                 raise _CannotEdit("it is not called by its name, or was split before")
-            sites[where, span] = replace(edit, keyed=True)
-            hands |= {Edit(outer, at, hands_on=inner) for (inner, *_), (outer, at, _) in zip(calls, calls[1:])}
-        if why := self._surgery.edit(owner, frozenset({*sites.values(), *hands})):
+            edits[site] = replace(edit, keyed=True)
+            outer_edits |= _keyed_calls(calls)
+        if why := self._surgery.edit(owner, frozenset({*edits.values(), *outer_edits})):
             raise _CannotEdit(why)
-        return [(owner, attribute, edit) for edit in sites.values()]
+        return owner, attribute, edits
 
-    def _give_each_its_own(self, layer: QReLU, sites: list[tuple[nn.Module, str, Edit]]) -> bool:
+    def _split_layer(self, layer: QReLU, keyed: tuple[nn.Module, str, dict[tuple[str, Span], Edit]]) -> bool:
+        """Give each path to the layer a QReLU of its own. Returns whether there are several paths."""
         names = {module: name for name, module in self._model.named_modules()}
-        owner, attribute, _ = sites[0]
-        edits = {(edit.where, edit.span): edit for *_, edit in sites}
-        behind: dict[tuple[str, Span, tuple], nn.Module | None] = {}
+        owner, attribute, edits = keyed
+        paths: dict[tuple[str, Span, tuple], tuple] = {}  # a call with its key -> what gets a QReLU of its own
         for training in self._modes:
             for one in self._runs(training):
                 if one.layer is layer:
-                    i = next(i for i, step in enumerate(one.steps) if not _is_machinery(step, names))
-                    where, span, source = _way(one.steps, i, names)[1][0]
-                    variables = one.steps[i].key
-                    key = (*variables.get(AT, ()), *(variables[turn] for turn in source.turns(span)))
-                    behind.setdefault((where, span, key), one.behind)
-        ways = {call: (call[:2], _without_turns(call[2]), module) for call, module in behind.items()}
-        order = list(dict.fromkeys(ways.values()))
+                    i = _first_own(one.stack, names)
+                    call, variables = _call_path(one.stack, i, names)[1][0], one.stack[i].key_variables
+                    counters = (variables[counter] for counter in call.source.counters(call.span))
+                    key = (*variables.get(CALL_PATH, ()), *counters)
+                    path = (call.where, call.span, _without_counters(key), one.preceding)
+                    paths.setdefault((call.where, call.span, key), path)
+        order = list(dict.fromkeys(paths.values()))
         if len(order) < 2:
             return False
         attributes = [attribute]
         for _ in order[1:]:
             attributes.append(free_name(owner, attribute, attributes))
         chosen: dict[tuple[str, Span], list[tuple[tuple, str]]] = {}
-        for (where, span, key), way in ways.items():
-            chosen.setdefault((where, span), []).append((key, attributes[order.index(way)]))
-        keyed = {replace(edits[site], keys=tuple(keys)) for site, keys in chosen.items()}
-        if why := self._surgery.edit(owner, frozenset(keyed)):
+        for (where, span, key), path in paths.items():
+            chosen.setdefault((where, span), []).append((key, attributes[order.index(path)]))
+        with_keys = {replace(edits[site], keys=tuple(keys)) for site, keys in chosen.items()}
+        if why := self._surgery.edit(owner, frozenset(with_keys)):
             raise _CannotEdit(why)
-        entry = next((r for r in self.report.replaced if r.name == joined(names[owner], attribute)), None)
+        entry = next((r for r in self.report.replaced if r.name == dotted(names[owner], attribute)), None)
         for other in attributes[1:]:
             self._surgery.put(owner, other, copy.deepcopy(layer))
             if entry is not None:
                 place = self.report.replaced.index(entry) + attributes.index(other)
-                made = Replaced(joined(names[owner], other), entry.was, entry.note)
+                made = Replaced(dotted(names[owner], other), entry.was, entry.note)
                 self.report.replaced.insert(place, made)
         return True
 
     # ------------------------------------------------------------------------------------------ at the end
 
     def _check(self) -> None:
-        """Counts the runs, names what is left, and holds the model, with float activations, to what it was."""
+        """Count runs, list the relus that remain, and check that the model with float activations is unchanged."""
         self.report.executed = True
         names = {module: name for name, module in self._model.named_modules()}
         scores: set[str] = set()
@@ -338,100 +342,107 @@ class Conversion:
             if entry.name in scores:
                 entry.note = "; ".join(filter(None, [entry.note, _SCORES]))
         self.report.skipped[:] = [
-            s for s in self.report.skipped if s.what != "method" or s.name not in self._seen and HANDED_ON not in s.why
+            s for s in self.report.skipped if s.what != "method" or s.name not in self._seen and PASSED_ON not in s.why
         ]
         for execution in self._relus():
-            place = _place_of(execution.steps, names)
+            place = _place_of(execution.stack, names)
             owner, function, line = place
-            if not {owner, joined(owner, function)} & {s.name for s in self.report.skipped}:
-                why = self._why.get(place, "no call of it was found")
-                self._surgery.skip(joined(owner, function), f"{execution.relu.name} (line {line})", why)
+            if not {owner, dotted(owner, function)} & {s.name for s in self.report.skipped}:
+                why = self._reasons.get(place, "its call was not found")
+                self._surgery.skip(dotted(owner, function), f"{execution.relu.name} (line {line})", why)
         for training in self._modes:
             folded = any(isinstance(m, QReLU) and m.dropout for m in self._model.modules())
             before = self._before[training]
             if before is not None and not (training and folded):
                 after = self._outputs(training)
-                if after is not None and not _alike(before, after):
+                if after is not None and not _all_close(before, after):
                     mode = "training" if training else "evaluation"
                     raise RuntimeError(
                         f"with float activations in place of the QReLUs the model computes something else than before,"
-                        f" in {mode} mode; it was put back. Leave out by filter_fn what is not an activation of:\n"
+                        f" in {mode} mode; it was restored. Exclude by filter_fn what is not an activation:\n"
                         f"{self.report}"
                     )
 
 
-def _is_machinery(step: Step, names: dict[nn.Module, str]) -> bool:
-    """Whether a frame is torch's own, or of a module that is not the model's, as an activation made on the spot."""
-    if step.code in _MACHINERY:
+def _is_foreign(frame: Frame, names: dict[nn.Module, str]) -> bool:
+    """Whether a frame is torch's, or belongs to a module outside the model, such as an activation made in a forward."""
+    if frame.code in MODULE_CALL_CODES:
         return True
-    return step.module not in names if step.module is not None else step.torch
+    return frame.module not in names if frame.module is not None else frame.in_torch
 
 
-def _way(
-    steps: list[Step], i: int, names: dict[nn.Module, str], whole: bool = False
-) -> tuple[nn.Module, list[tuple[str, Span, Source]]]:
-    """The call in step i, and the calls by which its function was reached, up to one in a method of a module: that
-    module, and (function, span, source) of each; the span is a function's name where that is handed on. whole: up to
-    the module's own call, as far as they can be told."""
+def _first_own(stack: list[Frame], names: dict[nn.Module, str]) -> int:
+    return next(i for i, frame in enumerate(stack) if not _is_foreign(frame, names))
+
+
+def _keyed_calls(calls: list[_CallSite]) -> set[Edit]:
+    """The edits by which each call reaches the keyed form of the function that the call before it is in."""
+    return {Edit(outer.where, outer.span, keyed_callee=inner.where) for inner, outer in zip(calls, calls[1:])}
+
+
+def _call_path(
+    stack: list[Frame], i: int, names: dict[nn.Module, str], whole: bool = False
+) -> tuple[nn.Module, list[_CallSite]]:
+    """The call in frame i and the calls by which its function was reached, innermost first, up to one in a method of a
+    module of the model; and that module. whole: continue up to the call of that module, as far as possible."""
     owner: nn.Module | None = None
-    calls: list[tuple[str, Span, Source]] = []
-    wrappers: set[CodeType] = set()  # of the function that was called last
-    while i < len(steps) and steps[i].code not in _MACHINERY:
-        step = steps[i]
-        if step.code in wrappers or step.torch and step.module is None:  # torch's own, which was handed the function
+    calls: list[_CallSite] = []
+    wrappers: set[CodeType] = set()  # of the function called last
+    while i < len(stack) and stack[i].code not in MODULE_CALL_CODES:
+        frame = stack[i]
+        if frame.code in wrappers or frame.in_torch and frame.module is None:  # torch, which was passed the function
             i += 1
             continue
         try:
-            where, i, call, wrappers = _call_in(steps, i, owner, calls)
+            i, call, wrappers = _call_in(stack, i, owner, calls)
         except _CannotEdit:
             if owner is None:
                 raise
             break
-        module = steps[i].module
+        module = stack[i].module
         if owner is not None and module is not None and module is not owner:
             break
         calls.append(call)
-        if module is not None and module in names and ":" not in where:
+        if module is not None and module in names and ":" not in call.where:
             owner = module
             if not whole:
                 break
         i += 1
     if owner is None:
-        raise _CannotEdit("it is called outside of the methods of the model's modules")
+        raise _CannotEdit("no method of the model's modules calls it")
     return owner, calls
 
 
 def _call_in(
-    steps: list[Step], i: int, owner: nn.Module | None, calls: list[tuple[str, Span, Source]]
-) -> tuple[str, int, tuple[str, Span, Source], set[CodeType]]:
-    """(the function that step i is in, the step it is called in as that, the call of what was called last, what is
-    wrapped around the function)."""
-    step = steps[i]
-    if step.position[1] is None:
-        raise _CannotEdit("where it is called can be told from Python 3.11 on")
-    located = locate(steps, i)
+    stack: list[Frame], i: int, owner: nn.Module | None, calls: list[_CallSite]
+) -> tuple[int, _CallSite, set[CodeType]]:
+    """(the frame of the function that frame i belongs to, the call in it, the code of that function's wrappers)."""
+    frame = stack[i]
+    located = locate(stack, i)
     if located is None:
-        raise _CannotEdit(f"it is called by {step.code.co_name}, whose source cannot be changed")
+        raise _CannotEdit(f"it is called by {frame.code.co_name}, whose source cannot be rewritten")
     where, i = located
-    holder = steps[i].module if steps[i].module is not None else owner
+    holder = stack[i].module if stack[i].module is not None else owner
     try:
         function = function_at(nn.Module if holder is None else original(type(holder))[0], where)
         source, wrappers = function.source(), function.wrappers()
     except (OSError, TypeError, SyntaxError, AttributeError, ImportError) as error:
         raise _CannotEdit(f"the source of {where} cannot be read: {error}") from error
-    span = source.span_in_file(step.position)
+    span = source.span_in_file(frame.position)
+    if span is None:
+        raise _CannotEdit("Python before 3.11 does not record where it is called")
     if calls:
-        name = calls[-1][0].rpartition(":")[2].rpartition(".")[2]
+        name = calls[-1].where.rpartition(":")[2].rpartition(".")[2]
         node = source.node_at(span)
         if not isinstance(node, ast.Call) or name_of(node.func) != name:
             references = source.references(span, name=name)
             if not references:
-                raise _CannotEdit(f"{name} is handed on: {step.scope.get('__name__')}, line {step.position[0]}")
+                raise _CannotEdit(f"{name} is passed on: {frame.globals.get('__name__')}, line {frame.position[0]}")
             span = references[0]
-    return where, i, (where, span, source), wrappers
+    return i, _CallSite(where, span, source), wrappers
 
 
-def _without_turns(key: tuple) -> tuple:
+def _without_counters(key: tuple) -> tuple:
     return tuple(part for part in key if isinstance(part, str))
 
 
@@ -439,14 +450,14 @@ def _first_word(node: ast.Call) -> str | None:
     return node.keywords[0].arg if node.keywords else None
 
 
-def _place_of(steps: list[Step], names: dict[nn.Module, str]) -> tuple[str, str, int]:
-    """(module, function, line) of the innermost frame that is not torch's."""
-    i = next((i for i, step in enumerate(steps) if not _is_machinery(step, names)), len(steps) - 1)
-    module = next((names[step.module] for step in steps[i:] if step.module in names and step.module is not None), "")
-    return module, steps[i].code.co_name, steps[i].position[0]
+def _place_of(stack: list[Frame], names: dict[nn.Module, str]) -> tuple[str, str, int]:
+    """(module, function, line) of the innermost frame that is the model's."""
+    i = next((i for i, frame in enumerate(stack) if not _is_foreign(frame, names)), len(stack) - 1)
+    module = next((names[f.module] for f in stack[i:] if f.module is not None and f.module in names), "")
+    return module, stack[i].code.co_name, stack[i].position[0]
 
 
-def _alike(one: list[Tensor], other: list[Tensor]) -> bool:
+def _all_close(one: list[Tensor], other: list[Tensor]) -> bool:
     if [t.shape for t in one] != [t.shape for t in other]:
         return False
     return all(

@@ -1,4 +1,4 @@
-"""What `calibrate` keeps of the positive inputs of a layer, and the error of a staircase on it."""
+"""A histogram of the positive inputs of a layer, and the error of a staircase on them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch.nn.functional import pad
 
 from ..reference import levels, thresholds
 
-# A bin is the inputs that share the 16 leading bits of a float32, its key: 128 bins for each power of two, so that all
-# bfloat16 numbers have bins of their own. A row keeps the bins of the 24 powers of two that end at its largest input.
+# A bin holds the inputs that share the 16 leading bits of a float32, its key: 128 bins per power of two, one for each
+# bfloat16 number. A row has the bins of the 24 powers of two that end at its largest input.
 _SHIFT = 16
 BINS = 24 << 7
-_OFFSET = 2  # the sums count in units of 4 ulps: the squares of 2**35 of the 2**14 fit into 63 bits
+_OFFSET = 2  # sums are in units of 4 ulps: the sum of 2**35 squares, each below 2**28, fits into 63 bits
 
-Reduce = Callable[[Tensor, str], None]  # adds, or takes the least or largest of, a tensor of all processes, in place
+Reduce = Callable[[Tensor, str], None]  # in place: sum, min or max of a tensor over all processes
 
 
 class Histogram:
-    """The positive inputs of one layer by bin, int64 and int32 of [rows, BINS], a row for each alpha that is wanted.
+    """The positive inputs of one layer by bin, int64 and int32 of [rows, BINS], with a row per alpha.
 
-    Of a bin it keeps the count, the sum and the sum of squares of the offsets from its lower edge, and the least and
-    the largest input, as bits of float32. All are integers, so that they are the same in any order and merge exactly.
-    What is below the window of a row is in its first bin; the window moves up only, so that is the same in any order.
+    Each bin has the count, the sum and the sum of squares of the offsets from its lower edge, and its least and largest
+    input as bits of float32. All are integers, so they do not depend on the order and merge exactly. Inputs below the
+    window of a row count in its first bin. The window only moves up, so this does not depend on the order either.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
@@ -48,7 +48,9 @@ class Histogram:
         x = _float32(x)
         bits = x.view(torch.int32)
         self._move((bits.amax(1) >> _SHIFT).long())
-        start = torch.arange(x.size(0), device=x.device) * BINS + BINS - 1 - self.top  # where key 0 of a row would be
+        start = (
+            torch.arange(x.size(0), device=x.device) * BINS + BINS - 1 - self.top
+        )  # the index that key 0 of a row would have
         index = (bits >> _SHIFT) + start[:, None]
         if x.size(0) == 1:
             index = index.clamp_(min=0)
@@ -63,7 +65,7 @@ class Histogram:
         self.high.view(-1).scatter_reduce_(0, index, bits, "amax")
 
     def merge(self, reduce: Reduce) -> None:
-        """Makes this the histogram of all processes."""
+        """Make this the histogram over all processes."""
         top = self.top.clone()
         reduce(top, "max")
         self._move(top)
@@ -73,7 +75,7 @@ class Histogram:
         reduce(self.high, "max")
 
     def _move(self, top: Tensor) -> None:
-        """Moves the windows up to those that end at `top`, if they are below."""
+        """Move the windows that end below `top` up to it."""
         by = (top - self.top).clamp_(min=0)
         if not by.any():
             return
@@ -83,14 +85,17 @@ class Histogram:
         self.low = torch.full_like(self.low, torch.iinfo(torch.int32).max).scatter_reduce_(1, to, self.low, "amin")
         self.high = torch.zeros_like(self.high).scatter_reduce_(1, to, self.high, "amax")
 
-    def rows(self, power: int, dtype: torch.dtype) -> list[Inputs]:
-        """Of each row the inputs, with x**power rounded to the dtype as what a staircase is to come near to."""
+    def rows(self, power: int, dtype: torch.dtype) -> list[InputDistribution]:
+        """The inputs of each row; the target of a staircase is x**power, rounded to the dtype."""
         fields = [t.cpu() for t in (*self.sums, self.low, self.high)]
-        return [Inputs(*row, power, dtype) for row in zip(*fields)]
+        return [
+            InputDistribution(count, first, second, low, high, power, dtype)
+            for count, first, second, low, high in zip(*fields)
+        ]
 
 
 def _float32(x: Tensor) -> Tensor:
-    """x as float32, a float64 rounded up: under "ceil" a level below an input that stands on it would cost a stair."""
+    """x as float32, with float64 rounded up: rounding an input that is a level down would cost a stair under "ceil"."""
     if x.dtype != torch.float64:
         return x.float().contiguous()
     rounded = x.clamp(max=torch.finfo(torch.float32).max).float()
@@ -101,12 +106,12 @@ def _offset(bits: Tensor) -> Tensor:
     return (bits & ((1 << _SHIFT) - 1)) >> _OFFSET
 
 
-class Inputs:
-    """The positive inputs x of one row, as points and as parts with a uniform density, in float64, and their targets.
+class InputDistribution:
+    """The positive inputs x of one row, as points plus intervals of uniform density, in float64, and their targets.
 
-    A bin is points at its least and its largest input with a uniform part between, or, where it varies too little for
-    that, one point inside of a uniform part. Count, sum, sum of squares and range are those of the bin. So one or two
-    values, however often, are points at just these, and what is spread evenly is spread evenly.
+    A bin becomes points at its least and largest input with a uniform interval between them or, if its variance is too
+    small for that, one point within a uniform interval. Count, sum, sum of squares and range are those of the bin. So
+    one or two distinct values, however frequent, are exact points, and evenly spread values are an even density.
     """
 
     def __init__(
@@ -118,10 +123,10 @@ class Inputs:
         low, high = low[used], high[used]
         start, width = _offset(low).double(), (_offset(high) - _offset(low)).double()
         spread = width > 0
-        # What the window has left below counts as its largest: it is too small for where it is to matter.
+        # Inputs below the window count as the largest of them: they are too small to matter.
         spread[:1] &= used[:1] > 0
         width[~spread] = 1
-        mean = (first / n - start) / width  # of t, which goes from 0 at low to 1 at high
+        mean = (first / n - start) / width  # of t, from 0 at low to 1 at high
         square = (second / n - 2 * start * first / n + start.square()) / width.square()
         left, right = 1 - 4 * mean + 3 * square, 3 * square - 2 * mean
         at_ends = (left > -1e-6) & (right > -1e-6)
@@ -146,13 +151,13 @@ class Inputs:
 
     @functools.cached_property
     def _prefixes(self) -> tuple[Tensor, Tensor]:
-        """The sums of target**0, 1, 2 over the first i points, and over the first i parts: [i, 3]."""
+        """The sums of target**n, n = 0, 1, 2, over the first i points and over the first i intervals: [i, 3] each."""
         n = torch.arange(3)
         targets = (self.places**self.power).to(self.dtype).double()
         points = self._weights[:, None] * targets[:, None] ** n
         exponent = n * self.power + 1
         parts = (self._high[:, None] ** exponent - self._low[:, None] ** exponent) / exponent * self._density[:, None]
-        return tuple(pad(t.cumsum(0), (0, 0, 1, 0)) for t in (points, parts))
+        return pad(points.cumsum(0), (0, 0, 1, 0)), pad(parts.cumsum(0), (0, 0, 1, 0))
 
     def up_to(self, bounds: Tensor) -> Tensor:
         """The sums of target**n, n = 0, 1, 2, over the inputs x <= bound, for each bound (any shape): [..., 3]."""
@@ -174,7 +179,7 @@ class Inputs:
         return self.up_to(torch.tensor(math.inf, dtype=torch.float64)).tolist()
 
     def percentile(self, percent: float) -> float:
-        """The largest input of the bin that it is in."""
+        """The percentile, rounded up to the largest input of its bin."""
         last = torch.searchsorted(self._cumulative, self.count * percent / 100).clamp(max=len(self._ends) - 1)
         return self._ends[last].item()
 
@@ -182,10 +187,12 @@ class Inputs:
 class StaircaseErrors:
     """Squared errors of a staircase on the inputs of a row, for any alpha. Levels and thresholds are the kernels'.
 
-    alpha_dtype: to which alphas are rounded. limit: no best alpha has a top level above it.
+    alpha_dtype: the dtype of the layer's alpha. limit: upper bound of the top level of the best alpha.
     """
 
-    def __init__(self, inputs: Inputs, bits: int, rounding: str, limit: float, alpha_dtype: torch.dtype) -> None:
+    def __init__(
+        self, inputs: InputDistribution, bits: int, rounding: str, limit: float, alpha_dtype: torch.dtype
+    ) -> None:
         self._inputs, self._bits, self._rounding = inputs, bits, rounding
         self._alpha_dtype, self._q = alpha_dtype, 2**bits - 1
         self._eps, smallest = torch.finfo(alpha_dtype).eps, torch.finfo(alpha_dtype).tiny
@@ -193,11 +200,11 @@ class StaircaseErrors:
         self._range = smallest, max(min(limit, finite) / self._q, smallest)
 
     def rounded(self, alphas: Tensor) -> Tensor:
-        """float64 alphas as a layer can have them."""
+        """float64 alphas as values that the layer can have."""
         return alphas.clamp(*self._range).to(self._alpha_dtype)
 
     def _cells(self, alphas: Tensor) -> tuple[Tensor, ...]:
-        """(outputs, and the sum of target**n, n = 0..2, of the inputs that give them), each [A, q + 1]."""
+        """The outputs, and the sums of target**n, n = 0, 1, 2, over the inputs that give each; all [A, q + 1]."""
         inputs = self._inputs
         outputs = (levels(alphas, self._bits, inputs.dtype) ** inputs.power).to(inputs.dtype).double()
         edges = thresholds(alphas, self._bits, inputs.dtype, self._rounding).double()
@@ -205,23 +212,24 @@ class StaircaseErrors:
         return outputs, *inputs.up_to(edges).diff(dim=1).unbind(-1)
 
     def __call__(self, alphas: Tensor) -> Tensor:
-        """The sum of (target - Q)**2 for each alpha [A], where the target is x, or its square, of a positive x."""
+        """The sum of (target - Q)**2 for each alpha [A], where the target is x or its square, over positive x."""
         outputs, mass, first, second = self._cells(alphas)
         errors = (second - 2 * outputs * first + outputs.square() * mass).sum(1)
         return errors.nan_to_num(nan=math.inf).clamp_(min=0)
 
     def ends(self, alpha: Tensor) -> tuple[float, float]:
-        """How many of the inputs give 0, and how many are not above the top level; alpha: [1]."""
+        """The numbers of inputs that give 0 and that do not exceed the top level; alpha: [1]."""
         first = thresholds(alpha, self._bits, self._inputs.dtype, self._rounding)[0, 0]
         top = levels(alpha, self._bits, self._inputs.dtype)[0, -1]
-        return tuple(self._inputs.up_to(torch.stack([first, top]).double())[:, 0].tolist())
+        zero, full = self._inputs.up_to(torch.stack([first, top]).double())[:, 0].tolist()
+        return zero, full
 
     def best(self) -> float:
-        """The alpha of least error: on a grid of 1/8 octaves, then on a finer one, then with the codes fixed."""
+        """The alpha of least error: on a grid of 1/8 octaves, then a finer one, then by least squares for its codes."""
         anchor, places = torch.tensor([self._inputs.largest / self._q], dtype=torch.float64), self._inputs.places
         center = self._least(_octaves(anchor, -12, 1, 8), 1)
         candidates = [anchor, _octaves(center, -1 / 8, 1 / 8, 128)]
-        if self._inputs.in_points > 0.1:  # They may all lie on levels, for an alpha known to half a stair at the top.
+        if self._inputs.in_points > 0.1:  # All may lie on levels, which needs alpha to half a stair at the top.
             candidates.append(_octaves(center, -1, 1, 2 * self._q + 32))
         if len(places) * self._q <= 1024:
             on_levels = places[:, None] / torch.arange(1, self._q + 1)
@@ -234,7 +242,7 @@ class StaircaseErrors:
         return alphas[self(alphas).topk(min(count, len(alphas)), largest=False).indices].double()
 
     def _refined(self, alphas: Tensor) -> list[Tensor]:
-        """The best alphas for the codes that these give, and the numbers just above, where they give these codes."""
+        """The best alphas for the codes that these alphas give, and the numbers just above."""
         _, mass, first, _ = self._cells(self.rounded(alphas))
         power = self._inputs.power
         k = torch.arange(self._q + 1, dtype=torch.float64) ** power
@@ -244,5 +252,5 @@ class StaircaseErrors:
 
 
 def _octaves(center: Tensor, first: float, last: float, steps: int) -> Tensor:
-    """center times 2**first to 2**last, in so many steps for each factor of 2."""
+    """center times 2**first to 2**last, in the given number of steps per factor of 2."""
     return center * torch.exp2(torch.arange(round(first * steps), round(last * steps) + 1, dtype=torch.float64) / steps)

@@ -1,24 +1,25 @@
-"""`quantize_`: QReLU in place of the ReLUs of a model that somebody else wrote, with a report and a way back."""
+"""`quantize_`: replaces the ReLUs of any model by QReLUs, with a report and an undo."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
 
 from ..nn import QReLU
-from .dynamic import Conversion
+from .dynamic import DynamicConversion
 from .report import QuantizeReport
 from .rewriting import find_calls, original
 from .surgery import Surgery
 
-_WHY_OWN = {
-    "inplace": "a QReLU is in place where what it replaces was",
-    "squared": "a QReLU squares where what it replaces did",
-    "dropout": "places differ; fold_dropout=True takes over the dropouts that the model has",
-    "num_channels": "channels differ from place to place; `calibrate` with channel_dim finds an alpha for each",
-    "channel_dim": "`calibrate` with channel_dim finds an alpha for each channel, and sets it",
+_WHY_PER_LAYER = {
+    "inplace": "a QReLU is in place if the activation it replaces was",
+    "squared": "a QReLU squares its output if the activation it replaces did",
+    "dropout": "it differs from layer to layer; fold_dropout=True absorbs the dropouts of the model",
+    "num_channels": "it differs from layer to layer; `calibrate` with channel_dim finds per-channel alphas",
+    "channel_dim": "`calibrate` with channel_dim finds per-channel alphas, and sets it",
 }
 
 
@@ -31,59 +32,63 @@ def quantize_(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     fold_dropout: bool = False,
     example_inputs: object = None,
-    **settings: object,
+    **settings: Any,
 ) -> QuantizeReport:
-    """Puts a `QReLU` in the place of every ReLU of `model`, in place, and reports what was and what was not replaced.
+    """Replaces every ReLU of `model` by a `QReLU`, in place, and reports what was and was not replaced.
 
-    Each place where an activation is called gets a QReLU of its own, with its own alpha. Found without a run:
+    Each place where an activation is called gets its own QReLU, with its own alpha. Found without running the model:
 
-    - submodules: nn.ReLU (also a module that is shared, under each of its names; one with inplace=True stays in place
-      where the STE allows it), nn.ReLU6 and nn.Hardtanh(0, limit) (the limit is the top level), nn.Threshold(0, 0),
+    - submodules: nn.ReLU (also if shared, under each of its names; with inplace=True it stays in place if the STE
+      allows), nn.ReLU6 and nn.Hardtanh(0, limit) (the limit becomes the top level), nn.Threshold(0, 0),
       nn.LeakyReLU(0), and modules whose forward is written as relu(x) or its square (then `squared=True`);
-    - `self.relu(x)` in several places of a module's methods: the first keeps the name, the others are `relu_1`, ...;
-    - calls of torch.relu, F.relu, x.relu() and their in-place forms in the methods of a module, with or without a
-      square around them: submodules `qrelu`, `qrelu_1`, ... of that module; the same for the nodes of a traced graph;
-    - attributes that hold such a function, as nn.TransformerEncoderLayer has.
+    - `self.relu(x)` in several places of a module's methods: the first keeps the name, the others become `relu_1`, ...;
+    - calls of torch.relu, F.relu, x.relu() and their in-place variants in a module's methods, also if squared: they
+      become submodules `qrelu`, `qrelu_1`, ... of that module; likewise for the nodes of a traced graph;
+    - attributes that hold such a function, as in nn.TransformerEncoderLayer.
 
-    With `example_inputs` the model is run in evaluation and in training mode, without gradients and with nothing left
-    behind, and what counts is what runs:
+    With `example_inputs` the model runs in evaluation and in training mode, without gradients or side effects. This
+    finds:
 
-    - every relu, whoever calls it (functions outside of the model, tables of functions, F.relu handed on, modules made
-      in a forward), also as clamp(min=0), maximum(x, 0), hardtanh(x, 0, limit), threshold(x, 0, 0), leaky_relu(x, 0);
-    - an alpha for each run, where one line runs several times in a forward: for each way of calls to it, and in a loop
-      for each module behind which it runs. In a loop over time, and in a block that is used several times, it is one
-      alpha, and the report says for how many runs;
-    - in the end the QReLUs are made relus again, and the model must compute what it computed.
+    - every relu, whatever calls it (functions outside the model, tables of functions, F.relu passed as an argument,
+      modules made in a forward), also as clamp(min=0), maximum(x, 0), hardtanh(x, 0, limit), threshold(x, 0, 0) or
+      leaky_relu(x, 0);
+    - lines that run several times. Each run gets its own alpha: one for each path of calls to the line and, in a loop,
+      one for each module that precedes it. A loop over time, or a block used several times, shares one alpha, and the
+      report says for how many runs.
 
-    An instance whose methods have calls gets a subclass of its class, of the same name, with those methods compiled
-    anew in the wrappers that they had; the class itself and its other instances stay as they are, and so do functions
-    outside of it. What cannot be found or changed so (scripted modules, modules with hooks, a forward that was replaced
-    on the instance, relus inside of a kernel) is in `report.skipped`; `calibrate` names the lines in which a relu is
-    still called. torch's transformer encoder no longer takes its fused kernel, which has a relu inside.
+    At the end it checks that the model still computes the same when the QReLUs act as relus.
+
+    An instance whose methods contain such calls gets a subclass of its class, of the same name, with those methods
+    recompiled inside their wrappers. The class itself, its other instances and functions outside of it do not change.
+    What cannot be found or changed this way (scripted modules, modules with hooks, a forward replaced on the instance,
+    relus inside a kernel) is in `report.skipped`; `calibrate` lists the lines that still call a relu. torch's
+    transformer encoder no longer uses its fused kernel, which contains a relu.
 
     model: any nn.Module, not yet compiled or wrapped (DDP, FSDP, accelerate's hooks): do that to the result.
     bits: 1..8.
-    rounding: "nearest", with which a network that was trained with ReLU loses least (`python -m coarsegrad rounding`);
-        "ceil", which a QReLU has by itself; or "hwgq". With ste `relu` and a fixed alpha "nearest" keeps a bit more.
-    replace: the classes to replace, and with them the functions of their names in lower case in torch.nn.functional:
-        with nn.GELU or nn.SiLU the network computes something else afterwards, and must be trained.
-    filter_fn: filter_fn(module, name) says whether to replace: of a submodule it and its name; of a call in a method
-        the module that has the method, and the name that the new QReLU would have.
-    fold_dropout: a QReLU takes over the nn.Dropout that alone gets its output (`self.dropout(self.act(x))`; `h =
-        self.act(h)` and then `h = self.dropout(h)`, as in T5; neighbours in an nn.Sequential), and an nn.Identity stays
-        in its place. What the next layer keeps are then codes (see QReLU's dropout). One after an activation that works
-        in place stays. What looks for nn.Dropouts in the model, to change their p, finds none there any more.
-    example_inputs: what the model takes: a tensor, a tuple or list of arguments, or a mapping of keywords; tensors are
-        moved to the model's device. Small ones will do. Calls are told apart from Python 3.11 on.
-    settings: keywords of `QReLU`, the same for all. alpha is a placeholder, the best for unit Gaussian inputs, until it
-        is given, or found by `calibrate`.
+    rounding: "nearest" loses least accuracy on a network trained with ReLU (`python -m coarsegrad rounding`). The
+        others are "ceil", QReLU's own default, and "hwgq". With ste `relu` and a fixed alpha "nearest" saves one more
+        bit per element.
+    replace: the classes to replace, together with the functions of the same name in lower case in torch.nn.functional.
+        With nn.GELU or nn.SiLU the network computes something else afterwards and must be trained.
+    filter_fn: filter_fn(module, name) says whether to replace: for a submodule, the submodule and its name; for a call
+        in a method, the module that has the method and the name of the QReLU to be inserted.
+    fold_dropout: whether a QReLU absorbs the nn.Dropout that alone gets its output (`self.dropout(self.act(x))`; `h =
+        self.act(h)` followed by `h = self.dropout(h)`, as in T5; neighbours in an nn.Sequential), which becomes an
+        nn.Identity. The next layer then saves codes (see QReLU's dropout). A dropout after an in-place activation is
+        not absorbed. Code that looks for nn.Dropout modules to change their p no longer finds them.
+    example_inputs: what the model takes: a tensor, a tuple or list of arguments, or a mapping of keywords. Tensors are
+        moved to the model's device; small ones suffice. Finding calls requires Python 3.11.
+    settings: keywords of `QReLU`, the same for all. By default alpha is a placeholder, the best for unit Gaussian
+        inputs, to be set by `calibrate`.
 
-    Once more on the same model it replaces what is left. Returns a `QuantizeReport`, whose `undo()` puts all back.
+    A second call on the same model replaces what is left. Returns a `QuantizeReport`; its `undo()` restores the model.
 
-    Raises TypeError or ValueError for what QReLU refuses, for keywords that belong to each place (inplace, squared,
-    dropout, num_channels, channel_dim), if `model` is itself an activation, and if nothing was replaced and no QReLU
-    was there: the message says what was skipped. Raises what the model raises on `example_inputs`, and RuntimeError if
-    it computes something else afterwards, with float activations in the QReLUs. The model is then unchanged.
+    Raises TypeError or ValueError for what QReLU refuses, for keywords that differ from layer to layer (inplace,
+    squared, dropout, num_channels, channel_dim), if `model` is itself an activation, and if nothing was replaced and
+    the model had no QReLU; the message lists what was skipped. Raises what the model raises on `example_inputs`, and
+    RuntimeError if the model, with float activations in the QReLUs, computes something else. The model is unchanged
+    after an error.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -93,13 +98,13 @@ def quantize_(
         raise TypeError(f"replace must be a tuple of module classes, got {replace!r}")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn must be callable, got {filter_fn!r}")
-    for name in settings.keys() & _WHY_OWN:
-        raise TypeError(f"{name} cannot be given for all: {_WHY_OWN[name]}")
+    for name in settings.keys() & _WHY_PER_LAYER:
+        raise TypeError(f"{name} cannot be set for all QReLUs: {_WHY_PER_LAYER[name]}")
     settings["rounding"] = rounding
-    QReLU(bits, **settings)  # refuses what is wrong before anything is changed
+    QReLU(bits, **settings)  # raises for wrong settings before anything is changed
     surgery = Surgery(model, bits, tuple(replace), filter_fn or (lambda module, name: True), fold_dropout, settings)
     report = surgery.report
-    conversion = None if example_inputs is None else Conversion(surgery, example_inputs)
+    conversion = None if example_inputs is None else DynamicConversion(surgery, example_inputs)
     try:
         surgery.run()
         if conversion is not None:
@@ -118,16 +123,16 @@ def _nothing_replaced(model: nn.Module, replace: tuple[type[nn.Module], ...], re
     text = f"model has no {wanted} and no call of one to replace. Skipped: {skipped or 'nothing'}"
     if others := [kind.__name__ for kind in (nn.SiLU, nn.GELU) if kind not in replace and _has(model, kind)]:
         text += (
-            f". It has {' and '.join(others)}: replace=(torch.nn.{others[0]},) puts QReLUs there, but a QReLU is no"
-            f" {others[0]}, and the model has to be trained with it"
+            f". It has {' and '.join(others)}: replace=(torch.nn.{others[0]},) replaces them, but a QReLU does not"
+            f" approximate {others[0]}, and the model has to be trained with it"
         )
     if not report.executed:
-        text += ". Only the source of its methods was looked at: give example_inputs to find what else calls a relu"
+        text += ". Only the source of its methods was searched; pass example_inputs to find all relus"
     return text
 
 
 def _has(model: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the model has activations of that kind, as modules or as calls of the function."""
+    """Whether the model has activations of this kind, as modules or as calls of the function."""
     word = kind.__name__.lower()
     functions = frozenset({getattr(F, word)})
     return any(

@@ -1,4 +1,4 @@
-"""Which relus run in a forward, and on what: seen from outside, whoever calls them."""
+"""Which relus run in a forward, and where, whatever calls them."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .._torch_internals import tree_leaves
-from .frames import TORCH, Step, steps_from
+from .frames import TORCH, Frame, stack_from
 from .relus import Relu, as_relu
 
 
 @dataclass
 class Execution:
-    """A relu that ran: by which calls, innermost first, behind which module with parameters of its own."""
+    """A relu that ran, and the stack it was called from, innermost frame first."""
 
     relu: Relu
-    steps: list[Step]
+    stack: list[Frame]
 
 
-class Recorder(TorchFunctionMode):
-    """Notes each relu that runs in the block; a bound by another name, as clamp(min=0), only where its input depends on
-    the model's weights, if those require grad: else it is of positions, sizes or weights of an interpolation."""
+class ReluRecorder(TorchFunctionMode):
+    """Records each relu that runs in the block. A relu by another name, such as clamp(min=0), counts only if its input
+    depends on the model's weights, provided they require grad: otherwise it bounds positions, sizes or the like."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -33,13 +33,13 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         relu = as_relu(function, args, kwargs)
-        if relu is not None and (relu.is_named_so or relu.x.requires_grad or not self._trained):
-            self.executions.append(Execution(relu, steps_from(sys._getframe(1))))
+        if relu is not None and (relu.has_relu_name or relu.x.requires_grad or not self._trained):
+            self.executions.append(Execution(relu, stack_from(sys._getframe(1))))
         return function(*args, **kwargs)
 
 
-class Products(TorchFunctionMode):
-    """Marks products of activations with activations, as attention's scores are, also scaled."""
+class ProductMarker(TorchFunctionMode):
+    """Marks products of activations with activations, such as attention scores, also when scaled."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         y = function(*args, **(kwargs or {}))
@@ -61,8 +61,8 @@ def is_product(t: Tensor) -> bool:
     return getattr(t, "_coarsegrad_product", False)
 
 
-class RelusCalled(TorchFunctionMode):
-    """Notes where a relu is called in the block, as file:line outside of torch."""
+class ReluLocations(TorchFunctionMode):
+    """Collects where relus are called in the block, as file:line of the caller outside of torch."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What `quantize_` did, and the way back."""
+"""What `quantize_` did, and how to undo it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torch import nn
 from ..ste import format_table
 
 _NOT_RUN = (
-    "Not looked at: functions outside of methods, and whatever else the source of the methods does not show;"
-    " example_inputs finds it."
+    "Only the source of the modules' methods was searched, not the functions that they call; pass example_inputs to"
+    " find all relus."
 )
 
 
 @dataclass
 class Replaced:
-    """name: that of the QReLU in the model. was: what it stands in for. note: what is not as it was.
+    """A new QReLU. name: in the model. was: what it replaced. note: differences from what it replaced.
 
-    runs: how often it ran in a forward on the example inputs, the more of evaluation and training; None without them.
+    runs: the number of its runs in one forward on the example inputs, in evaluation or training mode, whichever is
+        larger; None without example inputs.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Skipped:
-    """An activation that stayed: its name, or its method's; what it is; why."""
+    """An activation that was not replaced. name: its own or its method's; what: what it is; why: the reason."""
 
     name: str
     what: str
@@ -45,10 +46,10 @@ class Skipped:
 class QuantizeReport:
     """What `quantize_` did. Prints as two tables.
 
-    replaced: in the order of the modules. skipped: what looks like an activation and stayed.
-    already: names of the QReLUs that were there before. executed: whether the model was run, on example inputs;
-    `skipped` has then every relu that still runs, and without it only what the source of the methods shows. not_run:
-    the mode in which the model could not be run, and why.
+    replaced: in the order of the modules. skipped: what looks like an activation and was not replaced.
+    already: names of the QReLUs that the model had before. executed: whether the model was run on example inputs; if
+    so, `skipped` has every relu that still runs, otherwise only those that the source of the methods shows.
+    not_run: the mode in which the model could not be run, and why.
     """
 
     replaced: list[Replaced] = field(default_factory=list)
@@ -56,41 +57,39 @@ class QuantizeReport:
     already: list[str] = field(default_factory=list)
     executed: bool = False
     not_run: str = ""
-    _steps_back: list[Callable[[], object]] = field(default_factory=list)
-    _classes: dict[nn.Module, tuple[type, type]] = field(default_factory=dict)  # module -> its class now, and before
+    _undo_steps: list[Callable[[], object]] = field(default_factory=list)
+    _classes: dict[nn.Module, tuple[type, type]] = field(default_factory=dict)  # module -> (new class, old class)
     _undone: bool = False
 
     def undo(self) -> None:
-        """Puts back what was there, the very same modules and classes; learned alphas are lost with their QReLUs.
+        """Restore the original modules and classes. Learned alphas are lost with their QReLUs.
 
-        Raises RuntimeError if it was done before, and, before anything is changed, if something else (fully_shard, a
-        parametrization) has changed the class of a module whose methods were rewritten: that has to be undone first.
+        Raises RuntimeError if called twice, or, before it changes anything, if something else (fully_shard, a
+        parametrization) has changed the class of a module whose methods were rewritten: undo that first.
         """
         if self._undone:
             raise RuntimeError("undo() was called before")
         for module, (now, _) in self._classes.items():
             if type(module) is not now:
                 raise RuntimeError(
-                    f"a {now.__name__} was rewritten and has another class by now, {type(module).__name__}:"
-                    " undo what gave it that class first"
+                    f"a rewritten {now.__name__} now has another class, {type(module).__name__}: undo what changed its"
+                    " class first"
                 )
         for module, (_, before) in self._classes.items():
             module.__class__ = before
-        for step in reversed(self._steps_back):
+        for step in reversed(self._undo_steps):
             step()
         self._undone = True
 
     def __str__(self) -> str:
         parts = []
         if self.replaced:
-            parts.append(
-                format_table(("QReLU", "in place of", ""), [(r.name, r.was, r._remark()) for r in self.replaced])
-            )
+            parts.append(format_table(("QReLU", "replaces", ""), [(r.name, r.was, r._remark()) for r in self.replaced]))
         if self.skipped:
             parts.append(format_table(("not replaced", "what", "why"), [(s.name, s.what, s.why) for s in self.skipped]))
-        count = f"{len(self.replaced)} replaced, {len(self.skipped)} not"
+        count = f"{len(self.replaced)} replaced, {len(self.skipped)} not replaced"
         if self.already:
-            count += f"; QReLUs that were there before: {len(self.already)}"
+            count += f"; {len(self.already)} QReLUs already present"
         count += "; undone" if self._undone else ""
         remark = self.not_run if self.executed else _NOT_RUN
         return "\n\n".join([*parts, "\n".join(filter(None, [count, remark]))])

@@ -1,4 +1,4 @@
-"""Runs of a user's model: with its arguments, on its device, and without a trace where none is wanted."""
+"""Running a user's model: with its arguments, on its device, and without side effects."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..nn import QReLU
 
 
 def run(model: nn.Module, inputs: object) -> object:
-    """model(inputs): a tuple or list of arguments, a mapping of keywords, or the one argument."""
+    """model(inputs), where inputs is a tuple or list of arguments, a mapping of keywords, or a single argument."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
 def _moved(batch: object, device: torch.device) -> object:
-    """batch with its tensors on the device; of a container that has no `to` and is no pytree, a copy with them."""
+    """batch with its tensors on the device. A container that has no `to` and is not a pytree is copied."""
     if hasattr(batch, "to") and not isinstance(batch, type):
         return batch.to(device)
     if isinstance(batch, Mapping) and type(batch) not in SUPPORTED_NODES:
@@ -38,23 +38,23 @@ def _moved(batch: object, device: torch.device) -> object:
     return tree_unflatten([_moved(leaf, device) for leaf in leaves], spec)
 
 
-def moved_to(model: nn.Module, batch: object) -> object:
-    """batch with its tensors on the model's device. accelerate's hooks move them themselves, and the parameters of an
-    offloaded model are on meta."""
+def on_device_of(model: nn.Module, batch: object) -> object:
+    """batch with its tensors on the model's device. accelerate's hooks move tensors themselves, and the parameters of
+    an offloaded model are on meta."""
     if hasattr(model, "_hf_hook"):
         return batch
     return _moved(batch, next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu")))
 
 
 def float_activation(layer: QReLU, x: Tensor) -> Tensor:
-    """What the layer stands for; not by relu, which is watched."""
+    """The activation that the layer approximates; without calling relu, which would be recorded."""
     y = x.clamp_(0, layer.limit) if layer.inplace else x.clamp(0, layer.limit)
     return y.square() if layer.squared else y
 
 
 @contextmanager
-def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
-    """A block for a forward that leaves nothing behind: modes, buffers and random numbers are as before."""
+def without_side_effects(model: nn.Module, training: bool) -> Iterator[None]:
+    """A block for a forward; afterwards modes, buffers and the random state are as before."""
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.device.type != "meta"]
     devices = {t.device.index or 0 for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}

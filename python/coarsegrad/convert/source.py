@@ -1,4 +1,4 @@
-"""The source of one function: its calls of activations and of submodules, and the same with other calls in it."""
+"""The source of one function: its calls of activations and of submodules, and how to replace them."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ import textwrap
 from collections import ChainMap
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from types import FunctionType, ModuleType
+from types import CellType, FunctionType, ModuleType
+from typing import Any
 
 import torch
 
-from .relus import instead
+from .relus import qrelu_if_relu
 
-# Where a call stands in its function's own source: first line and column, last line and column, without the
-# indentation of the def.
+# Where a call is in the source of its function, without the indentation of the def: line, column, last line and column.
 Span = tuple[int, int, int, int]
 
-HANDED_ON = "is handed on, not called"
-AT = "_at"  # the variable of a keyed function that says by which calls it was reached
+PASSED_ON = "is passed on, not called"
+CALL_PATH = "_call_path"  # the variable of a keyed function that holds the calls by which it was reached
+COUNTER = "_iteration_"  # prefix of the variables that count the iterations of loops
 
 
 @dataclass(frozen=True)
 class Call:
     """A call in a method, of a function or of a submodule `self.attribute`.
 
-    inplace: whether it writes over its argument, or the attribute of self that says so.
-    squared: what is meant is the square of its result.
+    inplace: whether it overwrites its argument, or the attribute of self that says so.
+    squared: whether its result is squared at once.
     line: in the file.
-    given: the call whose result it is called with, where nothing else comes to see that.
+    input_call: the call that computes its argument, if nothing else uses that result.
     """
 
     method: str
@@ -42,59 +43,71 @@ class Call:
     inplace: bool | str
     squared: bool
     line: int
-    given: Span | None
+    input_call: Span | None
 
 
 @dataclass(frozen=True)
 class Edit:
-    """What becomes of the call at `span` of the function `where`, or of a function's name there that is handed on.
+    """A replacement for the call at `span` of the function `where`, or for a function's name that is passed on there.
 
     where: a method of the class, or "module:name" of any other function.
-    site: the submodule that is called instead, with the call's tensor alone; "" where `hands_on`.
-    argument: which argument that is, where the source does not tell: its position, its keyword, or "." for what the
-        method called is of.
-    asks: the submodule is called only where what would be called is an activation: the source does not tell.
-    keys: (key, submodule) where it depends on the calls and on the turns of loops by which the call is reached.
-    keyed: whether it does; it may before `keys` are known.
-    hands_on: the function that is called, as `where`; its keyed form, which is a method, is called instead.
+    site: the submodule to call instead, with the call's tensor only; "" with `keyed_callee`.
+    argument: where the call passes that tensor, if the source does not show it: a position, a keyword, or "." if a
+        method of the tensor is called.
+    if_relu: call the submodule only if the callee is a relu at run time, because the source does not show it.
+    keys: (key, submodule), if the submodule depends on the calls and loop iterations by which the call is reached.
+    keyed: whether it does; can be True before `keys` are known.
+    keyed_callee: the function called, named as `where`; call its keyed form, which is a method, instead.
     """
 
     where: str
     span: Span
     site: str = ""
     argument: int | str | None = None
-    asks: bool = False
+    if_relu: bool = False
     keys: tuple[tuple[tuple, str], ...] = ()
     keyed: bool = False
-    hands_on: str = ""
+    keyed_callee: str = ""
 
 
-def span_of(node: ast.AST) -> Span:
+def span_of(node: Any) -> Span:
     return node.lineno, node.col_offset, node.end_lineno, node.end_col_offset
 
 
-class AnyFunction:
+@dataclass(frozen=True)
+class _Parsed:
+    """A call of a function, or of the submodule self.attribute. argument: its tensor; None if unknown."""
+
+    func: ast.expr
+    function: Callable | None
+    attribute: str | None
+    argument: ast.expr | None
+    inplace: bool | str
+
+
+class _AnyFunction:
     def __contains__(self, function: object) -> bool:
         return function is not None
 
 
 class Source:
-    """The source of one function, with its wrappers off: its calls of some functions and of submodules.
+    """The source of one function without its wrappers: its calls of given functions and of submodules.
 
-    method: whether its first parameter is a module. Raises OSError, TypeError or SyntaxError where it cannot be read.
+    method: whether its first parameter is a module. Raises OSError, TypeError or SyntaxError if it cannot be read.
     """
 
     def __init__(
-        self, name: str, function: FunctionType, functions: Container[Callable] = AnyFunction(), method: bool = True
+        self, name: str, function: FunctionType, functions: Container[Callable] = _AnyFunction(), method: bool = True
     ) -> None:
         self._name, self._functions = name, functions
         self.function = inspect.unwrap(function)
         text = inspect.getsource(self.function)
         self.indent = len(text) - len(text.lstrip(" \t"))
         self.tree = ast.parse(textwrap.dedent(text))
-        self.definition = self.tree.body[0]
-        if not isinstance(self.definition, ast.FunctionDef):
+        definition = self.tree.body[0]
+        if not isinstance(definition, ast.FunctionDef):
             raise TypeError(f"{name} is not written as a def")
+        self.definition = definition
         code = self.function.__code__
         self.first_line = code.co_firstlineno
         closure = dict(zip(code.co_freevars, self.function.__closure__ or ()))
@@ -108,14 +121,14 @@ class Source:
         arguments = (*self.definition.args.posonlyargs, *self.definition.args.args)
         self.self_name = arguments[0].arg if method and arguments else None
         self.mentions = [n.attr for n in self._nodes if isinstance(n, ast.Attribute) and self._is_self(n.value)]
-        self._given = _given(self._nodes)
+        self._input_calls = _input_calls(self._nodes)
         self.calls: list[Call] = []
-        self.others: list[str] = []
+        self.unsupported: list[str] = []
         self._visit(self.definition, squared=False)
 
     @property
     def why_not(self) -> str | None:
-        """Why the method cannot be compiled by itself."""
+        """Why the method cannot be recompiled."""
         if sum(isinstance(node, ast.arg) and node.arg == self.self_name for node in self._nodes) != 1:
             return "has no self of its own"
         return None
@@ -129,39 +142,36 @@ class Source:
             self._visit(base, squared=True)
             return
         call = self.call(node)
-        if call:
-            function, attribute, argument, inplace = call
-            if argument is not None:
-                span = span_of(node)
-                given = span_of(argument) if isinstance(argument, ast.Call) else self._given.get(span)
-                line = self.line_of(node)
-                self.calls.append(Call(self._name, span, function, attribute, inplace, squared, line, given))
+        if call and isinstance(node, ast.Call):
+            if call.argument is not None:
+                span, argument = span_of(node), call.argument
+                input_call = span_of(argument) if isinstance(argument, ast.Call) else self._input_calls.get(span)
+                found = (call.function, call.attribute, call.inplace, squared, self.line_of(node), input_call)
+                self.calls.append(Call(self._name, span, *found))
             else:
-                self.others.append(f"{ast.unparse(node)}: its arguments cannot be told")
+                self.unsupported.append(f"{ast.unparse(node)}: its arguments are unknown")
         elif isinstance(node, (ast.Name, ast.Attribute)) and self._resolve(node) in self._functions:
-            self.others.append(f"{ast.unparse(node)} {HANDED_ON}")
+            self.unsupported.append(f"{ast.unparse(node)} {PASSED_ON}")
         for child in ast.iter_child_nodes(node):
-            if call and child is node.func:  # of x.relu() the x, of others nothing
-                child = call[2] if isinstance(child, ast.Attribute) and child.value is call[2] else None
-            if child is not None:
+            if not call or child is not call.func:
                 self._visit(child, squared=False)
+            elif isinstance(child, ast.Attribute) and child.value is call.argument:  # x of x.relu()
+                self._visit(child.value, squared=False)
 
-    def line_of(self, node: ast.AST) -> int:
-        """In the file."""
+    def line_of(self, node: ast.expr) -> int:
+        """The line in the file."""
         return self.first_line + node.lineno - 1
 
-    def span_in_file(self, position: tuple[int, int, int, int]) -> Span:
-        """The span of a position in the file, given as (line, column, last line, last column)."""
+    def span_in_file(self, position: tuple[int, int | None, int, int | None]) -> Span | None:
+        """The span of a position in the file, (line, column, last line, last column); None without columns."""
         line, column, last_line, last_column = position
-        return (
-            line - self.first_line + 1,
-            column - self.indent,
-            last_line - self.first_line + 1,
-            (last_column - self.indent),
-        )
+        if column is None or last_column is None:
+            return None
+        before = self.first_line - 1
+        return line - before, column - self.indent, last_line - before, last_column - self.indent
 
     def _resolve(self, node: ast.AST) -> Callable | None:
-        """The function that a dotted name stands for, of those that the method does not assign to itself."""
+        """The function that a dotted name refers to, unless the name is local."""
         value = self._look_up(node)
         return value if callable(value) and not isinstance(value, type) and value.__hash__ is not None else None
 
@@ -174,35 +184,36 @@ class Source:
                 return getattr(owner, node.attr, None)
         return None
 
-    def call(self, node: ast.AST) -> tuple[Callable | None, str | None, ast.AST | None, bool | str] | None:
-        """(function, attribute, argument, in place) of a call of interest; argument None where it cannot be told."""
+    def call(self, node: ast.AST | None) -> _Parsed | None:
+        """A call of interest, parsed."""
         if not isinstance(node, ast.Call):
             return None
         target, words = node.func, {word.arg: word.value for word in node.keywords}
-        if (function := self._resolve(target)) in self._functions:
+        function = self._resolve(target)
+        if function is not None and function in self._functions:
             argument = node.args[0] if node.args else words.get("input")
             inplace = self._flag(words.get("inplace", node.args[1] if len(node.args) > 1 else ast.Constant(False)))
             if inplace is None or None in words or isinstance(argument, ast.Starred):
-                return function, None, None, False
-            return function, None, argument, inplace or function.__name__.endswith("_")
+                return _Parsed(target, function, None, None, False)
+            return _Parsed(target, function, None, argument, inplace or function.__name__.endswith("_"))
         if not isinstance(target, ast.Attribute):
             return None
         if self._is_self(target.value):
             if len(node.args) == 1 and not words and not isinstance(node.args[0], ast.Starred):
-                return None, target.attr, node.args[0], False
+                return _Parsed(target, None, target.attr, node.args[0], False)
         elif not node.args and not words and self._look_up(target.value) is None:  # of a value, as x.relu()
             method = getattr(torch.Tensor, target.attr, None)
             if method in self._functions:
-                return method, None, target.value, target.attr.endswith("_")
+                return _Parsed(target, method, None, target.value, target.attr.endswith("_"))
         return None
 
     def _flag(self, node: ast.AST) -> bool | str | None:
-        """A constant, the attribute of self that it is, or None."""
+        """The value of a constant, the name of an attribute of self, or None."""
         if isinstance(node, ast.Constant):
             return node.value is True
         return node.attr if isinstance(node, ast.Attribute) and self._is_self(node.value) else None
 
-    def _square_of(self, node: ast.AST) -> ast.AST | None:
+    def _square_of(self, node: ast.AST | None) -> ast.expr | None:
         """b of b ** 2, torch.square(b), b.square(), b.square_(), b.pow(2) and torch.pow(b, 2)."""
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
             return node.left if _is_two(node.right) else None
@@ -221,13 +232,13 @@ class Source:
             return arguments[0]
         return None
 
-    def node_at(self, span: Span) -> ast.AST | None:
-        """The call or name there."""
-        kinds = (ast.Call, ast.Name, ast.Attribute)
-        return next((n for n in self._nodes if isinstance(n, kinds) and span_of(n) == span), None)
+    def node_at(self, span: Span) -> ast.Call | ast.Name | ast.Attribute | None:
+        """The call or name at `span`."""
+        nodes = (n for n in self._nodes if isinstance(n, (ast.Call, ast.Name, ast.Attribute)))
+        return next((node for node in nodes if span_of(node) == span), None)
 
     def references(self, span: Span, functions: Container[Callable] = (), name: str | None = None) -> list[Span]:
-        """Where functions, or one of that name, are handed on and not called: in the call at `span`, or anywhere if
+        """Where functions, or one with this name, are passed on and not called: in the call at `span`, or anywhere if
         there is no call."""
         call = self.node_at(span)
         return [
@@ -242,10 +253,10 @@ class Source:
 
     def is_squared(self, span: Span) -> bool:
         node = self.node_at(span)
-        return self._square_of(self._parents[node]) is node
+        return node is not None and self._square_of(self._parents[node]) is node
 
     def calls_self(self, node: ast.Call, name: str) -> bool:
-        """Whether the call is of self.name, or of super().name."""
+        """Whether the call is self.name(...) or super().name(...)."""
         if not isinstance(node.func, ast.Attribute) or node.func.attr != name:
             return False
         of = node.func.value
@@ -253,19 +264,19 @@ class Source:
             isinstance(of, ast.Call) and isinstance(of.func, ast.Name) and of.func.id == "super" and not of.args
         )
 
-    def turns(self, span: Span) -> list[str]:
-        """The variables that count the turns of the loops around the call, outermost first."""
-        return [_turn_of(loop) for loop in self._loops(self.node_at(span))]
+    def counters(self, span: Span) -> list[str]:
+        """The variables that count the iterations of the loops around the call, outermost first."""
+        return [_counter_of(loop) for loop in self._loops(self.node_at(span))]
 
-    def argument(self, node: ast.Call, which: int | str | None) -> ast.AST | None:
-        """The expression of the tensor that an activation is called with; `which` as in an Edit."""
+    def argument(self, node: ast.Call, which: int | str | None) -> ast.expr | None:
+        """The expression that an activation gets as its tensor; `which` is an Edit's `argument`."""
         if which == ".":
             if isinstance(node.func, ast.Attribute) and self._look_up(node.func.value) is None:
                 return node.func.value
             which = 0  # as in torch.Tensor.relu(x)
         if which is None:
             call = self.call(node)
-            return call and call[2]
+            return call.argument if call else None
         if isinstance(which, int):
             starred = any(isinstance(argument, ast.Starred) for argument in node.args[: which + 1])
             only = which == 0 and len(node.args) == 1
@@ -273,23 +284,23 @@ class Source:
         return next((word.value for word in node.keywords if word.arg == which), None)
 
     def edited(self, edits: dict[Span, Edit], owner: str, keyed: bool) -> dict[str, object]:
-        """Puts the edits into the tree, which is then of no other use. Returns what the names that it now has mean.
+        """Apply the edits to the tree, which serves no other purpose afterwards. Returns the values of the new names.
 
-        owner: the name for the module whose submodules are called. keyed: whether AT is a parameter.
+        owner: the variable that holds the module whose submodules are called. keyed: whether CALL_PATH is a parameter.
         """
         if missing := [span for span in edits if self.node_at(span) is None]:
             where = f"{self._name} of {self.function.__module__}"
             raise ValueError(f"{where} has no call at {missing}: its source has changed")
-        with_keys = {span: self.turns(span) for span, edit in edits.items() if edit.keyed or edit.hands_on}
+        with_keys = {span: self.counters(span) for span, edit in edits.items() if edit.keyed or edit.keyed_callee}
         loops = dict.fromkeys(loop for span in with_keys for loop in self._loops(self.node_at(span)))
         names: dict[str, object] = {}
 
-        def key(span: Span, *first: ast.AST) -> ast.AST:
-            turns = ast.Tuple([*first, *(ast.Name(turn, ast.Load()) for turn in with_keys[span])], ast.Load())
-            return ast.BinOp(ast.Name(AT, ast.Load()), ast.Add(), turns)
+        def key(span: Span, *first: ast.expr) -> ast.expr:
+            counters = (ast.Name(counter, ast.Load()) for counter in with_keys[span])
+            return ast.BinOp(ast.Name(CALL_PATH, ast.Load()), ast.Add(), ast.Tuple([*first, *counters], ast.Load()))
 
-        def activation(edit: Edit, node: ast.Call | ast.Name | ast.Attribute) -> ast.AST:
-            site: ast.AST = ast.Attribute(ast.Name(owner, ast.Load()), edit.site, ast.Load())
+        def activation(edit: Edit, node: ast.expr) -> ast.expr:
+            site: ast.expr = ast.Attribute(ast.Name(owner, ast.Load()), edit.site, ast.Load())
             if edit.keyed:
                 sites = f"_sites_{len(names)}"
                 names[sites] = dict(edit.keys)
@@ -298,23 +309,25 @@ class Source:
                 site = _call("getattr", ast.Name(owner, ast.Load()), which)
             if not isinstance(node, ast.Call):
                 return site
-            if edit.asks:
-                site = _call("instead", site, visit(node.func))
+            if edit.if_relu:
+                site = _call("qrelu_if_relu", site, visit(node.func))
             return ast.Call(site, [visit(self.argument(node, edit.argument))], [])
 
-        def handed_on(edit: Edit, node: ast.Call | ast.Name | ast.Attribute) -> ast.AST:
-            target = ast.Attribute(ast.Name(owner, ast.Load()), keyed_name(edit.hands_on), ast.Load())
-            by = key(edit.span, ast.Constant(f"{edit.span[0]}:{edit.span[1]}"))
+        def keyed_call(edit: Edit, node: ast.expr) -> ast.expr:
+            target = ast.Attribute(ast.Name(owner, ast.Load()), keyed_name(edit.keyed_callee), ast.Load())
+            path = key(edit.span, ast.Constant(f"{edit.span[0]}:{edit.span[1]}"))
             if not isinstance(node, ast.Call):
-                return _call("partial", target, by)
-            return ast.Call(target, [by, *map(visit, node.args)], [visit(word) for word in node.keywords])
+                return _call("partial", target, path)
+            return ast.Call(target, [path, *map(visit, node.args)], [visit(word) for word in node.keywords])
 
-        def visit(node: ast.AST) -> ast.AST:
+        def visit(node: Any) -> Any:
             base = self._square_of(node)
             for inner in (base, node):
-                edit = edits.get(span_of(inner)) if isinstance(inner, (ast.Call, ast.Name, ast.Attribute)) else None
+                if not isinstance(inner, (ast.Call, ast.Name, ast.Attribute)):
+                    continue
+                edit = edits.get(span_of(inner))
                 if edit is not None and (inner is node or edit.site):
-                    made = activation(edit, inner) if edit.site else handed_on(edit, inner)
+                    made = activation(edit, inner) if edit.site else keyed_call(edit, inner)
                     return ast.copy_location(made, inner)
             for name, value in ast.iter_fields(node):
                 if isinstance(value, ast.AST):
@@ -327,17 +340,18 @@ class Source:
         for loop in loops:
             loop.iter = ast.copy_location(_call("enumerate", loop.iter), loop.iter)
             loop.target = ast.copy_location(
-                ast.Tuple([ast.Name(_turn_of(loop), ast.Store()), loop.target], ast.Store()), loop.target
+                ast.Tuple([ast.Name(_counter_of(loop), ast.Store()), loop.target], ast.Store()), loop.target
             )
         if with_keys and not keyed:
-            self.definition.body.insert(0, ast.Assign([ast.Name(AT, ast.Store())], ast.Tuple([], ast.Load())))
-        names |= {"_instead": instead, "_getattr": getattr, "_enumerate": enumerate, "_partial": functools.partial}
+            self.definition.body.insert(0, ast.Assign([ast.Name(CALL_PATH, ast.Store())], ast.Tuple([], ast.Load())))
+        names |= {"_qrelu_if_relu": qrelu_if_relu, "_getattr": getattr, "_enumerate": enumerate}
+        names["_partial"] = functools.partial
         return names
 
-    def _loops(self, node: ast.AST) -> list[ast.For | ast.comprehension]:
-        """The for loops and comprehensions that the node is in the body of, outermost first."""
+    def _loops(self, node: ast.AST | None) -> list[ast.For | ast.comprehension]:
+        """The for loops and comprehensions whose body the node is in, outermost first."""
         found: list[ast.For | ast.comprehension] = []
-        while (parent := self._parents.get(node)) is not None:
+        while node is not None and (parent := self._parents.get(node)) is not None:
             if isinstance(parent, ast.For) and node in parent.body:
                 found.append(parent)
             elif isinstance(parent, _COMPREHENSIONS):
@@ -347,9 +361,9 @@ class Source:
             node = parent
         return found[::-1]
 
-    def what_of_its_argument(self) -> str | None:
-        """Either "ReLU" or "ReLU squared" if the function computes that of its one argument besides self in every mode
-        of the module: a chain of assignments and a return."""
+    def activation(self) -> str | None:
+        """Either "ReLU" or "ReLU squared" if the function, a chain of assignments and a return, computes that of its
+        one argument besides self, in every mode of the module."""
         arguments = self.definition.args
         if len(arguments.args) != 2 or arguments.vararg or arguments.kwonlyargs or arguments.posonlyargs:
             return None
@@ -364,7 +378,8 @@ class Source:
             if base is not None:
                 return "ReLU squared" if what(base) == "ReLU" else None
             call = self.call(node)
-            return "ReLU" if call and call[0] and call[2] is not None and what(call[2]) in ("", "ReLU") else None
+            of_argument = what(call.argument) if call and call.function and call.argument is not None else None
+            return "ReLU" if of_argument in ("", "ReLU") else None
 
         for statement in self.definition.body:
             match statement:
@@ -385,25 +400,25 @@ def name_of(node: ast.AST) -> str | None:
 
 
 def keyed_name(where: str) -> str:
-    """The name of the keyed form of a function."""
+    """The name of a function's keyed form: a method that takes CALL_PATH, by which it chooses its submodules."""
     return "_keyed_" + re.sub(r"\W", "_", where)
 
 
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
-_SQUARES = {"square": torch.square, "square_": torch.square_, "pow": torch.pow, "pow_": torch.pow}
+_SQUARES: dict[str, Callable] = {"square": torch.square, "square_": torch.square_, "pow": torch.pow, "pow_": torch.pow}
 
 
-def _turn_of(loop: ast.For | ast.comprehension) -> str:
-    return f"_turn_{loop.target.lineno}_{loop.target.col_offset}"
+def _counter_of(loop: ast.For | ast.comprehension) -> str:
+    return f"{COUNTER}{loop.target.lineno}_{loop.target.col_offset}"
 
 
-def _call(name: str, *arguments: ast.AST) -> ast.Call:
+def _call(name: str, *arguments: ast.expr) -> ast.Call:
     return ast.Call(ast.Name(f"_{name}", ast.Load()), list(arguments), [])
 
 
-def _given(nodes: list[ast.AST]) -> dict[Span, Span]:
-    """From the span of a call g to that of the call f whose result it is given by way of a variable that nobody else
-    reads: `h = f(x)`, and in the next statement `h = g(h)` or `return g(h)`."""
+def _input_calls(nodes: list[ast.AST]) -> dict[Span, Span]:
+    """Span of a call g -> span of the call f that computes g's argument by way of a variable that nothing else reads:
+    `h = f(x)`, followed by `h = g(h)` or `return g(h)`."""
     found = {}
     for body in (getattr(node, field, None) for node in nodes for field in ("body", "orelse", "finalbody")):
         for pair in zip(body, body[1:]) if isinstance(body, list) else ():
@@ -425,7 +440,7 @@ def _is_two(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and type(node.value) in (int, float) and node.value == 2
 
 
-def _is_filled(cell: object) -> bool:
+def _is_filled(cell: CellType) -> bool:
     try:
         cell.cell_contents
     except ValueError:

@@ -1,10 +1,10 @@
-"""Forwards of a model with watchers in place of its QReLUs: what `calibrate` and `stats` share."""
+"""Running a model with watchers in place of its QReLUs, for `calibrate` and `stats`."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .._torch_internals import FakeTensor
 from ..nn import QReLU
-from .running import moved_to, run
+from .running import on_device_of, run
 
 
 def warn_of_unreached(function: str, names: list[str], stacklevel: int) -> None:
@@ -21,12 +21,12 @@ def warn_of_unreached(function: str, names: list[str], stacklevel: int) -> None:
         warnings.warn(f"{function}: no batch reached {', '.join(names)}", stacklevel=stacklevel + 1)
 
 
-def layers_of(model: nn.Module) -> dict[str, QReLU]:
+def qrelus_of(model: nn.Module) -> dict[str, QReLU]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     layers = {name or "(model)": module for name, module in model.named_modules() if isinstance(module, QReLU)}
     if not layers:
-        raise ValueError("model has no QReLU; quantize_ puts them in")
+        raise ValueError("model has no QReLU; quantize_ inserts them")
     for name, layer in layers.items():
         _check_values("alpha", name, layer.alpha)
     return layers
@@ -41,29 +41,28 @@ def _check_values(what: str, name: str, t: Tensor) -> None:
 def run_batches(model: nn.Module, batches: Iterable, forward: Callable | None, progress: bool, title: str) -> None:
     count = 0
     for batch in tqdm(batches, desc=title, unit="batch", leave=False, disable=None if progress else True):
-        (forward or run)(model, moved_to(model, batch))
+        (forward or run)(model, on_device_of(model, batch))
         count += 1
     if not count:
         raise ValueError("batches is empty")
 
 
 @contextmanager
-def watched(model: nn.Module, layers: dict[str, QReLU], watchers: dict[str, Callable[[Tensor], Tensor]]) -> Iterator:
-    """In the block, the `watchers` of the names compute in place of the layers; evaluation mode, no gradients."""
+def watched(model: nn.Module, layers: dict[str, QReLU], watchers: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator:
+    """In the block, each layer's watcher computes in its place, in evaluation mode and without gradients."""
     training = {module: module.training for module in model.modules()}
     before = {layer: vars(layer).get("forward") for layer in layers.values()}
     model.eval()
     for name, layer in layers.items():
-        layer.forward = functools.partial(_watch, name, watchers[name])
+        vars(layer)["forward"] = functools.partial(_watch, name, watchers[name])
     try:
         with torch.no_grad():
             yield
     finally:
         for layer, forward in before.items():
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward
+            vars(layer).pop("forward")
+            if forward is not None:
+                vars(layer)["forward"] = forward
         for module, mode in training.items():
             module.training = mode
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from .._torch_internals import Hooks, raw_saved, view_root
+from .._torch_internals import Hooks, metadata_of, raw_saved, saved_scalar, view_root
 from .saved import Decoder, SavedTensor, SharedMask
 
 _RECORD = "_coarsegrad_record"  # attribute of a storage; key in the metadata of a node
@@ -66,7 +66,7 @@ class OutputRecord:
         """y is complete: the tensor that the caller of qrelu gets."""
         self.version, self.y = y._version, weakref.ref(y)
         if y.grad_fn is not None:
-            y.grad_fn.metadata[_RECORD] = weakref.ref(self)
+            metadata_of(y.grad_fn)[_RECORD] = weakref.ref(self)
 
     def squared(self, view: SavedView, z: Tensor) -> OutputRecord | None:
         """The record of z, the square of a view of this output. None unless the view is the whole output, with its
@@ -107,8 +107,8 @@ class OutputRecord:
             self._mask.replace_by(SavedTensor(self._codes, outer_hooks))
         codes, alpha = SavedTensor(self._codes, outer_hooks), SavedTensor(self._alpha, outer_hooks)
         # Outer hooks may have moved the codes elsewhere: a strong reference would keep the originals as well.
-        record = weakref.ref(self) if outer_hooks else lambda: self
-        return SavedView(record, self._decoder, codes, alpha, t.size(), t.stride(), first)
+        record: Callable[[], OutputRecord | None] = weakref.ref(self) if outer_hooks else lambda: self
+        return SavedView(record, self._decoder, codes, alpha, t.size(), t.stride(), int(first))
 
 
 def attached_record(t: Tensor) -> OutputRecord | None:
@@ -124,12 +124,13 @@ def record_of(t: Tensor) -> OutputRecord | None:
         return record
     root = view_root(t)
     node = root.grad_fn
-    name = node and node.name()
-    if name == "ToCopyBackward0":
+    if node is None:
+        return None
+    if node.name() == "ToCopyBackward0":
         record = _converted(node, root)
-    elif name == "PowBackward0" and node._saved_exponent == 2:
+    elif node.name() == "PowBackward0" and saved_scalar(node, "exponent") == 2:
         record = _squared([raw_saved(node, "self")], root)
-    elif name == "MulBackward0":
+    elif node.name() == "MulBackward0":
         record = _squared([raw_saved(node, "self"), raw_saved(node, "other")], root)
     if record is not None:
         record.attach_to(t)
@@ -138,10 +139,10 @@ def record_of(t: Tensor) -> OutputRecord | None:
 
 def _converted(node: Node, result: Tensor) -> OutputRecord | None:
     """The record of a copy in another dtype, as autocast makes of a float32 output, or of a view of one."""
-    node = node.next_functions[0][0]
-    while node is not None and node.name() in ("ViewBackward0", "UnsafeViewBackward0"):
-        node = node.next_functions[0][0]
-    record = node and node.metadata.get(_RECORD, lambda: None)()
+    origin = node.next_functions[0][0]
+    while origin is not None and origin.name() in ("ViewBackward0", "UnsafeViewBackward0"):
+        origin = origin.next_functions[0][0]
+    record = None if origin is None else metadata_of(origin).get(_RECORD, lambda: None)()
     return record and record.converted(result)
 
 

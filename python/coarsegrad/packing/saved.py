@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ class SavedTensor:
     version, because torch checks no versions under saved-tensor hooks."""
 
     def __init__(self, t: Tensor, outer_hooks: Hooks | None) -> None:
-        self._load = None
+        self._load: Callable[[Any], Tensor] | None = None
+        self._saved: Any
         if outer_hooks is None:
             # Detached: t may be an output of the node that saves it, and would keep that node alive in turn.
             self._saved, self._version = t.detach(), t._version
@@ -74,7 +76,7 @@ class Decoder:
     def view(
         self, codes: SavedTensor, alpha: SavedTensor, size: torch.Size, stride: tuple[int, ...], offset: int
     ) -> Tensor:
-        storage = self._storage and self._storage()
+        storage = None if self._storage is None else self._storage()
         if storage is None:
             y = _ops.ops.dequantize.default(codes.load(), alpha.load(), *self._arguments)
             for step in self._steps:
