@@ -224,10 +224,10 @@ def saved_memory(fn_or_model: Callable[..., object], *inputs: object) -> SavedMe
         for handle in handles:
             handle.remove()
     forms = tuple(map(_form, (*tree_leaves(inputs), *tree_leaves(outputs))))
+    if all(getattr(leaf, "grad_fn", None) is None for leaf in tree_leaves(outputs)):
+        raise ValueError("fn_or_model must return a tensor that requires grad; none of its outputs does")
     # Only what the graph holds is saved for backward: release the outputs themselves.
     outputs = tree_map(lambda t: t.grad_fn if isinstance(t, Tensor) else t, outputs)
-    if not any(isinstance(leaf, torch.autograd.graph.Node) for leaf in tree_leaves(outputs)):
-        raise ValueError("fn_or_model must return a tensor that requires grad; none of its outputs does")
     return SavedMemory(meter.storages(), tuple(meter.unseen), forms)
 
 

@@ -48,6 +48,11 @@ def test_packed_codes_count_with_their_own_bytes(dtype):
             assert cg.saved_memory(model, x).total == n // 8
 
 
+def test_a_qrelu_may_come_last():
+    """Its node, of C++, is no torch.autograd.graph.Node."""
+    assert cg.saved_memory(cg.QReLU(2), X.clone().requires_grad_()).total == X.numel() // 8
+
+
 def test_the_parts_of_a_network_add_up_and_are_named():
     class Net(nn.Module):
         def __init__(self):
