@@ -9,6 +9,7 @@ from . import nn
 from .backends import backends, use_backend
 from .convert import calibrate, quantize_, stats
 from .functional import dequantize, qrelu, qrelu_codes, qrelu_conv2d, qrelu_linear
+from .integer import convert
 from .memory import saved_memory
 from .nn import QReLU
 from .optim import keep_positive, param_groups
@@ -25,6 +26,7 @@ __all__ = [
     "backends",
     "calibrate",
     "check_ste",
+    "convert",
     "dequantize",
     "keep_positive",
     "nn",

@@ -44,6 +44,7 @@ __all__ = [
     "redispatch_below_views",
     "saved_scalar",
     "saved_tensor_hooks",
+    "set_preserved",
     "storage_id",
     "suggest_memory_format",
     "tree_flatten",
@@ -52,6 +53,7 @@ __all__ = [
     "tree_unflatten",
     "unregister",
     "view_root",
+    "without_tracer",
 ]
 
 # --------------------------------------------------------------------------------------- dispatch
@@ -151,6 +153,21 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether a forward or backward of the module runs hooks."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return any(hooks)
+
+
+# --------------------------------------------------------------------------------------- graphs
+
+
+def without_tracer(graph: torch.fx.Graph) -> torch.fx.Graph:
+    """The graph without the tracer of torch.export, which cannot trace it again as it is unpickled."""
+    graph._tracer_cls = None
+    return graph
+
+
+def set_preserved(module: torch.fx.GraphModule, name: str, value: object) -> None:
+    """Set an attribute that copies of the module keep."""
+    setattr(module, name, value)
+    module.meta.setdefault("_user_preserved_attributes", {})[name] = value
 
 
 # --------------------------------------------------------------------------------------- tensors

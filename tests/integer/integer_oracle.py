@@ -5,8 +5,10 @@ Nothing here imports coarsegrad.
 
 from __future__ import annotations
 
+import decimal
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -37,7 +39,8 @@ def packed(weights, weight_bits):
     if weights.dim() == 4:
         weights = weights.permute(0, 2, 3, 1)
     rows = [pack_row(row, weight_bits) for row in weights.flatten(1).tolist()]
-    return torch.tensor(rows, dtype=torch.uint8).view(len(rows), -1)
+    size = len(pack_row([1] * math.prod(weights.shape[1:]), weight_bits))
+    return torch.tensor(rows, dtype=torch.uint8).reshape(len(rows), size)
 
 
 def linear(codes, weights):
@@ -75,3 +78,44 @@ def code(acc, scale, offset, thresholds, levels):
     if thresholds is not None:
         return sum(acc >= threshold for threshold in thresholds)
     return min(max(math.ceil(affine(acc, scale, offset)), 0), levels)
+
+
+def unpacked(packed, weight_bits, count):
+    """The inverse of `packed`, rows of Python ints."""
+    per_block = 32 * 8 // weight_bits
+    rows = []
+    for row in packed.tolist():
+        values = []
+        for i in range(count):
+            block, inside = divmod(i, per_block)
+            plane, byte = divmod(inside, 32)
+            field = row[32 * block + byte] >> (plane * weight_bits) & (2**weight_bits - 1)
+            wraps = weight_bits > 1 and field >= 2 ** (weight_bits - 1)
+            values.append(2 * field - 1 if weight_bits == 1 else field - 2**weight_bits * wraps)
+        rows.append(values)
+    return rows
+
+
+def _is_above(left, right, square):
+    """left > right * sqrt(square), in rational numbers where the root is one, else in 120 digits."""
+    numerator, denominator = math.isqrt(square.numerator), math.isqrt(square.denominator)
+    if Fraction(numerator, denominator) ** 2 == square:
+        return left > right * Fraction(numerator, denominator)
+    with decimal.localcontext() as context:
+        context.prec = 120
+        root = (decimal.Decimal(square.numerator) / decimal.Decimal(square.denominator)).sqrt()
+        product = decimal.Decimal(right.numerator) / decimal.Decimal(right.denominator) * root
+        return decimal.Decimal(left.numerator) / decimal.Decimal(left.denominator) > product
+
+
+def real_code(acc, alpha, scale, bias, norm, next_alpha, bits, rounding):
+    """#{k : v > T[k]} of the real number v of an accumulator. norm: (mean, var, eps, gain, shift) or None."""
+    x = Fraction(alpha) * Fraction(scale) * acc + Fraction(bias)
+    mean, var, eps, gain, shift = map(Fraction, norm or (0, 1, 0, 1, 0))
+    count = 0
+    for k in range(1, 2**bits):
+        threshold = Fraction(2 * k - (2 if rounding == "ceil" else 1), 2) * Fraction(next_alpha)
+        if rounding == "hwgq" and k == 1:
+            threshold = Fraction(0)
+        count += _is_above(gain * (x - mean), threshold - shift, var + eps)
+    return count

@@ -13,7 +13,7 @@ import coarsegrad as cg
 PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 # A block, and the indented lines that it prints, where the page shows them.
 BLOCK = re.compile(r"^```python\n((?:.*\n)*?)```\n(?:\nprints\n\n((?:    .*\n|\n)+))?", flags=re.MULTILINE)
-PAGES_WITH_CODE = {"README.md", "estimators.md", "fine-tuning.md", "guide.md", "memory.md", "spec.md"}
+PAGES_WITH_CODE = {"README.md", "estimators.md", "fine-tuning.md", "guide.md", "integer.md", "memory.md", "spec.md"}
 
 
 def test_there_are_blocks():

@@ -22,7 +22,9 @@ ORDER = {
     """.split(),
     "coarsegrad.packing": "saved  records  function  hooks  blocks  __init__".split(),
     "coarsegrad.triton": "staircase  ste  kernels  qrelu  __init__".split(),
-    "coarsegrad.integer": "weights  checks  reference  ops  __init__".split(),
+    "coarsegrad.integer": """
+        weights  checks  reference  ops  exact  layers  moves  flow  report  rewriting  conversion  __init__
+    """.split(),
     "coarsegrad.convert": """
         relus  source  rewriting  running  frames  recording  report  surgery  dynamic  quantize
         histogram  counting  watching  calibration  code_stats  __init__

@@ -1,6 +1,8 @@
-"""Integer weights: how a row of them lies in bytes."""
+"""Integer weights: how they are chosen, and how a row of them lies in bytes."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,47 @@ from torch import Tensor
 
 WEIGHT_BITS = (8, 4, 2, 1)
 _BLOCK = 32  # bytes: one AVX2 register, two of NEON, half of one of AVX-512
+
+# The largest integer, and the divisors of the largest magnitude in a row that are tried as its scale.
+_GRIDS = {
+    8: (127, [127.0]),
+    4: (7, [*range(1, 8), *(7 + i / 4 for i in range(1, 29))]),
+    2: (1, [1 + i / 8 for i in range(33)]),
+}
+
+
+def choose_weights(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """(integers [C, K], scale [C] in float32) with the least squared error of weight - scale * integers found per row.
+
+    weight: float64 [C, K]. 8 bits are -127..127, 4 bits -7..7, 2 bits -1, 0, 1 and 1 bit is -1 or 1. For the integers
+    q the best scale is <weight, q> / <q, q>; the integers are those of rounding to a few scales. A row of zeros has
+    scale 0.
+    """
+    largest = weight.abs().amax(1) if weight.size(1) else weight.new_zeros(weight.size(0))
+    unit = weight / torch.where(largest > 0, largest, 1)[:, None]
+    candidates = _candidates(unit, bits)
+    integers, scale, error = _fitted(unit, next(candidates))
+    for other, other_scale, other_error in (_fitted(unit, candidate) for candidate in candidates):
+        better = other_error < error
+        integers = torch.where(better[:, None], other, integers)
+        scale, error = torch.where(better, other_scale, scale), torch.where(better, other_error, error)
+    return integers, (scale * largest).float()
+
+
+def _candidates(unit: Tensor, bits: int) -> Iterator[Tensor]:
+    """Integers for weights in -1..1."""
+    if bits == 1:
+        yield torch.where(unit < 0, -1, 1)
+        return
+    top, divisors = _GRIDS[bits]
+    for divisor in divisors:
+        yield (unit * divisor).round().clamp(-top, top).long()
+
+
+def _fitted(weight: Tensor, integers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(integers, the best scale, the squared error) per row."""
+    scale = (weight * integers).sum(1) / integers.square().sum(1).clamp(min=1)
+    return integers, scale, (weight - scale[:, None] * integers).square().sum(1)
 
 
 def row_bytes(count: int, bits: int) -> int:
@@ -25,11 +68,8 @@ def pack_weights(weight: Tensor, bits: int) -> Tensor:
     values = (weight + 1) // 2 if bits == 1 else weight & (2**bits - 1)
     per_byte = 8 // bits
     values = F.pad(values.to(torch.uint8), (0, -values.size(1) % (per_byte * _BLOCK)))
-    return (
-        (values.view(values.size(0), -1, per_byte, _BLOCK) << _shifts(bits, weight))
-        .sum(2, dtype=torch.uint8)
-        .flatten(1)
-    )
+    planes = values.view(values.size(0), values.size(1) // (per_byte * _BLOCK), per_byte, _BLOCK)
+    return (planes << _shifts(bits, weight)).sum(2, dtype=torch.uint8).flatten(1)
 
 
 def unpack_weights(packed: Tensor, bits: int, count: int) -> Tensor:

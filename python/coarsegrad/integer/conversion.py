@@ -1,0 +1,135 @@
+"""`convert`: a trained network as integers, by rewriting its exported graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .._torch_internals import set_preserved, tree_leaves, tree_map, without_tracer
+from .checks import check_weight_bits
+from .rewriting import Rewriting
+
+_INTEGER_OP = "coarsegrad.integer_"
+
+
+def convert(
+    model: nn.Module, example_inputs: tuple, *, weight_bits: int | Mapping[str, int] = 8
+) -> torch.fx.GraphModule:
+    """A copy of a trained network for inference in which layers that read the output of a QReLU compute with integers.
+
+        acc = sum(code * w)                                             an exact integer
+        next code = #{k : v > T[k]},   v = alpha * w_scale * acc + bias  and the BatchNorm after it
+
+    The next code is that of the real numbers v and T[k], decided on acc by thresholds found in rational arithmetic: the
+    same on every backend. A Linear, Conv1d or Conv2d is converted where its input is codes, also through flatten, view,
+    permute, max pooling, zero padding, slices and concatenation; the BatchNorm after it is folded. Where a QReLU
+    follows it, the output is codes, else float32: float32(float32(acc) * scale) + offset. All else computes as before.
+    A NaN in the input of a QReLU becomes its top code.
+
+    model: in evaluation mode, with at least one QReLU. It is not changed and shares no tensor with the result.
+    example_inputs: a tuple of the model's positional arguments, on its device. The model is exported with them by
+        torch.export; the first dimension of tensors is dynamic.
+    weight_bits: 8 (integers in -127..127), 4 (-7..7), 2 (-1, 0, 1) or 1 (-1, 1): for all layers, or by the name of the
+        layer's module, 8 for those not named. Each output channel has a scale. 8 bits are nearly lossless by rounding
+        alone; 2 and 1 are for networks whose weights were trained for it.
+
+    Returns a GraphModule in evaluation mode. Its `report` lists what became integer, and what stays float and why.
+
+    Raises TypeError or ValueError for a wrong argument, a model in training mode, without a QReLU, or converted before;
+    and ValueError, with the reason, where torch.export cannot export the model.
+
+    Source: Jacob et al. 2018, arXiv 1712.05877 (integer inference of networks trained with quantization).
+    """
+    _check(model, example_inputs, weight_bits)
+    graph_module = _exported(model, example_inputs)
+    targets = {str(node.target) for node in graph_module.graph.nodes}
+    if any(target.startswith(_INTEGER_OP) for target in targets):
+        raise ValueError("model is converted already")
+    if not any(target.startswith("coarsegrad.qrelu") for target in targets):
+        raise ValueError("model must have a QReLU that runs on example_inputs; coarsegrad.quantize_ puts them in")
+    _check_shapes_in(graph_module)
+    rewriting = Rewriting(graph_module, weight_bits)
+    rewriting.run()
+    converted = torch.fx.GraphModule(graph_module, without_tracer(graph_module.graph), type(model).__name__)
+    _own_tensors(converted)
+    set_preserved(converted, "report", rewriting.report)
+    return converted.eval()
+
+
+class InputShapes(nn.Module):
+    """A check of the sizes that an exported graph is made for. shapes: by name of an input, None for a size that is
+    free."""
+
+    def __init__(self, shapes: dict[str, list[int | None]]) -> None:
+        super().__init__()
+        self.shapes = shapes
+
+    def forward(self, *inputs: Tensor) -> None:
+        for (name, shape), x in zip(self.shapes.items(), inputs):
+            if x.dim() != len(shape) or any(size not in (None, got) for size, got in zip(shape, x.shape)):
+                wanted = ", ".join("*" if size is None else str(size) for size in shape)
+                raise ValueError(f"{name} must have shape [{wanted}], as in example_inputs, got {list(x.shape)}")
+
+
+def _check_shapes_in(module: torch.fx.GraphModule) -> None:
+    """Put `InputShapes` in the place of torch.export's guards, which cannot be pickled."""
+    for node in [node for node in module.graph.nodes if node.target == "_guards_fn"]:
+        module.graph.erase_node(node)
+    inputs = [n for n in module.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)]
+    module.input_shapes = InputShapes(
+        {n.target: [size if isinstance(size, int) else None for size in n.meta["val"].shape] for n in inputs}
+    )
+    with module.graph.inserting_after(next(n for n in reversed(module.graph.nodes) if n.op == "placeholder")):
+        module.graph.call_module("input_shapes", tuple(inputs))
+
+
+def _own_tensors(module: nn.Module) -> None:
+    """Copies in the place of tensors that are the original model's; none requires grad."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = buffer.detach().clone()
+
+
+def _check(model: nn.Module, example_inputs: tuple, weight_bits: int | Mapping[str, int]) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(example_inputs, tuple):
+        raise TypeError(f"example_inputs must be a tuple of arguments, got {type(example_inputs).__name__}")
+    for bits in weight_bits.values() if isinstance(weight_bits, Mapping) else [weight_bits]:
+        check_weight_bits(bits)
+    training = next((name for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        raise ValueError(f"model must be in evaluation mode, but {training or 'it'} is in training mode: model.eval()")
+
+
+def _exported(model: nn.Module, example_inputs: tuple) -> torch.fx.GraphModule:
+    """The graph of the model in ATen ops, with the first dimension of its inputs dynamic."""
+    inputs, dynamic = _batched(example_inputs)
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, inputs, dynamic_shapes=dynamic, strict=False).module()
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"model cannot be exported by torch.export: {type(error).__name__}: {reason}") from error
+
+
+def _batched(example_inputs: tuple) -> tuple[tuple, tuple]:
+    """(inputs, dynamic_shapes). torch.export takes a size of 1 as fixed, so one example becomes two equal ones."""
+    tensors = [t for t in tree_leaves(example_inputs) if isinstance(t, Tensor) and t.dim()]
+    if any(t.size(0) == 0 for t in tensors):
+        raise ValueError("example_inputs must hold at least one example, got an empty tensor")
+    single = all(t.size(0) == 1 for t in tensors)
+
+    def doubled(t: object) -> object:
+        return torch.cat([t, t]) if single and isinstance(t, Tensor) and t.dim() else t
+
+    def dynamic(t: object) -> object:
+        return {0: torch.export.Dim.AUTO} if isinstance(t, Tensor) and t.dim() and (single or t.size(0) > 1) else None
+
+    return tree_map(doubled, example_inputs), tree_map(dynamic, example_inputs)

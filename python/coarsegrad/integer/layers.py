@@ -1,0 +1,157 @@
+"""An integer layer: the numbers of a Linear or convolution that reads codes, with the BatchNorm and the staircase after
+it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from .exact import Channel, edges, exact_affine, first_above
+from .weights import choose_weights, pack_weights
+
+_TOO_LARGE = "its scales do not fit into float32"
+
+
+class CannotConvert(Exception):
+    """Why a layer stays float."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A BatchNorm in evaluation: (x - mean) / sqrt(var + eps) * weight + bias; weight and bias may be None."""
+
+    mean: Tensor
+    var: Tensor
+    eps: float
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Staircase:
+    """The next QReLU. alpha: [1], or [C] for one of each output channel."""
+
+    alpha: Tensor
+    bits: int
+    rounding: str
+
+
+@dataclass(frozen=True)
+class IntegerLayer:
+    """What the op reads: packed weight, and scale and offset, float32 [C]; thresholds, int32 [C, levels], or None."""
+
+    weight: Tensor
+    scale: Tensor
+    offset: Tensor
+    thresholds: Tensor | None
+
+
+def integer_layer(
+    weight: Tensor,
+    bias: Tensor | None,
+    alpha: Tensor,
+    bits: int,
+    weight_bits: int,
+    norm: Norm | None = None,
+    staircase: Staircase | None = None,
+) -> IntegerLayer:
+    """The integer form of one layer. Raises CannotConvert.
+
+    weight: [C, ...], a row in the order in which the op reads codes. bits: of the input. alpha: of the input, 0-d; or
+    in a shape that broadcasts against weight, and then the weights are multiplied by it before rounding.
+    """
+    tensors = [weight, bias, alpha, *([norm.mean, norm.var, norm.weight, norm.bias] if norm else [])]
+    if not all(bool(t.isfinite().all()) for t in tensors if t is not None):
+        raise CannotConvert("its parameters are not all finite")
+    rows = weight.detach().double().cpu()
+    if alpha.dim():
+        rows, alpha = rows * alpha.cpu(), torch.ones((), dtype=torch.float64)
+    integers, scale = choose_weights(rows.flatten(1), weight_bits)
+    if not bool(scale.isfinite().all()):
+        raise CannotConvert(_TOO_LARGE)
+    if norm is not None and norm.weight is not None:
+        integers = torch.where(norm.weight.cpu()[:, None] < 0, -integers, integers)
+    top = 2**bits - 1
+    low, high = -top * (-integers).clamp(min=0).sum(1), top * integers.clamp(min=0).sum(1)
+    if bool((high - low >= 2**31 - 1).any()):
+        raise CannotConvert("its sums may exceed 32 bits")
+    channels = list(_channels(alpha, scale, bias, norm, low, high))
+    made = _float_output(channels) if staircase is None else _codes_output(channels, staircase, low, high)
+    return IntegerLayer(
+        *(t if t is None else t.to(weight.device) for t in (pack_weights(integers, weight_bits), *made))
+    )
+
+
+def _channels(
+    alpha: Tensor, scale: Tensor, bias: Tensor | None, norm: Norm | None, low: Tensor, high: Tensor
+) -> Iterable[Channel]:
+    """Of v = (alpha * scale * acc + bias - mean) / sqrt(var + eps) * gain + shift, with |gain| where the sign is in the
+    weights."""
+    count = scale.numel()
+    step = Fraction(alpha.item())
+    mean, gain, var, shift = _zeros(count), [Fraction(1)] * count, [Fraction(1)] * count, _zeros(count)
+    if norm is not None:
+        mean, var = _fractions(norm.mean), [value + Fraction(norm.eps) for value in _fractions(norm.var)]
+        gain = gain if norm.weight is None else _fractions(norm.weight)
+        shift = shift if norm.bias is None else _fractions(norm.bias)
+        if min(var, default=1) <= 0:
+            raise CannotConvert("the BatchNorm after it has a variance <= 0")
+    biases = _zeros(count) if bias is None else _fractions(bias)
+    for n, (s, b) in enumerate(zip(_fractions(scale), biases)):
+        yield Channel(step * s * abs(gain[n]), gain[n] * (b - mean[n]), var[n], shift[n], int(low[n]), int(high[n]))
+
+
+def _fractions(t: Tensor) -> list[Fraction]:
+    return [Fraction(value) for value in t.detach().double().tolist()]
+
+
+def _zeros(count: int) -> list[Fraction]:
+    return [Fraction(0)] * count
+
+
+def _float_output(channels: list[Channel]) -> tuple[Tensor, Tensor, None]:
+    scale, offset = (
+        torch.tensor([channel.affine() for channel in channels], dtype=torch.float64)
+        .reshape(len(channels), 2)
+        .float()
+        .unbind(1)
+    )
+    if not bool(scale.isfinite().all() and offset.isfinite().all()):
+        raise CannotConvert(_TOO_LARGE)
+    return scale.contiguous(), offset.contiguous(), None
+
+
+def _codes_output(
+    channels: list[Channel], staircase: Staircase, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(scale, offset, None) if these give each code exactly, else with the thresholds that do."""
+    bits, rounding = staircase.bits, staircase.rounding
+    alphas = _fractions(staircase.alpha.expand(len(channels)))
+    steps = edges(bits, rounding)
+    thresholds = torch.tensor(
+        [first_above(channel, alpha, steps) for channel, alpha in zip(channels, alphas)], dtype=torch.int64
+    ).reshape(len(channels), len(steps))
+    scale, offset = _in_stairs(channels, alphas, thresholds, high, 0.0 if rounding == "ceil" else 0.5)
+    exact = None if rounding == "hwgq" and bits > 1 else exact_affine(scale, offset, thresholds, low, high)
+    if exact is not None:
+        return *exact.unbind(0), None
+    return scale, offset, thresholds.to(torch.int32)
+
+
+def _in_stairs(
+    channels: list[Channel], alphas: list[Fraction], thresholds: Tensor, high: Tensor, shift: float
+) -> tuple[Tensor, Tensor]:
+    """(scale, offset) of v / alpha - shift; of a constant channel 0 and its code."""
+    pairs = []
+    for channel, alpha, row, top in zip(channels, alphas, thresholds.tolist(), high.tolist()):
+        if channel.slope == 0:
+            pairs.append((0.0, float(sum(threshold <= top for threshold in row))))
+            continue
+        root = channel.root() * alpha
+        pairs.append((float(channel.slope / root), float(channel.shift / root + channel.bias / alpha) - shift))
+    scale, offset = torch.tensor(pairs, dtype=torch.float64).reshape(len(pairs), 2).float().unbind(1)
+    return scale.contiguous(), offset.contiguous()

@@ -1,0 +1,116 @@
+"""The ATen ops that move codes without arithmetic. They do the same to codes and values: code 0 is 0."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+aten = torch.ops.aten
+
+MAX_POOLS = {aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default}
+# In a float tensor of codes these change nothing; of codes themselves they are left out.
+_IDENTITIES = {
+    aten.alias.default,
+    aten.detach.default,
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.to.dtype,
+    aten._to_copy.default,
+}
+_PADS = {aten.pad.default, aten.constant_pad_nd.default}
+_REARRANGEMENTS = {
+    aten.cat.default,
+    aten.channel_shuffle.default,
+    aten.chunk.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.expand.default,
+    aten.flatten.using_ints,
+    aten.flip.default,
+    aten.movedim.int,
+    aten.movedim.intlist,
+    aten.narrow.default,
+    aten.permute.default,
+    aten.pixel_shuffle.default,
+    aten.pixel_unshuffle.default,
+    aten.repeat.default,
+    aten.reshape.default,
+    aten.roll.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.stack.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.unbind.int,
+    aten.unflatten.int,
+    aten.unsqueeze.default,
+    aten.view.default,
+    operator.getitem,
+}
+
+
+def arguments(node: Node) -> dict[str, object]:
+    """The arguments of a call of an op by name, defaults included."""
+    schema = node.target._schema.arguments
+    given = {argument.name: argument.default_value for argument in schema}
+    return given | dict(zip([argument.name for argument in schema], node.args)) | node.kwargs
+
+
+def is_identity(node: Node) -> bool:
+    return node.target in _IDENTITIES
+
+
+def is_move(node: Node) -> bool:
+    """Whether the node moves codes without arithmetic, if all tensors that it is given are codes."""
+    if node.op != "call_function":
+        return False
+    if node.target in _PADS:
+        given = arguments(node)
+        return given.get("mode", "constant") == "constant" and not given["value"]
+    if node.target in (aten.dropout.default, aten.feature_dropout.default):
+        return not arguments(node)["train"]
+    if node.target in (aten.to.dtype, aten._to_copy.default):
+        return node.meta["val"].is_floating_point()
+    return node.target in _REARRANGEMENTS | MAX_POOLS | _IDENTITIES
+
+
+def hinted(value: object) -> object:
+    """A node of a size as the size in the example inputs."""
+    if isinstance(value, Node):
+        value = value.meta["val"]
+    return value.node.hint if isinstance(value, torch.SymInt) else value
+
+
+def moved_alpha(node: Node, alphas: dict[Node, Tensor]) -> Tensor | list[Tensor] | None:
+    """The alpha of each element after a move, from those before it; None if a maximum compares different alphas.
+
+    An alpha of 0 is that of padding, whose code is 0 whatever the alpha.
+    """
+
+    def run(of: dict[Node, Tensor]) -> Tensor | list[Tensor]:
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: of.get(n, hinted(n)))
+        return node.target(*args, **kwargs)
+
+    if is_identity(node):
+        return alphas[node.args[0]]
+    high = run(alphas)
+    if node.target in MAX_POOLS:
+        low = -run({n: torch.where(alpha > 0, -alpha, -torch.inf) for n, alpha in alphas.items()})
+        if not bool(((high == low) | (high == 0)).all()):
+            return None
+    return high
+
+
+def per_input(alpha: Tensor, dim: int) -> Tensor | None:
+    """The alpha of each index of a dimension; None if it is not one number for each."""
+    rows = alpha.movedim(dim, -1).flatten(0, -2)
+    high, low = rows.amax(0), torch.where(rows > 0, rows, torch.inf).amin(0)
+    return high if bool(((high == low) | (high == 0)).all()) else None

@@ -1,0 +1,330 @@
+"""The rewriting of an exported graph: integer ops take the place of the layers that read codes.
+
+Codes are uint8 in the layout of the float tensor. What replaces a node is put right before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .._ops import ops
+from ..reference import wide_dtype
+from .flow import CONVOLUTIONS, CONVOLUTIONS_1D, LAYERS, QRELUS, CodeFlow, normalize
+from .layers import CannotConvert, IntegerLayer, Norm, Staircase, integer_layer
+from .moves import arguments, aten, is_identity, is_move, per_input
+from .report import Converted, ConvertReport, Stayed
+
+
+class Rewriting:
+    """One conversion of an exported module, in place."""
+
+    def __init__(self, module: torch.fx.GraphModule, weight_bits: int | Mapping[str, int]) -> None:
+        normalize(module.graph)
+        self._module, self._graph = module, module.graph
+        self._flow = CodeFlow(module)
+        self._weight_bits = weight_bits
+        self._code_nodes: dict[Node, Node] = {}  # node that carries codes -> the node of the codes themselves
+        self.report = ConvertReport()
+
+    def run(self) -> None:
+        layers = [node for node in self._graph.nodes if node.target in LAYERS]
+        self._check_names([_name(node) for node in layers])
+        for layer in layers:
+            if layer.args[0] in self._flow.codes:
+                self._convert(layer)
+            else:
+                self._stays(layer, f"reads {_described(_source(layer.args[0]))}, not codes")
+        self._finish()
+        self._graph.lint()
+        self._module.recompile()
+
+    def _check_names(self, names: list[str]) -> None:
+        if isinstance(self._weight_bits, Mapping) and (unknown := set(self._weight_bits) - set(names)):
+            raise ValueError(f"weight_bits must name layers of {sorted(set(names))}, got {sorted(unknown)}")
+
+    def _bits_of(self, layer: Node) -> int:
+        if isinstance(self._weight_bits, Mapping):
+            return self._weight_bits.get(_name(layer), 8)
+        return self._weight_bits
+
+    def _stays(self, node: Node, why: str) -> None:
+        self.report.stayed.append(Stayed(_name(node), _described(node), why))
+
+    # ---------------------------------------------------------------------------------------- layers
+
+    def _convert(self, layer: Node) -> None:
+        norm, between, qrelu = self._after(layer)
+        try:
+            integer = self._integer_layer(layer, norm, qrelu)
+        except CannotConvert as why:
+            self._stays(layer, str(why))
+            return
+        if qrelu is not None:
+            with self._graph.inserting_before(qrelu):
+                codes = self._emit(layer, integer, 2 ** arguments(qrelu)["bits"] - 1)
+                for move in between:
+                    codes = self._moved(move, {move.args[0]: codes})
+            self._code_nodes[qrelu] = codes
+        else:
+            last = norm or layer
+            with self._graph.inserting_before(last):
+                output = self._to(self._emit(layer, integer, None), torch.float32, last.meta["val"].dtype)
+            last.replace_all_uses_with(output)
+        self._record(layer, norm, integer, qrelu is not None)
+
+    def _after(self, layer: Node) -> tuple[Node | None, list[Node], Node | None]:
+        """(BatchNorm, moves, QReLU): what follows the layer and reads nothing else, each if it can be folded."""
+        node, norm, between = layer, None, []
+        after = _only_user(node)
+        if after is not None and after.target is aten.batch_norm.default and self._foldable(layer, after):
+            node = norm = after
+        while (after := _only_user(node)) is not None and _moves_one_tensor(after):
+            between.append(after)
+            node = after
+        if after is None or after.target not in QRELUS or after not in self._flow.codes or after.args[0] is not node:
+            return norm, [], None
+        dim = arguments(after)["channel_dim"]
+        if dim is not None and (between or dim % layer.meta["val"].dim() != _channel_dim(layer)):
+            return norm, [], None
+        return norm, between, after
+
+    def _foldable(self, layer: Node, norm: Node) -> bool:
+        """Whether it is a BatchNorm in evaluation, of constants, along the channels of the layer's output."""
+        given = arguments(norm)
+        optional = [given[name] for name in ("weight", "bias") if given[name] is not None]
+        needed = [given["running_mean"], given["running_var"], *optional]
+        constant = all(self._flow.constant(node) is not None for node in needed)
+        return constant and not given["training"] and _channel_dim(layer) == 1
+
+    def _integer_layer(self, layer: Node, norm: Node | None, qrelu: Node | None) -> IntegerLayer:
+        given, codes = arguments(layer), self._flow.codes[layer.args[0]]
+        weight, bias = self._flow.constant(given["weight"]), self._flow.constant(given["bias"])
+        if weight is None or (bias is None and given["bias"] is not None):
+            raise CannotConvert("its weight is not constant")
+        if layer.target in CONVOLUTIONS and layer.args[0].meta["val"].dim() != weight.dim():
+            raise CannotConvert("its input has no batch dimension")
+        alpha = codes.alpha if codes.alpha.dim() == 0 else _row_alphas(layer, weight, codes.alpha)
+        rows = _rows(layer, weight)
+        return integer_layer(
+            rows, bias, alpha, codes.bits, self._bits_of(layer), self._norm(norm), self._staircase(qrelu)
+        )
+
+    def _norm(self, norm: Node | None) -> Norm | None:
+        if norm is None:
+            return None
+        given = arguments(norm)
+        mean, var, weight, bias = (
+            self._flow.constant(given[name]) for name in ("running_mean", "running_var", "weight", "bias")
+        )
+        return Norm(mean, var, given["eps"], weight, bias)
+
+    def _staircase(self, qrelu: Node | None) -> Staircase | None:
+        if qrelu is None:
+            return None
+        given = arguments(qrelu)
+        return Staircase(self._flow.constant(given["alpha"]), given["bits"], given["rounding"])
+
+    # ----------------------------------------------------------------------------------------- nodes
+
+    def _call(self, op: object, *args: object) -> Node:
+        return self._graph.call_function(op, args)
+
+    def _to(self, node: Node, dtype: torch.dtype, wanted: torch.dtype) -> Node:
+        return node if dtype == wanted else self._call(aten.to.dtype, node, wanted)
+
+    def _emit(self, layer: Node, integer: IntegerLayer, levels: int | None) -> Node:
+        """The op of an integer layer; levels: of its output codes, None for floats."""
+        weight, scale, offset, thresholds = self._stored(_name(layer), integer)
+        codes, bits = self._code_node(layer.args[0]), self._flow.codes[layer.args[0]].bits
+        staircase = () if levels is None else (thresholds, levels)
+        name, window = "integer_linear", ()
+        if layer.target in CONVOLUTIONS:
+            name = "integer_conv2d"
+            codes, window = self._window(layer, codes)
+        op = getattr(ops, name if levels is not None else f"{name}_float").default
+        made = self._call(op, codes, weight, bits, self._bits_of(layer), scale, offset, *staircase, *window)
+        return self._call(aten.squeeze.dim, made, -2) if layer.target in CONVOLUTIONS_1D else made
+
+    def _stored(self, name: str, integer: IntegerLayer) -> list[Node | None]:
+        """The layer's tensors as buffers of the module of that name."""
+        modules = dict(self._module.named_modules())
+        owner, prefix = (modules[name], f"{name}.") if name and name in modules else (self._module, "")
+        nodes: list[Node | None] = []
+        for stem, tensor in vars(integer).items():
+            if tensor is None:
+                nodes.append(None)
+                continue
+            attribute, number = f"integer_{stem}", 1
+            while hasattr(owner, attribute):  # a layer that is called twice
+                attribute, number = f"integer_{stem}_{number}", number + 1
+            owner.register_buffer(attribute, tensor)
+            nodes.append(self._graph.get_attr(prefix + attribute))
+        return nodes
+
+    def _window(self, layer: Node, codes: Node) -> tuple[Node, tuple[list[int], ...]]:
+        """(codes, the arguments of integer_conv2d after levels); padding that is not the same on both sides comes
+        before it."""
+        given = arguments(layer)
+        kernel = list(self._flow.constant(given["weight"]).shape[2:])
+        stride, dilation = (_each(given[name], len(kernel)) for name in ("stride", "dilation"))
+        before, behind = _padding(given["padding"], kernel, dilation)
+        if before != behind:
+            pad = [n for pair in zip(reversed(before), reversed(behind)) for n in pair]
+            codes = self._call(aten.constant_pad_nd.default, codes, pad, 0)
+            before = [0] * len(kernel)
+        if len(kernel) == 1:
+            codes = self._call(aten.unsqueeze.default, codes, -2)
+            kernel, stride, before, dilation = [1, *kernel], [1, *stride], [0, *before], [1, *dilation]
+        return codes, (kernel, stride, before, dilation, given["groups"])
+
+    def _code_node(self, node: Node) -> Node:
+        """The codes of a node that carries codes."""
+        if node not in self._code_nodes:
+            given = arguments(node) if node.target in QRELUS else {}
+            with self._graph.inserting_before(node):
+                if given:
+                    settings = (given[name] for name in ("x", "alpha", "bits", "rounding", "channel_dim"))
+                    made = self._call(ops.integer_quantize.default, *settings)
+                else:
+                    made = self._moved(
+                        node, {n: self._code_node(n) for n in node.all_input_nodes if n in self._flow.codes}
+                    )
+            self._code_nodes[node] = made
+        return self._code_nodes[node]
+
+    def _moved(self, node: Node, codes: dict[Node, Node]) -> Node:
+        """The move of a node, of codes."""
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: codes.get(n, n))
+        if is_identity(node):
+            return args[0]
+        if node.target is aten.max_pool1d.default:  # torch has none for uint8
+            window = [[first, *_each(value, 1)] for first, value in zip((1, 1, 0, 1), args[1:5])]
+            pooled = self._call(
+                aten.max_pool2d.default, self._call(aten.unsqueeze.default, args[0], -2), *window, *args[5:]
+            )
+            return self._call(aten.squeeze.dim, pooled, -2)
+        target = aten.reshape.default if node.target is aten.view.default else node.target
+        return self._graph.call_function(target, args, kwargs)
+
+    # ---------------------------------------------------------------------------------------- finish
+
+    def _finish(self) -> None:
+        """From the end of the graph: remove what nothing uses, and turn codes into floats for the nodes that stay."""
+        readers: list[Stayed] = []
+        for node in reversed(list(self._graph.nodes)):
+            if node.op in ("call_function", "get_attr") and not node.users:
+                self._graph.erase_node(node)
+            elif node in self._code_nodes and (node.target in QRELUS or _is_uniform(self._flow.codes[node].alpha)):
+                why = f"reads codes of {_name(node)} as floats"
+                readers += [Stayed(_name(user), _described(user), why) for user in reversed(node.users)]
+                self._dequantize(node)
+            elif node.target in QRELUS and node in self._flow.codes:
+                self._stays(node, "no layer reads it as codes")
+        self.report.stayed += reversed(readers)
+
+    def _dequantize(self, node: Node) -> None:
+        """Put alpha * code in the place of a node, as qrelu rounds it."""
+        dtype, alpha = node.meta["val"].dtype, self._flow.codes[node].alpha
+        wide = wide_dtype(dtype)
+        with self._graph.inserting_before(node):
+            codes = self._call(aten.to.dtype, self._code_nodes[node], wide)
+            factor: Node | float
+            if _is_uniform(alpha):
+                factor = alpha.to(wide).item()
+            else:
+                given = arguments(node)
+                along = [1] * alpha.dim()
+                along[given["channel_dim"]] = -1
+                factor = self._call(aten.view.default, self._call(aten.to.dtype, given["alpha"], wide), along)
+            levels = self._to(self._call(aten.mul.Tensor, codes, factor), wide, dtype)
+        node.replace_all_uses_with(levels)
+        self._graph.erase_node(node)
+
+    def _record(self, layer: Node, norm: Node | None, integer: IntegerLayer, codes: bool) -> None:
+        given, report = arguments(layer), self.report
+        tensors = [self._flow.constant(given[name]) for name in ("weight", "bias")]
+        what, output = f"{_op(layer)} {list(tensors[0].shape)}", "codes" if codes else "float"
+        how = [f"with {_name(norm)}"] if norm else []
+        how += ["by thresholds"] if integer.thresholds is not None else []
+        report.converted.append(Converted(_name(layer), what, self._bits_of(layer), output, "; ".join(how)))
+        report.integer_bytes += sum(t.nbytes for t in vars(integer).values() if t is not None)
+        report.float_bytes += sum(t.nbytes for t in tensors if t is not None)
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _moves_one_tensor(node: Node) -> bool:
+    return is_move(node) and isinstance(node.args[0], Node) and isinstance(node.meta["val"], Tensor)
+
+
+def _is_uniform(alpha: object) -> bool:
+    return isinstance(alpha, Tensor) and alpha.dim() == 0
+
+
+def _channel_dim(layer: Node) -> int:
+    return 1 if layer.target in CONVOLUTIONS else layer.meta["val"].dim() - 1
+
+
+def _rows(layer: Node, weight: Tensor) -> Tensor:
+    """weight in the order of the ops: [C, K], or [C, *window, C_in / groups]."""
+    return weight.movedim(1, -1) if layer.target in CONVOLUTIONS else weight
+
+
+def _row_alphas(layer: Node, weight: Tensor, alpha: Tensor) -> Tensor:
+    """The input's alpha at each weight, in a shape that broadcasts against `_rows`."""
+    alpha = per_input(alpha, 1 if layer.target in CONVOLUTIONS else -1)
+    if alpha is None:
+        raise CannotConvert("the alpha of its input is not one for each input channel")
+    if layer.target not in CONVOLUTIONS:
+        return alpha
+    groups = arguments(layer)["groups"]
+    each = alpha.view(groups, -1).repeat_interleave(weight.size(0) // groups, 0)
+    return each.view(weight.size(0), *[1] * (weight.dim() - 2), -1)
+
+
+def _each(value: int | list[int], dims: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * dims if len(values) == 1 else values
+
+
+def _padding(padding: str | int | list[int], kernel: list[int], dilation: list[int]) -> tuple[list[int], list[int]]:
+    """(before, behind) of each dimension."""
+    if not isinstance(padding, str):
+        return _each(padding, len(kernel)), _each(padding, len(kernel))
+    total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation)]
+    return [n // 2 for n in total], [n - n // 2 for n in total]
+
+
+def _name(node: Node) -> str:
+    """The module that a node is of, by its weight's name where it has one."""
+    weight = node.args[1] if node.target in LAYERS else None
+    if isinstance(weight, Node) and weight.op == "get_attr" and weight.target.endswith(".weight"):
+        return weight.target.removesuffix(".weight")
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return stack[-1][0] if stack else node.name
+
+
+def _source(node: Node) -> Node:
+    """Where the values of a node come from, before moves."""
+    while is_move(node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _op(node: Node) -> str:
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return getattr(packet, "__name__", str(packet))
+
+
+def _described(node: Node) -> str:
+    if node.op in ("placeholder", "output"):
+        return "an input of the model" if node.op == "placeholder" else "the output of the model"
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    kind = str(stack[-1][1]).rpartition(".")[2].rstrip("'>") if stack else ""
+    return f"{_op(node)} of {kind}" if kind else _op(node)
