@@ -17,7 +17,7 @@ from coarsegrad.ste import ROUNDINGS
 from .activations import IMPLEMENTATIONS
 from .kernels import COPIES
 from .peers import PASSES
-from .suite import DTYPES, size_label
+from .sweep import DTYPES, size_label
 
 Row = dict[str, str]
 

@@ -15,12 +15,11 @@ from torch import Tensor
 import coarsegrad as cg
 from coarsegrad import _ops
 
-from .harness import BenchError, Row, Times, quantiles
-from .suite import (
+from .sweep import (
     DTYPES,
     Case,
     Part,
-    Suite,
+    Sweep,
     checked_options,
     copying,
     default_sizes,
@@ -29,6 +28,7 @@ from .suite import (
     size_options,
     timed,
 )
+from .timing import BenchError, Row, Times, quantiles
 
 RESULTS = Path(__file__).parent / "results" / "kernels.csv"
 
@@ -232,7 +232,7 @@ def _line(row: Row) -> str:
     )  # fmt: skip
 
 
-SUITE = Suite(_cases, _rows, _HEADER, _line)
+SWEEP = Sweep(_cases, _rows, _HEADER, _line)
 
 # ------------------------------------------------------------------------------------ the command
 
@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     sizes = args.sizes or default_sizes(args) + beyond_caches
     names = tuple(name for name in KERNELS if name in args.only)
     part = Part(args.device, args.allocator, tuple(sizes), tuple(args.dtypes), names, args.rounds, args.threads)
-    run_parts("bench.kernels", SUITE, [part], args.out)
+    run_parts("bench.kernels", SWEEP, [part], args.out)
 
 
 if __name__ == "__main__":

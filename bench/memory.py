@@ -23,7 +23,8 @@ from coarsegrad.experiments.models import lenet5
 from coarsegrad.experiments.transformers import OPT_1_3B, OPT_125M, T5_SMALL, Opt, T5Encoder
 from coarsegrad.ste import format_table
 
-from .harness import (
+from .sweep import DTYPES, add_device, find_device
+from .timing import (
     BenchError,
     CpuTimer,
     GpuTimer,
@@ -34,7 +35,6 @@ from .harness import (
     quantiles,
     write_csv,
 )
-from .suite import DTYPES, add_device, find_device
 
 RESULTS = Path(__file__).parent / "results" / "memory.csv"
 

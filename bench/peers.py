@@ -13,12 +13,11 @@ import coarsegrad as cg
 from coarsegrad.testing import hard_inputs
 
 from .activations import ALPHA, BITS, IMPLEMENTATIONS, TOP, Implementation
-from .harness import BenchError, Row, Times, quantiles
-from .suite import (
+from .sweep import (
     DTYPES,
     Case,
     Part,
-    Suite,
+    Sweep,
     checked_options,
     copying,
     default_sizes,
@@ -27,6 +26,7 @@ from .suite import (
     size_options,
     timed,
 )
+from .timing import BenchError, Row, Times, quantiles
 
 RESULTS = Path(__file__).parent / "results" / "peers.csv"
 PASSES = ("forward", "forward+backward")
@@ -218,7 +218,7 @@ def _line(row: Row) -> str:
     ).rstrip()  # fmt: skip
 
 
-SUITE = Suite(_cases, _rows, _HEADER, _line)
+SWEEP = Sweep(_cases, _rows, _HEADER, _line)
 
 # ------------------------------------------------------------------------------------ the command
 
@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.only:
         if not IMPLEMENTATIONS[name].installed:
             print(f"Left out, as it is not installed: {name}")
-    run_parts("bench.peers", SUITE, parts, args.out)
+    run_parts("bench.peers", SWEEP, parts, args.out)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from .activations import IMPLEMENTATIONS
-from .suite import DTYPES, size_label
+from .sweep import DTYPES, size_label
 
 # The name of a table -> the rows of its CSV.
 Results = Mapping[str, list[Mapping[str, str]]]

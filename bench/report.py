@@ -18,7 +18,7 @@ from .activations import IMPLEMENTATIONS
 from .kernels import COPIES
 from .peers import PASSES
 from .promises import PROMISES, Results
-from .suite import DTYPES, of_gpu, size_label
+from .sweep import DTYPES, of_gpu, size_label
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"

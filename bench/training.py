@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import coarsegrad as cg
 from coarsegrad.ste import format_table
 
-from .harness import BenchError, CpuTimer, Times, facts, in_new_process, interleaved, quantiles, write_csv
 from .memory import NETWORKS, network_options
-from .suite import DTYPES
+from .sweep import DTYPES
+from .timing import BenchError, CpuTimer, Times, facts, in_new_process, interleaved, quantiles, write_csv
 
 RESULTS = Path(__file__).parent / "results" / "training.csv"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from bench import figures, memory
-from bench.harness import BenchError, in_new_process
+from bench.timing import BenchError, in_new_process
 from paths import ROOT
 from torch import nn
 
@@ -153,7 +153,7 @@ def test_the_measuring_process_ends_with_the_one_that_waits_for_it(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import os, time\n"
-        "from bench.harness import in_new_process\n"
+        "from bench.timing import in_new_process\n"
         "def measure():\n"
         "    print(os.getpid(), flush=True)\n"
         "    time.sleep(600)\n"

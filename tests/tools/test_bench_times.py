@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench import activations, harness, kernels, peers, report, suite
+from bench import activations, kernels, peers, report, sweep, timing
 from bench.promises import PROMISES, Promise
 from paths import ROOT
 
@@ -26,7 +26,7 @@ OURS = ["qrelu", "qrelu_inplace", "qrelu_learned", "eager", "fake_quantize", "le
 @pytest.fixture(autouse=True)
 def here(monkeypatch):
     """In this process, whose output is captured and whose threads are put back."""
-    monkeypatch.setattr(suite, "in_new_process", lambda allocator, function, *arguments: function(*arguments))
+    monkeypatch.setattr(sweep, "in_new_process", lambda allocator, function, *arguments: function(*arguments))
     monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
     threads = torch.get_num_threads()
     yield
@@ -153,10 +153,10 @@ def test_bad_options_are_refused(capsys, command, arguments, message):
 @pytest.mark.parametrize("size", [0, 3, 128, 2**19 + 1, 2**22 + 77])  # the last past the caches
 def test_the_copy_copies(monkeypatch, threads, size):
     torch.set_num_threads(threads)
-    for native, dtype in product((_ops.native, None), suite.DTYPES.values()):
+    for native, dtype in product((_ops.native, None), sweep.DTYPES.values()):
         monkeypatch.setattr(_ops, "native", native)
         source, to = torch.randn(size).to(dtype), torch.zeros(size + 1, dtype=dtype)
-        suite.copying(to[:-1], source)()
+        sweep.copying(to[:-1], source)()
         assert torch.equal(to[:-1], source) and to[-1] == 0
 
 
@@ -196,7 +196,7 @@ def test_the_timer_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=2**10))
     for cold, calls in ((True, 5), (False, 1)):
-        timer = harness.GpuTimer(torch.device("cpu"), cold)
+        timer = timing.GpuTimer(torch.device("cpu"), cold)
         assert timer._flush.numel() == (2**28 if cold else 0)
         timer._flush = Flush()
         assert timer.calls(lambda: log.append("job")) == calls
@@ -246,7 +246,7 @@ def test_report_of_a_gpu(tmp_path, capsys):
         rows = rows_of(report.RESULTS / f"{table}.csv")
         for row in rows:
             row |= {"device": "a GPU", "git": "0123456789abcdef"}
-        suite.write_csv(rows, suite.of_gpu(tmp_path / f"{table}.csv"))
+        sweep.write_csv(rows, sweep.of_gpu(tmp_path / f"{table}.csv"))
     report.main(["--results", str(tmp_path), "--page", str(tmp_path / "page.md")])
     names = {"roofline-cuda.png", "peers-cuda.png", "memory-cuda.png", "page-cuda.md"}
     assert {path.name for path in tmp_path.iterdir() if path.suffix != ".csv"} == names

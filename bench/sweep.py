@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from coarsegrad import _ops
 
-from .harness import (
+from .timing import (
     ALLOCATORS,
     BenchError,
     CpuTimer,
@@ -76,7 +76,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Suite:
+class Sweep:
     """A benchmark by dtype and size.
 
     cases(part, dtype, size) -> Case after Case, each when it is asked for; rows(dtype, size, case's name, times) -> the
@@ -130,12 +130,12 @@ def timed(times: Times) -> Row:
     }
 
 
-def run_parts(program: str, suite: Suite, parts: Iterable[Part], out: Path) -> list[Row]:
+def run_parts(program: str, sweep: Sweep, parts: Iterable[Part], out: Path) -> list[Row]:
     """The rows of all parts, each measured in a process of its own; written to `out` after each part."""
     rows: list[Row] = []
     try:
         for part in parts:
-            rows += in_new_process(part.allocator, suite.measure, part)
+            rows += in_new_process(part.allocator, sweep.measure, part)
             write_csv(rows, out)
     except (BenchError, OSError) as error:
         raise SystemExit(f"{program}: {error}") from error
@@ -147,7 +147,7 @@ def run_parts(program: str, suite: Suite, parts: Iterable[Part], out: Path) -> l
 
 
 def size_options(parser: argparse.ArgumentParser, results: Path, names: Iterable[str], *measures: str) -> None:
-    """The options of a Suite; those of a GPU go beside `results`."""
+    """The options of a Sweep; those of a GPU go beside `results`."""
     names = list(names)
     add = parser.add_argument
     add_device(parser, results)
