@@ -204,7 +204,9 @@ def of_gpu(results: Path) -> Path:
 def find_device(parser: argparse.ArgumentParser, args: argparse.Namespace, results: Path) -> None:
     """An error where the device is not there; fills in `out`."""
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here; `python -m bench.sass` tells what a model says")
+        parser.error(
+            "--device cuda: torch sees no CUDA device here; `python -m tools.sass` checks machine code without one"
+        )
     args.out = args.out or (results if args.device == "cpu" else of_gpu(results))
 
 

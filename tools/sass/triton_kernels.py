@@ -1,0 +1,226 @@
+"""The Triton kernels, compiled ahead of time with the arguments that the ops launch them with."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+
+from coarsegrad.reference import CODE_WIDTH, MASK_WIDTH
+from coarsegrad.ste import ALPHA_GRADS, BUILT_IN, ROUNDINGS, kept
+
+from .code import Data, SassError
+from .compiler import CACHE, read
+from .gate import DTYPES, Kernel, Report
+
+AMD = ("gfx90a", "gfx942", "gfx1100")
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8"}
+# How alphas lie in a tensor, and a shape with its channel_dim; "by octet" and "in octets" are multiples of 8 elements.
+_LAYOUTS = {
+    "one": ((2**18,), None),
+    "by octet": ((4, 64, 4096), 1),
+    "by element": ((4, 64, 4095), 1),
+    "innermost, in octets": ((64, 4096), 1),
+    "innermost": ((64, 4095), 1),
+}
+
+
+def installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+# --------------------------------------------------------------------------------------------- launches
+
+
+@dataclass(frozen=True)
+class TritonKernel(Kernel):
+    """`expression` names the function in coarsegrad.triton.kernels. Pointers are to 16-byte boundaries."""
+
+    arguments: dict[str, object] = field(default_factory=dict)
+
+
+def _launches(name: str, dtype: str, op: str, *of_op: object) -> list[TritonKernel]:
+    """The kernels that an op of coarsegrad.triton.qrelu launches; nothing runs."""
+    from coarsegrad.triton import kernels, qrelu
+
+    found = []
+
+    class Recorder:
+        def __init__(self, function: str) -> None:
+            self.function = function
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            names = getattr(kernels, self.function).arg_names
+            return lambda *args, **rest: found.append((self.function, dict(zip(names, args)) | rest))
+
+    recorders = {each: Recorder(each) for each in vars(kernels) if each.endswith("_kernel")}
+    with mock.patch.object(qrelu, "kernels", SimpleNamespace(**recorders)):
+        getattr(qrelu, op)(*of_op)
+    return [_kernel(name, dtype, function, arguments) for function, arguments in found]
+
+
+def _kernel(name: str, dtype: str, function: str, arguments: dict[str, object]) -> TritonKernel:
+    given = {each for each, value in arguments.items() if value is not None}
+    if function == "sum_slices_kernel":
+        data, wide = Data(4, 1, 0, 0), False
+    else:
+        reads = given & {"x_ptr", "dy_ptr"}
+        # With alpha applied after the sum, dx does not depend on x.
+        if function == "qrelu_backward_kernel" and arguments["ALPHAS"] != "one" and arguments["NEEDS"] == "nothing":
+            reads.discard("x_ptr")
+        saved = MASK_WIDTH[arguments["MASK"]] if "mask_ptr" in given else 0
+        saved += arguments["CODE_WIDTH"] if "codes_ptr" in given else 0
+        data = Data(DTYPES[dtype][1], len(reads), len(given & {"y_ptr", "dx_ptr"}), saved)
+        wide = arguments.get("OCTETS", True)
+    return TritonKernel(f"Triton {name}: {function}", dtype, function, data, wide=wide, arguments=arguments)
+
+
+def _tensors(dtype: str, layout: str) -> tuple[torch.Tensor, torch.Tensor, int | None]:
+    """(x, alpha, channel_dim)."""
+    shape, channel_dim = _LAYOUTS[layout]
+    alpha = torch.ones(1 if channel_dim is None else shape[channel_dim])
+    return torch.empty(shape, dtype=getattr(torch, dtype)), alpha, channel_dim
+
+
+def _bits(x: torch.Tensor, width: int) -> torch.Tensor:
+    return torch.empty((x.numel() * width + 7) // 8, dtype=torch.uint8)
+
+
+def forward(name: str, dtype: str, mask: str, bits: int = 2, rounding: str = "ceil", codes: bool = False,
+            layout: str = "one") -> list[TritonKernel]:  # fmt: skip
+    x, alpha, channel_dim = _tensors(dtype, layout)
+    return _launches(name, dtype, "qrelu_forward", x, alpha, bits, rounding, mask, codes, channel_dim)
+
+
+def backward(name: str, dtype: str, ste: str, rule: str | None, bits: int = 2, rounding: str = "ceil",
+             layout: str = "one") -> list[TritonKernel]:  # fmt: skip
+    """The kernels for dx and, with a rule, for the gradient of alpha."""
+    x, alpha, channel_dim = _tensors(dtype, layout)
+    mask, saves_codes, _ = kept(ste, rounding, rule, True)
+    saved = _bits(x, MASK_WIDTH[mask]), _bits(x, CODE_WIDTH[bits] if saves_codes else 0)
+    settings = bits, ste, rounding, rule or "exact", 1.0, channel_dim, True, rule is not None
+    return _launches(name, dtype, "qrelu_backward", x, alpha, x, *saved, *settings)
+
+
+def dequantize(name: str, dtype: str, bits: int = 2, layout: str = "one") -> list[TritonKernel]:
+    y, alpha, channel_dim = _tensors(dtype, layout)
+    like_y = y.shape, y.dtype, channel_dim, torch.contiguous_format
+    return _launches(name, dtype, "dequantize", _bits(y, CODE_WIDTH[bits]), alpha, bits, *like_y)
+
+
+def times_slopes(name: str, dtype: str, bits: int = 2) -> list[TritonKernel]:
+    x = _tensors(dtype, "one")[0]
+    return _launches(name, dtype, "times_slopes", x, _bits(x, CODE_WIDTH[bits]), torch.ones(2**bits), bits)
+
+
+# --------------------------------------------------------------------------------------------- settings
+
+
+def examples() -> list[TritonKernel]:
+    """What the command reports."""
+    return [
+        *itertools.chain(*(forward("forward, mask", dtype, "inside") for dtype in DTYPES)),
+        *forward("forward, mask, 8 bits", "bfloat16", "inside", 8),
+        *forward("forward, state, codes", "bfloat16", "state", codes=True),
+        *forward("forward, mask, channels", "bfloat16", "inside", layout="by octet"),
+        *backward("backward, mask", "float32", "clipped_relu", None),
+        *backward("backward, mask", "bfloat16", "clipped_relu", None),
+        *backward("backward, state, dalpha", "bfloat16", "clipped_relu", "three_valued"),
+        *backward("backward, state, dalpha, channels", "bfloat16", "clipped_relu", "three_valued", layout="by octet"),
+        *backward("backward, x", "bfloat16", "reverse_exponential", None),
+        *times_slopes("backward, slopes", "bfloat16"),
+        *dequantize("dequantize", "bfloat16"),
+    ]
+
+
+def pairwise(**options: tuple) -> list[dict[str, object]]:
+    """Few settings, each with one value of every option, in which any two values of two options meet."""
+    names = sorted(options, key=lambda name: -len(options[name]))
+    missing = dict.fromkeys(
+        frozenset([(a, u), (b, v)])
+        for a, b in itertools.combinations(names, 2)
+        for u, v in itertools.product(options[a], options[b])
+    )
+    found = []
+    while missing:
+        setting = dict(next(iter(missing)))
+        for name in names:
+            if name not in setting:
+                fresh = {
+                    value: sum(frozenset([(name, value), item]) in missing for item in setting.items())
+                    for value in options[name]
+                }
+                setting[name] = max(fresh, key=fresh.get)
+        for pair in itertools.combinations(setting.items(), 2):
+            missing.pop(frozenset(pair), None)
+        found.append({name: setting[name] for name in options})
+    return found
+
+
+def covering(archs: tuple[str, ...]) -> list[tuple[str, TritonKernel]]:
+    """(architecture, kernel): of each op, any two options meet, the architecture among them."""
+    common = {"arch": archs, "dtype": tuple(DTYPES), "bits": (1, 2, 4, 8)}
+    layouts = {"layout": tuple(_LAYOUTS)}
+    found = []
+    for op, options in (
+        (forward, {"rounding": ROUNDINGS, "mask": tuple(MASK_WIDTH), "codes": (False, True), **layouts}),
+        (backward, {"rounding": ROUNDINGS, "ste": BUILT_IN, "rule": (None, *ALPHA_GRADS), **layouts}),
+        (dequantize, layouts),
+        (times_slopes, {}),
+    ):
+        for setting in pairwise(**common, **options):
+            name = " ".join(map(str, setting.values()))
+            arch = setting.pop("arch")
+            found += [(arch, kernel) for kernel in op(name, **setting)]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- compiling
+
+
+def compiled(kernel: TritonKernel, arch: str, folder: Path = CACHE, **options: object):
+    """The result of triton.compile for an architecture of NVIDIA or AMD. Triton caches what it compiles in `folder`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from coarsegrad.triton import kernels
+
+    if triton.knobs.runtime.interpret:
+        raise SassError("with TRITON_INTERPRET=1 Triton compiles nothing; unset it")
+    function = getattr(kernels, kernel.expression)
+
+    def type_of(name: str, value: object) -> str:
+        if isinstance(value, torch.Tensor):
+            return f"*{_TYPES[value.dtype]}"
+        runtime = name.islower() and value is not None and value != 1  # a launch, too, makes a constant of 1
+        return {int: "i32", float: "fp32"}[type(value)] if runtime else "constexpr"
+
+    arguments = {name: kernel.arguments[name] for name in function.arg_names}
+    types = {name: type_of(name, value) for name, value in arguments.items()}
+    place = {name: (i,) for i, name in enumerate(arguments)}
+    constants = {place[name]: value for name, value in arguments.items() if types[name] == "constexpr"}
+    aligned = {place[name]: [["tt.divisibility", 16]] for name, of in types.items() if of.startswith("*")}
+    if arch.startswith("gfx"):
+        target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+    else:
+        target = GPUTarget("cuda", int(arch[3:]), 32)
+    options = {name: value for name, value in kernel.arguments.items() if name not in arguments} | options
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(folder / "triton")
+        return triton.compile(ASTSource(function, types, constants, aligned), target=target, options=options)
+
+
+def report(kernel: TritonKernel, arch: str) -> Report:
+    made = compiled(kernel, arch)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    cubin = CACHE / f"triton-{made.hash[:16]}.cubin"
+    cubin.write_bytes(made.asm["cubin"])
+    (binary,) = read(cubin).values()
+    return Report(kernel, arch, binary)
