@@ -1,4 +1,4 @@
-"""The activations that bench.peers times: QReLU, nn.ReLU, the staircase in plain torch, and other libraries' own."""
+"""The activations that bench.peers times: QReLU, nn.ReLU, the staircase in plain torch, and other libraries'."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import coarsegrad as cg
 
-# With alpha a power of two, x / alpha and x * (1 / alpha) are exact, so that the forms in plain torch, which
-# do not compare x with the levels, give the same bits. QReLU's kernel takes the same way for any alpha.
+# With alpha a power of two, x / alpha and x * (1 / alpha) are exact, so the forms in plain torch, which do not compare
+# x with the levels, are bit-exact. QReLU's kernel runs the same code for any alpha.
 BITS, ALPHA = 2, 0.5
 _TOP_CODE = 2**BITS - 1
 TOP = _TOP_CODE * ALPHA
@@ -22,7 +22,7 @@ Activation = Callable[[Tensor], Tensor]
 
 
 def _static(function: Callable) -> Callable:
-    """Compiled for one shape, and with alpha as a constant: that is what favours torch.compile."""
+    """Compiled for one shape with a constant alpha, which favours torch.compile."""
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
@@ -43,10 +43,10 @@ def _staircase(x: Tensor) -> Tensor:
 
 
 def _compiled() -> Activation:
-    """The fastest form in torch.compile: the two passes compiled apart, each one vectorised loop, and x is kept.
+    """The fastest form in torch.compile: the two passes compiled separately, each one vectorised loop; x is saved.
 
-    torch.utils.checkpoint inside one compiled function comes to the same, but is slower on small tensors and no faster
-    on large ones.
+    torch.utils.checkpoint inside one compiled function is equivalent, slower on small tensors and no faster on large
+    ones.
     """
     staircase = _static(_staircase)
     gate = _static(lambda x, grad_y: torch.where((x > 0) & (x <= TOP), grad_y, 0))
@@ -65,9 +65,9 @@ def _compiled() -> Activation:
 
 
 def _idiomatic() -> Activation:
-    """What people write: a detached difference, compiled as one function.
+    """The usual idiom: a detached difference, compiled as one function.
 
-    The partitioner keeps the gate as a bool tensor: smaller than x, but its loops come out many times slower.
+    The partitioner saves the gate as a bool tensor: smaller than x, but its loops are many times slower.
     """
 
     def activation(x: Tensor) -> Tensor:
@@ -78,12 +78,12 @@ def _idiomatic() -> Activation:
 
 
 def _fake_quantize() -> Activation:
-    """Eager: compiled it is slower on CPUs, as are _learnable and torchao's. From 0 on it is relu and all."""
+    """Eager: compiled it is slower on CPUs, like _Learnable and torchao's. Starting at 0, it includes the relu."""
     return lambda x: torch.fake_quantize_per_tensor_affine(x, ALPHA, 0, 0, _TOP_CODE)
 
 
 class _Learnable(nn.Module):
-    """torch's own with a learned step, LSQ's gradient without its scale; scale and zero must have x's dtype."""
+    """torch's own with a learned step: LSQ's gradient without its scale. scale and zero must have x's dtype."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,14 +95,14 @@ class _Learnable(nn.Module):
 
 
 def _brevitas() -> Activation:
-    """With a constant step, which is faster than a learned one, and without its JIT, which is slower here."""
+    """With a constant step, which is faster than a learned one, and without JIT, which is slower here."""
     from brevitas.nn import QuantReLU
 
     return QuantReLU(bit_width=BITS, max_val=TOP, scaling_impl_type="const", return_quant_tensor=False)
 
 
 def _torchao() -> Activation:
-    """What its fake quantizers call in the end: their modules for activations choose a step anew for each token."""
+    """The function behind its fake quantizers, whose modules for activations recompute a step for each token."""
     from torchao.quantization.quant_primitives import _fake_quantize_affine
 
     def make(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -121,8 +121,8 @@ def _torchao() -> Activation:
 class Implementation:
     """make(): a new activation.
 
-    output: "staircase", QReLU's own to the bit; "nearest", the same levels, rounded to the nearest; "relu".
-    package: what is to be installed for it.
+    output: "staircase": equal to QReLU's bit for bit; "nearest": the same levels, rounded to the nearest; "relu".
+    package: the package that it requires.
     """
 
     label: str
@@ -136,9 +136,9 @@ class Implementation:
         return self.package is None or importlib.util.find_spec(self.package) is not None
 
     def activation(self, x: Tensor) -> Activation:
-        """A new one, for tensors like x; a module's step is trained where it is learned."""
+        """A new one for tensors like x."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peers deprecate things of their own
+            warnings.simplefilter("ignore")  # deprecations within the peers
             made = self.make()
         return made.to(x.device) if isinstance(made, nn.Module) else made
 

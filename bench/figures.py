@@ -1,4 +1,4 @@
-"""The figures that `python -m bench.report` makes: those of the benchmarks from the rows of their CSV files alone."""
+"""The figures of `python -m bench.report`, drawn from the rows of the CSV files alone."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .sweep import DTYPES, size_label
 
 Row = dict[str, str]
 
-# Okabe and Ito's palette: told apart by colour-blind readers too.
+# Okabe and Ito's palette, which colour-blind readers can distinguish.
 _BLUE, _SKY, _GREEN = "#0072B2", "#56B4E9", "#009E73"
 _ORANGE, _VERMILION, _PURPLE = "#E69F00", "#D55E00", "#CC79A7"
 _GREY = "#777777"
 
 
-# ------------------------------------------------------------------------- kernels, beside a copy
+# ---------------------------------------------------------------------- kernels compared with a copy
 
 _KINDS = {"forward": (_BLUE, "o"), "backward": (_GREEN, "s"), "learned": (_ORANGE, "D"), "codes": (_PURPLE, "^")}
 
@@ -37,7 +37,7 @@ def _kind(kernel: str) -> str:
 
 
 def _setting(row: Row) -> str:
-    """What the times depend on, in two lines of a title."""
+    """What the times depend on, for a title."""
     return (
         f"{row['cpu' if row['device'] == 'cpu' else 'device']}, threads: {row['threads']}, {row['backend']}, "
         f"allocator: {row['allocator']}, {row['clock']} clock, torch {row['torch']}, {row['date'][:10]}"
@@ -45,7 +45,7 @@ def _setting(row: Row) -> str:
 
 
 def roofline_figure(kernels: list[Row], peers: list[Row]) -> Figure:
-    """ns an element against the bytes moved for it; the line is the speed of a copy. Peers: forward and backward."""
+    """ns per element against bytes moved per element; the line is a copy's speed. Peers: forward and backward."""
     dtypes = [dtype for dtype in DTYPES if any(row["dtype"] == dtype for row in kernels)]
     size = max(int(row["size"]) for row in kernels)
     figure = Figure(figsize=(6 * len(dtypes), 5.5), layout="constrained")
@@ -65,16 +65,16 @@ def roofline_figure(kernels: list[Row], peers: list[Row]) -> Figure:
             ]
             axes.plot(*zip(*points), color=color, marker=marker, markersize=5, linestyle="", label=f"kernels: {kind}")
         passes = case | {"pass": PASSES[1]}
-        moved, beside = 4 * DTYPES[dtype].itemsize + 2 / 8, 0.0
+        moved, label_height = 4 * DTYPES[dtype].itemsize + 2 / 8, 0.0
         for row in sorted(peers, key=lambda row: float(row["seconds_median"])):
             if row.items() >= passes.items():
                 ns = 1e9 * float(row["seconds_median"]) / size
                 ours = row["implementation"].startswith("qrelu")
                 axes.plot(moved, ns, color=_BLUE if ours else _VERMILION, marker="x", markersize=6)
-                beside = max(ns, 1.17 * beside)  # no label over another
+                label_height = max(ns, 1.17 * label_height)  # no overlap
                 label = IMPLEMENTATIONS[row["implementation"]].label
-                axes.annotate(label, (1.1 * moved, beside), va="center", fontsize=8)
-        axes.set(xscale="log", yscale="log", xlim=bytes_, xlabel="bytes moved an element", ylabel="ns an element")
+                axes.annotate(label, (1.1 * moved, label_height), va="center", fontsize=8)
+        axes.set(xscale="log", yscale="log", xlim=bytes_, xlabel="bytes moved per element", ylabel="ns per element")
         axes.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(f"{dtype}, {size_label(size)} elements", fontsize=10)
@@ -82,19 +82,19 @@ def roofline_figure(kernels: list[Row], peers: list[Row]) -> Figure:
         axes.set_axisbelow(True)
     panels[0].legend(frameon=False, fontsize=8)
     figure.suptitle(
-        "Kernels, and forward with backward of QReLU and others (x), beside a copy\n" + _setting(kernels[0]),
+        "Kernels, and forward + backward of QReLU and others (x), compared with a copy\n" + _setting(kernels[0]),
         fontsize=10,
     )
     return figure
 
 
-# ------------------------------------------------------------------------------ QReLU beside others
+# ------------------------------------------------------------------------------ QReLU and alternatives
 
 
 def peers_figure(rows: list[Row]) -> Figure:
-    """How many times as fast as nn.ReLU, forward and backward; a panel for each dtype and size."""
+    """The speed relative to nn.ReLU, forward and backward; one panel per dtype and size."""
     rows = [row for row in rows if row["pass"] == PASSES[1]]
-    # Sizes, those of the default allocator after the others.
+    # Sizes; those with the default allocator last.
     places = sorted({(row["allocator"] == "default", int(row["size"]), row["allocator"]) for row in rows})
     dtypes = [dtype for dtype in DTYPES if any(row["dtype"] == dtype for row in rows)]
     names = [name for name in IMPLEMENTATIONS if any(row["implementation"] == name for row in rows)]
@@ -116,7 +116,7 @@ def peers_figure(rows: list[Row]) -> Figure:
     axes.xaxis.set_major_locator(FixedLocator([0.01, 0.1, 1, 10]))
     axes.xaxis.set_major_formatter(lambda speed, _: f"{speed:g}x" if speed >= 1 else f"1/{1 / speed:g}")
     figure.suptitle(
-        "Speed over nn.ReLU (black line), forward and backward: medians, and 20% to 80% of the rounds\n"
+        "Speed relative to nn.ReLU (black line), forward and backward: medians, and 20% to 80% of the rounds\n"
         + _setting(rows[0]),
         fontsize=10,
     )
@@ -134,7 +134,7 @@ def _speed_bar(axes: Axes, row: Row, place: int) -> None:
 
 
 def training_figure(rows: list[Row]) -> Figure:
-    """ms a step with each activation; a panel for each network."""
+    """ms per step with each activation; one panel per network."""
     cases = list(dict.fromkeys((row["network"], row["dtype"]) for row in rows))
     figure = Figure(figsize=(1.5 + 2.5 * len(cases), 2.2), layout="constrained")
     panels = figure.subplots(1, len(cases), squeeze=False)[0]
@@ -161,7 +161,7 @@ def training_figure(rows: list[Row]) -> Figure:
 _BITS = 2
 _TOP_CODE = 2**_BITS - 1
 
-# Drawn in this order, each narrower than the one below: where they coincide all are seen.
+# Drawn in this order, each narrower than the one below, so that all are visible where they coincide.
 _STAIRS = {
     "nearest": {"color": _ORANGE, "linewidth": 8},
     "hwgq": {"color": _SKY, "linewidth": 4.5},
@@ -170,7 +170,7 @@ _STAIRS = {
 
 
 def staircase_figure() -> Figure:
-    """The staircase at 2 bits under every rounding, and g'(u) of every STE, as coarsegrad computes them."""
+    """The staircase at 2 bits for every rounding, and g'(u) of every STE, as computed by coarsegrad."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
     forward, backward = figure.subfigures(1, 2, width_ratios=(1, 1.2))
@@ -180,7 +180,7 @@ def staircase_figure() -> Figure:
 
 
 def _pieces(u: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """(u, values) with a gap at every jump, so that no line is drawn where there is no value."""
+    """(u, values) with a gap at every jump, so that no line is drawn across it."""
     jumps = ((values[1:] - values[:-1]).abs() > 0.1).nonzero()[:, 0] + 1
     gap = torch.full_like(u[:1], torch.nan)
     with_gaps = ([t for piece in all_.tensor_split(jumps) for t in (piece, gap)] for all_ in (u, values))
@@ -232,7 +232,7 @@ _MEMORY_COLORS = {"kept_bytes": _BLUE, "peak_bytes": _SKY}
 
 
 def memory_figure(rows: list[Row]) -> Figure:
-    """Bytes kept, peak memory, and the time of a step, for each activation; a row of panels for each network."""
+    """Bytes saved, peak memory and time of a step for each activation; one row of panels per network."""
     cases = list(dict.fromkeys((row["network"], row["dtype"]) for row in rows))
     figure = Figure(figsize=(10, 0.9 + 2.1 * len(cases)), layout="constrained")
     panels = figure.subplots(len(cases), 2, squeeze=False)
@@ -241,7 +241,13 @@ def memory_figure(rows: list[Row]) -> Figure:
         places, names = range(len(mine)), [row["activation"] for row in mine]
         for number, (column, color) in enumerate(_MEMORY_COLORS.items()):
             lengths = [int(row[column] or 0) / 2**20 for row in mine]
-            sizes.barh([i + 0.4 * number - 0.2 for i in places], lengths, 0.4, color=color, label=column[:4])
+            sizes.barh(
+                [i + 0.4 * number - 0.2 for i in places],
+                lengths,
+                0.4,
+                color=color,
+                label={"kept_bytes": "saved", "peak_bytes": "peak"}[column],
+            )
         sizes.set(title=f"{network}, {dtype}: MiB", yticks=places, yticklabels=names)
         seconds = [1e3 * float(row["seconds_median"]) for row in mine]
         times.barh(places, seconds, 0.6, color=_GREEN)
@@ -252,7 +258,7 @@ def memory_figure(rows: list[Row]) -> Figure:
             axes.set_axisbelow(True)
     panels[0, 0].legend(frameon=False, fontsize=8)
     figure.suptitle(
-        "Kept for the backward, peak memory of a step (no kept bar: hidden by a checkpoint), and time\n"
+        "Saved for backward, peak memory of a step (no saved bar: hidden by a checkpoint), and time\n"
         + _setting(rows[0]),
         fontsize=10,
     )

@@ -1,4 +1,4 @@
-"""`python -m bench.kernels`: the time of each kernel beside that of copying as many bytes."""
+"""`python -m bench.kernels`: the time of each kernel relative to copying as many bytes."""
 
 from __future__ import annotations
 
@@ -33,49 +33,50 @@ from .timing import BenchError, Row, Times, quantiles
 RESULTS = Path(__file__).parent / "results" / "kernels.csv"
 
 _DESCRIPTION = """
-Times each of the kernels behind QReLU: forward with the mask at 1 to 8 bits, the
-backward from the mask, from x and from codes, the gradient of a learned step,
-and codes to levels; with a copy as the measure.
+Times the kernels behind QReLU: forward with a mask at 1 to 8 bits, backward from
+the mask, from x and from codes, the gradient of a learned step, and codes to
+levels; each is compared with a copy.
 """
 _EPILOG = """
-Without --quick and --sizes: 2^16 (in cache), 2^22, 2^24 and 2^26 elements, on a GPU 2^27
-for the last; with --quick 2^16 and 2^22.
+Default sizes: 2^16 (in cache), 2^22, 2^24 and 2^26 elements, on a GPU 2^27 for
+the last; with --quick 2^16 and 2^22.
 
-Before a size is timed, what each kernel returns is compared with the reference:
-outputs, masks, codes and masked gradients bit for bit, a gradient with an
-exponential or a division within some ulps, the gradient of a step within 1e-5 of
-the sum of what is added up; if one is wrong there is no report. All take turns
-in one process, in a new order each round. A time is the median over the rounds,
-with the 20% and 80% quantiles.
+Before a size is timed, the results of each kernel are compared with the
+reference: outputs, masks, codes and masked gradients bit for bit, a gradient with
+an exponential or a division within some ulps, the gradient of a step within 1e-5
+of the sum of its terms' magnitudes. If one is wrong, no times are reported. All
+kernels take turns in one process, in a new order each round. A time is the median
+over the rounds, with the 20% and 80% quantiles.
 
-"of copy" is the kernel's time over the time in which a copy moves as many bytes,
-each element read and written once: of the medians, with the quantiles round by
-round. It is a copy of the tensor that the kernel reads (of both in turn, where it
-reads x and dy) into a new one, as a kernel's output is: where memory lies changes
-the time of either by a fifth. The copy has the loads, stores (non-temporal from
-8 MiB on) and threads of the kernels, and nothing between; on a GPU, and without
-the native library, it is Tensor.copy_.
+"of copy" is the kernel's time divided by the time in which a copy moves as many
+bytes, reading and writing each element once: the ratio of medians, with quantiles
+round by round. The copy is of the tensor that the kernel reads (of both in turn,
+if it reads x and dy) into a new one, like a kernel's output: placement in memory
+changes either time by a fifth. It has the loads, stores (non-temporal from 8 MiB
+on) and threads of the kernels and no arithmetic; on a GPU, and without the native
+library, it is Tensor.copy_.
 """
 
 # ------------------------------------------------------------------------------------- the kernels
 
 _ALPHA, _BITS = 0.4866, 2
-# What an alpha of its own is for: (how many, elements of each that lie together).
+# What has its own alpha: (how many, contiguous elements of each).
 _LAYOUTS = {"channel": (64, 256), "feature": (256, 1)}
 _Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """numbers, bits: what it moves an element: numbers of x's dtype and packed bits. beside: whose copies measure it.
+    """numbers, bits: what it moves per element: numbers of x's dtype and packed bits. copied: what to compare it with a
+    copy of.
 
-    rtol: how far its gradient may be from the reference's, relative, in units of the dtype's eps. sums: whether what it
-    returns second are sums over the tensor.
+    rtol: the relative tolerance of its gradient, in units of the dtype's eps. sums: whether its second result is a sum
+    over the tensor.
     """
 
     numbers: int
     bits: int
-    beside: tuple[str, ...]
+    copied: tuple[str, ...]
     call: Callable[[_Tensors], tuple[Tensor, ...]]
     rtol: float = 0.0
     sums: bool = False
@@ -206,8 +207,8 @@ def _rows(dtype: str, size: int, _: str, times: dict[str, Times]) -> list[Row]:
     for name, own in times.items():
         kernel = KERNELS.get(name)
         moved = kernel.numbers * itemsize + kernel.bits / 8 if kernel else copy_bytes
-        beside = [copy for copy, key in COPIES.items() if key in kernel.beside] if kernel else [name]
-        copy = Times(1, [statistics.mean(each) for each in zip(*(times[copy].seconds for copy in beside))])
+        copies = [copy for copy, key in COPIES.items() if key in kernel.copied] if kernel else [name]
+        copy = Times(1, [statistics.mean(each) for each in zip(*(times[copy].seconds for copy in copies))])
         low, _, high = (share / (moved / copy_bytes) for share in quantiles(copy.speeds_over(own)))
         median = quantiles(own.seconds)[1]
         rows.append({

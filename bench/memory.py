@@ -1,4 +1,4 @@
-"""`python -m bench.memory`: what networks keep for the backward, their peak memory, and the time of a step."""
+"""`python -m bench.memory`: the bytes that networks save for backward, their peak memory, and the time of a step."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ RESULTS = Path(__file__).parent / "results" / "memory.csv"
 _DESCRIPTION = """
 Measures training steps of some networks with nn.ReLU, with nn.ReLU in
 checkpointed networks, with relu and torch.fake_quantize, with the 2-bit
-activations of brevitas and torchao where they are installed, and with QReLU
-(2 bits, relu), its outputs kept whole and as packed codes. The T5 has its
-dropout, which QReLU does itself.
+activations of brevitas and torchao if installed, and with QReLU (2 bits, relu),
+its outputs saved as they are and as packed codes. The T5 has dropout, which QReLU
+applies itself.
 """
 _EPILOG = """
-kept: bytes that autograd holds on to after the forward, counted by
-coarsegrad.saved_memory. peak: how far the resident memory of a process of its
-own rises above what it was before the step, gradients of the weights in place;
-malloc gives large blocks back there, else it is malloc's holes that are measured.
-time: the median over rounds in which all take turns in one process, and the
-median of this time over that of QReLU with its outputs kept whole, round by
-round. Before anything is timed, the gradients of QReLU packed and not are
-compared, bit for bit; if one differs there is no report.
+saved: bytes that autograd saves in the forward, counted by
+coarsegrad.saved_memory. peak: the rise of a new process's resident memory during
+a step, with the gradients of the weights already allocated; malloc returns large
+blocks at once there, otherwise fragmentation would be measured. time: the median
+over rounds in which all take turns in one process, and the median ratio to QReLU
+with unpacked outputs, round by round. Before anything is timed, the gradients of
+QReLU with and without packing are compared, bit for bit; if one differs, nothing
+is reported.
 
---device cuda has larger networks. There the peak is what torch's allocator hands
-out above what it had before the step, in one process, and the time is the GPU's,
-by its events, with all launches queued.
+--device cuda measures larger networks. There the peak is the rise of memory
+allocated by torch, in one process, and the time is by CUDA events, with all
+launches queued.
 """
 
 
@@ -86,7 +86,7 @@ def _torchao() -> nn.Module:
 
 @dataclass(frozen=True)
 class Network:
-    """build(activation, dropout after it) -> a network; input() -> what it takes; dropout: that of the network."""
+    """build(activation, dropout after it) -> the network; input() -> its input; dropout: its probability."""
 
     build: Callable[[Callable[[], nn.Module], float], nn.Module]
     input: Callable[[], Tensor]
@@ -123,7 +123,7 @@ def _wide_mlp(activation: Callable[[], nn.Module], dropout: float) -> nn.Module:
     return nn.Sequential(*hidden, nn.Linear(4096, 10))
 
 
-# On a GPU: transformers as they are, on 16,384 and 4,096 tokens.
+# On a GPU: transformers at full size, on 16,384 and 4,096 tokens.
 GPU_NETWORKS = {
     "wide mlp": Network(_wide_mlp, lambda: torch.randn(32768, 4096)),
     "OPT-125M": Network(
@@ -156,14 +156,14 @@ def _activations() -> dict[str, Callable[[], nn.Module]]:
 def _set_up(
     network: str, activation: str, dtype: str, device: str = "cpu"
 ) -> tuple[nn.Module, Callable[[Tensor], Tensor], Tensor]:
-    """(the network, its forward as this case has it, the input)."""
+    """(the network, its forward for this activation, the input)."""
     torch.manual_seed(0)
     plan = (NETWORKS | GPU_NETWORKS)[network]
     make, dropout = _activations()[activation], plan.dropout
     if make is cg.QReLU:
         make, dropout = (lambda: cg.QReLU(2, ste="relu", dropout=plan.dropout)), 0.0
     with warnings.catch_warnings(), torch.device(device):
-        warnings.simplefilter("ignore")  # peers deprecate things of their own
+        warnings.simplefilter("ignore")  # deprecations within the peers
         x = plan.input()
         model = plan.build(make, dropout).to(device, DTYPES[dtype])
     if activation == "qrelu, packed":
@@ -178,20 +178,20 @@ def _step(forward: Callable[[Tensor], Tensor], x: Tensor) -> None:
 
 
 def _resident(word: str) -> int:
-    """A line of /proc/self/status in bytes: VmRSS, resident now, or VmHWM, the most so far."""
+    """A line of /proc/self/status in bytes: VmRSS, resident now, or VmHWM, the maximum so far."""
     try:
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(word))
     except (OSError, StopIteration):
-        raise BenchError("the peak of memory is read from Linux's /proc/self/status, which is not there") from None
+        raise BenchError("peak memory is read from Linux's /proc/self/status, which is missing") from None
     return 1024 * int(line.split()[1])
 
 
 def _peak(network: str, activation: str, dtype: str, threads: int) -> tuple[int, int | None]:
-    """(bytes by which a step raises the resident memory, bytes kept after its forward; None where hooks hide it)."""
+    """(bytes by which a step raises resident memory, bytes saved by its forward or None if hooks hide them)."""
     torch.set_num_threads(threads)
     model, forward, x = _set_up(network, activation, dtype)
-    _step(forward, x[:2])  # what is allocated once: gradients of the weights, and the libraries' own
-    Path("/proc/self/clear_refs").write_text("5")  # the most so far is what is resident now
+    _step(forward, x[:2])  # one-time allocations: gradients of the weights, and the libraries' own
+    Path("/proc/self/clear_refs").write_text("5")  # resets the maximum to what is resident now
     before = _resident("VmRSS")
     _step(forward, x)
     peak = _resident("VmHWM") - before
@@ -221,7 +221,7 @@ def _times(network: str, dtype: str, threads: int, rounds: int) -> dict[str, tup
 
 
 def _on_gpu(network: str, dtype: str, rounds: int) -> dict[str, tuple[float, float, int, int | None]]:
-    """activation -> (what _times says, what _peak says), on the GPU and in one process."""
+    """activation -> (*results of _times, *results of _peak), on the GPU and in one process."""
     jobs, gradients, memory = {}, {}, {}
     for activation in _activations():
         model, forward, x = _set_up(network, activation, dtype, "cuda")
@@ -259,7 +259,7 @@ def network_options(
     add("--networks", nargs="+", choices=names, help="default: all")
     default = [dtype] if dtype else None
     add("--dtypes", nargs="+", choices=list(DTYPES), default=default, help=about_dtypes or f"default: {dtype}")
-    add("--rounds", type=at_least(2), default=rounds, help=f"rounds that count (default {rounds})")
+    add("--rounds", type=at_least(2), default=rounds, help=f"measured rounds (default {rounds})")
     add("--threads", type=at_least(1), default=2, help="threads (default 2)")
 
 
@@ -269,13 +269,13 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     network_options(
-        parser, [*NETWORKS, *GPU_NETWORKS], None, 10, "default: bfloat16; float32 on a CPU that multiplies no bfloat16"
+        parser, [*NETWORKS, *GPU_NETWORKS], None, 10, "default: bfloat16; float32 on a CPU without bfloat16 products"
     )
     add_device(parser, RESULTS)
     args = parser.parse_args(argv)
     find_device(parser, args, RESULTS)
     if args.device == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the gradients are compared to the bit
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the gradients are compared bit for bit
     known = NETWORKS if args.device == "cpu" else GPU_NETWORKS
     args.networks = args.networks or list(known)
     if unknown := set(args.networks) - known.keys():
@@ -284,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
         slow = args.device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
         args.dtypes = ["float32" if slow else "bfloat16"]
         if slow:
-            print("float32, as torch's bfloat16 products are many times slower on this CPU; --dtypes bfloat16 has them")
+            print("float32: torch's bfloat16 products are many times slower on this CPU; --dtypes bfloat16 overrides")
     torch.set_num_threads(args.threads)  # as in the processes that measure
     here = facts(torch.device(args.device), "default")
     rows: list[dict[str, object]] = []
@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
     except BenchError as error:
         raise SystemExit(f"bench.memory: {error}") from error
     for name in sorted(_PEERS.keys() - _activations().keys()):
-        print(f"\nLeft out, as it is not installed: {name.split(', ')[-1]}")
+        print(f"\nSkipped, not installed: {name.split(', ')[-1]}")
     print(f"\nWritten: {args.out}. `python -m bench.report` draws it.")
 
 
@@ -326,7 +326,7 @@ def _rows(network: str, dtype: str, args: argparse.Namespace) -> list[dict[str, 
         for row in rows
     ]
     print(f"\n{network}, {dtype}, {args.device}, {args.threads} threads\n")
-    print(format_table(("activation", "kept, MiB", "peak, MiB", "step, ms", "over qrelu"), table), flush=True)
+    print(format_table(("activation", "saved, MiB", "peak, MiB", "step, ms", "over qrelu"), table), flush=True)
     return rows
 
 

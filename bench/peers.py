@@ -1,4 +1,4 @@
-"""`python -m bench.peers`: the time of QReLU beside nn.ReLU, plain torch, and other libraries' fake quantizers."""
+"""`python -m bench.peers`: the time of QReLU, nn.ReLU, plain torch, and other libraries' fake quantizers."""
 
 from __future__ import annotations
 
@@ -33,34 +33,34 @@ PASSES = ("forward", "forward+backward")
 
 _DESCRIPTION = """
 Times QReLU (2 bits, clipped_relu, ceil), out of place, in place and with a
-learned step, beside nn.ReLU; the same staircase as an eager
+learned step, and nn.ReLU; the same staircase as an eager
 torch.autograd.Function and in torch.compile, in its fastest form and in the
-idiom that people write; and torch's fake_quantize, with a fixed and a learned
-step, brevitas' QuantReLU and torchao's fake quantizer, each in its fastest fair
-setting. `pip install -e .[peers]` brings the last two; what is not installed is
-left out, and named.
+usual idiom; and torch's fake_quantize, with a fixed and a learned step, brevitas'
+QuantReLU and torchao's fake quantizer, each in its fastest comparable setting.
+`pip install -e .[peers]` installs the last two; what is not installed is skipped
+with a note.
 """
 _EPILOG = """
-Without --quick and --sizes: 4, 2^16, 2^22 and 2^24 elements, and at 2^26 what
-writing in place is worth where every fresh output costs page faults
-(QReLU and nn.ReLU with the allocator as it is); on a GPU 2^16 to 2^27.
+Default sizes: 4, 2^16, 2^22 and 2^24 elements, and 2^26 for the gain of writing in
+place when every new output incurs page faults (QReLU and nn.ReLU with the
+allocator as it is); on a GPU 2^16 to 2^27.
 
-Before a size is timed, outputs and gradients are compared with the reference,
-bit for bit (of fake quantizers, which round to the nearest level, it is checked
-that they do); if one differs there is no report. All implementations take turns
-in one process, in a new order each round. A time is the median over the rounds,
-with the 20% and 80% quantiles; a speed is nn.ReLU's time over this one's, of the
-medians, with the quantiles round by round. GB/s counts what any implementation
-has to move: x and y, dy and dx, and one bit an element written and read for the
-backward; "of copy" is its share of what a copy of x (and dy) reaches, in its turn.
+Before a size is timed, outputs and gradients are compared with the reference, bit
+for bit (fake quantizers are checked to round to the nearest level). If one
+differs, no times are reported. All implementations take turns in one process, in
+a new order each round. A time is the median over the rounds, with the 20% and 80%
+quantiles; a speed is nn.ReLU's time divided by this one's: the ratio of medians,
+with quantiles round by round. GB/s counts what every implementation must move: x
+and y, dy and dx, and one bit per element written and read for the backward; "of
+copy" is its share of the bandwidth of a copy of x (and dy).
 
---allocator keep has glibc's malloc keep what is freed (MALLOC_MMAP_THRESHOLD_
-and MALLOC_TRIM_THRESHOLD_ set in a new process). With the default it gives large
-blocks back to the system, and each fresh output pays for its pages again: the
-last column counts them. A preloaded tcmalloc or jemalloc is recognised.
+--allocator keep makes glibc's malloc keep freed memory (MALLOC_MMAP_THRESHOLD_ and
+MALLOC_TRIM_THRESHOLD_ set in a new process). By default it returns large blocks to
+the system, and every new output incurs page faults again: the last column counts
+them. A preloaded tcmalloc or jemalloc is recognised.
 
---device cuda times by CUDA events, each call with a flushed L2, and all calls of a
-sample queued before the first begins, so that launches are not what is measured.
+--device cuda times by CUDA events. Each call finds a flushed L2, and all calls of a
+sample are queued before the first begins, so launch overhead is excluded.
 """
 _COPY = "copy"
 _IN_PLACE_STUDY = ("relu", "relu_inplace", "qrelu", "qrelu_inplace")
@@ -69,9 +69,9 @@ _IN_PLACE_STUDY = ("relu", "relu_inplace", "qrelu", "qrelu_inplace")
 
 
 def _inputs(dtype: torch.dtype, size: int) -> tuple[Tensor, Tensor]:
-    """(x, dy) on the CPU: Gaussian, and in up to half of x every level with its two neighbours.
+    """(x, dy) on the CPU: Gaussian, with every level and its two neighbours in up to half of x.
 
-    No NaN, whose gradient passes in QReLU alone, and no subnormal, which can be slower than other numbers.
+    Without NaN, whose gradient passes in QReLU only, and without subnormals, which can be slower.
     """
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
@@ -83,7 +83,7 @@ def _inputs(dtype: torch.dtype, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _expected(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """(y, dx) of the reference, a piece at a time as it takes many times the memory."""
+    """(y, dx) of the reference, piece by piece because it takes many times the memory."""
     ys, dxs = [], []
     with cg.use_backend("reference"), torch.enable_grad():
         for x_piece, dy_piece in zip(x.split(2**20), dy.split(2**20)):
@@ -94,17 +94,17 @@ def _expected(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(ys), torch.cat(dxs)
 
 
-# A leaf must not be written to. This is x as the fresh output of another op, without a copy. Its cost, some
-# calls whatever the size, counts in the in-place rows.
+# A leaf must not be written to. This makes x the output of another op without a copy. Its cost, a few calls at any
+# size, is included in the in-place rows.
 _fresh = torch.ops.aten._unsafe_view.default
 
 Job = Callable[[], tuple[Tensor, ...]]
 
 
 def _set_up(implementation: Implementation, x: Tensor, dy: Tensor, passes: str) -> Job:
-    """A job that returns (y,) or (y, dx, of a learned step its gradient).
+    """A job that returns (y,) or (y, dx, the gradient of a learned step).
 
-    In place it has a copy of x, which is y from the second call on.
+    In place it works on a copy of x, which is y from the second call on.
     """
     activation = implementation.activation(x)
     x = (x.clone() if implementation.inplace else x.detach()).requires_grad_()
@@ -132,7 +132,7 @@ def _check(label: str, got: tuple[Tensor, ...], wanted: tuple[Tensor, ...], x: T
 
 
 def _check_nearest(label: str, y: Tensor, x: Tensor) -> None:
-    """Every output is a level, and none is nearer to x; which of two as near may differ."""
+    """Every output is a level, and none is closer to x; ties may go either way."""
     codes = y.float() / ALPHA
     wrong = (codes != codes.round()) | (codes < 0) | (y > TOP)
     wrong |= (y.float() - x.float().clamp(0, TOP)).abs() > ALPHA / 2
@@ -147,7 +147,7 @@ def _check_nearest(label: str, y: Tensor, x: Tensor) -> None:
 def _checked_jobs(
     names: Iterable[str], x: Tensor, dy: Tensor, passes: str, expected: tuple[Tensor, Tensor]
 ) -> dict[str, Job]:
-    """The jobs by name, each called once and its results checked."""
+    """The jobs by name, each called once and checked."""
     jobs = {}
     for name in names:
         implementation = IMPLEMENTATIONS[name]
@@ -164,7 +164,7 @@ def _checked_jobs(
 
 
 def _cases(part: Part, dtype: str, size: int) -> Iterator[Case]:
-    torch._dynamo.reset()  # else a new size or dtype is a recompilation, and after some all is eager
+    torch._dynamo.reset()  # a new size or dtype recompiles, and after some recompilations torch falls back to eager
     x, dy = (t.to(part.device) for t in _inputs(DTYPES[dtype], size))
     expected = _expected(x, dy)
     for passes in PASSES:
@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
         parts.append(part("default", [2**26], _IN_PLACE_STUDY))
     for name in args.only:
         if not IMPLEMENTATIONS[name].installed:
-            print(f"Left out, as it is not installed: {name}")
+            print(f"Skipped, not installed: {name}")
     run_parts("bench.peers", SWEEP, parts, args.out)
 
 

@@ -1,4 +1,4 @@
-"""What is promised of the times, and whether the results keep it."""
+"""Upper bounds that the measured times must meet, and verdicts on the results."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Results = Mapping[str, list[Mapping[str, str]]]
 
 @dataclass(frozen=True)
 class Promise:
-    """That a time is at most `most` times another; time(results) -> how many times it is, None if not measured.
+    """That a time is at most `most` times another. time(results) -> the measured ratio, None if not measured.
 
-    tried: what was tried where it is not kept, or why it cannot be.
+    tried: what was tried if the promise is missed, or why it cannot be kept.
     """
 
     claim: str
@@ -43,7 +43,7 @@ def _over_copy(dtype: str, size: int, kernel: str, most: float, tried: str = "")
         row = _one(results["kernels"], dtype=dtype, size=size, kernel=kernel)
         return float(row["time_over_copy"]) if row else None
 
-    return Promise(f"{dtype}, {size_label(size)}: {kernel}, over copying as many bytes", most, time, tried)
+    return Promise(f"{dtype}, {size_label(size)}: {kernel} vs. copying as many bytes", most, time, tried)
 
 
 def _over(
@@ -57,48 +57,50 @@ def _over(
 
     labels = [IMPLEMENTATIONS[name].label for name in (ours, theirs)]
     malloc = ", default malloc" if default_malloc else ""
-    claim = f"{dtype}, {size_label(size)}{malloc}: {labels[0]}, over {labels[1]}"
+    claim = f"{dtype}, {size_label(size)}{malloc}: {labels[0]} vs. {labels[1]}"
     return Promise(claim, most, time, tried)
 
 
 _EXPONENTIAL = (
-    "`log_tailed_relu` and `reverse_exponential` in bfloat16: arithmetic is the limit, by AVX2, which has half the"
-    " width, more than by AVX-512. A cubic for the power of two, added to the exponent as an integer, fused"
-    " multiply-adds, a reciprocal by one step of Newton for the division, the gate and the search for numbers that need"
-    " more care as comparisons in 16 bits, even and odd numbers unpacked by a shift or a mask, four chains of"
-    " operations side by side, were each a gain. `vcvtne2ps2bf16` and `vdpbf16ps` were thought through and not built:"
-    " they flush subnormals. A quadratic would be too far from g'; a table of all numbers is slower, by gathers."
+    "`log_tailed_relu` and `reverse_exponential` in bfloat16: arithmetic is the limit, more so under AVX2, which"
+    " has half the width of AVX-512. Each of these helped: a cubic for the power of two, added to the exponent as an"
+    " integer; fused multiply-adds; one Newton step for the reciprocal instead of a division; the gate and the"
+    " search for numbers that need more care as 16-bit comparisons; even and odd numbers unpacked by a shift or a"
+    " mask; four independent chains of operations. `vcvtne2ps2bf16` and `vdpbf16ps` were considered and rejected"
+    " because they flush subnormals. A quadratic deviates too far from g'; a table of all numbers is slower because"
+    " of its gathers."
 )
 _LEARNED = (
-    "A learned step: its sums take operations that a fixed step does not have, and two bits an element are read. Gains"
-    " were: dx in the same pass, states packed from the masks of a few numbers at a time, and a weight for each two"
-    " bits, looked up in a register, whose products with dy are summed in place of two sums by masks (an infinite sum"
-    " is made again by masks)."
+    "A learned step: its sums take operations that a fixed step does not need, and two bits per element are read."
+    " These helped: computing dx in the same pass; packing states from the masks of a few numbers at a time; one"
+    " weight for each two bits, looked up in a register, whose products with dy are summed instead of two masked"
+    " sums (an infinite sum is recomputed with masks)."
 )
 _SMALL = (
-    "4 elements: what is left is the call of a module and of an op through torch's dispatcher, twice, as the mask and"
-    " the output come from an op below autograd. Attributes are looked up once, without a dict of keywords, the op is"
-    " called past Python's search of its schema, and the derivative is C++, which a backward enters below autograd."
+    "4 elements: what remains is the call of a module and two calls of an op through torch's dispatcher, since mask"
+    " and output come from an op below autograd. Attributes are looked up once, without a dict of keywords; the op"
+    " is called without Python's schema search; the derivative is in C++ and enters below autograd."
 )
 _IN_CACHE = (
-    "2^16 elements: a few comparisons (AVX2) or a table search (AVX-512) took half of the arithmetic's time in cache;"
-    " what is left is that an exact staircase takes more instructions than a maximum, and the call (4 elements)."
+    "2^16 elements: a few comparisons (AVX2) or a table search (AVX-512) halved the arithmetic's time in cache."
+    " What remains is that an exact staircase takes more instructions than a maximum, and the cost of the call (see"
+    " 4 elements)."
 )
 _COPY = (
-    "Beside a copy: in cache the kernels take less time than memory does, but the two do not overlap wholly, bfloat16's"
-    " less as it has twice the instructions for a cache line. Gains were: what a block's loop needs stays in registers;"
-    " what is the same for all of a tensor is no branch in the loop; by AVX2 memory is asked for 2 KiB ahead (half of"
-    " that, twice that, and asking for it past the caches were no better); and loads that are masked, which Zen 3's own"
-    " prefetching does not see (no gain in float32's forward). All loads of a block before its stores: no change."
+    "Compared with a copy: in cache the kernels take less time than memory does, but the two do not overlap"
+    " completely, least of all in bfloat16, which takes twice the instructions per cache line. These helped: keeping"
+    " a block's operands in registers; no branch in the loop on what is constant for the tensor; under AVX2,"
+    " prefetching 2 KiB ahead (half of that, twice that and non-temporal prefetches were no better) and masked"
+    " loads, which Zen 3's prefetcher does not see (no gain in float32's forward). Issuing all loads of a block"
+    " before its stores made no difference."
 )
 _RELU = (
-    "Beside `nn.ReLU` and compiled forms on one thread: memory is the limit, and `nn.ReLU`'s own loops come near it;"
-    " QReLU saves the reading of one tensor of five, and writes past the caches."
+    "Compared with `nn.ReLU` and compiled forms on one thread: memory is the limit, and `nn.ReLU`'s own loops come"
+    " close to it. QReLU saves reading one tensor of five, and its stores bypass the caches."
 )
-
 _PAGES = (
-    "In place at 2^26 elements under the default malloc: dx is a fresh tensor there too, and its page faults are most"
-    " of the time; runs of the same command differ widely, with what the system takes for a page."
+    "In place at 2^26 elements under the default malloc: dx is a new tensor here too, and its page faults dominate."
+    " Runs of the same command differ widely with the page size that the system chooses."
 )
 
 PROMISES = (

@@ -1,4 +1,4 @@
-"""What bench.kernels and bench.peers share: jobs on tensors of some dtypes and sizes, and a copy as the measure."""
+"""A sweep over dtypes and sizes, which bench.kernels and bench.peers run, and the copy that they compare with."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ from .timing import (
     write_csv,
 )
 
-# ----------------------------------------------------------------------------- a copy, as the measure
+# ---------------------------------------------------------------------------------- the copy as a yardstick
 
 
 def copying(to: Tensor, source: Tensor) -> Callable[[], object]:
     """A job that copies source into to, both contiguous.
 
-    On a CPU it is the native library's own copy: the loads, stores (past the caches from 8 MiB on) and threads of its
-    kernels with nothing between, so that a kernel's time over it is what the arithmetic costs. memcpy is no measure: it
-    can be a third as fast. Elsewhere, and without the native library, it is `Tensor.copy_`.
+    On a CPU it is the native library's own copy: the loads, stores (non-temporal from 8 MiB on) and threads of its
+    kernels without arithmetic, so that a kernel's time relative to it is the cost of the arithmetic. memcpy is no
+    yardstick: it can be three times slower. On other devices, and without the native library, it is `Tensor.copy_`.
     """
     if source.device.type == "cpu" and _ops.native is not None:
         return lambda: _ops.native.copy(to, source)
     return lambda: to.copy_(source)
 
 
-# ---------------------------------------------------------------------- benchmarks of tensors, by size
+# --------------------------------------------------------------------------------------------- the sweep
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one process measures; allocator is one of ALLOCATORS, names are of what takes turns."""
+    """What one process measures. allocator: one of ALLOCATORS; names: the jobs that take turns."""
 
     device: str
     allocator: str
@@ -68,7 +68,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Case:
-    """Checked jobs that take turns, with or without gradients; what tells the case from others of a dtype and size."""
+    """Checked jobs that take turns, with or without gradients. name: distinguishes cases of one dtype and size."""
 
     name: str
     jobs: dict[str, Callable[[], object]]
@@ -77,10 +77,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A benchmark by dtype and size.
+    """A benchmark over dtypes and sizes.
 
-    cases(part, dtype, size) -> Case after Case, each when it is asked for; rows(dtype, size, case's name, times) -> the
-    rows of the CSV, to which what they depend on is added; header and line(row): what is printed of them.
+    cases(part, dtype, size) yields each Case lazily. rows(dtype, size, case's name, times) -> the rows of the CSV, to
+    which the facts that they depend on are added. header and line(row): what is printed.
     """
 
     cases: Callable[[Part, str, int], Iterator[Case]]
@@ -89,8 +89,8 @@ class Sweep:
     line: Callable[[Row], str]
 
     def measure(self, part: Part) -> list[Row]:
-        """Everything in `part`, in this process; prints each case as it comes."""
-        sys.stdout.reconfigure(line_buffering=True)  # each case at once, into a pipe as well
+        """Measures all of `part` in this process and prints each case as it completes."""
+        sys.stdout.reconfigure(line_buffering=True)  # also when piped
         torch.set_num_threads(part.threads)
         device = torch.device(part.device)
         here = facts(device, part.allocator)
@@ -113,12 +113,12 @@ class Sweep:
 
 
 def size_label(size: int) -> str:
-    """2^22 for 4194304, but 4 for 4."""
+    """2^22 for 4194304, 4 for 4."""
     return f"2^{size.bit_length() - 1}" if size > 1024 and size.bit_count() == 1 else str(size)
 
 
 def timed(times: Times) -> Row:
-    """The columns that every table of times has."""
+    """The columns common to all tables of times."""
     low, median, high = quantiles(times.seconds)
     return {
         "seconds_median": f"{median:.6g}",
@@ -131,7 +131,7 @@ def timed(times: Times) -> Row:
 
 
 def run_parts(program: str, sweep: Sweep, parts: Iterable[Part], out: Path) -> list[Row]:
-    """The rows of all parts, each measured in a process of its own; written to `out` after each part."""
+    """The rows of all parts, each measured in a new process; written to `out` after each part."""
     rows: list[Row] = []
     try:
         for part in parts:
@@ -140,19 +140,19 @@ def run_parts(program: str, sweep: Sweep, parts: Iterable[Part], out: Path) -> l
     except (BenchError, OSError) as error:
         raise SystemExit(f"{program}: {error}") from error
     except KeyboardInterrupt:
-        print("\nStopped.", f"{out} has what was finished." if rows else "Nothing was written.")
+        print("\nInterrupted.", f"{out} has the parts that finished." if rows else "Nothing was written.")
         raise SystemExit(130) from None
-    print(f"Written: {out}. `python -m bench.report` draws it, and makes docs/benchmarks.md from all results.")
+    print(f"Written: {out}. `python -m bench.report` draws it and writes docs/benchmarks.md from all results.")
     return rows
 
 
 def size_options(parser: argparse.ArgumentParser, results: Path, names: Iterable[str], *measures: str) -> None:
-    """The options of a Sweep; those of a GPU go beside `results`."""
+    """The options of a Sweep; `results` is the default output, see `of_gpu`."""
     names = list(names)
     add = parser.add_argument
     add_device(parser, results)
     add("--quick", action="store_true", help="fewer sizes and rounds")
-    add("--sizes", nargs="+", type=_elements, metavar="N", help="these numbers of elements alone, as 65536 or 2^16")
+    add("--sizes", nargs="+", type=_elements, metavar="N", help="numbers of elements, such as 65536 or 2^16")
     add(
         "--dtypes",
         nargs="+",
@@ -167,64 +167,64 @@ def size_options(parser: argparse.ArgumentParser, results: Path, names: Iterable
         choices=names,
         default=names,
         metavar="NAME",
-        help=f"some of {', '.join(names)}; and always the measure: {', '.join(measures)} (default: all)",
+        help=f"some of {', '.join(names)}; always with {', '.join(measures)} to compare with (default: all)",
     )
-    add("--rounds", type=at_least(5), metavar="N", help="rounds that count, at least 5 (default 31; with --quick 11)")
+    add("--rounds", type=at_least(5), metavar="N", help="measured rounds, at least 5 (default 31; with --quick 11)")
     add(
         "--threads",
         type=at_least(1),
         default=1,
         metavar="N",
-        help="threads (default 1, timed by its CPU time; more by the wall clock)",
+        help="threads (default 1, timed by its CPU time; several by the wall clock)",
     )
     add(
         "--allocator",
         choices=ALLOCATORS,
         default="keep",
-        help="whether freed memory is kept, or the environment stays as it is (default keep)",
+        help="whether malloc keeps freed memory, or runs as the environment says (default keep)",
     )
 
 
 def add_device(parser: argparse.ArgumentParser, results: Path) -> None:
-    """The options of where to measure, and where to write to; see `find_device`."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default cpu)")
+    """The options for the device and the output; see `find_device`."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device (default cpu)")
     parser.add_argument(
         "--out",
         type=Path,
         metavar="CSV",
-        help=f"the results (default {os.path.relpath(results)}; of a GPU, {os.path.relpath(of_gpu(results))})",
+        help=f"the results (default {os.path.relpath(results)}; for a GPU, {os.path.relpath(of_gpu(results))})",
     )
 
 
 def of_gpu(results: Path) -> Path:
-    """Where results of a GPU go: beside those of a CPU."""
+    """The file for results of a GPU, next to those of a CPU."""
     return results.with_name(f"{results.stem}-cuda.csv")
 
 
 def find_device(parser: argparse.ArgumentParser, args: argparse.Namespace, results: Path) -> None:
-    """An error where the device is not there; fills in `out`."""
+    """Fills in `out`; an error if the device is missing."""
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error(
-            "--device cuda: torch sees no CUDA device here; `python -m tools.sass` checks machine code without one"
+            "--device cuda: torch sees no CUDA device here; `python -m tools.sass` checks the kernels without one"
         )
     args.out = args.out or (results if args.device == "cpu" else of_gpu(results))
 
 
 def checked_options(parser: argparse.ArgumentParser, argv: list[str] | None, results: Path) -> argparse.Namespace:
-    """The options given, with `out` and `rounds` filled in; an error where the device is not there."""
+    """The parsed options, with `out` and `rounds` filled in; an error if the device is missing."""
     args = parser.parse_args(argv)
     find_device(parser, args, results)
     args.rounds = args.rounds or (11 if args.quick else 31)
     if args.device == "cuda":
         args.allocator = "default"
     elif args.allocator == "keep" and platform.libc_ver()[0] != "glibc":
-        print("--allocator keep knows how to ask glibc alone; measuring with the allocator as it is")
+        print("--allocator keep requires glibc; measuring with the allocator as it is")
         args.allocator = "default"
     return args
 
 
 def default_sizes(args: argparse.Namespace) -> list[int]:
-    """Numbers of elements where --sizes names none."""
+    """The numbers of elements without --sizes."""
     return [2**16, 2**22] + ([] if args.quick else [2**24] if args.device == "cpu" else [2**24, 2**27])
 
 
@@ -233,7 +233,7 @@ def _elements(text: str) -> int:
     try:
         size = int(base) ** int(exponent) if power else int(base)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of elements, as 65536 or 2^16") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of elements, such as 65536 or 2^16") from None
     if not 1 <= size <= 2**28:
         raise argparse.ArgumentTypeError(f"a size must be 1 to 2^28 elements, got {text}")
     return size

@@ -1,4 +1,4 @@
-"""What the benchmarks share: taking turns, clocks, allocators, and what a time depends on."""
+"""Timing for the benchmarks: clocks, interleaved rounds, new processes, and the facts that a time depends on."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ Row = dict[str, object]
 
 
 class BenchError(Exception):
-    """Why there is no report."""
+    """The reason that no report is written."""
 
 
 # ----------------------------------------------------------------------------------------- timing
 
-# A sample of a short job on a CPU is this long. On a GPU it has so many calls, and so many clocks, some 3 ms, to queue
-# them in.
+# The length of a sample of a short job on a CPU. On a GPU a sample has a fixed number of calls, and 6 million clocks
+# (about 3 ms) to queue them.
 _SAMPLE_SECONDS = 2e-3
 _GPU_CALLS = 5
 _GPU_WAITS = 6_000_000
 
 
 class CpuTimer:
-    """Times calls by the wall clock; those of one thread by its CPU time, which other programs disturb less."""
+    """Times calls by the wall clock, or for one thread by its CPU time, which other programs disturb less."""
 
     def __init__(self) -> None:
         self._clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
     def calls(self, job: Callable[[], object]) -> int:
-        """How many calls make a sample: so many that it is far above the clock's grain."""
+        """The calls of a sample: enough to be far above the clock's resolution."""
         shortest = min(self.sample(job, 1)[0] for _ in range(3))
         return max(1, round(_SAMPLE_SECONDS / shortest))
 
@@ -66,11 +66,11 @@ class CpuTimer:
 
 
 class GpuTimer:
-    """Times calls on a GPU by its events.
+    """Times calls on a GPU by CUDA events.
 
-    The GPU is kept waiting until all calls of a sample are queued: what the CPU needs to launch them is not timed, but
-    where a call waits for the GPU. cold: a sample is of some calls, before each of which a buffer larger than the L2 is
-    written; else it is of one, of a whole training step.
+    The GPU waits until all calls of a sample are queued, so launch overhead is not timed unless a call synchronises.
+    cold: a sample has several calls, and a buffer larger than the L2 is written before each; otherwise it has one call,
+    such as a whole training step.
     """
 
     def __init__(self, device: torch.device, cold: bool = True) -> None:
@@ -79,12 +79,12 @@ class GpuTimer:
         self._flush = torch.empty(max(4 * l2, 2**28) if cold else 0, dtype=torch.int8, device=device)
 
     def calls(self, job: Callable[[], object]) -> int:
-        """How many calls make a sample, after some to warm up."""
+        """The calls of a sample, after a warm-up."""
         self.sample(job, 3)
         return self._calls
 
     def sample(self, job: Callable[[], object], calls: int) -> tuple[float, float]:
-        """(seconds, page faults: none) of one call, the mean of `calls` calls."""
+        """(seconds, 0 page faults) of one call, the mean of `calls` calls."""
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
         torch.cuda._sleep(_GPU_WAITS)
         for start, end in events:
@@ -108,18 +108,18 @@ class Times:
     page_faults: list[float] = field(default_factory=list)
 
     def speeds_over(self, other: Times) -> list[float]:
-        """Round by round, how many times as fast as the other."""
+        """The speed relative to the other, round by round."""
         return [theirs / ours for ours, theirs in zip(self.seconds, other.seconds)]
 
 
-# Rounds before the first that counts let the allocator find its steady state.
+# Rounds that are not measured, in which the allocator reaches its steady state.
 _WARM_UP_ROUNDS = 2
 
 
 def interleaved(
     jobs: dict[str, Callable[[], object]], timer: Timer, rounds: int, after_round: Callable[[], object]
 ) -> dict[str, Times]:
-    """The times of jobs that take turns, in a new order each round, so that a slow moment meets all alike."""
+    """The times of jobs that take turns, in a new order each round, so that a slow moment affects all alike."""
     times = {}
     for name, job in jobs.items():
         times[name] = Times(calls=timer.calls(job))
@@ -146,18 +146,18 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 
 ALLOCATORS = ("keep", "default")
 
-# Larger than any tensor of a benchmark; an int, as older versions of glibc read it.
+# Larger than any tensor of a benchmark, and within an int for older versions of glibc.
 _KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**31 - 1), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-# A block of this size or more has pages of its own, which go back to the system as it is freed.
+# Blocks of this size or more have their own pages, which return to the system when freed.
 _RETURN = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 _MALLOC = {"keep": _KEEP, "default": {}, "return": _RETURN}
 
 
 def in_new_process(allocator: str, function: Callable[..., T], *arguments: object) -> T:
-    """function(*arguments) in a new process, since malloc reads its settings only as a process starts.
+    """function(*arguments) in a new process, since malloc reads its settings only when a process starts.
 
-    allocator: "keep": glibc's malloc keeps what is freed; "return": it gives large blocks back at once; "default": the
-        environment stays as it is.
+    allocator: "keep": glibc's malloc keeps freed memory; "return": it returns large blocks at once; "default": the
+        environment is unchanged.
     """
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -173,7 +173,7 @@ def in_new_process(allocator: str, function: Callable[..., T], *arguments: objec
     try:
         result, error = receiver.recv()
     except EOFError:
-        raise BenchError("the measuring process was killed; is there too little memory?") from None
+        raise BenchError("the measuring process was killed; out of memory?") from None
     process.join()
     if error:
         raise error
@@ -181,18 +181,18 @@ def in_new_process(allocator: str, function: Callable[..., T], *arguments: objec
 
 
 def _run_and_send(sender: Connection, function: Callable[..., object], arguments: tuple) -> None:
-    """Sends (what the function returned, None), or (None, the BenchError that it raised). Ends with whoever waits."""
+    """Sends (the result, None) or (None, the BenchError raised). Exits when the parent does."""
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     try:
         sender.send((function(*arguments), None))
     except BenchError as error:
         sender.send((None, error))
     except KeyboardInterrupt:
-        pass  # whoever waits for it has been told as well
+        pass  # the parent is interrupted as well
 
 
 def _caches() -> str:
-    """The first core's caches, as "L1d 32K, L2 1024K, L3 32768K"; empty where the system does not say."""
+    """The first core's caches, such as "L1d 32K, L2 1024K, L3 32768K"; empty if the system does not list them."""
     found = []
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
@@ -202,9 +202,9 @@ def _caches() -> str:
 
 
 def facts(device: torch.device, allocator: str) -> dict[str, object]:
-    """What the times of this process depend on besides what is timed, in the words of the CSV files.
+    """What the times of this process depend on besides the jobs, under the CSV files' column names.
 
-    "allocator" is "keep", "default", or the name of another malloc that was preloaded; on a GPU, torch's own.
+    "allocator" is "keep", "default", or the name of a preloaded malloc; on a GPU, torch's own.
     """
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     if device.type != "cpu":
@@ -233,7 +233,7 @@ def facts(device: torch.device, allocator: str) -> dict[str, object]:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The `type` of an option that takes a whole number."""
+    """The `type` of an option for an integer with a lower bound."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:

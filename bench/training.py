@@ -1,4 +1,4 @@
-"""`python -m bench.training`: the time of whole training steps, and how much of it is the activation's."""
+"""`python -m bench.training`: the time of whole training steps, and the activation's share of it."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .timing import BenchError, CpuTimer, Times, facts, in_new_process, interlea
 RESULTS = Path(__file__).parent / "results" / "training.csv"
 
 _DESCRIPTION = """
-Times training steps (forward, backward, SGD) of an MLP, of LeNet-5 and of OPT-
-and T5-like transformers: with nn.ReLU, with QReLU (2 bits, clipped_relu), with
-QReLU whose outputs are kept as packed codes, and without any activation.
+Times training steps (forward, backward, SGD) of an MLP, LeNet-5, and OPT- and
+T5-like transformers: with nn.ReLU, with QReLU (2 bits, clipped_relu), with QReLU
+whose outputs are saved as packed codes, and without activations.
 """
 _EPILOG = """
 A time is the median over rounds in which all take turns in one process, with the
-20% and 80% quantiles. "share" is how much of a step is the activation's: the
-median of 1 - (the step without any activation) / (this step), round by round; of
-packed outputs it includes rebuilding them. Before anything is timed, the
-gradients of QReLU are compared with those of the reference backend, bit for bit;
-if one differs there is no report.
+20% and 80% quantiles. "share" is the activation's part of a step: the median of
+1 - (step without activations) / (this step), round by round; with packed outputs
+it includes rebuilding them. Before anything is timed, the gradients of QReLU are
+compared with those of the reference backend, bit for bit; if one differs, nothing
+is reported.
 """
 
 
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     except BenchError as error:
         raise SystemExit(f"bench.training: {error}") from error
     except KeyboardInterrupt:
-        print("\nStopped; nothing was written.")
+        print("\nInterrupted; nothing was written.")
         raise SystemExit(130) from None
     write_csv(({**row, **here} for row in rows), args.out)
     print(f"\nWritten: {args.out}. `python -m bench.report` draws it.")

@@ -49,7 +49,7 @@ def test_the_table_and_the_csv(small, tmp_path, capsys):
     out = tmp_path / "memory.csv"
     memory.main(["--dtypes", "float32", "bfloat16", "--rounds", "2", "--threads", "1", "--out", str(out)])
     shown, rows = capsys.readouterr().out, rows_of(out)
-    assert "Left out, as it is not installed: no_such_package" in shown
+    assert "Skipped, not installed: no_such_package" in shown
     names = ["relu", "relu, checkpoint", "relu, fake_quantize", "qrelu", "qrelu, packed"]
     assert [(row["dtype"], row["activation"]) for row in rows] == [
         (dtype, name) for dtype in ("float32", "bfloat16") for name in names

@@ -1,4 +1,4 @@
-"""bench.kernels, bench.peers and bench.report: they check before they time, and the page follows from the CSV."""
+"""bench.kernels, bench.peers and bench.report: they check before they time, and the page follows from the CSV files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from paths import ROOT
 import coarsegrad as cg
 from coarsegrad import _ops
 
-# Peers' own packages are not there in every environment, and torch.compile takes long.
+# The peers' packages are not always installed, and torch.compile takes long.
 OURS = ["qrelu", "qrelu_inplace", "qrelu_learned", "eager", "fake_quantize", "learnable"]
 
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch):
-    """In this process, whose output is captured and whose threads are put back."""
+    """Measures in this process, whose output is captured, and restores the number of threads."""
     monkeypatch.setattr(sweep, "in_new_process", lambda allocator, function, *arguments: function(*arguments))
     monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
     threads = torch.get_num_threads()
@@ -109,7 +109,7 @@ def test_a_peer_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(activations.IMPLEMENTATIONS, "brevitas", absent)
     out = tmp_path / "peers.csv"
     peers.main(["--sizes", "4", "--dtypes", "float32", "--only", "brevitas", "--rounds", "5", "--out", str(out)])
-    assert "Left out, as it is not installed: brevitas" in capsys.readouterr().out
+    assert "Skipped, not installed: brevitas" in capsys.readouterr().out
     assert {row["implementation"] for row in rows_of(out)} == {"relu"}
 
 
@@ -160,7 +160,7 @@ def test_the_copy_copies(monkeypatch, threads, size):
         assert torch.equal(to[:-1], source) and to[-1] == 0
 
 
-@pytest.mark.skipif(_ops.native is None, reason="there is no native library")
+@pytest.mark.skipif(_ops.native is None, reason="the native library is unavailable")
 def test_what_the_native_copy_refuses():
     x = torch.zeros(4, 4)
     with pytest.raises(ValueError, match=r"to must have from's 64 bytes, got 60"):
@@ -172,7 +172,7 @@ def test_what_the_native_copy_refuses():
 
 
 def test_the_timer_of_a_gpu(monkeypatch):
-    """Its clock and its queue have stand-ins: each call is between two events, behind a wait and a flush of its own."""
+    """With a fake clock and queue: each call lies between two events, after a wait and a flush."""
     log = []
 
     class Event:
@@ -237,7 +237,7 @@ def test_report_from_a_folder(tmp_path, capsys):
     text = page.read_text()
     assert "| forward, 2 bits |" in text and "| QReLU |" in text and "Whole training steps" not in text
     shown = capsys.readouterr().out
-    assert "float32, 4: QReLU, over nn.ReLU" in shown and "not measured" in shown
+    assert "float32, 4: QReLU vs. nn.ReLU" in shown and "not measured" in shown
 
 
 def test_report_of_a_gpu(tmp_path, capsys):
