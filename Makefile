@@ -1,16 +1,16 @@
-# From a bare machine with python3 and g++: `make demo`, `make test`. What is up to date is not made again.
+# From a bare machine with python3 and g++: `make demo`, `make test`. Targets that are up to date are not rebuilt.
 PYTHON ?= python3
 VENV   ?= .venv
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export CMAKE_GENERATOR ?= Ninja
 
-.PHONY: help setup build test test-zoo demo bench bench-full bench-gpu docs lint clean
+.PHONY: help setup build test test-fast test-zoo demo bench bench-full bench-gpu docs lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 	@echo
-	@echo 'TEST_ARGS, DEMO_ARGS and BENCH_ARGS are passed on: make demo DEMO_ARGS="--subset 2000"'
+	@echo 'TEST_ARGS, DEMO_ARGS and BENCH_ARGS are passed through: make demo DEMO_ARGS="--subset 2000"'
 
 setup: $(VENV)/.done  ## .venv with the pinned development environment
 $(VENV)/.done: pyproject.toml requirements-dev.txt
@@ -18,7 +18,7 @@ $(VENV)/.done: pyproject.toml requirements-dev.txt
 	COARSEGRAD_NATIVE=0 $(VENV)/bin/pip install -r requirements-dev.txt
 	touch $@
 
-# Built into the working copy, where the editable install of .venv finds it.
+# Built into the working copy, where .venv's editable install finds it.
 build: setup  ## the native library and the C++ tests
 	cmake -S . -B build -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python -DCOARSEGRAD_CUDA=$(or $(COARSEGRAD_CUDA),auto)
 	cmake --build build
@@ -28,25 +28,28 @@ test: build  ## all tests, C++ and Python
 	ctest --test-dir build --output-on-failure
 	python -m pytest -n auto --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
 
-test-zoo: build  ## converts every architecture of transformers that can be built small; takes many minutes
+test-fast: build  ## the tests to run after each change: one backend, in under three minutes
+	python -m pytest --fast -n auto --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
+
+test-zoo: build  ## converts every architecture of transformers that can be built small; takes minutes
 	python -m pytest tests/convert/test_zoo.py -m "slow or not slow" -n auto $(TEST_ARGS)
 
 demo: build  ## trains LeNet-5 on MNIST, float and then with 2-bit activations
 	python -m coarsegrad mnist --bits 2 $(DEMO_ARGS)
 
-bench: build  ## times kernels and peers on this machine, in some minutes; into build/bench
+bench: build  ## times kernels and peers on this machine in a few minutes; into build/bench
 	python -m bench.kernels --quick --out build/bench/kernels.csv $(BENCH_ARGS)
 	python -m bench.peers --quick --out build/bench/peers.csv $(BENCH_ARGS)
 	python -m bench.report --results build/bench --page build/bench/benchmarks.md
 
-bench-full: build  ## all benchmarks, docs/benchmarks.md and its figures; wants a quiet machine
+bench-full: build  ## all benchmarks, docs/benchmarks.md and its figures; needs a quiet machine
 	python -m bench.kernels
 	python -m bench.peers
 	python -m bench.training
 	python -m bench.memory
 	python -m bench.report
 
-bench-gpu: build  ## the benchmarks of a GPU and docs/benchmarks-cuda.md; brevitas and torchao where they are installed
+bench-gpu: build  ## the benchmarks on a GPU and docs/benchmarks-cuda.md; brevitas and torchao if installed
 	python -m bench.kernels --device cuda
 	python -m bench.peers --device cuda
 	python -m bench.memory --device cuda
@@ -59,5 +62,5 @@ lint: setup  ## ruff: rules and format
 	ruff check .
 	ruff format --check .
 
-clean:  ## removes .venv and what was built
+clean:  ## removes .venv and build outputs
 	rm -rf build dist $(VENV) python/coarsegrad.egg-info python/coarsegrad/_C.* python/coarsegrad/_build.py

@@ -17,14 +17,14 @@ IDS = backend_ids() if _ops.native is not None else [*backend_ids(), "native"]
 
 
 def _fill_new_memory(on):
-    """Has malloc set every bit of what it hands out; in the C library that is mallopt's M_PERTURB, where it has one."""
+    """Makes malloc set every bit of the memory that it returns, by mallopt's M_PERTURB if the C library has it."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-6, 0x100 if on else 0)
 
 
 def _serve(request):
-    """One backend serves, on one thread: as quick on a busy machine. test_determinism.py is about more.
+    """One backend runs, on one thread, which is as fast on a busy machine; test_determinism.py uses more.
 
     New memory is filled with ones, NaN in every float dtype, so that an element that no kernel wrote stands out.
     """
@@ -39,8 +39,8 @@ def _serve(request):
     torch.set_num_threads(threads)
 
 
-# Every backend and instruction set, for what the kernels compute; the reference and the best instruction set,
-# for what is the same code whatever the kernel.
+# Every backend and instruction set, for what the kernels compute; the reference and the best instruction set, for code
+# that is the same whatever the kernel.
 backend = pytest.fixture(_serve, scope="module", params=IDS, name="backend")
 reference_or_native = pytest.fixture(
     _serve, scope="module", params=list(dict.fromkeys([*IDS[:2], *IDS[-1:]])) if "triton" in IDS else IDS[:2],
@@ -50,7 +50,7 @@ reference_or_native = pytest.fixture(
 
 @pytest.fixture
 def device(request):
-    """The device "cpu" or "cuda"; "cuda-native" and the like let that backend serve it."""
+    """The device "cpu" or "cuda"; a suffix, as in "cuda-native", selects a backend."""
     device, _, backend = request.param.partition("-")
     with contextlib.ExitStack() as stack:
         if backend:
@@ -60,14 +60,35 @@ def device(request):
         yield device
 
 
-# Files of one long test each: first, so that no process is left with one when all else is done.
+# Files with long tests: first, so that none is left for one process when all else is done.
 _FIRST = ("test_triton.py", "test_cuda_host.py", "test_sass.py")
 _ONE_BY_ONE = "test_cuda_mutants.py"
+# What --fast leaves out: files that compile, run an interpreter, start new processes, or train networks.
+_SLOW = (
+    *_FIRST, _ONE_BY_ONE, "test_backends.py", "test_bench_memory.py", "test_bench_times.py", "test_cifar.py",
+    "test_distributed.py", "test_experiments.py", "test_finetune.py", "test_install.py", "test_rounding.py",
+    "test_table.py", "test_zoo.py",
+)  # fmt: skip
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fast", action="store_true", help="one backend for each property, and no file that takes minutes"
+    )
+
+
+def _is_fast(item):
+    params = getattr(item, "callspec", None) and item.callspec.params or {}
+    backends = {params[name] for name in ("backend", "reference_or_native") if name in params}
+    return item.path.name not in _SLOW and backends <= {IDS[1]}
 
 
 def pytest_collection_modifyitems(config, items):
-    """For `-n auto --dist loadgroup --no-loadscope-reorder`: a file goes to one process, as its fixtures cost
-    something. The mutants, of which each is a compilation, go one by one to whichever has time, at the end."""
+    """For `-n auto --dist loadgroup --no-loadscope-reorder`: each file runs in one process because of its fixtures. The
+    mutants, each of which is compiled, run last, one by one in whichever process is free."""
+    if config.getoption("--fast"):
+        config.hook.pytest_deselected(items=[item for item in items if not _is_fast(item)])
+        items[:] = filter(_is_fast, items)
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             if item.path.name != _ONE_BY_ONE:
