@@ -34,7 +34,7 @@ def run(*arguments, interpret=True, **environment):
 def test_in_the_interpreter():
     """triton_interpreted.py, and opcheck and the tests of an own STE with Triton serving."""
     options = ["-q", "-p", "no:cacheprovider", "-k", "triton", "--no-header", "-rf"]
-    files = ("triton_interpreted.py", "test_ops.py::test_opcheck", "test_ste_registry.py")
+    files = ("triton_interpreted.py", "ops/test_ops.py::test_opcheck", "ops/test_ste_registry.py")
     done = run("-W", "ignore", "-m", "pytest", *options, *files)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert re.search(r"\d{3,} passed", done.stdout), done.stdout[-2000:]
