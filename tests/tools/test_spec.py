@@ -53,4 +53,5 @@ def test_sections_keep_their_numbers():
         "2. Coarse gradients",
         "3. The gradient of alpha",
         "4. What is saved for backward",
+        "5. Integer layers",
     ]
