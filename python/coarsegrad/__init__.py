@@ -1,6 +1,6 @@
-"""coarsegrad: low-bit activations for torch. The staircase ReLU, its coarse gradients, and a backward that keeps bits.
+"""coarsegrad: low-bit activations for torch. The staircase ReLU, its coarse gradients, and activations saved in bits.
 
-The function is `qrelu`, the module `QReLU`; `python -m coarsegrad info` says what runs on this machine.
+The function is `qrelu`, the module `QReLU`. `python -m coarsegrad info` reports what runs on this machine.
 """
 
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""`python -m coarsegrad`: what serves what on this machine, and the experiments."""
+"""`python -m coarsegrad`: information about this machine, and the experiments."""
 
 from __future__ import annotations
 
@@ -10,17 +10,23 @@ from collections.abc import Sequence
 from . import __version__
 from .backends import info
 
-# name -> module with add_arguments(parser) and main(args), and a line of help. A module is imported only where its name
-# is given, so that `info` needs nothing but torch.
+# name -> (module with add_arguments(parser) and main(args), help). A module is only imported if its command is given:
+# `info` needs nothing but torch.
 _EXPERIMENTS = {
     "mnist": ("coarsegrad.experiments.mnist", "train LeNet-5 on MNIST, in float and then with low-bit activations"),
-    "mnist-table": ("coarsegrad.experiments.mnist_table", "LeNet-5 on MNIST with every estimator, run by run"),
-    "cifar-table": ("coarsegrad.experiments.cifar_table", "VGG-11 and ResNet-20 on CIFAR-10, from your own files"),
-    "synthetic": ("coarsegrad.experiments.synthetic", "coarse gradient descent on subspace data, for every estimator"),
+    "mnist-table": ("coarsegrad.experiments.mnist_table", "LeNet-5 on MNIST with every STE, run by run"),
+    "cifar-table": (
+        "coarsegrad.experiments.cifar_table",
+        "VGG-11 and ResNet-20 on CIFAR-10, from your copy of the data",
+    ),
+    "synthetic": ("coarsegrad.experiments.synthetic", "coarse gradient descent on subspace data, with every STE"),
     "finetune": ("coarsegrad.experiments.finetune", "fine-tune a language model in float and with low-bit activations"),
-    "rounding": ("coarsegrad.experiments.rounding", "what each rounding costs trained networks, converted and tuned"),
-    "results": ("coarsegrad.experiments.results", "the tables of docs/experiments.md, anew from result files"),
-    "memory": ("coarsegrad.experiments.memory", "what a network keeps for the backward, nn.ReLU and packed QReLU"),
+    "rounding": (
+        "coarsegrad.experiments.rounding",
+        "what each rounding costs trained networks, before and after tuning",
+    ),
+    "results": ("coarsegrad.experiments.results", "regenerate the tables of docs/experiments.md from result files"),
+    "memory": ("coarsegrad.experiments.memory", "what a network saves for backward, with nn.ReLU and packed QReLU"),
 }
 
 
@@ -28,12 +34,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="python -m coarsegrad",
-        description="Low-bit activations for torch: what runs on this machine, and the experiments.",
-        epilog="`python -m coarsegrad COMMAND --help` says more of a command.",
+        description="Low-bit activations for torch: information about this machine, and the experiments.",
+        epilog="`python -m coarsegrad COMMAND --help` describes a command.",
     )
     parser.add_argument("--version", action="version", version=f"coarsegrad {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    about = "versions, the native library, threads, and which backend serves which device"
+    about = "versions, the native library, threads, and the backend of each device"
     command = commands.add_parser("info", help=about, description=f"Prints {about}.")
     command.set_defaults(main=lambda args: print(info()))
     for name, (module_name, about) in _EXPERIMENTS.items():

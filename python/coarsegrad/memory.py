@@ -26,7 +26,7 @@ def _kib(count: int) -> str:
     return f"{count / 1024:,.1f} KiB"
 
 
-def _form(t: object) -> object:
+def _shape_and_dtype(t: object) -> object:
     return (tuple(t.shape), t.dtype) if isinstance(t, Tensor) else None
 
 
@@ -223,7 +223,7 @@ def saved_memory(fn_or_model: Callable[..., object], *inputs: object) -> SavedMe
     finally:
         for handle in handles:
             handle.remove()
-    forms = tuple(map(_form, (*tree_leaves(inputs), *tree_leaves(outputs))))
+    forms = tuple(map(_shape_and_dtype, (*tree_leaves(inputs), *tree_leaves(outputs))))
     if all(getattr(leaf, "grad_fn", None) is None for leaf in tree_leaves(outputs)):
         raise ValueError("fn_or_model must return a tensor that requires grad; none of its outputs does")
     # Only what the graph holds is saved for backward: release the outputs themselves.
@@ -239,9 +239,9 @@ def _bars(reports: dict[str, SavedMemory], path: str | os.PathLike[str]) -> None
     axes = figure.subplots()
     height = 0.8 / len(reports)
     for number, (label, report) in enumerate(reports.items()):
-        kept = report.by_module
+        sizes = report.by_module
         places = [i + (number - (len(reports) - 1) / 2) * height for i in range(len(modules))]
-        lengths = [kept.get(name, 0) / 2**10 for name in modules]
+        lengths = [sizes.get(name, 0) / 2**10 for name in modules]
         axes.barh(places, lengths, height, label=f"{label}: {_kib(report.total)}")
     axes.set_yticks(range(len(modules)), modules)
     axes.invert_yaxis()

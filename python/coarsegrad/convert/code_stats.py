@@ -13,7 +13,7 @@ from .. import _ops, reference
 from ..nn import QReLU
 from ..reference import CODE_WIDTH
 from ..ste import format_table
-from .watching import qrelus_of, run_batches, warn_of_unreached, watched
+from .watching import qrelus_of, run_batches, warn_about_unreached, watched
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ def stats(
     Returns a `StatsReport`.
     """
     layers = qrelus_of(model)
-    tallies = {name: _Tally(layer) for name, layer in layers.items()}
-    with watched(model, layers, tallies):
+    counters = {name: _CodeCounter(layer) for name, layer in layers.items()}
+    with watched(model, layers, counters):
         run_batches(model, batches, forward, progress, "stats")
-    warn_of_unreached("stats", [name for name, tally in tallies.items() if not tally.reached], stacklevel=2)
-    return StatsReport(tally.result(name) for name, tally in tallies.items())
+    warn_about_unreached("stats", [name for name, counter in counters.items() if not counter.reached], stacklevel=2)
+    return StatsReport(counter.result(name) for name, counter in counters.items())
 
 
-class _Tally:
+class _CodeCounter:
     """Computes in place of one layer and counts its codes and states."""
 
     def __init__(self, layer: QReLU) -> None:
@@ -93,8 +93,8 @@ class _Tally:
             x, layer.alpha, layer.bits, layer.rounding, "state", True, layer.channel_dim
         )
         self._elements += x.numel()
-        self._codes += _tally(codes, CODE_WIDTH[layer.bits], x.numel())[: 2**layer.bits]
-        self._states += _tally(states, 2, x.numel())[:3]
+        self._codes += _count_values(codes, CODE_WIDTH[layer.bits], x.numel())[: 2**layer.bits]
+        self._states += _count_values(states, 2, x.numel())[:3]
         y = x.copy_(y) if layer.inplace else y
         return y.square() if layer.squared else y
 
@@ -104,7 +104,7 @@ class _Tally:
         return LayerStats(name, self._elements, zero, saturated, tuple(self._codes.tolist()))
 
 
-def _tally(packed: Tensor, width: int, count: int) -> Tensor:
+def _count_values(packed: Tensor, width: int, count: int) -> Tensor:
     """The count of each value 0..2**width - 1 among the first `count` values of `packed`."""
     of_bytes = packed.bincount(minlength=256).cpu()
     every_byte = torch.arange(256, dtype=torch.uint8, device="cpu")

@@ -189,7 +189,7 @@ class DynamicConversion:
         relu, why = execution.relu, "its arguments are unknown"
         line = execution.stack[i].position[0]
         for edit, certain in self._possible_edits(execution, i, call, attribute):
-            state, count = self._surgery.state(), len(self._relus())
+            state, count = self._surgery.snapshot(), len(self._relus())
             why = self._surgery.edit(owner, frozenset({replace(edit, keyed=bool(outer_edits)), *outer_edits}))
             if not why:
                 was = f"{relu.name} (in {call.where}, line {line})"
@@ -201,7 +201,7 @@ class DynamicConversion:
                     self._sites[site] = attribute
                     self._edited.add(site)
                 return True
-            self._surgery.roll_back(state)
+            self._surgery.restore(state)
         raise _CannotEdit(why)
 
     def _possible_edits(
@@ -244,13 +244,13 @@ class DynamicConversion:
         each preceding module, but not for each step of a loop over time. Returns whether there was one to split."""
         for layer, runs in self._run_repeatedly().items():
             self._tried.add(layer)
-            state = self._surgery.state()
+            state = self._surgery.snapshot()
             try:
                 if self._split_layer(layer, self._make_keyed(layer, runs)):
                     return True
             except _CannotEdit:
                 pass
-            self._surgery.roll_back(state)
+            self._surgery.restore(state)
         return False
 
     def _run_repeatedly(self) -> dict[QReLU, list[_LayerRun]]:

@@ -159,7 +159,7 @@ class InputDistribution:
         parts = (self._high[:, None] ** exponent - self._low[:, None] ** exponent) / exponent * self._density[:, None]
         return pad(points.cumsum(0), (0, 0, 1, 0)), pad(parts.cumsum(0), (0, 0, 1, 0))
 
-    def up_to(self, bounds: Tensor) -> Tensor:
+    def sums_up_to(self, bounds: Tensor) -> Tensor:
         """The sums of target**n, n = 0, 1, 2, over the inputs x <= bound, for each bound (any shape): [..., 3]."""
         points, parts = self._prefixes
         total = points[torch.searchsorted(self.places, bounds, right=True)]
@@ -176,7 +176,7 @@ class InputDistribution:
     @functools.cached_property
     def totals(self) -> list[float]:
         """The sums of target**n, n = 0, 1, 2."""
-        return self.up_to(torch.tensor(math.inf, dtype=torch.float64)).tolist()
+        return self.sums_up_to(torch.tensor(math.inf, dtype=torch.float64)).tolist()
 
     def percentile(self, percent: float) -> float:
         """The percentile, rounded up to the largest input of its bin."""
@@ -209,7 +209,7 @@ class StaircaseErrors:
         outputs = (levels(alphas, self._bits, inputs.dtype) ** inputs.power).to(inputs.dtype).double()
         edges = thresholds(alphas, self._bits, inputs.dtype, self._rounding).double()
         edges = pad(pad(edges, (1, 0)), (0, 1), value=math.inf)
-        return outputs, *inputs.up_to(edges).diff(dim=1).unbind(-1)
+        return outputs, *inputs.sums_up_to(edges).diff(dim=1).unbind(-1)
 
     def __call__(self, alphas: Tensor) -> Tensor:
         """The sum of (target - Q)**2 for each alpha [A], where the target is x or its square, over positive x."""
@@ -217,11 +217,11 @@ class StaircaseErrors:
         errors = (second - 2 * outputs * first + outputs.square() * mass).sum(1)
         return errors.nan_to_num(nan=math.inf).clamp_(min=0)
 
-    def ends(self, alpha: Tensor) -> tuple[float, float]:
+    def counts_at_ends(self, alpha: Tensor) -> tuple[float, float]:
         """The numbers of inputs that give 0 and that do not exceed the top level; alpha: [1]."""
         first = thresholds(alpha, self._bits, self._inputs.dtype, self._rounding)[0, 0]
         top = levels(alpha, self._bits, self._inputs.dtype)[0, -1]
-        zero, full = self._inputs.up_to(torch.stack([first, top]).double())[:, 0].tolist()
+        zero, full = self._inputs.sums_up_to(torch.stack([first, top]).double())[:, 0].tolist()
         return zero, full
 
     def best(self) -> float:

@@ -113,11 +113,11 @@ def quantize_(
         report.undo()
         raise
     if not report.replaced and not report.already:
-        raise ValueError(_nothing_replaced(model, replace, report))
+        raise ValueError(_why_nothing_replaced(model, replace, report))
     return report
 
 
-def _nothing_replaced(model: nn.Module, replace: tuple[type[nn.Module], ...], report: QuantizeReport) -> str:
+def _why_nothing_replaced(model: nn.Module, replace: tuple[type[nn.Module], ...], report: QuantizeReport) -> str:
     wanted = ", ".join(c.__name__ for c in replace)
     skipped = "; ".join(f"{s.name} ({s.what}): {s.why}" for s in report.skipped)
     text = f"model has no {wanted} and no call of one to replace. Skipped: {skipped or 'nothing'}"

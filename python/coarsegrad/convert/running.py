@@ -21,21 +21,21 @@ def run(model: nn.Module, inputs: object) -> object:
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
-def _moved(batch: object, device: torch.device) -> object:
+def _to_device(batch: object, device: torch.device) -> object:
     """batch with its tensors on the device. A container that has no `to` and is not a pytree is copied."""
     if hasattr(batch, "to") and not isinstance(batch, type):
         return batch.to(device)
     if isinstance(batch, Mapping) and type(batch) not in SUPPORTED_NODES:
-        return {key: _moved(value, device) for key, value in batch.items()}
+        return {key: _to_device(value, device) for key, value in batch.items()}
     if is_dataclass(batch) and not isinstance(batch, type) and type(batch) not in SUPPORTED_NODES:
         copied = copy.copy(batch)
         for field in fields(batch):
-            object.__setattr__(copied, field.name, _moved(getattr(batch, field.name), device))
+            object.__setattr__(copied, field.name, _to_device(getattr(batch, field.name), device))
         return copied
     leaves, spec = tree_flatten(batch)
     if spec.is_leaf():
         return batch
-    return tree_unflatten([_moved(leaf, device) for leaf in leaves], spec)
+    return tree_unflatten([_to_device(leaf, device) for leaf in leaves], spec)
 
 
 def on_device_of(model: nn.Module, batch: object) -> object:
@@ -43,7 +43,7 @@ def on_device_of(model: nn.Module, batch: object) -> object:
     an offloaded model are on meta."""
     if hasattr(model, "_hf_hook"):
         return batch
-    return _moved(batch, next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu")))
+    return _to_device(batch, next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu")))
 
 
 def float_activation(layer: QReLU, x: Tensor) -> Tensor:

@@ -293,12 +293,12 @@ class Surgery:
         self.report.replaced.append(Replaced(dotted(name, place.attribute), place.was, "; ".join(notes)))
         return made
 
-    def state(self) -> tuple:
-        """The state that `roll_back` restores."""
+    def snapshot(self) -> tuple:
+        """The state for `restore`."""
         report = self.report
         return len(report._undo_steps), list(report.replaced), list(report.skipped), dict(report._classes)
 
-    def roll_back(self, state: tuple) -> None:
+    def restore(self, state: tuple) -> None:
         steps, self.report.replaced[:], self.report.skipped[:], classes = state
         for module, (_, before) in self.report._classes.items():
             module.__class__ = classes[module][0] if module in classes else before

@@ -16,7 +16,7 @@ from ..nn import QReLU
 from .running import on_device_of, run
 
 
-def warn_of_unreached(function: str, names: list[str], stacklevel: int) -> None:
+def warn_about_unreached(function: str, names: list[str], stacklevel: int) -> None:
     if names:
         warnings.warn(f"{function}: no batch reached {', '.join(names)}", stacklevel=stacklevel + 1)
 

@@ -1,4 +1,4 @@
-"""What the commands' options have in common."""
+"""Options and exits that the commands share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .files import ExperimentError
 
 
 def positive(kind: type) -> Callable[[str], float]:
-    """The `type` of an option that takes a number of `kind`, finite and above 0."""
+    """An argparse `type`: a finite, positive number of `kind`."""
 
     def parse(text: str) -> float:
         value = kind(text)
@@ -19,14 +19,14 @@ def positive(kind: type) -> Callable[[str], float]:
             raise ValueError
         return value
 
-    parse.__name__ = f"positive {kind.__name__}"  # what argparse calls it in its message
+    parse.__name__ = f"positive {kind.__name__}"  # the name in argparse's message
     return parse
 
 
 def usable_device(name: str) -> torch.device:
-    """What --device `name` means, tried out; an ExperimentError if it cannot be used.
+    """The device named by --device, checked to work. Raises ExperimentError if it does not.
 
-    From here on float32 is float32 on a GPU as well: torch's convolutions would take TF32, of 10 bits.
+    Also disables TF32 in cuDNN's convolutions, which torch enables by default.
     """
     try:
         device = torch.device(name)
@@ -38,15 +38,15 @@ def usable_device(name: str) -> torch.device:
 
 
 @contextmanager
-def ending(command: str, kept: str) -> Iterator[None]:
-    """Ends the command with a message and status 1 for what the user can mend, and with 130 after Ctrl-C.
+def ending(command: str, saved: str) -> Iterator[None]:
+    """Exit with a message and status 1 after an error of the user, and with 130 after Ctrl-C.
 
-    kept: what is kept, and where.
+    saved: a sentence that says what has been saved, and where.
     """
     try:
         yield
     except (ExperimentError, OSError) as error:
         raise SystemExit(f"coarsegrad {command}: {error}") from error
     except KeyboardInterrupt:
-        print(f"\nStopped. {kept}; the same command goes on from there.")
+        print(f"\nStopped. {saved}; run the same command to continue.")
         raise SystemExit(130) from None

@@ -1,4 +1,4 @@
-"""CIFAR-10 as tensors, from the files of its binary version in a folder; and the usual augmentation.
+"""CIFAR-10 as tensors, from the files of its binary version in a folder, and the usual augmentation.
 
 Source of the images: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 """
@@ -28,7 +28,7 @@ _PADDING = 4
 
 def load_cifar10(folder: Path | None) -> tuple[Split, Split, str]:
     """(training set, test set, sha256 of the files' bytes) from `data_batch_1.bin` to `_5.bin` and `test_batch.bin`;
-    images [N, 3, 32, 32], standardised. Raises ExperimentError if a file is missing or damaged."""
+    images [N, 3, 32, 32], standardized. Raises ExperimentError if a file is missing or damaged."""
     wanted = (*_TRAIN_FILES, _TEST_FILE)
     if folder is None:
         raise ExperimentError(f"--data must name the folder with CIFAR-10's {', '.join(wanted)}")
@@ -36,7 +36,7 @@ def load_cifar10(folder: Path | None) -> tuple[Split, Split, str]:
         raise ExperimentError(f"--data {folder} is not a folder; wanted one with CIFAR-10's {', '.join(wanted)}")
     if missing := [name for name in wanted if not (folder / name).is_file()]:
         raise ExperimentError(
-            f"--data {folder} lacks {', '.join(missing)}; wanted is the binary version of CIFAR-10, unpacked"
+            f"--data {folder} lacks {', '.join(missing)}; wanted the unpacked binary version of CIFAR-10"
         )
     records = [_records(folder / name) for name in wanted]
     digest = hashlib.sha256()
@@ -51,7 +51,7 @@ def _records(path: Path) -> np.ndarray:
         raise ExperimentError(f"{path} is damaged: {len(content):,} bytes, wanted a multiple of {_RECORD:,}")
     records = content.reshape(-1, _RECORD)
     if records[:, 0].max() >= _CLASSES:
-        raise ExperimentError(f"{path} holds the label {records[:, 0].max()}, wanted 0..{_CLASSES - 1}")
+        raise ExperimentError(f"{path} has the label {records[:, 0].max()}, wanted 0..{_CLASSES - 1}")
     return records
 
 
@@ -62,8 +62,8 @@ def _split(records: np.ndarray) -> Split:
 
 
 def crop_and_flip(x: Tensor) -> Tensor:
-    """Each image of [N, C, H, W] shifted by -4..4 in both directions, with zeros where it ends, and every second one
-    mirrored; by torch's generator of the CPU, on every device."""
+    """Each image of [N, C, H, W] shifted by -4..4 in both directions, padded with zeros, and mirrored with probability
+    1/2. Uses torch's CPU generator on every device."""
     n, _, height, width = x.shape
     top, left = torch.randint(2 * _PADDING + 1, (2, n, 1))
     rows, columns = top + torch.arange(height), left + torch.arange(width)

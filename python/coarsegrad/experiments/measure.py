@@ -1,4 +1,4 @@
-"""How long a training step takes, how much memory at most, and on what machine."""
+"""The time and peak memory of a training step, and the machine."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from ..backends import backends
 def interleaved_times(
     jobs: dict[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of every call, the jobs in turn so that a slow moment of the machine meets all of them alike.
+    """Seconds of every call. The jobs take turns, so that a slow phase of the machine affects all of them equally.
 
-    The first tenth of the rounds, at least one, warms up and is not reported.
+    The first tenth of the rounds, at least one, is warm-up and not reported.
     """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     warmup = max(1, rounds // 10)
@@ -39,13 +39,13 @@ def interleaved_times(
 
 
 def peak_bytes(job: Callable[[], object], device: torch.device) -> int:
-    """The most bytes at once that torch's allocator hands out in a call, which must free nothing of before it."""
+    """Peak bytes allocated by torch during a call, which must not free memory allocated before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         job()
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of its start and end on standard error
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports start and end on standard error
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         job()
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +61,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    """What a number depends on besides the configuration: machine, versions, threads and who computes."""
+    """What results depend on besides the configuration: machine, versions, threads and backend."""
     serving = backends()[device.type]
     return {
         "coarsegrad": __version__,
@@ -86,15 +86,15 @@ def _cpu_name() -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit of the working copy that tracks this file, `-dirty` if changed since; else None.
+    """The commit of the working copy that tracks this file, with `-dirty` if it has changes; None without one.
 
-    Results and pages made of them do not count: a command that writes several would call itself dirty by the first.
+    Results and the pages generated from them are ignored: a command that writes several would see its own first one.
     """
-    made = (":(exclude,top)bench/results", ":(exclude,top)docs")
+    generated = (":(exclude,top)bench/results", ":(exclude,top)docs")
     try:
         tracked = _git("ls-files", "--error-unmatch", Path(__file__).name)
         described = _git("describe", "--always", "--abbrev=40")
-        changed = _git("diff", "--quiet", "HEAD", "--", ":(top)", *made)
+        changed = _git("diff", "--quiet", "HEAD", "--", ":(top)", *generated)
     except OSError:
         return None
     if tracked.returncode or described.returncode:

@@ -1,4 +1,4 @@
-"""`python -m coarsegrad memory`: what a network keeps for the backward, with nn.ReLU and with packed QReLU."""
+"""`python -m coarsegrad memory`: what a network saves for backward, with nn.ReLU and with packed QReLU."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _DESCRIPTION = """
 Builds a network twice from the same seed, with nn.ReLU and with QReLU whose
-outputs are kept as packed codes, runs each forward once and prints what every
-module keeps for the backward. Weights are random: the bytes do not depend on
-them. Without --layers the two transformers have their configuration's widths
-but two layers, so that it takes seconds.
+outputs are saved as packed codes, runs each forward once and prints what every
+module saves for backward. Weights are random: the bytes do not depend on them.
+By default the two transformers have the widths of their configurations but only
+two layers, so that it takes seconds.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `python -m coarsegrad memory` to `parser`."""
+    """Add the options of `python -m coarsegrad memory` to `parser`."""
     parser.description = _DESCRIPTION
     add = parser.add_argument
     add(
@@ -42,18 +42,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bits", type=int, choices=range(1, 9), default=2, help="bits of an activation (default 2)")
     add("--ste", choices=list(stes()), default="clipped_relu", help="coarse gradient (default clipped_relu)")
     add("--rounding", choices=ROUNDINGS, default="ceil", help="thresholds of the staircase (default ceil)")
-    add("--layers", type=positive(int), default=2, metavar="N", help="layers, except of lenet (default 2)")
+    add("--layers", type=positive(int), default=2, metavar="N", help="layers, except for lenet (default 2)")
     add("--batch", type=positive(int), default=2, metavar="N", help="sequences or images (default 2)")
-    add("--seq", type=positive(int), default=128, metavar="N", help="tokens of a sequence (default 128)")
-    add("--dtype", choices=list(_DTYPES), default="bfloat16", help="of weights and activations (default bfloat16)")
+    add("--seq", type=positive(int), default=128, metavar="N", help="tokens per sequence (default 128)")
+    add(
+        "--dtype", choices=list(_DTYPES), default="bfloat16", help="dtype of weights and activations (default bfloat16)"
+    )
     add("--out", type=Path, metavar="FILE", help="draw a bar chart into this file (.png, .svg, .pdf)")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Runs the command; ends it with a message and status 1 for what the user can mend."""
+    """Run the command. Exits with a message and status 1 for an error of the user."""
     try:
         comparison = measure(args)
-        print(f"{args.model}: nn.ReLU before, QReLU of {args.bits} bits ({args.ste}, {args.rounding}), packed, after\n")
+        print(
+            f"{args.model}: before, nn.ReLU; after, packed QReLU with {args.bits} bits ({args.ste}, {args.rounding})\n"
+        )
         print(comparison)
         if args.out:
             comparison.plot(args.out)
@@ -63,9 +67,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace) -> MemoryComparison:
-    """The two measurements that the options ask for."""
+    """The two measurements selected by the options."""
     x = _input(args)
-    # The activation does the dropout after it, where it can, in the place of the network's own.
+    # The activation performs the dropout after it, if it can, in place of the network's own.
     fused = args.model in _CONFIGS and args.ste != "identity"
     dropout = _CONFIGS[args.model][1].dropout if fused else 0.0
     low_bit = lambda: QReLU(args.bits, ste=args.ste, rounding=args.rounding, dropout=dropout)  # noqa: E731
@@ -87,7 +91,7 @@ def _input(args: argparse.Namespace) -> torch.Tensor:
     if args.model in _CONFIGS:
         return torch.randint(_config(args).vocabulary, (args.batch, args.seq))
     if args.model == "lenet" and args.batch < 2:
-        raise ExperimentError("--batch must be at least 2 for lenet, whose BatchNorm needs several images")
+        raise ExperimentError("--batch must be at least 2 for lenet, because BatchNorm needs several images")
     shape = (args.batch, 1, 28, 28) if args.model == "lenet" else (args.batch, 784)
     return torch.randn(shape, dtype=_DTYPES[args.dtype])
 

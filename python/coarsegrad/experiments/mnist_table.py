@@ -1,4 +1,4 @@
-"""`python -m coarsegrad mnist-table`: LeNet-5 on MNIST with every estimator, at 2, 4 and 1 bits, and learned alpha."""
+"""`python -m coarsegrad mnist-table`: LeNet-5 on MNIST with every STE at 2, 4 and 1 bits, and with learned alpha."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ TABLE = Table(
     schedules={
         # The schedule of Yin et al., ICLR 2019, arXiv 1903.05662.
         "full": Schedule(epochs=50, lr_drops=(20, 40), float_epochs=20, float_lr_drops=(8, 16)),
-        # The same, for runs that tell where `relu` loses against `clipped_relu`: in which layer, by range or by bits,
-        # before the rate's first drop or after it.
+        # The same, for runs that show where `relu` is worse than `clipped_relu`: in which layer, through range or bits,
+        # before or after the first drop of the rate.
         "saturation": Schedule(epochs=50, lr_drops=(20, 40), float_epochs=20, float_lr_drops=(8, 16)),
         "short": Schedule(epochs=5, lr_drops=(2, 4), float_epochs=5, float_lr_drops=(2, 4)),
     },
@@ -52,7 +52,7 @@ TABLE = Table(
             for per_channel, rule in product((False, True), ALPHA_GRADS)
             for run in _short(2, "clipped_relu", learn_alpha=rule, per_channel=per_channel)
         ),
-        # Whether the two differ by more than chance.
+        # A second seed, to see whether the two differ by more than chance.
         *_full(2, "clipped_relu", "relu", seed=1),
         *_full(2, "identity", *_OWN, "reverse_exponential_step"),
         *_full(4, "identity", *_OWN, "reverse_exponential_step"),
@@ -74,22 +74,22 @@ TABLE = Table(
 
 
 _DESCRIPTION = """
-Trains LeNet-5 on MNIST in float, then with low-bit activations from there, once for
-each estimator, at 2, 4 and 1 bits: on the schedule "full" (50 epochs) with one seed
-or two, on the schedule "short" (5 epochs) with three, there with learned alphas
-too; "saturation" is "full" with relu in one layer alone or in one part of the
-training, and at 4 bits on the range of 2. All of it is some 1,800 epochs: hours on
-one core.
+Trains LeNet-5 on MNIST in float, and from there with low-bit activations, once for
+each STE, at 2, 4 and 1 bits: with one or two seeds on the schedule "full" (50
+epochs), and with three seeds, also with learned alphas, on the schedule "short" (5
+epochs). "saturation" is "full" with relu in only one layer or one part of the
+training, and with 4 bits on the range of 2 bits. In total some 1,800 epochs: hours
+on one core.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `python -m coarsegrad mnist-table` to `parser`."""
+    """Add the options of `python -m coarsegrad mnist-table` to `parser`."""
     parser.description = _DESCRIPTION
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="the four IDX files of MNIST, gzipped or not")
     table.add_arguments(parser, "runs/mnist-table")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Runs the command."""
+    """Run the command."""
     table.main(TABLE, "mnist-table", args)

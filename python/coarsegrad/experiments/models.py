@@ -13,10 +13,10 @@ from ..nn import QReLU, half_gaussian_alpha
 
 
 def lenet5(activation: Callable[[], nn.Module]) -> nn.Sequential:
-    """LeNet-5 for images `[N, 1, 28, 28]` and 10 classes; `activation()` makes each of its three activations.
+    """LeNet-5 for images `[N, 1, 28, 28]` and 10 classes; `activation()` creates each of its three activations.
 
-    BatchNorm without affine precedes every activation, so that their inputs are close to unit Gaussians, for
-    which one fixed alpha is the best (Yin et al., ICLR 2019, arXiv 1903.05662).
+    BatchNorm without affine parameters precedes every activation, so that the inputs are close to unit Gaussian and one
+    fixed alpha is best (Yin et al., ICLR 2019, arXiv 1903.05662).
     """
     return nn.Sequential(
         OrderedDict(
@@ -40,7 +40,8 @@ def lenet5(activation: Callable[[], nn.Module]) -> nn.Sequential:
 def vgg11(activation: Callable[[], nn.Module]) -> nn.Sequential:
     """VGG-11 for images `[N, 3, 32, 32]` and 10 classes: eight convolutions and one linear layer.
 
-    As in `lenet5`, BatchNorm without affine precedes every activation. Simonyan and Zisserman, arXiv 1409.1556.
+    As in `lenet5`, BatchNorm without affine parameters precedes every activation. Simonyan and Zisserman, arXiv
+    1409.1556.
     """
     layers, channels = [], 3
     for widths in ((64,), (128,), (256, 256), (512, 512), (512, 512)):
@@ -56,9 +57,9 @@ def vgg11(activation: Callable[[], nn.Module]) -> nn.Sequential:
 
 
 def resnet20(activation: Callable[[], nn.Module]) -> nn.Sequential:
-    """ResNet-20 for images `[N, 3, 32, 32]` and 10 classes, its blocks in the order norm, activation, convolution.
+    """ResNet-20 for images `[N, 3, 32, 32]` and 10 classes, with pre-activation blocks (norm, activation, convolution).
 
-    So BatchNorm, here without affine, precedes every activation. He, Zhang, Ren and Sun, arXiv 1603.05027.
+    BatchNorm without affine parameters precedes every activation. He, Zhang, Ren and Sun, arXiv 1603.05027.
     """
     blocks, channels = [], 16
     for width in (16, 32, 64):
@@ -77,7 +78,7 @@ def resnet20(activation: Callable[[], nn.Module]) -> nn.Sequential:
 
 
 class _Block(nn.Module):
-    """x + conv2(act2(norm2(conv1(act1(norm1(x)))))); to another shape x is strided and filled up with zero channels."""
+    """x + conv2(act2(norm2(conv1(act1(norm1(x)))))); to another shape, x is strided and padded with zero channels."""
 
     def __init__(self, channels: int, width: int, stride: int, activation: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -95,8 +96,8 @@ class _Block(nn.Module):
 
 
 def resnet14(activation: Callable[[], nn.Module]) -> nn.Sequential:
-    """A ResNet of 14 layers for images `[N, 1, 28, 28]` and 10 classes, as ResNet-18 has them: convolution, BatchNorm,
-    activation, and the activation of a block after its sum. He, Zhang, Ren and Sun, arXiv 1512.03385.
+    """ResNet-14 for images `[N, 1, 28, 28]` and 10 classes, with ResNet-18's blocks: convolution, BatchNorm,
+    activation, with the last activation after the sum. He, Zhang, Ren and Sun, arXiv 1512.03385.
     """
     blocks, channels = [], 16
     for width in (16, 32, 64):
@@ -115,7 +116,7 @@ def resnet14(activation: Callable[[], nn.Module]) -> nn.Sequential:
 
 
 class _SumBlock(nn.Module):
-    """act2(norm2(conv2(act1(norm1(conv1(x))))) + x); to another shape x goes through a convolution and BatchNorm."""
+    """act2(norm2(conv2(act1(norm1(conv1(x))))) + x); if the shape changes, x passes a convolution and BatchNorm."""
 
     def __init__(self, channels: int, width: int, stride: int, activation: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -144,12 +145,12 @@ def quantized(
     per_channel: bool = False,
     range_bits: int | None = None,
 ) -> nn.Module:
-    """A copy of a trained network with QReLU in the place of each nn.ReLU.
+    """A copy of a trained network with a QReLU in place of each nn.ReLU.
 
-    `ste` is one name for all activations, or one for each in their order, as "relu+clipped_relu+clipped_relu".
-    `learn_alpha` is the rule of alpha's gradient, or None for an alpha fixed at the half-Gaussian optimum.
-    `per_channel`: one alpha for each channel of the BatchNorm before the activation, else one for each activation.
-    `range_bits`: alpha is such that the top level is that of the optimum at so many bits, if not of `bits`.
+    `ste` is one name for all activations, or one per activation in order, such as "relu+clipped_relu+clipped_relu".
+    `learn_alpha` is the rule of alpha's gradient; None keeps alpha fixed at the half-Gaussian optimum.
+    `per_channel`: one alpha per channel of the BatchNorm before the activation, instead of one per activation.
+    `range_bits`: choose alpha so that the top level is that of the optimum at this number of bits instead of `bits`.
     """
     learn = {} if learn_alpha is None else {"learn_alpha": True, "alpha_grad": learn_alpha}
     alpha = None

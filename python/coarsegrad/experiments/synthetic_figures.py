@@ -14,7 +14,7 @@ from .synthetic_summary import reached
 
 
 def draw(results: list[dict], hidden: int, angle: float, folder: Path) -> list[Path]:
-    """Iterations against the neurons (at `angle`) and the angle (at `hidden`), and loss curves at both; the paths."""
+    """Draw iterations against neurons (at `angle`) and angle (at `hidden`), and the loss there. Returns the paths."""
     bits = list(dict.fromkeys(result["setting"]["bits"] for result in results))
     figures = {
         "neurons.png": _panels(bits, results, _against("hidden", {"angle": angle}), "hidden neurons",
@@ -34,7 +34,7 @@ Drawing = Callable[[Axes, str, list[dict], dict], None]
 
 
 def _panels(bits: list[int], results: list[dict], drawing: Drawing, xlabel: str, title: str) -> Figure:
-    """A panel for each number of bits, in it a line for each estimator."""
+    """A panel per number of bits, with a line per STE."""
     figure = Figure(figsize=(max(7.5, 3.2 * len(bits)), 3.6), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, len(bits), sharey=True, squeeze=False)[0]
@@ -51,7 +51,7 @@ def _panels(bits: list[int], results: list[dict], drawing: Drawing, xlabel: str,
 
 
 def _against(name: str, others: dict) -> Drawing:
-    """Median, least and most iterations of the settings where all runs succeed; a cross on top where some do not."""
+    """Median, minimum and maximum iterations if all runs of a setting succeed; otherwise a cross at the top."""
 
     def drawing(axes: Axes, ste: str, results: list[dict], style: dict) -> None:
         mine = sorted((r for r in results if r["setting"].items() >= others.items()), key=lambda r: r["setting"][name])
@@ -63,7 +63,7 @@ def _against(name: str, others: dict) -> Drawing:
             [iterations[-1] - m for m, (_, iterations) in zip(median, done)],
         ]
         axes.errorbar([x for x, _ in done], median, yerr=spread, marker="o", markersize=4, capsize=2, **style)
-        # Beside each other, by the number of the estimator's colour.
+        # One row of crosses per STE.
         lift = 0.98 - 0.035 * int(style["color"][1:])
         axes.plot(failed, [lift] * len(failed), "x", color=style["color"], transform=axes.get_xaxis_transform())
         axes.set_yscale("log")
@@ -78,7 +78,7 @@ def _losses(hidden: int, angle: float) -> Drawing:
         for result in results:
             if result["setting"]["hidden"] == hidden and result["setting"]["angle"] == angle:
                 curve = result["curve"]
-                # A zero loss has no place on the axis: the line ends there.
+                # A zero loss is not on the log axis: the line ends there.
                 points = [(max(1, i * curve["stride"]), loss) for i, loss in enumerate(curve["loss"]) if loss > 0]
                 axes.plot(*zip(*points), **style)
         axes.set(xscale="log", yscale="log")

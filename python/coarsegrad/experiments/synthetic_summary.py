@@ -9,12 +9,12 @@ from ..ste import format_table, get_ste
 
 
 def reached(result: dict) -> list[int]:
-    """The iterations of the runs of a setting that came to zero loss with all samples right."""
+    """The iterations of the runs of a setting that reached zero loss with all samples correct."""
     return sorted(run["iterations"] for run in result["runs"] if run["iterations"] is not None)
 
 
 def summary(results: list[dict]) -> Iterator[str]:
-    """A table: bits and estimators down, places across; runs that succeeded and their median iterations."""
+    """A table of bits and STEs by numbers of neurons and angles: successful runs, and their median iterations."""
     places = list(dict.fromkeys((r["setting"]["hidden"], r["setting"]["angle"]) for r in results))
     cells = {tuple(result["setting"].values()): result for result in results}
     rows = []
@@ -27,5 +27,5 @@ def summary(results: list[dict]) -> Iterator[str]:
             row.append(f"{len(done)}/{len(result['runs'])}{median}")
         rows.append(tuple(row))
     header = ("bits", "ste", "in class", *(f"k = {hidden}, {angle:g} deg" for hidden, angle in places))
-    yield "Runs that reached exactly zero loss with every sample right, and the median of their iterations:\n"
+    yield "Runs that reached exactly zero loss with every sample correct, and their median iterations:\n"
     yield format_table(header, rows)

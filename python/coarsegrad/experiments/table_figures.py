@@ -1,4 +1,4 @@
-"""The figures of a table of runs: accuracy by epoch, and the features before the last layer in two dimensions."""
+"""The figures of a table of runs: test error by epoch, and the features of the last layer in two dimensions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from .files import replacing
 from .table_runs import Run, Table, float_folder
 
-_WIDTH = 2.6  # inches of a panel
+_WIDTH = 2.6  # of a panel, in inches
 
 
 def figure_paths(folder: Path, schedule: str) -> dict[str, Path]:
-    """What a figure of a schedule shows -> where it is, if something is finished."""
+    """Title -> path of the figures of a schedule, which exist once a run is finished."""
     return {
         "Test error by epoch": folder / f"accuracy-{schedule}.png",
         "Inputs of the last layer on two principal components": folder / f"features-{schedule}.png",
@@ -23,7 +23,7 @@ def figure_paths(folder: Path, schedule: str) -> dict[str, Path]:
 
 
 def draw(table: Table, results: list[tuple[Run, dict]], folder: Path) -> list[Path]:
-    """Two figures for each schedule of which something is finished, of the runs with fixed alpha; their paths."""
+    """Draw two figures for each schedule with finished runs, of the runs with fixed alpha. Returns their paths."""
     paths = []
     for name, schedule in table.schedules.items():
         mine = [(run, result) for run, result in results if run.schedule == name and run.learn_alpha is None]
@@ -42,7 +42,7 @@ def draw(table: Table, results: list[tuple[Run, dict]], folder: Path) -> list[Pa
 
 
 def _accuracy(results: list[tuple[Run, dict]], title: str) -> Figure:
-    """The test error on a log scale, a panel for each number of bits, in it a line for each run."""
+    """Test error on a log scale, with a panel per number of bits and a line per run."""
     bits = sorted({run.bits for run, _ in results})
     variants = list(dict.fromkeys(run.variant for run, _ in results))
     figure = Figure(figsize=(max(7.5, 4 * len(bits)), 4), layout="constrained")
@@ -59,13 +59,13 @@ def _accuracy(results: list[tuple[Run, dict]], title: str) -> Figure:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:.2g}")
         axes.grid(alpha=0.3, which="both")
-    panels[0].set_ylabel("test error (100 - accuracy), %")
+    panels[0].set_ylabel("test error, 100 - accuracy (%)")
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
 def _features(float_result: dict, results: list[tuple[Run, dict]], title: str) -> Figure:
-    """A row for each number of bits: the float network, and each run's."""
+    """A row for each number of bits: the float network and each run."""
     bits = sorted({run.bits for run, _ in results})
     rows = [[("nn.ReLU", float_result)] + [(run.variant, r) for run, r in results if run.bits == b] for b in bits]
     columns = max(map(len, rows))

@@ -1,7 +1,7 @@
 """The runs of a table, and their results on disk.
 
-What a finished run leaves is one file, OUT/SCHEDULE/RUN/results.json, which is all that tables and figures are made
-of. Checkpoints, and the float networks that the runs start from, are only needed to train.
+A finished run is one file, OUT/SCHEDULE/RUN/results.json; tables and figures need nothing else. Checkpoints, and the
+float networks that the runs start from, are only needed for training.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Network = Callable[[Callable[[], nn.Module]], nn.Module]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the runs of one kind are trained, and the float networks before them; see `training.fit`."""
+    """How a kind of runs is trained, and the float networks that they start from; see `training.fit`."""
 
     epochs: int
     lr_drops: tuple[int, ...]
@@ -37,7 +37,7 @@ class Schedule:
 class Run:
     """One training with low-bit activations, from the float network of the same seed; see `models.quantized`.
 
-    ste may be "A_then_B": A until the rate's first drop, B from there.
+    ste may be "A_then_B": A until the first drop of the learning rate, then B.
     """
 
     schedule: str
@@ -61,8 +61,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Table:
-    """What a command of this kind trains. `load(folder)` gives the training set, the test set and their sha256;
-    `published` is the accuracy in % by (bits, ste) that the runs of the schedule "full" are held against."""
+    """What a table command trains. `load(folder)` returns the training set, the test set and their sha256; `published`
+    is the accuracy in % by (bits, ste) with which the runs of the schedule "full" are compared."""
 
     title: str
     network: Network
@@ -74,12 +74,12 @@ class Table:
 
 
 def float_folder(schedule: Schedule, seed: int) -> str:
-    """Where the float network is kept that the runs of a schedule start from; schedules may share it."""
+    """The folder of the float network that the runs of a schedule start from; schedules may share it."""
     return f"float-{schedule.float_epochs}epochs-seed{seed}"
 
 
 def config_of(table: Table, run: Run) -> dict:
-    """All that decides the numbers of a run, but for its data and the machine."""
+    """Everything that the results of a run depend on, except its data and the machine."""
     schedule = asdict(table.schedules[run.schedule])
     config = {"phase": "quantized", **schedule, **asdict(run), "rounding": "ceil"}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
@@ -92,7 +92,7 @@ def finished(table: Table, out: Path) -> list[tuple[Run, dict]]:
 
 
 def read_results(table: Table, run: Run, out: Path, sha256: str | None = None) -> dict | None:
-    """The results of `run`, or None; an ExperimentError if they are of another configuration, or of other data."""
+    """The results of `run`, or None. Raises ExperimentError if they have another configuration or other data."""
     path = out / run.name / "results.json"
     if not path.exists():
         return None
@@ -100,7 +100,7 @@ def read_results(table: Table, run: Run, out: Path, sha256: str | None = None) -
         result = json.loads(path.read_text())
         there = result["config"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ExperimentError(f"{path} is no results file of this command ({error!r})") from error
+        raise ExperimentError(f"{path} is not a results file of this command ({error!r})") from error
     wanted = config_of(table, run) | ({} if sha256 is None else {"data": sha256})
     for name, value in wanted.items():
         if there.get(name) != value:

@@ -1,4 +1,4 @@
-"""What a table of runs says, as text that is Markdown too: tables, what was not run, and on what machine."""
+"""The summary of a table of runs, as plain text that is also Markdown: tables, missing runs, and the machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Results = list[tuple[Run, dict]]
 
 
 def summary(table: Table, schedule: str, results: Results) -> Iterator[str]:
-    """The paragraphs on the runs of one schedule, each with the newline after it."""
+    """The paragraphs about the runs of one schedule, with trailing newlines."""
     mine = [(run, result) for run, result in results if run.schedule == schedule]
     yield _paragraph(f"Schedule `{schedule}`: {_schedule(table.schedules[schedule])}.")
     fixed = [(run, result) for run, result in mine if run.learn_alpha is None]
@@ -24,7 +24,7 @@ def summary(table: Table, schedule: str, results: Results) -> Iterator[str]:
     if learned:
         kinds = {(run.bits, run.ste) for run, _ in learned}
         base = [(run, result) for run, result in fixed if (run.bits, run.ste) in kinds and run.range_bits is None]
-        yield "The height of a stair fixed, and learned:\n\n"
+        yield "With fixed and with learned alpha:\n\n"
         yield _indented(_learned_table(base + learned))
     planned = [run for run in table.runs if run.schedule == schedule]
     if missing := _missing(planned, [run for run, _ in mine]):
@@ -38,21 +38,21 @@ def _schedule(schedule: Schedule) -> str:
         return " and ".join(map(str, epochs))
 
     return (
-        f"{schedule.float_epochs} epochs in float (the rate is a tenth after epochs {drops(schedule.float_lr_drops)}), "
-        f"then {schedule.epochs} with low-bit activations (a tenth after {drops(schedule.lr_drops)}); SGD with "
+        f"{schedule.float_epochs} epochs in float (rate divided by 10 after epochs {drops(schedule.float_lr_drops)}), "
+        f"then {schedule.epochs} with low-bit activations (after {drops(schedule.lr_drops)}); SGD with "
         f"momentum 0.9, batches of {schedule.batch_size}, rate {schedule.lr:g}"
     )
 
 
 def _fixed_table(results: Results, schedule: Schedule, published: dict[tuple[int, str], float]) -> str:
-    # Where several epochs have the last rate, they tell how much of the last one's accuracy is chance.
+    # If several epochs have the last rate, their spread shows how much of the last accuracy is chance.
     low = range(schedule.lr_drops[-1] + 1 if schedule.lr_drops else 1, schedule.epochs + 1)
-    header = ("bits", "ste", "in class", "seeds", "last epoch, %", "best epoch, %", "float, %")
-    header += (f"epochs {low[0]} to {low[-1]}, %",) if len(low) > 1 else ()
-    header += ("published, %",) if published else ()
-    # Results of earlier versions of the command have no shares.
+    header = ("bits", "ste", "in class", "seeds", "last epoch (%)", "best epoch (%)", "float (%)")
+    header += (f"epochs {low[0]} to {low[-1]} (%)",) if len(low) > 1 else ()
+    header += ("published (%)",) if published else ()
+    # Results of earlier versions of the command lack these fractions.
     shares = any("shares" in result for _, result in results)
-    header += ("zero in each layer, %", "saturated, %") if shares else ()
+    header += ("zero per layer (%)", "saturated (%)") if shares else ()
     rows = []
     for (bits, ste, range_bits), cell in _cells(results, lambda run: (run.bits, run.ste, run.range_bits)):
         in_class = all(get_ste(name).in_class for name in re.split(r"\+|_then_", ste))
@@ -71,7 +71,7 @@ def _fixed_table(results: Results, schedule: Schedule, published: dict[tuple[int
 
 def _learned_table(results: Results) -> str:
     layers = list(results[0][1]["alpha"])
-    header = ("bits", "ste", "rule", "an alpha for each", "seeds", "last epoch, %", "best epoch, %", *layers)
+    header = ("bits", "ste", "rule", "alpha per", "seeds", "last epoch (%)", "best epoch (%)", *layers)
     rows = []
     for key, cell in _cells(results, lambda run: (run.bits, run.ste, run.learn_alpha, run.per_channel)):
         bits, ste, rule, per_channel = key
@@ -89,7 +89,7 @@ def _cells(results: Results, key) -> Iterable[tuple[tuple, Results]]:
 
 
 def _accuracies(cell: Results) -> tuple[str, str, str]:
-    """Of the last epoch, the best one and the float network: in %, the mean, and the sample's standard deviation."""
+    """Accuracy of the last epoch, the best epoch and the float network: mean and sample standard deviation, in %."""
     whole = [result["history"] for _, result in cell if not result["diverged"]]
     last = _mean([history[-1]["test_accuracy"] for history in whole])
     best = _mean([max(row["test_accuracy"] for row in history) for history in whole])
@@ -100,7 +100,7 @@ def _accuracies(cell: Results) -> tuple[str, str, str]:
 
 
 def _shares(cell: Results, of: str) -> str:
-    """Of the inputs of each layer, in whole %, the mean over the seeds."""
+    """The fraction of the inputs of each layer, in whole %, as the mean over the seeds."""
     found = [result["shares"].values() for _, result in cell if result.get("shares")]
     return " ".join(f"{100 * statistics.mean(layer[of] for layer in layers):.0f}" for layers in zip(*found))
 
@@ -120,9 +120,9 @@ def _alpha(spreads: list[dict[str, float]]) -> str:
 
 
 def _missing(planned: list[Run], done: list[Run]) -> str:
-    """The runs that are planned and not done, in words: by bits, and by seed where some seeds are done."""
+    """The planned runs that are missing, as text: by bits, and by seed if some seeds are done."""
     if not done:
-        return "all of it"
+        return "all"
     parts = []
     for bits in sorted({run.bits for run in planned}):
         of_bits = [run for run in planned if run.bits == bits]
@@ -139,7 +139,7 @@ def _missing(planned: list[Run], done: list[Run]) -> str:
 
 
 def _origin(results: Results) -> str:
-    """The machines, the code, the epochs and the time; and whether runs of a seed had one float network."""
+    """The machines, commits, epochs and time; and whether the runs of a seed share one float network."""
     machines, commits = {}, {}
     for _, result in results:
         where = result["environment"]
@@ -157,7 +157,7 @@ def _origin(results: Results) -> str:
     for run, result in results:
         starts.setdefault(run.seed, set()).add(result["start"]["weights"])
     if several := [f"{seed} ({len(weights)})" for seed, weights in starts.items() if len(weights) > 1]:
-        text += f" The runs of seed {', '.join(several)} started from more than one float network: it was trained anew."
+        text += f" The runs of seed {', '.join(several)} start from more than one float network, which was retrained."
     return text
 
 

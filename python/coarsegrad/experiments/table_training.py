@@ -23,7 +23,7 @@ _FEATURES_SHOWN = 500
 
 @dataclass(frozen=True)
 class Session:
-    """What the runs that one call of the command trains have in common."""
+    """What the runs trained by one command share."""
 
     table: Table
     out: Path
@@ -35,14 +35,14 @@ class Session:
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def train_all(self, runs: list[Run], jobs: int) -> None:
-        """Trains `runs`, `jobs` at once; Ctrl-C stops all at their next batch."""
+        """Train `runs`, `jobs` at a time; Ctrl-C stops all at their next batch."""
         if jobs == 1:
             for run in runs:
                 print(f"\n{run.name}", flush=True)
                 self.train(run)
             return
         starts = {float_folder(self.table.schedules[run.schedule], run.seed): run for run in runs}
-        for run in starts.values():  # which no two may train
+        for run in starts.values():  # no two threads may train the same one
             self._float_network(run)
         with ThreadPoolExecutor(jobs) as pool:
             training = [pool.submit(self.train, run, f"{run.name}  ") for run in runs]
@@ -55,7 +55,7 @@ class Session:
                 raise
 
     def train(self, run: Run, name: str = "") -> None:
-        """Trains `run`, and writes its results; that it diverges is a result. `name` begins each line printed."""
+        """Train `run` and write its results; divergence is a result. `name` is a prefix of each line printed."""
         float_model, start = self._float_network(run)
         ste, _, later = run.ste.partition("_then_")
         model = quantized(float_model, run.bits, ste, "ceil", run.learn_alpha, run.per_channel, run.range_bits)
@@ -82,7 +82,7 @@ class Session:
         write_results(report, folder / "results.json")
 
     def _float_network(self, run: Run) -> tuple[nn.Module, dict]:
-        """The trained network that `run` starts from, and what the results of `run` keep of it."""
+        """The trained network that `run` starts from, and what the results of `run` record about it."""
         schedule = self.table.schedules[run.schedule]
         config = {
             "phase": "float", "epochs": schedule.float_epochs, "lr": schedule.lr,
@@ -91,7 +91,7 @@ class Session:
         }  # fmt: skip
         folder = self.out / float_folder(schedule, run.seed)
         torch.manual_seed(run.seed)
-        # On a CPU the convolutions are faster in this order: LeNet-5's step takes about four fifths of the time.
+        # Convolutions are faster on a CPU in this memory format: LeNet-5's step takes about 80% of the time.
         model = self.table.network(nn.ReLU).to(self.device, memory_format=torch.channels_last)
         history = self._fit(model, config, folder)
         start = {"weights": _digest(model), "test_accuracy": history[-1]["test_accuracy"]}
@@ -125,15 +125,15 @@ def _spread(alpha: Tensor) -> dict[str, float]:
 
 
 def _shares(model: nn.Module, split: Split) -> dict[str, dict[str, float]]:
-    """Of the inputs of each QReLU, how many gave code 0, and how many were above the top level."""
+    """The fractions of the inputs of each QReLU with code 0 and above the top level."""
     layers = stats(model, split.x.split(1000), progress=False)
     return {layer.name: {"zero": layer.zero, "saturated": layer.saturated} for layer in layers}
 
 
 @torch.no_grad()
 def project(model: nn.Module, split: Split) -> dict:
-    """The inputs of the last Linear on their first two principal components: the share of the variance that these have,
-    and x, y and class of the first samples."""
+    """The inputs of the last Linear projected on their first two principal components: the fraction of the variance
+    that these explain, and x, y and class of the first samples."""
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     features: list[Tensor] = []
     hook = last.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0].double().cpu()))

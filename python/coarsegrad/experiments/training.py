@@ -1,9 +1,9 @@
-"""The training loop: SGD with momentum, a checkpoint after every epoch, and resuming to the same bits.
+"""The training loop: SGD with momentum, a checkpoint after every epoch, and bit-exact resuming.
 
-Everything random in an epoch follows from (seed, phase, epoch), so a run that was killed and started again
-computes what an uninterrupted one does: on a CPU to the bit, given the same number of threads.
+Everything random in an epoch depends only on (seed, phase, epoch), so a resumed run computes what an uninterrupted one
+does; on a CPU bit for bit, given the same number of threads.
 
-On a GPU a small network's step is dozens of launches that take longer than their work; it is captured in a CUDA graph.
+On a GPU a small network's step is dominated by launch overhead, so it is captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from .checkpoints import load_checkpoint, save_checkpoint, seed_of
 from .data import Split
 from .files import ExperimentError
 
-# A learned alpha gathers its gradient from a whole layer: it moves at this fraction of the weights' rate.
+# A learned alpha sums its gradient over a whole layer, so its learning rate is this fraction of the weights'.
 ALPHA_LR = 0.01
 
 _EVALUATION_BATCH = 1000
 
-# On a GPU the totals of an epoch are read, which waits for it, every so many batches.
+# On a GPU, reading the totals synchronizes: it is done every this many batches.
 _READ_EVERY = 50
-# Steps at the same rates before one is captured: what they allocate once, as momenta, is then there.
+# Steps at the same rates before one is captured, so that one-time allocations such as momenta are done.
 _WARM_UP_STEPS = 3
 _CAPTURING = threading.Lock()
 
 
 class Diverged(ExperimentError):
-    """The loss was not finite; `history` is that of the epochs before."""
+    """The loss is not finite; `history` has the epochs before."""
 
     def __init__(self, message: str, history: list[dict]) -> None:
         super().__init__(message)
@@ -47,12 +47,12 @@ class Diverged(ExperimentError):
 
 
 def make_optimizer(model: nn.Module, lr: float) -> torch.optim.SGD:
-    """SGD with momentum 0.9 at rate `lr`; learned alphas at `ALPHA_LR * lr`, kept positive."""
+    """SGD with momentum 0.9 and rate `lr`; learned alphas have rate `ALPHA_LR * lr` and stay positive."""
     return keep_positive(torch.optim.SGD(param_groups(model, lr, alpha_lr=ALPHA_LR * lr), momentum=0.9), model)
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """One step on a batch; returns its mean loss and the number of right answers before the step."""
+    """One step on a batch. Returns its mean loss and the number of correct predictions before the step."""
     optimizer.zero_grad()
     output = model(x)
     loss = F.cross_entropy(output, y)
@@ -63,7 +63,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
-    """Mean loss and accuracy (0..1) in evaluation mode."""
+    """Mean loss and accuracy, as a fraction, in evaluation mode."""
     model.eval()
     loss, right = 0.0, 0
     for x, y in zip(*(part.split(_EVALUATION_BATCH) for part in split), strict=True):
@@ -83,17 +83,17 @@ def fit(
     name: str = "",
     before_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> list[dict]:
-    """Trains `model` in place and returns its history, one dict for each epoch; `name` begins each line printed.
+    """Train `model` in place and return its history, one dict per epoch. `name` is a prefix of each line printed.
 
-    `config` holds phase, epochs, batch_size, lr, seed, and whatever else decides the numbers. With "lr_drops", a list
-    of epochs, lr is a tenth after each of them; without, it falls to 0 along half a cosine. If `checkpoint` exists,
-    training goes on from there, or ends at once if nothing is left to do. An epoch uses every sample once, but for
-    what is left over from whole batches; `augment` changes a batch before its step. `before_epoch` is called with the
-    number of epochs before each; what it changes of the steps, it changes where lr drops, as a step that a GPU has
-    captured is captured anew there alone.
+    `config` has phase, epochs, batch_size, lr, seed, and everything else that results depend on. With "lr_drops", a
+    list of epochs, lr is divided by 10 after each of them; otherwise it decays to 0 along half a cosine. If
+    `checkpoint` exists, training continues from there, or ends at once if it is complete. An epoch uses every sample
+    once, except an incomplete last batch; `augment` transforms a batch before its step. `before_epoch` is called with
+    the number of completed epochs. It may change what a step does only when lr drops, because a step captured on a GPU
+    is only recaptured then.
 
     Raises ExperimentError if the checkpoint has another configuration or cannot be read, or if the training set is
-    smaller than one batch, and Diverged if the loss is not finite; finished epochs stay in the checkpoint.
+    smaller than one batch, and Diverged if the loss is not finite; the checkpoint keeps the finished epochs.
     """
     batches = len(train.y) // config["batch_size"]
     if batches == 0:
@@ -141,10 +141,10 @@ def _lr_factor(batches: int, epochs: int, drops: Sequence[int] | None) -> Callab
 
 
 class _Steps:
-    """Steps of a model on batches of one size; `totals` is float64 [the sum of the losses, the right answers].
+    """Steps of a model on batches of one size; `totals` is float64 [sum of losses, number of correct predictions].
 
-    On a GPU they are queued on a stream of their own, and one whose rates have been the optimizer's for some steps is
-    captured: until these change, it is replayed.
+    On a GPU they run on their own stream. Once the optimizer's rates have not changed for some steps, a step is
+    captured, and replayed until they do.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
@@ -157,7 +157,7 @@ class _Steps:
 
     @contextlib.contextmanager
     def epoch(self) -> Iterator[None]:
-        """The totals begin at 0. Whoever reads them has waited for the steps before."""
+        """A block in which the totals start at 0. Reading them waits for the steps before."""
         self._model.train()
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -175,7 +175,7 @@ class _Steps:
             return
         if self._graph is None:
             self._graph, self._batch = torch.cuda.CUDAGraph(), (x.clone(), y.clone())
-            # Other threads may train as well: what a capture forbids is not forbidden to them, but for another capture.
+            # Other threads may train as well: a capture restricts this thread only, but two must not overlap.
             with _CAPTURING, torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._step(*self._batch)
         for static, given in zip(self._batch, (x, y)):
@@ -196,7 +196,7 @@ def _train_epoch(
     batch_size: int,
     augment: Callable[[Tensor], Tensor],
 ) -> tuple[float, float]:
-    """Mean loss and accuracy of the epoch; it ends early where the loss is not finite, and that is returned."""
+    """Mean loss and accuracy of the epoch; ends early if the loss is not finite."""
     order = order.to(train.y.device)
     batches = len(order) // batch_size
     every = 1 if train.y.device.type == "cpu" else _READ_EVERY

@@ -1,4 +1,4 @@
-"""Transformers of the two families that have a ReLU, in plain torch, with the activation as an argument."""
+"""Transformers of two families with ReLU, OPT and T5, in plain torch, with the activation as an argument."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Activation = Callable[[], nn.Module]
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of a stack. inner: what all heads have together, and `hidden` the width between the two feed-forward
-    Linears. dropout: its probability in the feed-forward, where the family has one between the Linears (T5)."""
+    """Sizes of a stack. inner: the total width of all heads. hidden: the width between the two feed-forward Linears.
+    dropout: its probability between the feed-forward Linears, in T5."""
 
     vocabulary: int
     positions: int
@@ -27,7 +27,7 @@ class TransformerConfig:
     dropout: float = 0.0
 
     def resized(self, **sizes: int | float | None) -> TransformerConfig:
-        """This with those sizes that are not None."""
+        """A copy with the sizes that are not None."""
         return replace(self, **{name: size for name, size in sizes.items() if size is not None})
 
 
@@ -65,7 +65,7 @@ class _OptLayer(nn.Module):
 
 
 class Opt(nn.Module):
-    """A decoder of OPT's layout: pre-norm, learned positions, Linear-ReLU-Linear; tokens [B, T] to logits [B, T, V]."""
+    """A decoder like OPT: pre-norm, learned positions, Linear-ReLU-Linear; tokens [B, T] to logits [B, T, V]."""
 
     def __init__(self, config: TransformerConfig, activation: Activation) -> None:
         super().__init__()
@@ -97,8 +97,8 @@ class _T5Layer(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """An encoder of T5's layout: RMSNorm, a bias by relative position, Linear-ReLU-Dropout-Linear; tokens [B, T] to
-    states [B, T, width]. A relative position has a bias of its own; T5 lets far ones share theirs."""
+    """An encoder like T5: RMSNorm, relative position bias, Linear-ReLU-Dropout-Linear; tokens [B, T] to states
+    [B, T, width]. Every relative position has its own bias; in T5 distant ones share."""
 
     def __init__(self, config: TransformerConfig, activation: Activation) -> None:
         super().__init__()

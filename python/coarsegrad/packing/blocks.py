@@ -37,7 +37,7 @@ def packed_activations() -> Iterator[None]:
     other saved-tensor hooks (`torch.autograd.graph.save_on_cpu`), it works: those hooks get the codes.
 
     Changing a saved tensor in place is an error in the backward, as usual, unless it is saved as codes: these keep the
-    old value, and the gradient is right. Like torch, the block cannot see a write through `.data`. Where x is NaN, so
+    old value, and the gradient is right. Like torch, the block cannot see a write through `.data`. If x is NaN, so
     that y is NaN, the rebuilt value is L[q].
 
     Source of the levels and the coarse gradients: see `qrelu`.
