@@ -10,7 +10,7 @@ from paths import ROOT
 
 import coarsegrad as cg
 
-PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+PAGES = {path.name: path.read_text() for path in (*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md")))}
 # A block, and the indented lines that it prints, where the page shows them.
 BLOCK = re.compile(r"^```python\n((?:.*\n)*?)```\n(?:\nprints\n\n((?:    .*\n|\n)+))?", flags=re.MULTILINE)
 PAGES_WITH_CODE = {"README.md", "estimators.md", "fine-tuning.md", "guide.md", "integer.md", "memory.md", "spec.md"}
@@ -37,3 +37,16 @@ def test_the_blocks_of_a_page_run_and_print_what_it_shows(page, monkeypatch, req
 
 def test_the_first_code_of_the_readme_comes_early():
     assert len(PAGES["README.md"].split("```")[0].split()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_exist(page):
+    names = re.findall(r"`((?:bench|csrc|docs|python|tests|tools)/[\w./-]+)`", PAGES[page])
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_the_demo_has_the_rows_that_the_docs_show():
+    (rows,) = re.findall(r"^    -----.*\n((?:    .+\n)+)", PAGES["install.md"], flags=re.MULTILINE)
+    demo = (ROOT / "python" / "coarsegrad" / "experiments" / "mnist.py").read_text()
+    labels = [re.split(r"\s{2,}", row.strip())[0] for row in rows.splitlines()]
+    assert len(labels) == 6 and all(f'("{label}"' in demo for label in labels)
