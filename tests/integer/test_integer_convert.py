@@ -12,7 +12,7 @@ from torch import nn
 
 import coarsegrad as cg
 from coarsegrad.experiments.models import lenet5, resnet14
-from coarsegrad.integer.weights import choose_weights
+from coarsegrad.integer import round_weights
 
 WEIGHT_BITS = (8, 4, 2, 1)
 
@@ -35,11 +35,8 @@ def simulated(model, weight_bits, names):
     """The model in float64 with the layers of these names rounded to integers times a scale."""
     model = copy.deepcopy(model).double()
     for name in names:
-        weight = model.get_submodule(name).weight
-        rows = weight.detach().movedim(1, -1) if weight.dim() > 2 else weight.detach()
-        integers, scale = choose_weights(rows.flatten(1), weight_bits)
-        rounded = (integers * scale.double()[:, None]).view(rows.shape)
-        weight.data = rounded.movedim(-1, 1) if weight.dim() > 2 else rounded
+        layer = model.get_submodule(name)
+        layer.weight.data = round_weights(layer.weight, weight_bits)
     return model
 
 
@@ -155,11 +152,7 @@ def test_alpha_per_channel():
     of_conv = model.act.alpha.view(3, 1, 1, 1)
     of_linear = torch.cat([model.act2.alpha, model.act3.alpha.expand(3)]).repeat_interleave(6)
     for layer, alpha in ((expected.conv, of_conv), (expected.linear, of_linear)):
-        folded = layer.weight.detach() * alpha.double()
-        rows = folded.movedim(1, -1) if folded.dim() > 2 else folded
-        integers, scale = choose_weights(rows.flatten(1), 8)
-        rounded = (integers * scale.double()[:, None]).view(rows.shape)
-        layer.weight.data = (rounded.movedim(-1, 1) if folded.dim() > 2 else rounded) / alpha.double()
+        layer.weight.data = round_weights(layer.weight.detach() * alpha.double(), 8) / alpha.double()
     with torch.no_grad():
         torch.testing.assert_close(converted(x).double(), expected(x.double()), rtol=1e-5, atol=1e-5)
 

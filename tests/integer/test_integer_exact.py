@@ -13,7 +13,7 @@ from coarsegrad.integer import layers
 from coarsegrad.integer.exact import edges, exact_affine, first_above
 from coarsegrad.integer.layers import CannotConvert, Norm, Staircase, integer_layer
 from coarsegrad.integer.reference import affine_codes
-from coarsegrad.integer.weights import choose_weights, pack_weights, unpack_weights
+from coarsegrad.integer.weights import choose_weights, pack_weights, round_weights, unpack_weights
 
 WEIGHT_BITS = (8, 4, 2, 1)
 
@@ -168,6 +168,16 @@ def test_weights_on_a_grid_are_found(weight_bits):
     got, scale = choose_weights((integers * step).double(), weight_bits)
     assert torch.equal(got, integers)
     torch.testing.assert_close(scale, step[:, 0])
+
+
+def test_round_weights_is_what_an_integer_layer_stores():
+    for shape in ((4, 6), (4, 3, 5), (4, 3, 2, 5)):
+        weight = torch.randn(shape, generator=generator(len(shape)))
+        rows = weight.movedim(1, -1)
+        layer = integer_layer(rows, None, torch.tensor(1.0).double(), 1, 4)
+        integers = torch.tensor(integer_oracle.unpacked(layer.weight, 4, rows[0].numel()))
+        rounded = (integers * layer.scale.double()[:, None]).view(rows.shape).movedim(-1, 1)
+        assert torch.equal(round_weights(weight, 4), rounded)
 
 
 def test_fewer_bits_have_a_greater_error():

@@ -3,5 +3,6 @@
 from .conversion import convert
 from .ops import KERNELS
 from .report import Converted, ConvertReport, Stayed
+from .weights import WEIGHT_BITS, round_weights
 
-__all__ = ["KERNELS", "ConvertReport", "Converted", "Stayed", "convert"]
+__all__ = ["KERNELS", "WEIGHT_BITS", "ConvertReport", "Converted", "Stayed", "convert", "round_weights"]

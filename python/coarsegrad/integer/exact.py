@@ -104,7 +104,7 @@ def exact_affine(scale: Tensor, offset: Tensor, thresholds: Tensor, low: Tensor,
 
 
 _NUDGES = sorted(
-    ((scale, offset) for scale in range(-2, 3) for offset in range(-4, 5)), key=lambda nudge: sum(map(abs, nudge))
+    ((scale, offset) for scale in range(-4, 5) for offset in range(-16, 17)), key=lambda nudge: sum(map(abs, nudge))
 )
 
 

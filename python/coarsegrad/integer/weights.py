@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,46 +9,54 @@ from torch import Tensor
 WEIGHT_BITS = (8, 4, 2, 1)
 _BLOCK = 32  # bytes: one AVX2 register, two of NEON, half of one of AVX-512
 
-# The largest integer, and the divisors of the largest magnitude in a row that are tried as its scale.
+# The largest integer, and the scales that are tried for a row, as divisors of its largest magnitude.
 _GRIDS = {
     8: (127, [127.0]),
-    4: (7, [*range(1, 8), *(7 + i / 4 for i in range(1, 29))]),
+    4: (7, [*range(1, 8), *(7 + i / 2 for i in range(1, 15))]),
     2: (1, [1 + i / 8 for i in range(33)]),
 }
+_CHUNK = 2**18  # weights at a time, to stay within a cache
 
 
 def choose_weights(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """(integers [C, K], scale [C] in float32) with the least squared error of weight - scale * integers found per row.
 
-    weight: float64 [C, K]. 8 bits are -127..127, 4 bits -7..7, 2 bits -1, 0, 1 and 1 bit is -1 or 1. For the integers
-    q the best scale is <weight, q> / <q, q>; the integers are those of rounding to a few scales. A row of zeros has
-    scale 0.
+    weight: float64 [C, K]. 8 bits are -127..127, 4 bits -7..7, 2 bits -1, 0, 1 and 1 bit is -1 or 1. For integers q the
+    best scale is <weight, q> / <q, q>; the integers are those of rounding to a few scales. A row of zeros has scale 0.
     """
+    chunks = weight.split(max(1, _CHUNK // max(1, weight.size(1))))
+    integers, scales = zip(*(_choose(chunk, bits) for chunk in chunks))
+    return torch.cat(integers), torch.cat(scales).float()
+
+
+def _choose(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     largest = weight.abs().amax(1) if weight.size(1) else weight.new_zeros(weight.size(0))
     unit = weight / torch.where(largest > 0, largest, 1)[:, None]
-    candidates = _candidates(unit, bits)
-    integers, scale, error = _fitted(unit, next(candidates))
-    for other, other_scale, other_error in (_fitted(unit, candidate) for candidate in candidates):
-        better = other_error < error
-        integers = torch.where(better[:, None], other, integers)
-        scale, error = torch.where(better, other_scale, scale), torch.where(better, other_error, error)
-    return integers, (scale * largest).float()
-
-
-def _candidates(unit: Tensor, bits: int) -> Iterator[Tensor]:
-    """Integers for weights in -1..1."""
-    if bits == 1:
-        yield torch.where(unit < 0, -1, 1)
-        return
-    top, divisors = _GRIDS[bits]
+    integers, scale, explained = _fitted(
+        unit, torch.where(unit < 0, -1.0, 1.0) if bits == 1 else torch.zeros_like(unit)
+    )
+    top, divisors = _GRIDS.get(bits, (1, []))
     for divisor in divisors:
-        yield (unit * divisor).round().clamp(-top, top).long()
+        tried, tried_scale, tried_explained = _fitted(unit, (unit * divisor).round().clamp(-top, top))
+        better = tried_explained > explained
+        integers = torch.where(better[:, None], tried, integers)
+        scale, explained = torch.where(better, tried_scale, scale), torch.where(better, tried_explained, explained)
+    return integers.long(), scale * largest
 
 
 def _fitted(weight: Tensor, integers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(integers, the best scale, the squared error) per row."""
-    scale = (weight * integers).sum(1) / integers.square().sum(1).clamp(min=1)
-    return integers, scale, (weight - scale[:, None] * integers).square().sum(1)
+    """(integers, the best scale, what it takes off the squared error of 0) per row."""
+    product, square = (weight * integers).sum(1), integers.square().sum(1).clamp(min=1)
+    return integers, product / square, product.square() / square
+
+
+@torch.no_grad()
+def round_weights(weight: Tensor, bits: int) -> Tensor:
+    """The weight of a Linear or convolution as scale * integers, in float64: what `convert` computes with if its input
+    has one alpha."""
+    rows = weight.double().movedim(1, -1)
+    integers, scale = choose_weights(rows.flatten(1), bits)
+    return (integers * scale.double()[:, None]).view(rows.shape).movedim(-1, 1)
 
 
 def row_bytes(count: int, bits: int) -> int:
