@@ -34,8 +34,8 @@ test-fast: build  ## the tests to run after each change: one backend, in under t
 test-zoo: build  ## converts every architecture of transformers that can be built small; takes minutes
 	python -m pytest tests/convert/test_zoo.py -m "slow or not slow" -n auto $(TEST_ARGS)
 
-demo: build  ## trains LeNet-5 on MNIST, float and then with 2-bit activations
-	python -m coarsegrad mnist --bits 2 $(DEMO_ARGS)
+demo: build  ## trains LeNet-5 on MNIST, float and then with 2-bit activations, and converts it to integers
+	python -m coarsegrad mnist --bits 2 --convert $(DEMO_ARGS)
 
 bench: build  ## times kernels and peers on this machine in a few minutes; into build/bench
 	python -m bench.kernels --quick --out build/bench/kernels.csv $(BENCH_ARGS)

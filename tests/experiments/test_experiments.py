@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import coarsegrad as cg
-from coarsegrad.experiments import data, download, mnist, training
+from coarsegrad.experiments import data, download, integers, mnist, training
 from coarsegrad.experiments.arguments import usable_device
 from coarsegrad.experiments.files import ExperimentError, replacing
 from coarsegrad.experiments.models import lenet5, quantized
@@ -426,6 +426,24 @@ def test_options_out_of_range(idx_folder, tmp_path, options, capsys):
     with pytest.raises(SystemExit) as ended:
         run(idx_folder, tmp_path, *options)
     assert ended.value.code == 2 and options[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("weight_bits", (8, 2))
+def test_convert(idx_folder, tmp_path, capsys, weight_bits):
+    run(idx_folder, tmp_path, "--epochs", "1", "--convert", str(weight_bits))
+    results = json.loads((tmp_path / VARIANT / "results.json").read_text())["integers"]
+    assert results["differing"] == 0 and results["weight_bits"] == weight_bits
+    assert results["integer"]["bytes"] < results["float"]["bytes"] / (3 if weight_bits == 8 else 10)
+    printed = capsys.readouterr().out
+    assert f"integers, {weight_bits}-bit weights" in printed
+    assert "0 of 20 predictions differ" in printed and "conv2          conv2d [50, 20, 5, 5]" in printed
+
+
+def test_convert_is_held_to_the_simulated_network(idx_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(integers, "round_weights", lambda weight, bits: -weight)
+    with pytest.raises(SystemExit) as caught:
+        run(idx_folder, tmp_path, "--epochs", "1", "--convert")
+    assert "of 20 predictions" in str(caught.value)
 
 
 def test_help():

@@ -31,7 +31,7 @@ ORDER = {
     """.split(),
     "coarsegrad.experiments": """
         files  arguments  download  measure  figures  checkpoints  data  cifar  text  models  transformers
-        training  language  mnist
+        training  language  integers  mnist
         table_runs  table_training  table_summary  table_figures  table  mnist_table  cifar_table
         synthetic_summary  synthetic_figures  synthetic
         finetune_report  finetune  rounding_report  rounding_tasks  rounding  memory  results  __init__

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..integer import WEIGHT_BITS
 from ..memory import saved_memory
 from ..nn import QReLU
 from ..packing import pack_activations_
@@ -20,6 +21,7 @@ from .arguments import ending, positive, usable_device
 from .data import Mnist, Split, load_mnist
 from .download import cache_folder
 from .files import ExperimentError, replacing
+from .integers import integers_table, measure_integers
 from .measure import environment, interleaved_times, peak_bytes
 from .models import lenet5, quantized
 from .training import ALPHA_LR, fit, make_optimizer, train_step
@@ -73,6 +75,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--subset", type=positive(int), metavar="N", help="train on the first N images only")
     add("--seed", type=int, default=0, help="seed of the weights and the order of the images (default 0)")
     add("--device", default="cpu", help="a torch device: cpu, cuda, cuda:1 (default cpu)")
+    add(
+        "--convert",
+        nargs="?",
+        type=int,
+        choices=WEIGHT_BITS,
+        const=8,
+        metavar="BITS",
+        help="convert the trained network to integers, with weights of 8, 4, 2 or 1 bits (8 if not given), and "
+        "compare accuracy, size and time of inference",
+    )
     add("--threads", type=positive(int), metavar="N", help="threads on a CPU (default: torch's choice)")
     add("--data", type=Path, metavar="FOLDER", help="the four IDX files of MNIST, gzipped or not")
     add(
@@ -127,11 +139,16 @@ def _run(args: argparse.Namespace) -> None:
     results = _measure({"float": float_model, "quantized": model}, batch, args.lr)
     for phase, result in results.items():
         result["test_accuracy"] = history[phase][-1]["test_accuracy"]
+    integers = None
+    if args.convert:
+        integers = measure_integers(float_model, model, mnist.test, batch, args.convert)
     report = {"config": config, "environment": environment(device), "results": results, "history": history}
     with replacing(folder / "results.json") as file:
-        file.write(json.dumps(report, indent=2).encode() + b"\n")
+        file.write(json.dumps(report | {"integers": integers}, indent=2).encode() + b"\n")
     print(f"\nLeNet-5 on MNIST: {len(mnist.train.y):,} training and {len(mnist.test.y):,} test images\n")
     print(_table(**report))
+    if integers:
+        print(f"\n{integers_table(integers, len(mnist.test.y), len(batch.y), args.bits)}")
     print(f"\n{folder / 'curves.png'}\n{folder / 'results.json'}")
 
 
