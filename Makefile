@@ -32,7 +32,7 @@ test-fast: build  ## the tests to run after each change: one backend, in under t
 	python -m pytest --fast -n auto --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
 
 test-zoo: build  ## converts every architecture of transformers that can be built small; takes minutes
-	python -m pytest tests/convert/test_zoo.py -m "slow or not slow" -n auto $(TEST_ARGS)
+	python -m pytest tests/quantization/test_zoo.py -m "slow or not slow" -n auto $(TEST_ARGS)
 
 demo: build  ## trains LeNet-5 on MNIST, float and then with 2-bit activations, and converts it to integers
 	python -m coarsegrad mnist --bits 2 --convert $(DEMO_ARGS)

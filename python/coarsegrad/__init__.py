@@ -7,13 +7,13 @@ import importlib.metadata
 
 from . import nn
 from .backends import backends, use_backend
-from .convert import calibrate, quantize_, stats
 from .functional import dequantize, qrelu, qrelu_codes, qrelu_conv2d, qrelu_linear
 from .integer import convert
 from .memory import saved_memory
 from .nn import QReLU
 from .optim import keep_positive, param_groups
 from .packing import pack_activations_, packed_activations
+from .quantization import calibrate, quantize_, stats
 from .ste import check_ste, register_ste, stes
 
 try:

@@ -18,14 +18,14 @@ ORDER = {
     "coarsegrad": """
         _torch_internals  ste  reference  _build  _C  _ops  _autograd  _fused
         packing  triton  integer  backends  _dtensor  functional  nn
-        convert  optim  memory  experiments  testing  __init__  __main__
+        quantization  optim  memory  experiments  testing  __init__  __main__
     """.split(),
     "coarsegrad.packing": "saved  records  function  hooks  blocks  __init__".split(),
     "coarsegrad.triton": "staircase  ste  kernels  qrelu  __init__".split(),
     "coarsegrad.integer": """
         weights  checks  reference  ops  exact  layers  moves  flow  report  rewriting  conversion  __init__
     """.split(),
-    "coarsegrad.convert": """
+    "coarsegrad.quantization": """
         relus  source  rewriting  running  frames  recording  report  surgery  dynamic  quantize
         histogram  counting  watching  calibration  code_stats  __init__
     """.split(),
@@ -111,9 +111,9 @@ def test_python_imports_go_up_the_order(path):
         ("packing/hooks.py", "coarsegrad.packing.saved.SavedTensor", True),
         ("packing/saved.py", "coarsegrad.packing.hooks.Packing", False),
         ("packing/saved.py", "coarsegrad.packing.Packing", False),
-        ("convert/code_stats.py", "coarsegrad.packing.packed_activations", True),
-        ("convert/code_stats.py", "coarsegrad.packing.saved.SavedTensor", False),
-        ("packing/saved.py", "coarsegrad.convert.stats", False),
+        ("quantization/code_stats.py", "coarsegrad.packing.packed_activations", True),
+        ("quantization/code_stats.py", "coarsegrad.packing.saved.SavedTensor", False),
+        ("packing/saved.py", "coarsegrad.quantization.stats", False),
         ("nn.py", "coarsegrad.functional.qrelu", True),
         ("nn.py", "coarsegrad.qrelu", False),
     ],

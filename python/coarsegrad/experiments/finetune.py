@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..convert import QuantizeReport, calibrate, quantize_, stats
 from ..memory import saved_memory
 from ..nn import QReLU
 from ..packing import pack_activations_
+from ..quantization import QuantizeReport, calibrate, quantize_, stats
 from ..ste import ROUNDINGS, stes
 from .arguments import ending, positive, usable_device
 from .checkpoints import differences

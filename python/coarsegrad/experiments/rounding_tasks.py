@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..convert import calibrate, quantize_
+from ..quantization import calibrate, quantize_
 from . import training
 from .data import Mnist
 from .models import lenet5, resnet14

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..convert import stats
 from ..nn import QReLU
+from ..quantization import stats
 from .data import Split
 from .models import quantized
 from .table_runs import Run, Table, config_of, float_folder, write_results

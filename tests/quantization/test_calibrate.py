@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import coarsegrad as cg
-from coarsegrad.convert import METHODS
+from coarsegrad.quantization import METHODS
 from coarsegrad.ste import ROUNDINGS
 
 
@@ -193,7 +193,7 @@ class TestThePass:
         assert all(result == results[0] for result in results)
 
     def test_memory_of_the_histogram_does_not_grow(self):
-        from coarsegrad.convert.histogram import Histogram
+        from coarsegrad.quantization.histogram import Histogram
 
         histogram, sizes = Histogram(1, torch.device("cpu")), set()
         for scale in (1e-30, 1e-3, 1.0, 1e30):

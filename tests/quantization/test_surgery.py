@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import relu as imported_relu
 
 import coarsegrad as cg
-from coarsegrad.convert.rewriting import original
+from coarsegrad.quantization.rewriting import original
 
 OWN = torch.tanh  # a global of this module that is no relu
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import coarsegrad as cg
-from coarsegrad.convert import METHODS
-from coarsegrad.convert.histogram import Histogram
+from coarsegrad.quantization import METHODS
+from coarsegrad.quantization.histogram import Histogram
 from coarsegrad.ste import ROUNDINGS
 
 CPU = torch.device("cpu")

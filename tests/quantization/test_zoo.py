@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import coarsegrad as cg
-from coarsegrad.convert import QuantizeReport
+from coarsegrad.quantization import QuantizeReport
 
 pytest.importorskip("transformers", minversion="5")
 import zoo
