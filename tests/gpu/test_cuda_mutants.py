@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 
 import cuda_host
@@ -18,19 +19,59 @@ SMALL_GRID = (
     ("dispatch.cuh", "kMaxSums = 4096, kSumBlocks = 4096", "kMaxSums = 2, kSumBlocks = 7"),
 )
 
-# A mistake shows in one dtype and in some of the ops: nothing else need be compiled for it.
+# A mistake shows in one dtype and in some of the kernels: nothing else need be compiled for it. A copy has a dtype, the
+# cases that it runs, and in dispatch.cuh the calls that it leaves out: what is not called is not instantiated.
 DTYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "f16"}
-FORWARD, BACKWARD = ("forward", "dequantize"), ("backward", "times_slopes")
+FROM_X = "launch_backward_x<T>(a, stream, grid, whole);"
+FROM_SAVED = (
+    "launch_backward_saved<T, false, width.value>(a, stream, grid, whole);",
+    "launch_backward_saved<T, true, 2>(a, stream, grid, whole);",
+)
+
+
+def forward(rounding):
+    others = [other for other in cuda_host.ROUNDINGS if other != rounding]
+    left_out = [(f"case Rounding::{other}: return body(Constant<Rounding::{other}>{{}});", "") for other in others]
+    return (lambda case: case.op == "forward" and case.rounding == rounding), left_out
+
+
 COPIES = {
-    "forward": (torch.bfloat16, FORWARD),
-    "backward": (torch.bfloat16, BACKWARD),
-    "forward in float32": (torch.float32, FORWARD),
+    **{f"forward, {rounding}": (torch.bfloat16, *forward(rounding)) for rounding in cuda_host.ROUNDINGS},
+    "forward in float32": (torch.float32, *forward("ceil")),
+    "backward from x": (
+        torch.bfloat16,
+        lambda case: case.op == "backward" and "x" in case.inputs and case.ste == "reverse_exponential",
+        [("CG_FOR_EACH_STE(CG_CASE)", "CG_CASE(reverse_exponential, ReverseExponential)")]
+        + [(call, "static_cast<void>(whole);") for call in FROM_SAVED],
+    ),
+    "backward from what is saved": (
+        torch.bfloat16,
+        lambda case: case.op == "backward" and "x" not in case.inputs,
+        [(FROM_X, "static_cast<void>(whole);")],
+    ),
+    "times_slopes": (torch.bfloat16, lambda case: case.op == "times_slopes", []),
 }
-IN_FLOAT32 = (
-    "a return before the shuffle", "half a warp in the mask of the bits", "nibbles of a byte swapped",
-    "misaligned chunks moved at once",
-)  # fmt: skip
-IN_BACKWARD = ("rows of channels that are no chunks",)  # beside those in its files
+# The copies of mutants that are not in the one of their file.
+BY_FILE = {"backward.cuh": "backward from what is saved", "reduce.cuh": "backward from what is saved",
+           "../math/ste.h": "backward from x"}  # fmt: skip
+BY_NAME = {
+    **dict.fromkeys(
+        ("a return before the shuffle", "half a warp in the mask of the bits", "nibbles of a byte swapped",
+         "misaligned chunks moved at once"),
+        "forward in float32",
+    ),
+    "the fma of nearest rounds upwards": "forward, nearest",
+    ">= for > at a threshold of nearest": "forward, nearest",
+    "the dead zone of nearest under hwgq": "forward, hwgq",
+    "rows of channels that are no chunks": "backward from what is saved",
+    **dict.fromkeys(
+        ("channels of a chunk that are one", "the channel of another's alpha", "totals that stay where they are",
+         "terms of a chunk's channels added up", "the code of NaN in a sum", "any alpha taken for a regular one",
+         "dx of the chunk before"),
+        "backward from x",
+    ),
+    **dict.fromkeys(("half of the slopes", "no barrier before the slopes are read"), "times_slopes"),
+}  # fmt: skip
 
 # name: (file, what it says, what it says instead). The text must be there once.
 MUTANTS = {
@@ -92,13 +133,15 @@ MUTANTS = {
 }  # fmt: skip
 
 
+@functools.cache
 def make_cases(dtype):
     """Some of every kind of case, more than a tile and less than the grid of SMALL_GRID takes at once."""
     cases = list(tests.forward_cases(dtype, (33, 4097), (2, 8)))
     cases += tests.dequantize_cases(dtype, (33, 4097))
     cases += tests.times_slopes_cases(dtype, (33, 4097, 30_000), (1, 3, 8))
     cases += tests.backward_cases(dtype, (33, 4097), (2, 4), ("nearest",))
-    cases += [case for case in tests.channel_cases(dtype) if case.channels < 50][::3]  # more take longer
+    channels = [case for case in tests.channel_cases(dtype) if case.channels < 50]  # more take longer
+    cases += channels[::3] + [case for case in channels if "x" in case.inputs and case.ste == "reverse_exponential"]
     cases += tests.forward_cases(dtype, (30_000,), (3,))
     cases += tests.backward_cases(dtype, (30_000,), (2,), ("ceil",))
     cases += tests.illegal_alpha_cases(dtype) + tests.select_cases(dtype) + tests.irregular_backward_cases(dtype)
@@ -112,40 +155,27 @@ def make_cases(dtype):
 
 def copy_of(name):
     """The copy that a mutant is put into."""
-    if name in IN_FLOAT32:
-        return "forward in float32"
-    in_its_files = MUTANTS[name][0] in ("backward.cuh", "reduce.cuh", "../math/ste.h")
-    return "backward" if in_its_files or name in IN_BACKWARD else "forward"
+    return BY_NAME.get(name) or BY_FILE.get(MUTANTS[name][0], "forward, ceil")
 
 
 class Copy:
-    """A copy of the sources for one dtype and some of the ops, built with what is put into it."""
+    """A copy of the sources for one dtype and some of the kernels, built with what is put into it."""
 
-    def __init__(self, root, dtype, ops):
-        self.cases = [case for case in make_cases(dtype) if case.op in ops]
+    def __init__(self, root, dtype, runs, left_out):
+        self.cases = list(filter(runs, make_cases(dtype)))
         self.root, self.build = root / "source", root / "build"
         for name in ("csrc", "tests/cpp"):
             shutil.copytree(ROOT / name, self.root / name)
         for name in ("CMakeLists.txt", "pyproject.toml"):
             shutil.copy(ROOT / name, self.root)
-        others = [
-            (
-                "dispatch.cuh",
-                f"    case Dtype::{str(other).removeprefix('torch.')}: return body(Tag<{name}>{{}});\n",
-                "",
-            )
-            for other, name in DTYPES.items()
-            if other != dtype
-        ]
-        # What is not called is not instantiated.
-        others += [
-            ("../../tests/cpp/cuda_host.cpp", f"launch_{op}(", "static_cast<void>(")
-            for op in cuda_host.OPS
-            if op not in ops
-        ]
-        for edit in (*SMALL_GRID, *others):
+        ops = {case.op for case in self.cases}
+        edits = [(f"case Dtype::{str(other).removeprefix('torch.')}: return body(Tag<{name}>{{}});", "")
+                 for other, name in DTYPES.items() if other != dtype]  # fmt: skip
+        for edit in (*SMALL_GRID, *(("dispatch.cuh", *edit) for edit in (*edits, *left_out))):
             self.replace(*edit)
-        # Misaligned moves work on a CPU: the sanitizer tells. It takes half as long again to compile.
+        for op in set(cuda_host.OPS) - ops:
+            self.replace("../../tests/cpp/cuda_host.cpp", f"cuda::launch_{op}(", "static_cast<void>(")
+        # Misaligned moves work on a CPU: the sanitizer reports them. It takes half as long again to compile.
         sanitizer = " -fsanitize=alignment -fno-sanitize-recover=all" if dtype == torch.float32 else ""
         cuda_host.configure(self.root, self.build, "-O0" + sanitizer)
 
@@ -157,7 +187,7 @@ class Copy:
         return path, text
 
     def fails(self) -> str | None:
-        """What the tests notice: an output, or a message of the program; None where all is well."""
+        """What the tests notice: an output, or a message of the program; None if all is well."""
         program = cuda_host.build(self.build)
         for first in range(0, len(self.cases), 50):  # most mistakes show in the first ones
             some = self.cases[first : first + 50]
