@@ -1,6 +1,6 @@
-"""DTensors: every process has the staircase of its shard.
+"""DTensors: every process computes the staircase of its shard.
 
-Above autograd, as what the backward keeps has the layout of a local tensor, which no placement describes.
+Implemented above autograd, because saved bits have the layout of a local tensor, which no placement describes.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 def is_dtensor(x: object) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # imported by whoever has made one
+    module = sys.modules.get("torch.distributed.tensor")  # imported if any DTensor exists
     return module is not None and isinstance(x, module.DTensor)
 
 
 def on_shards(function: Callable[..., Tensor], x: DTensor, alpha: Tensor, channel_dim: int | None) -> DTensor:
-    """function(x, alpha), elementwise in x and of x's memory format, on the local tensors.
+    """function(x, alpha), elementwise in x and in x's memory format, on the local tensors.
 
-    alpha: a DTensor, or the same in all processes. Each takes the alphas of its channels, and its share of their
-    gradient: that is partial over those that have the same alphas and not the same elements.
+    alpha: a DTensor, or a tensor that is the same in all processes. Each process uses the alphas of its channels. Their
+    gradient is partial over the processes that share alphas but not elements.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -35,7 +35,7 @@ def on_shards(function: Callable[..., Tensor], x: DTensor, alpha: Tensor, channe
     x = x.redistribute(mesh, placements)
     by_channel = [channel_dim is not None and p.is_shard(channel_dim % x.dim()) for p in placements]
     if any(by and type(p) is not Shard for by, p in zip(by_channel, placements)):
-        raise NotImplementedError(f"qrelu takes no alpha for each channel of a DTensor placed as {x.placements}")
+        raise NotImplementedError(f"qrelu supports no per-channel alpha for a DTensor placed as {x.placements}")
     if not isinstance(alpha, DTensor):
         alpha = DTensor.from_local(alpha, mesh, [Replicate()] * mesh.ndim, run_check=False)
     alpha = alpha.redistribute(mesh, [Shard(0) if by else Replicate() for by in by_channel])

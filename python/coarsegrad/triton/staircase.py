@@ -4,7 +4,7 @@
     thresholds  ceil: T[k] = L[k-1];  nearest: T[k] = (L[k-1] + L[k]) / 2;  hwgq: nearest, but T[1] = 0
     code        c = #{k in 1..q : x > T[k]}, output y = L[c]
 
-Numbers are computed in float32, or float64 where they are.
+Computed in float32, or in float64 for float64 x.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Where a number is rounded to bfloat16: a GPU has an instruction for it, and Triton's interpreter does it wrongly.
+# Rounding to bfloat16 is an instruction on a GPU, and wrong in Triton's interpreter.
 _IN_THE_INTERPRETER = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def round_to_integer(v):
-    """The integer nearest to v, which is less than 2**22 in magnitude (2**51 in float64). Costs less than a floor."""
+    """The integer nearest to v, |v| < 2**22 (2**51 in float64). Cheaper than a floor."""
     magic: tl.constexpr = 6755399441055744.0 if v.dtype == tl.float64 else 12582912.0
     return (v + magic) - magic
 
@@ -34,11 +34,10 @@ def pow2(n):
 
 @triton.jit
 def refined_quotient(a, b, inverse):
-    """a / b rounded once, from 1 / b with an error of some ulps. All quantities far from the limits of float32:
-    1 <= b < 2, |a| >= 2**-100 or 0.
+    """a / b rounded once, from 1 / b with an error of a few ulps, for 1 <= b < 2 and |a| >= 2**-100 or a = 0.
 
-    An inverse that is rounded correctly and a quotient within an ulp give the quotient (Markstein 1990). Newton's step
-    can miss that inverse by an ulp, for b just below 2: then its neighbour leaves less of 1.
+    A correctly rounded inverse and a quotient within an ulp yield the rounded quotient (Markstein 1990). For b just
+    below 2 Newton's step can miss that inverse by an ulp; its neighbour then has the smaller residual.
     """
     inverse = tl.fma(tl.fma(-b, inverse, 1.0), inverse, inverse)
     left = tl.fma(-b, inverse, 1.0)
@@ -51,20 +50,19 @@ def refined_quotient(a, b, inverse):
 
 @triton.jit
 def divide(a, b):
-    """a / b rounded once, for tensors, b > 0; below the normal numbers it is rounded twice.
+    """a / b rounded once, for tensors, b > 0. A subnormal quotient is rounded twice.
 
-    Of float32, Triton's own quotient is an approximation, and its rounded one has a function called for rare cases: for
-    the call, registers are spilled.
+    Triton's float32 division is approximate. Its rounded one calls a function in rare cases, which spills registers.
     """
     if a.dtype == tl.float64:
         return a / b
     else:
-        # b = mantissa * 2**exponent. What is done to b alone is done once where it is one number.
+        # b = mantissa * 2**exponent. Work on b alone is done once if b is a single number.
         subnormal = b < 1.1754943508222875e-38
         word = tl.where(subnormal, b * 16777216.0, b).to(tl.int32, bitcast=True)
         exponent = (word >> 23) - tl.where(subnormal, 151, 127)
         mantissa = ((word & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-        # Two factors for 2**-exponent, which can be out of range; the second one underflows only where the result does.
+        # Two factors, as 2**-exponent can be out of range. The second underflows only if the result does.
         one = -(exponent >> 1)
         other = pow2(-exponent - one)
         small = tl.abs(a) < 7.888609052210118e-31  # 2**-100
@@ -87,7 +85,7 @@ def _to_bfloat16(v):
 
 @triton.jit
 def widen(v):
-    """A number as it was loaded, in the dtype that it is computed in."""
+    """A loaded number in its compute dtype."""
     if v.dtype == tl.bfloat16:
         return (v.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     elif v.dtype == tl.float16:
@@ -107,13 +105,13 @@ def narrow(v, DTYPE: tl.constexpr):
 
 @triton.jit
 def level(k, alpha, DTYPE: tl.constexpr):
-    """L[k], in the dtype that it is computed in."""
+    """L[k] in the compute dtype."""
     return widen(narrow(k * alpha, DTYPE))
 
 
 @triton.jit
 def threshold_above(k, alpha, DTYPE: tl.constexpr, ROUNDING: tl.constexpr):
-    """T[k + 1]: what x has to exceed for a code above k."""
+    """T[k + 1]: x > T[k + 1] has a code above k."""
     lower = level(k, alpha, DTYPE)
     if ROUNDING == "ceil":
         return lower
@@ -127,7 +125,7 @@ def threshold_above(k, alpha, DTYPE: tl.constexpr, ROUNDING: tl.constexpr):
 
 @triton.jit
 def _regular(alpha, DTYPE: tl.constexpr, BITS: tl.constexpr):
-    """Whether no levels collapse or overflow, nor a sum of two, and the reciprocal is a normal number."""
+    """Whether levels neither collapse nor overflow, sums of two do not overflow, and the reciprocal is normal."""
     top = level(2.0**BITS - 1, alpha, DTYPE)
     if DTYPE == tl.float64:
         return (alpha >= 2.2250738585072014e-308) & (top <= 4.49423283715579e307)
@@ -146,7 +144,7 @@ def _clamp(v, low, high):
 
 @triton.jit
 def _least(v):
-    """Of a block of numbers, NaN only where all are; or of one."""
+    """The minimum of a block, or the number itself. NaN only if all are NaN."""
     if len(v.shape) == 0:
         return v
     else:
@@ -155,14 +153,14 @@ def _least(v):
 
 @triton.jit
 def code_by_guess(x, alpha, inverse, DTYPE: tl.constexpr, BITS: tl.constexpr, ROUNDING: tl.constexpr):
-    """c where alpha is regular, from 1 / alpha with an error of some ulps.
+    """c for a regular alpha, from 1 / alpha with an error of a few ulps.
 
-    Rounding moves a level, and so a threshold, by less than 255/256 of a stair (bfloat16, 8 bits). Hence a guess is one
-    stair off at most, whatever its last bits are.
+    Rounding moves a level, and so a threshold, by less than 255/256 of a stair (bfloat16, 8 bits). Hence a guess is at
+    most one stair off, whatever its last bits.
     """
     if ROUNDING == "ceil":
-        # A number of DTYPE above the level L[k] is not below k * alpha: of a quotient a little too high the ceiling is
-        # c or c + 1.
+        # A number of DTYPE above L[k] is not below k * alpha, so that the ceiling of a slightly too high quotient is c
+        # or c + 1.
         inverse *= 1 + 2.0**-20
         below = round_to_integer(_clamp(x * inverse - 0.5, 0.0, 2.0**BITS - 2))
         return tl.where(x <= threshold_above(below, alpha, DTYPE, ROUNDING), below, below + 1)
@@ -183,8 +181,8 @@ def code_of(x, alpha, DTYPE: tl.constexpr, BITS: tl.constexpr, ROUNDING: tl.cons
     elif _least(_regular(alpha, DTYPE, BITS).to(tl.int32)) != 0:
         code = code_by_guess(x, alpha, 1.0 / alpha, DTYPE, BITS, ROUNDING)
     else:
-        # Any alpha: bit by bit, from the highest one down. The rare case is kept small: a loop that nobody unrolls, as
-        # its length is not known.
+        # Any alpha: binary search from the highest bit down. A loop of unknown length, so that it is not unrolled: this
+        # rare case must stay small.
         code = tl.where(x == x, 0.0, x)
         step = 2.0 ** (BITS - 1) + _least(alpha) * 0
         while step >= 1:

@@ -1,7 +1,7 @@
-"""Every coarse gradient and every rule for alpha once more, as Triton functions: the mirror of ..ste and csrc/math.
+"""The coarse gradients and the rules for alpha as Triton functions, mirroring ..ste and csrc/math.
 
-A g'(u, q) is elementwise, u = x / alpha in float32 or float64; what reaches it is as `register_ste` says. A rule is
-A(state, code, u, g, q), of which it is given what it needs: state 0, 1, 2 for x <= 0, inside, x > L[q]; g = g'(u).
+g'(u, q) is elementwise, with u = x / alpha in float32 or float64 as described in `register_ste`. A rule is
+A(state, code, u, g, q) with g = g'(u) and state 0, 1, 2 for x <= 0, inside, x > L[q]; unused arguments may be None.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _INVERSE_FACTORIALS = tl.constexpr(tuple(1 / math.factorial(k) for k in range(14
 
 @triton.jit
 def exp_minus(t):
-    """exp(-t) for t >= 0, within 3 ulps: t = n ln 2 + r, |r| <= ln(2)/2, Taylor in r. No device has its own way."""
+    """exp(-t) for t >= 0, within 3 ulps: t = n ln 2 + r, |r| <= ln(2)/2, Taylor in r. The same bits on every device."""
     if t.dtype == tl.float64:
         high: tl.constexpr = 0.6931471803691238  # n * high is exact
         low: tl.constexpr = 1.9082149292705877e-10
