@@ -14,6 +14,7 @@ from torch import Tensor
 
 import coarsegrad as cg
 from coarsegrad import _ops
+from coarsegrad._types import AlphaGrad, MaskKind, Rounding, Ste
 
 from .sweep import (
     DTYPES,
@@ -91,7 +92,7 @@ def _forward(
 ) -> Callable[[_Tensors], tuple[Tensor, ...]]:
     count, channel_dim = (_LAYOUTS[per][0], 1) if per else (1, None)
     return lambda t: _ops.ops.qrelu_forward(
-        _shaped(t["x"], per), t["alpha"].expand(count), bits, "ceil", mask, codes, channel_dim
+        _shaped(t["x"], per), t["alpha"].expand(count), bits, Rounding.ceil, MaskKind[mask], codes, channel_dim
     )
 
 
@@ -100,13 +101,13 @@ def _backward(
 ) -> Callable[[_Tensors], tuple[Tensor, ...]]:
     """From what is kept: "x" (and alpha), "mask" or "state", "codes"."""
     channel_dim = 1 if per else None
-    config = (_BITS, ste, "ceil", rule, 1.0, channel_dim, True, learned)
+    settings = (_BITS, Ste[ste], Rounding.ceil, AlphaGrad[rule], 1.0, channel_dim, True, learned)
     mask = "state" if "state" in kept else "mask"
 
     def call(t: _Tensors) -> tuple[Tensor, ...]:
         dy = _shaped(t["dy"], per)
         arguments = [t[name] if name in kept else None for name in ("x", mask, "codes")]
-        return _ops.ops.qrelu_backward(dy, t["alpha"] if "x" in kept else None, *arguments, *config)
+        return _ops.ops.qrelu_backward(dy, t["alpha"] if "x" in kept else None, *arguments, *settings)
 
     return call
 
@@ -120,7 +121,8 @@ KERNELS = {
     "backward, log_tailed_relu": Kernel(3, 0, _X + _DY, _backward("log_tailed_relu", "x"), rtol=16),
     "backward, reverse_exponential": Kernel(3, 0, _X + _DY, _backward("reverse_exponential", "x"), rtol=16),
     "backward, reverse_exponential_step": Kernel(
-        2, 2, _DY, lambda t: (_ops.ops.times_slopes_of(t["dy"], t["codes"], _BITS, "reverse_exponential_step"),)
+        2, 2, _DY, lambda t: (
+            _ops.ops.qrelu_backward_from_codes(t["dy"], t["codes"], _BITS, "reverse_exponential_step"),)
     ),
     "backward, learned step": Kernel(2, 2, _DY, _backward("clipped_relu", "state", learned=True), sums=True),
     **{
@@ -145,8 +147,8 @@ def _inputs(dtype: torch.dtype, size: int, device: str) -> _Tensors:
     x, dy = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(2))
     t = {"x": x, "dy": dy, "alpha": torch.tensor([_ALPHA], device=device)}
     forward = _ops.ops.qrelu_forward
-    _, t["mask"], t["codes"] = forward(x, t["alpha"], _BITS, "ceil", "inside", True, None)
-    _, t["state"], _ = forward(x, t["alpha"], _BITS, "ceil", "state", False, None)
+    _, t["mask"], t["codes"] = forward(x, t["alpha"], _BITS, Rounding.ceil, MaskKind.inside, True, None)
+    _, t["state"], _ = forward(x, t["alpha"], _BITS, Rounding.ceil, MaskKind.state, False, None)
     return t
 
 

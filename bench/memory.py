@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import coarsegrad as cg
+from coarsegrad._text import format_table
 from coarsegrad.experiments.models import lenet5
 from coarsegrad.experiments.transformers import OPT_1_3B, OPT_125M, T5_SMALL, Opt, T5Encoder
-from coarsegrad.ste import format_table
 
 from .sweep import DTYPES, add_device, find_device
 from .timing import (

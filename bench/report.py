@@ -10,8 +10,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from coarsegrad._text import format_table
 from coarsegrad.experiments.files import replacing
-from coarsegrad.ste import format_table
 
 from . import figures
 from .activations import IMPLEMENTATIONS

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import coarsegrad as cg
-from coarsegrad.ste import format_table
+from coarsegrad._text import format_table
 
 from .memory import NETWORKS, network_options
 from .sweep import DTYPES

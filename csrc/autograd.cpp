@@ -1,5 +1,5 @@
-// The Autograd key: what is kept for the backward, and the backward itself. In C++ because a call then costs a
-// fraction of a Python one; coarsegrad/_ops.py has the same rule in Python for where this library is absent.
+// The Autograd key: what is saved for backward, and the backward itself. In C++ a call costs a fraction of a Python one;
+// coarsegrad/_autograd.py is the same in Python, for custom STEs and for use without this library.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/function.h>
@@ -25,49 +25,32 @@ using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-// torch 2.13 counts the owners of a node in the node, torch before it beside the node. There deleteNode, found through
-// the base class, takes a long graph apart without recursion.
+// torch 2.13 made nodes intrusive. Before that a shared_ptr holds them, and deleteNode, found through the base class,
+// destroys a long graph without recursion.
 template <class N>
 auto new_node(auto&&... args) {
   if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, N>) return c10::make_intrusive<N>(args...);
   else return std::shared_ptr<N>(new N(args...), [](N* node) { deleteNode(node); });
 }
 
+using OptionalTensor = std::optional<Tensor>;
+
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-std::tuple<Tensor, Tensor, Tensor> call_forward(const Tensor& x, const Tensor& alpha, int64_t bits,
-                                                std::string_view rounding, std::string_view mask, bool codes,
-                                                std::optional<int64_t> channel_dim) {
-  using Signature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, std::string_view,
-                                                       std::string_view, bool, std::optional<int64_t>);
-  static const auto op = find_op<Signature>("coarsegrad::qrelu_forward");
-  return op.call(x, alpha, bits, rounding, mask, codes, channel_dim);
-}
-
-std::tuple<Tensor, Tensor> call_forward_(Tensor& x, const Tensor& alpha, int64_t bits, std::string_view rounding,
-                                         std::string_view mask, bool codes, std::optional<int64_t> channel_dim) {
-  using Signature = std::tuple<Tensor, Tensor>(Tensor&, const Tensor&, int64_t, std::string_view, std::string_view,
-                                               bool, std::optional<int64_t>);
-  static const auto op = find_op<Signature>("coarsegrad::qrelu_forward_");
-  return op.call(x, alpha, bits, rounding, mask, codes, channel_dim);
-}
-
-using OptionalTensor = std::optional<Tensor>;
-
-std::tuple<Tensor, Tensor> call_backward(const Tensor& grad_y, const OptionalTensor& alpha, const OptionalTensor& x,
-                                         const OptionalTensor& mask, const OptionalTensor& codes, int64_t bits,
-                                         std::string_view ste, std::string_view rounding, std::string_view alpha_grad,
-                                         double alpha_scale, std::optional<int64_t> channel_dim, bool need_grad_x,
-                                         bool need_grad_alpha) {
-  using Signature = std::tuple<Tensor, Tensor>(
-      const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-      int64_t, std::string_view, std::string_view, std::string_view, double, std::optional<int64_t>, bool, bool);
-  static const auto op = find_op<Signature>("coarsegrad::qrelu_backward");
-  return op.call(grad_y, alpha, x, mask, codes, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim, need_grad_x,
-                 need_grad_alpha);
+// The ops that this file calls, by way of the dispatcher.
+struct Ops {
+  c10::TypedOperatorHandle<QReluOp> qrelu = find_op<QReluOp>("coarsegrad::qrelu");
+  c10::TypedOperatorHandle<QReluInplaceOp> qrelu_ = find_op<QReluInplaceOp>("coarsegrad::qrelu_");
+  c10::TypedOperatorHandle<ForwardOp> forward = find_op<ForwardOp>("coarsegrad::qrelu_forward");
+  c10::TypedOperatorHandle<ForwardInplaceOp> forward_ = find_op<ForwardInplaceOp>("coarsegrad::qrelu_forward_");
+  c10::TypedOperatorHandle<BackwardOp> backward = find_op<BackwardOp>("coarsegrad::qrelu_backward");
+};
+const Ops& ops() {
+  static const Ops found;
+  return found;
 }
 
 struct Settings {
@@ -79,30 +62,29 @@ struct Settings {
   std::optional<int64_t> channel_dim;
   bool need_grad_x = false, need_grad_alpha = false;
 
-  Kept kept() const { return cg::kept(ste, rounding, alpha_grad, need_grad_x, need_grad_alpha); }
+  Saved saved() const { return cg::saved(ste, rounding, alpha_grad, need_grad_x, need_grad_alpha); }
 };
 
 std::tuple<Tensor, Tensor> backward(const Settings& s, const Tensor& grad_y, const OptionalTensor& alpha,
                                     const OptionalTensor& x, const OptionalTensor& mask, const OptionalTensor& codes) {
   std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
-  if (!at::GradMode::is_enabled()) guard.emplace();  // no derivative of this is wanted: one dispatch less
-  return call_backward(grad_y, alpha, x, mask, codes, s.bits, name_of(s.ste, kStes), name_of(s.rounding, kRoundings),
-                       name_of(s.alpha_grad, kAlphaGrads), s.alpha_scale, s.channel_dim, s.need_grad_x,
-                       s.need_grad_alpha);
+  if (!at::GradMode::is_enabled()) guard.emplace();  // no second derivative: one dispatch less
+  return ops().backward.call(grad_y, alpha, x, mask, codes, s.bits, int64_t(s.ste), int64_t(s.rounding),
+                             int64_t(s.alpha_grad), s.alpha_scale, s.channel_dim, s.need_grad_x, s.need_grad_alpha);
 }
 
 OptionalTensor given(Tensor t) { return t.defined() ? OptionalTensor(std::move(t)) : std::nullopt; }
 
-// All but tensors that a QReluBackward is made of, and so what compiled autograd compiles for.
+// Everything in a QReluBackward but its tensors: what compiled autograd specialises on.
 struct Rule {
   Settings settings;
-  at::MemoryFormat memory_format;  // of y, and so of what is kept
+  at::MemoryFormat memory_format;  // of y, and so of the saved bits
 
   variable_list gradients(const Tensor& grad_y, const OptionalTensor& alpha, const OptionalTensor& x,
                           const OptionalTensor& mask, const OptionalTensor& codes) const {
     if (!grad_y.defined()) return {Tensor(), Tensor()};
-    const Kept kept = settings.kept();
-    if (!settings.need_grad_alpha && kept.mask == MaskKind::nothing && !kept.x) return {grad_y, Tensor()};  // identity
+    const Saved saved = settings.saved();
+    if (!settings.need_grad_alpha && saved.mask == MaskKind::nothing && !saved.x) return {grad_y, Tensor()};  // identity
     auto [grad_x, grad_alpha] = backward(settings, grad_y.contiguous(memory_format), alpha, x, mask, codes);
     return {settings.need_grad_x ? grad_x : Tensor(), settings.need_grad_alpha ? grad_alpha : Tensor()};
   }
@@ -121,21 +103,21 @@ struct Rule {
 
 namespace compiled = torch::dynamo::autograd;
 
-// QReluBackward::apply for compiled autograd, which traces it with `args` as apply_with_saved packs them.
+// QReluBackward::apply for compiled autograd, which traces it with the `args` that apply_with_saved packs.
 variable_list apply_to_packed(const variable_list& grads, const std::vector<c10::IValue>& args) {
   compiled::PackedArgs packed(args);
   const auto outputs = packed.unpack<int64_t>();
   const auto numbers = packed.unpack<std::vector<int64_t>>();
   const Rule rule = Rule::of(numbers, packed.unpack<double>());
-  OptionalTensor kept[4];
-  for (OptionalTensor& t : kept) t = packed.unpack<OptionalTensor>();
-  variable_list result = rule.gradients(grads[0], kept[0], kept[1], kept[2], kept[3]);
+  OptionalTensor saved[4];
+  for (OptionalTensor& t : saved) t = packed.unpack<OptionalTensor>();
+  variable_list result = rule.gradients(grads[0], saved[0], saved[1], saved[2], saved[3]);
   result.resize(outputs);
   return result;
 }
 
-// y -> (x, alpha), holding no more than `kept` says. With alpha fixed and no x kept dx is linear in dy, and dx -> dy is
-// the same with one output.
+// dy -> (dx, dalpha), holding no more than `Settings::saved` lists. If alpha is fixed and x is not saved, dx is linear in
+// dy, and its derivative is the same node with one output.
 struct QReluBackward : public Node {
   Rule rule;
   SavedVariable alpha, x, mask, codes;
@@ -144,14 +126,14 @@ struct QReluBackward : public Node {
 
   std::string name() const override { return num_outputs() == 2 ? "QReluBackward" : "QReluBackwardBackward"; }
 
-  void keep(const Kept& kept, const Tensor& x_in, const Tensor& alpha_in, const Tensor& mask_out,
-            const Tensor& codes_out) {
-    if (kept.x) {
+  void save(const Tensor& x_in, const Tensor& alpha_in, const Tensor& mask_out, const Tensor& codes_out) {
+    const Saved saved = rule.settings.saved();
+    if (saved.x) {
       x = SavedVariable(x_in, /*is_output=*/false);
       alpha = SavedVariable(alpha_in, /*is_output=*/false);
     }
-    if (kept.mask != MaskKind::nothing) mask = SavedVariable(mask_out, /*is_output=*/false);
-    if (kept.codes) codes = SavedVariable(codes_out, /*is_output=*/false);
+    if (saved.mask != MaskKind::nothing) mask = SavedVariable(mask_out, /*is_output=*/false);
+    if (saved.codes) codes = SavedVariable(codes_out, /*is_output=*/false);
   }
 
   void release_variables() override {
@@ -204,9 +186,9 @@ struct QReluBackward : public Node {
   bool released_ = false;
 };
 
-// Whether a transform of torch.func is at work here. What an Autograd kernel calls below itself then meets the
-// transforms around this one, each with an Autograd kernel of its own: y must come of an op that has a derivative.
-bool transformed() {
+// Whether a transform of torch.func runs this kernel. Ops called below it then reach the outer transforms, each with an
+// Autograd kernel of its own: y must come from an op that has a derivative.
+bool in_functorch_kernel() {
   return c10::impl::tls_is_dispatch_key_included(at::DispatchKey::FuncTorchDynamicLayerBackMode);
 }
 
@@ -230,7 +212,7 @@ void set_history(Tensor& y, const Settings& settings, torch::autograd::edge_list
   if (!settings.need_grad_x && !settings.need_grad_alpha) return;
   auto node = new_node<QReluBackward>(Rule{settings, y.suggest_memory_format()});
   node->set_next_edges(std::move(edges));
-  node->keep(settings.kept(), x, alpha, mask, codes);
+  node->save(x, alpha, mask, codes);
   if (inplace) torch::autograd::rebase_history(y, node);
   else torch::autograd::set_history(y, node);
 }
@@ -238,13 +220,13 @@ void set_history(Tensor& y, const Settings& settings, torch::autograd::edge_list
 Tensor qrelu(const Tensor& x, const Tensor& alpha, int64_t bits, std::string_view ste, std::string_view rounding,
              std::string_view alpha_grad, double alpha_scale, std::optional<int64_t> channel_dim) {
   const Settings settings = settings_of(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim);
-  const Kept kept = settings.kept();
+  const Saved saved = settings.saved();
   Tensor y, mask, codes;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    std::tie(y, mask, codes) =
-        call_forward(x, alpha, bits, rounding, name_of(kept.mask, kMaskKinds), kept.codes, channel_dim);
-    if (transformed()) y = dispatch_qrelu(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim);
+    std::tie(y, mask, codes) = ops().forward.call(x, alpha, bits, int64_t(settings.rounding), int64_t(saved.mask),
+                                                  saved.codes, channel_dim);
+    if (in_functorch_kernel()) y = dispatch_qrelu(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim);
   }
   set_history(y, settings, torch::autograd::collect_next_edges(x, alpha), x, alpha, mask, codes, /*inplace=*/false);
   return y;
@@ -253,20 +235,20 @@ Tensor qrelu(const Tensor& x, const Tensor& alpha, int64_t bits, std::string_vie
 Tensor& qrelu_(Tensor& x, const Tensor& alpha, int64_t bits, std::string_view ste, std::string_view rounding,
                std::string_view alpha_grad, double alpha_scale, std::optional<int64_t> channel_dim) {
   const Settings settings = settings_of(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim);
-  const Kept kept = settings.kept();
-  TORCH_CHECK_VALUE(!kept.x, "inplace must be False for ste '", ste, "' with alpha_grad '", alpha_grad,
+  const Saved saved = settings.saved();
+  TORCH_CHECK_VALUE(!saved.x, "inplace must be False for ste '", ste, "' with alpha_grad '", alpha_grad,
                     "' here: the backward needs x, which would be overwritten");
   torch::autograd::check_inplace(x, settings.need_grad_x || settings.need_grad_alpha);
   torch::autograd::edge_list edges = torch::autograd::collect_next_edges(x, alpha);
+  const int64_t mode = int64_t(settings.rounding), kind = int64_t(saved.mask);
   Tensor y, mask, codes;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const std::string_view kind = name_of(kept.mask, kMaskKinds);
-    if (transformed()) {
-      std::tie(y, mask, codes) = call_forward(x, alpha, bits, rounding, kind, kept.codes, channel_dim);
+    if (in_functorch_kernel()) {
+      std::tie(y, mask, codes) = ops().forward.call(x, alpha, bits, mode, kind, saved.codes, channel_dim);
       dispatch_qrelu_(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim);
     } else {
-      std::tie(mask, codes) = call_forward_(x, alpha, bits, rounding, kind, kept.codes, channel_dim);
+      std::tie(mask, codes) = ops().forward_.call(x, alpha, bits, mode, kind, saved.codes, channel_dim);
     }
   }
   torch::autograd::increment_version(x);
@@ -276,31 +258,32 @@ Tensor& qrelu_(Tensor& x, const Tensor& alpha, int64_t bits, std::string_view st
 
 std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const OptionalTensor& alpha, const OptionalTensor& x,
                                           const OptionalTensor& mask, const OptionalTensor& codes, int64_t bits,
-                                          std::string_view ste, std::string_view rounding, std::string_view alpha_grad,
-                                          double alpha_scale, std::optional<int64_t> channel_dim, bool need_grad_x,
-                                          bool need_grad_alpha) {
+                                          int64_t ste, int64_t rounding, int64_t alpha_grad, double alpha_scale,
+                                          std::optional<int64_t> channel_dim, bool need_grad_x, bool need_grad_alpha) {
   const auto requires_grad = [](const OptionalTensor& t) { return t && t->defined() && t->requires_grad(); };
   const bool twice =
       at::GradMode::is_enabled() && (requires_grad(grad_y) || requires_grad(alpha) || requires_grad(x));
   std::tuple<Tensor, Tensor> out;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    out = call_backward(grad_y, alpha, x, mask, codes, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim,
-                        need_grad_x, need_grad_alpha);
+    out = ops().backward.call(grad_y, alpha, x, mask, codes, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim,
+                              need_grad_x, need_grad_alpha);
   }
   if (!twice) return out;
   auto& [grad_x, grad_alpha] = out;
+  const Settings settings{bits, parse("ste", ste, kStes), parse("rounding", rounding, kRoundings),
+                          parse("alpha_grad", alpha_grad, kAlphaGrads), alpha_scale, channel_dim, need_grad_x,
+                          need_grad_alpha};
   if (!need_grad_alpha && !x) {
-    const Settings settings{bits, parse("ste", ste, kStes), parse("rounding", rounding, kRoundings),
-                            parse("alpha_grad", alpha_grad, kAlphaGrads), alpha_scale, channel_dim, need_grad_x, false};
     auto node = new_node<QReluBackward>(Rule{settings, grad_y.suggest_memory_format()});
     if (mask) node->mask = SavedVariable(*mask, /*is_output=*/false);
     node->set_next_edges(torch::autograd::collect_next_edges(grad_y));
     torch::autograd::set_history(grad_x, node);
   } else {
     auto node = new_node<torch::autograd::Error>(
-        "qrelu can be differentiated twice only where alpha is fixed and the backward keeps no x (ste '" +
-        std::string(ste) + "', alpha_grad '" + std::string(alpha_grad) + "')");
+        "qrelu can be differentiated twice only if alpha is fixed and x is not saved for backward (ste '" +
+        std::string(name_of(settings.ste, kStes)) + "', alpha_grad '" +
+        std::string(name_of(settings.alpha_grad, kAlphaGrads)) + "')");
     node->set_next_edges(torch::autograd::collect_next_edges(grad_y, alpha ? *alpha : Tensor(), x ? *x : Tensor()));
     if (need_grad_x) torch::autograd::set_history(grad_x, node);
     if (need_grad_alpha) torch::autograd::set_history(grad_alpha, node);
@@ -313,14 +296,12 @@ std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const OptionalTe
 Tensor dispatch_qrelu(const Tensor& x, const Tensor& alpha, int64_t bits, std::string_view ste,
                       std::string_view rounding, std::string_view alpha_grad, double alpha_scale,
                       std::optional<int64_t> channel_dim) {
-  static const auto op = find_op<decltype(qrelu)>("coarsegrad::qrelu");
-  return op.call(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim);
+  return ops().qrelu.call(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim);
 }
 
 Tensor dispatch_qrelu_(Tensor x, const Tensor& alpha, int64_t bits, std::string_view ste, std::string_view rounding,
                        std::string_view alpha_grad, double alpha_scale, std::optional<int64_t> channel_dim) {
-  static const auto op = find_op<decltype(qrelu_)>("coarsegrad::qrelu_");
-  return op.call(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim);
+  return ops().qrelu_.call(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim);
 }
 
 void register_autograd(torch::Library& library) {

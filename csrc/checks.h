@@ -1,4 +1,4 @@
-// Names to enumerators, and the messages for arguments that reach an op without passing the public functions.
+// Names and numbers of enumerators, and the checks of arguments that reach an op without passing the public functions.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -37,6 +37,7 @@ inline constexpr Named<MaskKind> kMaskKinds[] = {{"nothing", MaskKind::nothing},
                                                  {"inside", MaskKind::inside},
                                                  {"state", MaskKind::state}};
 
+// The ops that users' graphs contain take names; the ops that these call take the enumerators' numbers.
 template <class E, size_t N>
 E parse(const char* argument, std::string_view got, const Named<E> (&known)[N]) {
   for (const auto& entry : known) {
@@ -46,13 +47,15 @@ E parse(const char* argument, std::string_view got, const Named<E> (&known)[N]) 
   for (const auto& entry : known) names += (names.empty() ? "'" : ", '") + std::string(entry.name) + "'";
   TORCH_CHECK_VALUE(false, argument, " must be one of ", names, ", got '", got, "'");
 }
+template <class E, size_t N>
+E parse(const char* argument, int64_t got, const Named<E> (&known)[N]) {
+  TORCH_CHECK_VALUE(got >= 0 && got < int64_t{N}, argument, " must be a number in 0..", N - 1, ", got ", got);
+  return known[got].value;
+}
 
 template <class E, size_t N>
-std::string_view name_of(E value, const Named<E> (&known)[N]) {
-  for (const auto& entry : known) {
-    if (value == entry.value) return entry.name;
-  }
-  return "?";
+const char* name_of(E value, const Named<E> (&known)[N]) {
+  return known[static_cast<size_t>(value)].name;
 }
 
 inline Needs needs_of(Ste ste) {
@@ -65,30 +68,30 @@ inline Needs needs_of(Ste ste) {
   return Needs::x;
 }
 
-// What the backward keeps of x: the least that spec section 4 allows. alpha's value is needed only beside x.
-struct Kept {
+// What is saved for backward: the least that docs/spec.md allows. alpha's value is needed only together with x.
+struct Saved {
   MaskKind mask = MaskKind::nothing;
   bool codes = false;
   bool x = false;
 };
 
-inline Kept kept(Ste ste, Rounding rounding, AlphaGrad rule, bool need_grad_x, bool need_grad_alpha) {
+inline Saved saved(Ste ste, Rounding rounding, AlphaGrad rule, bool need_grad_x, bool need_grad_alpha) {
   const Needs gate = need_grad_x ? needs_of(ste) : Needs::nothing;
   if (gate == Needs::x || (need_grad_alpha && rule == AlphaGrad::chain)) return {MaskKind::nothing, false, true};
   if (need_grad_alpha && rule != AlphaGrad::exact) return {MaskKind::state, false, false};
-  Kept kept{MaskKind::nothing, need_grad_alpha, false};
-  if (gate == Needs::inside) kept.mask = MaskKind::inside;
-  // Under ceil and hwgq a kept code is positive exactly where x is.
-  if (gate == Needs::positive && !(kept.codes && rounding != Rounding::nearest)) kept.mask = MaskKind::positive;
-  return kept;
+  Saved saved{MaskKind::nothing, need_grad_alpha, false};
+  if (gate == Needs::inside) saved.mask = MaskKind::inside;
+  // Under ceil and hwgq T[1] = 0, so that x > 0 is c > 0.
+  if (gate == Needs::positive && !(saved.codes && rounding != Rounding::nearest)) saved.mask = MaskKind::positive;
+  return saved;
 }
 
 inline void check_bits(int64_t bits) {
   TORCH_CHECK_VALUE(bits >= 1 && bits <= 8, "bits must be an integer from 1 to 8, got ", bits);
 }
 
-// alpha_scale as a number. Compiled code hands over infinity for "lsq", 1 / sqrt(n q) with n the elements of a sample,
-// which it does not know; the same double as functional.py's.
+// alpha_scale as a number. Compiled code passes infinity for "lsq", 1 / sqrt(n q) for n elements per sample, as it does
+// not know n. The same double as reference.py's.
 inline double number_of_scale(double alpha_scale, const at::Tensor& grad_y, int64_t bits) {
   if (!std::isinf(alpha_scale)) return alpha_scale;
   const int64_t n = grad_y.dim() > 0 ? grad_y.numel() / std::max<int64_t>(grad_y.size(0), 1) : 1;
@@ -110,17 +113,17 @@ struct Channels {
   int64_t count = 1, inner = 1;
 };
 
-// `dense` is contiguous in its memory format, so a dim's stride is the number of elements inside it.
+// `dense` is contiguous in its memory format, so that a dim's stride is the number of elements inside it.
 inline Channels channels_of(const at::Tensor& dense, std::optional<int64_t> channel_dim) {
   if (!channel_dim) return {};
   const int64_t dim = *channel_dim < 0 ? *channel_dim + dense.dim() : *channel_dim;
   TORCH_CHECK_VALUE(dim >= 0 && dim < dense.dim(), "channel_dim must be a dimension of x, which has ", dense.dim(),
                     ", got ", *channel_dim);
   const int64_t count = dense.size(dim);
-  return count <= 1 ? Channels{} : Channels{count, dense.stride(dim)};  // none at all: then there are no elements
+  return count <= 1 ? Channels{} : Channels{count, dense.stride(dim)};  // 0 channels: no elements
 }
 
-// All but alpha's values; returns how many there must be.
+// Checks all but alpha's values; returns how many there must be.
 inline int64_t check_alpha(const at::Tensor& alpha, const at::Tensor& x, std::optional<int64_t> channel_dim) {
   const int64_t expected = channel_dim ? x.size(*channel_dim) : 1;
   TORCH_CHECK_VALUE(alpha.dim() == 1 && alpha.size(0) == expected, "alpha must have shape [", expected, "]",
@@ -141,7 +144,7 @@ inline void check_packed(const at::Tensor& packed, const char* argument, int64_t
   TORCH_CHECK_VALUE(packed.device() == device, argument, " must be on ", device, ", got ", packed.device());
 }
 
-// The slope of each code, as a kernel reads them.
+// The slope of each code.
 inline void check_slopes(const at::Tensor& slopes, const at::Tensor& grad_y, int64_t bits) {
   const at::ScalarType wide = grad_y.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   TORCH_CHECK_TYPE(slopes.scalar_type() == wide, "slopes must be ", wide, " for grad_y of ", grad_y.scalar_type(),
@@ -152,24 +155,26 @@ inline void check_slopes(const at::Tensor& slopes, const at::Tensor& grad_y, int
                     slopes.device());
 }
 
-// That what a backward needs is given, and fits grad_y.
-inline void check_kept(const Kept& kept, const at::Tensor& grad_y, const std::optional<at::Tensor>& alpha,
-                       const std::optional<at::Tensor>& x, const std::optional<at::Tensor>& mask,
-                       const std::optional<at::Tensor>& codes, int64_t bits, std::string_view ste,
-                       std::string_view alpha_grad) {
+// Checks that what a backward needs was passed and fits grad_y.
+inline void check_saved(const Saved& saved, const at::Tensor& grad_y, const std::optional<at::Tensor>& alpha,
+                        const std::optional<at::Tensor>& x, const std::optional<at::Tensor>& mask,
+                        const std::optional<at::Tensor>& codes, int64_t bits, Ste ste, AlphaGrad rule) {
   const int64_t count = grad_y.numel();
-  if (kept.x) {
-    TORCH_CHECK_VALUE(x && alpha, "x and alpha must be given for ste '", ste, "' with alpha_grad '", alpha_grad, "'");
+  const char *ste_name = name_of(ste, kStes), *rule_name = name_of(rule, kAlphaGrads);
+  if (saved.x) {
+    TORCH_CHECK_VALUE(x && alpha, "x and alpha must be given for ste '", ste_name, "' with alpha_grad '", rule_name,
+                      "'");
     TORCH_CHECK_VALUE(x->sizes() == grad_y.sizes() && x->scalar_type() == grad_y.scalar_type(),
                       "x must have the shape and dtype of grad_y, got ", x->sizes(), " ", x->scalar_type());
     TORCH_CHECK_VALUE(x->device() == grad_y.device(), "x must be on ", grad_y.device(), ", got ", x->device());
   }
-  if (kept.mask != MaskKind::nothing) {
-    TORCH_CHECK_VALUE(mask, "mask must be given for ste '", ste, "' with alpha_grad '", alpha_grad, "'");
-    check_packed(*mask, "mask", count, mask_width(kept.mask), grad_y.device());
+  if (saved.mask != MaskKind::nothing) {
+    TORCH_CHECK_VALUE(mask, "mask must be given for ste '", ste_name, "' with alpha_grad '", rule_name,
+                      "'");
+    check_packed(*mask, "mask", count, mask_width(saved.mask), grad_y.device());
   }
-  if (kept.codes) {
-    TORCH_CHECK_VALUE(codes, "codes must be given for alpha_grad '", alpha_grad, "'");
+  if (saved.codes) {
+    TORCH_CHECK_VALUE(codes, "codes must be given for alpha_grad '", rule_name, "'");
     check_packed(*codes, "codes", count, packed_width(static_cast<int>(bits)), grad_y.device());
   }
 }

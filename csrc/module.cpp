@@ -1,5 +1,5 @@
-// The Python module. Loading it registers the kernels; what it offers itself are facts.
-// Of torch's Python headers the one with the tensor's conversion: all of them take half a minute.
+// The Python module. Loading it registers the kernels; its functions are the fast entry to qrelu, and facts.
+// Only the headers for converting tensors: all of torch's Python headers take half a minute to compile.
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
@@ -25,8 +25,8 @@ std::vector<std::string> names(const cg::Named<E> (&known)[N]) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of coarsegrad.";
 
-  // Here and not in a static initialiser: kernels that do not fit the schemas, as after an update of the Python files
-  // alone, are then an ImportError and not the end of the process. All of them are registered or none.
+  // Not in a static initialiser: kernels that do not match the schemas, as after an update of only the Python files, are
+  // then an ImportError instead of a crash. Either all are registered or none.
   std::vector<torch::Library> libraries;
   cg::register_cpu(libraries.emplace_back(MAKE_TORCH_LIBRARY_IMPL(coarsegrad, CPU)));
 #ifdef CG_HAVE_CUDA
@@ -46,10 +46,13 @@ PYBIND11_MODULE(_C, m) {
       "The instruction sets this machine can use, best first.");
   m.def("set_isa", [](const std::string& name) { cg::use_isa(name); }, "Use the kernels of one of isas(); for tests.");
   m.def("qrelu", torch::wrap_pybind_function_no_gil(cg::dispatch_qrelu),
-        "torch.ops.coarsegrad.qrelu in less time; not for a compiler, nor where there is a __torch_function__.");
-  m.def("qrelu_", torch::wrap_pybind_function_no_gil(cg::dispatch_qrelu_), "The same of torch.ops.coarsegrad.qrelu_.");
+        "torch.ops.coarsegrad.qrelu in less time. Not for a compiler or arguments with a __torch_function__.");
+  m.def("qrelu_", torch::wrap_pybind_function_no_gil(cg::dispatch_qrelu_), "The same for torch.ops.coarsegrad.qrelu_.");
   m.def("copy", &cg::copy_cpu, pybind11::arg("to"), pybind11::arg("from"),
-        "Copies bytes with the loads, stores and threads of the CPU kernels; what benchmarks measure these by.");
+        "Copies bytes with the loads, stores and threads of the CPU kernels: the yardstick of benchmarks.");
+  // The names of enumerators, by number: what python/coarsegrad/_types.py must list.
   m.def("stes", [] { return names(cg::kStes); }, "The coarse gradients compiled in.");
-  m.def("alpha_grads", [] { return names(cg::kAlphaGrads); }, "The rules for alpha's gradient compiled in.");
+  m.def("roundings", [] { return names(cg::kRoundings); }, "The roundings.");
+  m.def("alpha_grads", [] { return names(cg::kAlphaGrads); }, "The rules for alpha's gradient.");
+  m.def("mask_kinds", [] { return names(cg::kMaskKinds); }, "The kinds of mask bits.");
 }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # In the order of the enumerators in csrc/math and of the operations in tests/cpp/cuda_host.cpp.
-OPS = ("forward", "backward", "dequantize", "times_slopes")
+OPS = ("forward", "backward", "dequantize", "backward_from_slopes")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ROUNDINGS = ("ceil", "nearest", "hwgq")
 MASKS = ("nothing", "positive", "inside", "state")

@@ -11,11 +11,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from saved_for import saved_for
 
 import coarsegrad as cg
 from coarsegrad import reference
-from coarsegrad.reference import DTYPES
-from coarsegrad.ste import ALPHA_GRADS, BUILT_IN, ROUNDINGS, kept
+from coarsegrad._types import ALPHA_GRADS, BUILT_IN, DTYPES, ROUNDINGS, MaskKind
 from coarsegrad.testing import hard_inputs, triton_ulps_apart, ulps_apart
 from coarsegrad.triton import kernels, qrelu
 from coarsegrad.triton.staircase import code_by_guess, divide, narrow, refined_quotient, widen
@@ -84,7 +84,7 @@ def test_dequantize_every_width(bits):
 
 @pytest.mark.parametrize("bits", (1, 2, 3, 8))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_times_slopes(dtype, bits):
+def test_backward_from_slopes(dtype, bits):
     x, dy = (ordinary(2, 3, 37, 11, dtype=dtype, seed=i).to(memory_format=torch.channels_last) for i in (0, 1))
     dy[:, 0, ::3] = float("inf")
     codes = reference.qrelu_codes(x, torch.tensor([0.3]), bits, "ceil", None)
@@ -92,18 +92,18 @@ def test_times_slopes(dtype, bits):
     slopes[0] = 0
     for given in (dy, dy[:0]):
         arguments = (given, codes if len(given) else codes[:0], slopes, bits)
-        assert same(qrelu.times_slopes(*arguments), reference.times_slopes(*arguments))
+        assert same(qrelu.backward_from_slopes(*arguments), reference.backward_from_slopes(*arguments))
 
 
 def backward_arguments(x, alpha, dy, bits, ste, rounding, rule, channel_dim, need_x=True, scale=1.0):
-    mask, codes, keeps_x = kept(ste, rounding, rule, need_x)
-    _, kept_mask, kept_codes = reference.qrelu_forward(x, alpha, bits, rounding, mask, codes, channel_dim)
+    mask, codes, saves_x = saved_for(ste, rounding, rule, need_x)
+    _, packed_mask, packed_codes = reference.qrelu_forward(x, alpha, bits, rounding, mask, codes, channel_dim)
     tensors = (
         dy,
-        alpha if keeps_x else None,
-        x if keeps_x else None,
-        kept_mask if mask != "nothing" else None,
-        kept_codes if codes else None,
+        alpha if saves_x else None,
+        x if saves_x else None,
+        packed_mask if mask != MaskKind.nothing else None,
+        packed_codes if codes else None,
     )
     return (*tensors, bits, ste, rounding, rule or "exact", scale, channel_dim, need_x, rule is not None)
 

@@ -93,9 +93,9 @@ struct Outputs {
   Tensor mask, codes;
 };
 
-// Runs the forward from dense x into y (null: codes alone), allocating what is kept.
-Outputs run_forward(const Tensor& x, void* y, bool stream, const Tensor& alpha, int64_t bits, std::string_view rounding,
-                    std::string_view mask, bool codes, std::optional<int64_t> channel_dim) {
+// Runs the forward from dense x into y (null: codes alone), allocating what is saved.
+Outputs run_forward(const Tensor& x, void* y, bool stream, const Tensor& alpha, int64_t bits, int64_t rounding,
+                    int64_t mask, bool codes, std::optional<int64_t> channel_dim) {
   Forward a{};
   a.dtype = dtype_of(x, "x");
   a.rounding = parse("rounding", rounding, kRoundings);
@@ -120,7 +120,7 @@ Outputs run_forward(const Tensor& x, void* y, bool stream, const Tensor& alpha, 
 }
 
 std::tuple<Tensor, Tensor, Tensor> qrelu_forward(const Tensor& x, const Tensor& alpha, int64_t bits,
-                                                 std::string_view rounding, std::string_view mask, bool codes,
+                                                 int64_t rounding, int64_t mask, bool codes,
                                                  std::optional<int64_t> channel_dim) {
   const Tensor dense = x.contiguous(x.suggest_memory_format());
   Tensor y = empty_as(dense);
@@ -129,8 +129,8 @@ std::tuple<Tensor, Tensor, Tensor> qrelu_forward(const Tensor& x, const Tensor& 
   return {std::move(y), std::move(out.mask), std::move(out.codes)};
 }
 
-std::tuple<Tensor, Tensor> qrelu_forward_(Tensor& x, const Tensor& alpha, int64_t bits, std::string_view rounding,
-                                          std::string_view mask, bool codes, std::optional<int64_t> channel_dim) {
+std::tuple<Tensor, Tensor> qrelu_forward_(Tensor& x, const Tensor& alpha, int64_t bits, int64_t rounding,
+                                          int64_t mask, bool codes, std::optional<int64_t> channel_dim) {
   // What is already in cache is written back to it: no streaming in place.
   Tensor dense = x.contiguous(x.suggest_memory_format());
   Outputs out = run_forward(dense, dense.mutable_data_ptr(), false, alpha, bits, rounding, mask, codes, channel_dim);
@@ -138,16 +138,16 @@ std::tuple<Tensor, Tensor> qrelu_forward_(Tensor& x, const Tensor& alpha, int64_
   return {std::move(out.mask), std::move(out.codes)};
 }
 
-Tensor qrelu_codes(const Tensor& x, const Tensor& alpha, int64_t bits, std::string_view rounding,
+Tensor qrelu_codes(const Tensor& x, const Tensor& alpha, int64_t bits, int64_t rounding,
                    std::optional<int64_t> channel_dim) {
   const Tensor dense = x.contiguous(x.suggest_memory_format());
-  return run_forward(dense, nullptr, false, alpha, bits, rounding, "nothing", true, channel_dim).codes;
+  return run_forward(dense, nullptr, false, alpha, bits, rounding, int64_t(MaskKind::nothing), true, channel_dim).codes;
 }
 
 std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const std::optional<Tensor>& alpha,
                                           const std::optional<Tensor>& x, const std::optional<Tensor>& mask,
-                                          const std::optional<Tensor>& codes, int64_t bits, std::string_view ste,
-                                          std::string_view rounding, std::string_view alpha_grad, double alpha_scale,
+                                          const std::optional<Tensor>& codes, int64_t bits, int64_t ste,
+                                          int64_t rounding, int64_t alpha_grad, double alpha_scale,
                                           std::optional<int64_t> channel_dim, bool need_grad_x, bool need_grad_alpha) {
   check_bits(bits);
   Backward a{};
@@ -157,18 +157,18 @@ std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const std::optio
   a.rule = parse("alpha_grad", alpha_grad, kAlphaGrads);
   a.bits = static_cast<int>(bits);
   a.count = grad_y.numel();
-  const Kept kept = cg::kept(a.ste, a.rounding, a.rule, need_grad_x, need_grad_alpha);
-  a.kind = kept.mask;
+  const Saved saved = cg::saved(a.ste, a.rounding, a.rule, need_grad_x, need_grad_alpha);
+  a.kind = saved.mask;
   const Tensor dense = grad_y.contiguous(grad_y.suggest_memory_format());
   a.grad_y = dense.const_data_ptr();
   Tensor x_dense;
-  check_kept(kept, grad_y, alpha, x, mask, codes, bits, ste, alpha_grad);
-  if (kept.x) {
+  check_saved(saved, grad_y, alpha, x, mask, codes, bits, a.ste, a.rule);
+  if (saved.x) {
     x_dense = x->contiguous(dense.suggest_memory_format());
     a.x = x_dense.const_data_ptr();
   }
-  if (kept.mask != MaskKind::nothing) a.mask = mask->const_data_ptr<uint8_t>();
-  if (kept.codes) a.codes = codes->const_data_ptr<uint8_t>();
+  if (saved.mask != MaskKind::nothing) a.mask = mask->const_data_ptr<uint8_t>();
+  if (saved.codes) a.codes = codes->const_data_ptr<uint8_t>();
   Tensor grad_x = need_grad_x ? empty_as(dense) : at::detail::empty_cpu({0}, grad_y.scalar_type());
   if (need_grad_x) {
     a.grad_x = grad_x.mutable_data_ptr();
@@ -206,7 +206,7 @@ std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const std::optio
     if (a.dtype == Dtype::float64) sum(double{}, at::kDouble);
     else sum(float{}, at::kFloat);
   };
-  if (kept.x) {
+  if (saved.x) {
     with_alphas(dense, a.dtype, *alpha, a.bits, a.rounding, channel_dim, run);
   } else {
     run(Alphas{nullptr, channels.count, channels.inner});
@@ -234,7 +234,7 @@ Tensor dequantize(const Tensor& codes, const Tensor& alpha, int64_t bits, at::In
   return y;
 }
 
-Tensor times_slopes(const Tensor& grad_y, const Tensor& codes, const Tensor& slopes, int64_t bits) {
+Tensor backward_from_slopes(const Tensor& grad_y, const Tensor& codes, const Tensor& slopes, int64_t bits) {
   check_bits(bits);
   TimesSlopes a{};
   a.dtype = dtype_of(grad_y, "grad_y");
@@ -278,7 +278,7 @@ void register_cpu(torch::Library& library) {
   library.impl("qrelu_backward", qrelu_backward);
   library.impl("qrelu_codes", qrelu_codes);
   library.impl("dequantize", dequantize);
-  library.impl("times_slopes", times_slopes);
+  library.impl("backward_from_slopes", backward_from_slopes);
 }
 
 }  // namespace cg

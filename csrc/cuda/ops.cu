@@ -41,9 +41,9 @@ struct Outputs {
   Tensor mask, codes;
 };
 
-// Runs the forward from dense x into y (null: codes alone), allocating what is kept.
-Outputs run_forward(const Tensor& x, void* y, const Tensor& alpha, int64_t bits, std::string_view rounding,
-                    std::string_view mask, bool codes, std::optional<int64_t> channel_dim) {
+// Runs the forward from dense x into y (null: codes alone), allocating what is saved.
+Outputs run_forward(const Tensor& x, void* y, const Tensor& alpha, int64_t bits, int64_t rounding,
+                    int64_t mask, bool codes, std::optional<int64_t> channel_dim) {
   check_bits(bits);
   Forward a{};
   a.dtype = dtype_of(x, "x");
@@ -64,7 +64,7 @@ Outputs run_forward(const Tensor& x, void* y, const Tensor& alpha, int64_t bits,
 }
 
 std::tuple<Tensor, Tensor, Tensor> qrelu_forward(const Tensor& x, const Tensor& alpha, int64_t bits,
-                                                 std::string_view rounding, std::string_view mask, bool codes,
+                                                 int64_t rounding, int64_t mask, bool codes,
                                                  std::optional<int64_t> channel_dim) {
   const CUDAGuard guard(x.device());
   const Tensor dense = x.contiguous(x.suggest_memory_format());
@@ -73,8 +73,8 @@ std::tuple<Tensor, Tensor, Tensor> qrelu_forward(const Tensor& x, const Tensor& 
   return {std::move(y), std::move(out.mask), std::move(out.codes)};
 }
 
-std::tuple<Tensor, Tensor> qrelu_forward_(Tensor& x, const Tensor& alpha, int64_t bits, std::string_view rounding,
-                                          std::string_view mask, bool codes, std::optional<int64_t> channel_dim) {
+std::tuple<Tensor, Tensor> qrelu_forward_(Tensor& x, const Tensor& alpha, int64_t bits, int64_t rounding,
+                                          int64_t mask, bool codes, std::optional<int64_t> channel_dim) {
   const CUDAGuard guard(x.device());
   Tensor dense = x.contiguous(x.suggest_memory_format());
   Outputs out = run_forward(dense, dense.mutable_data_ptr(), alpha, bits, rounding, mask, codes, channel_dim);
@@ -82,17 +82,17 @@ std::tuple<Tensor, Tensor> qrelu_forward_(Tensor& x, const Tensor& alpha, int64_
   return {std::move(out.mask), std::move(out.codes)};
 }
 
-Tensor qrelu_codes(const Tensor& x, const Tensor& alpha, int64_t bits, std::string_view rounding,
+Tensor qrelu_codes(const Tensor& x, const Tensor& alpha, int64_t bits, int64_t rounding,
                    std::optional<int64_t> channel_dim) {
   const CUDAGuard guard(x.device());
   const Tensor dense = x.contiguous(x.suggest_memory_format());
-  return run_forward(dense, nullptr, alpha, bits, rounding, "nothing", true, channel_dim).codes;
+  return run_forward(dense, nullptr, alpha, bits, rounding, int64_t(MaskKind::nothing), true, channel_dim).codes;
 }
 
 std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const std::optional<Tensor>& alpha,
                                           const std::optional<Tensor>& x, const std::optional<Tensor>& mask,
-                                          const std::optional<Tensor>& codes, int64_t bits, std::string_view ste,
-                                          std::string_view rounding, std::string_view alpha_grad, double alpha_scale,
+                                          const std::optional<Tensor>& codes, int64_t bits, int64_t ste,
+                                          int64_t rounding, int64_t alpha_grad, double alpha_scale,
                                           std::optional<int64_t> channel_dim, bool need_grad_x, bool need_grad_alpha) {
   check_bits(bits);
   const CUDAGuard guard(grad_y.device());
@@ -104,9 +104,9 @@ std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const std::optio
   a.bits = static_cast<int>(bits);
   a.count = grad_y.numel();
   a.scale = number_of_scale(alpha_scale, grad_y, bits);
-  const Kept kept = cg::kept(a.ste, a.rounding, a.rule, need_grad_x, need_grad_alpha);
-  a.kind = kept.mask;
-  check_kept(kept, grad_y, alpha, x, mask, codes, bits, ste, alpha_grad);
+  const Saved saved = cg::saved(a.ste, a.rounding, a.rule, need_grad_x, need_grad_alpha);
+  a.kind = saved.mask;
+  check_saved(saved, grad_y, alpha, x, mask, codes, bits, a.ste, a.rule);
   const at::MemoryFormat format = grad_y.suggest_memory_format();
   const Tensor dense = grad_y.contiguous(format);
   a.grad_y = dense.const_data_ptr();
@@ -114,13 +114,13 @@ std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const std::optio
   a.alphas = {nullptr, channels.count, channels.inner};
   Tensor x_dense;
   std::optional<PreparedAlphas> prepared;
-  if (kept.x) {
+  if (saved.x) {
     x_dense = x->contiguous(format);
     a.x = x_dense.const_data_ptr();
     a.alphas = prepared.emplace(dense, a.dtype, *alpha, channel_dim).alphas;
   }
-  if (kept.mask != MaskKind::nothing) a.mask = mask->const_data_ptr<uint8_t>();
-  if (kept.codes) a.codes = codes->const_data_ptr<uint8_t>();
+  if (saved.mask != MaskKind::nothing) a.mask = mask->const_data_ptr<uint8_t>();
+  if (saved.codes) a.codes = codes->const_data_ptr<uint8_t>();
 
   Tensor grad_x = need_grad_x ? at::empty_like(dense, dense.options(), format) : at::empty({0}, dense.options());
   if (need_grad_x) a.grad_x = grad_x.mutable_data_ptr();
@@ -133,7 +133,7 @@ std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const std::optio
     a.partial = partial.mutable_data_ptr();
   }
   launch_backward(a, getCurrentCUDAStream().stream());
-  const bool copies = need_grad_x && !kept.x && !kept.codes && kept.mask == MaskKind::nothing;  // identity
+  const bool copies = need_grad_x && !saved.x && !saved.codes && saved.mask == MaskKind::nothing;  // identity
   if (copies) grad_x.copy_(dense);
   return {std::move(grad_x), std::move(grad_alpha)};
 }
@@ -156,7 +156,7 @@ Tensor dequantize(const Tensor& codes, const Tensor& alpha, int64_t bits, at::In
   return y;
 }
 
-Tensor times_slopes(const Tensor& grad_y, const Tensor& codes, const Tensor& slopes, int64_t bits) {
+Tensor backward_from_slopes(const Tensor& grad_y, const Tensor& codes, const Tensor& slopes, int64_t bits) {
   check_bits(bits);
   const CUDAGuard guard(grad_y.device());
   TimesSlopes a{};
@@ -187,7 +187,7 @@ void register_cuda(torch::Library& library) {
   library.impl("qrelu_backward", cuda::qrelu_backward);
   library.impl("qrelu_codes", cuda::qrelu_codes);
   library.impl("dequantize", cuda::dequantize);
-  library.impl("times_slopes", cuda::times_slopes);
+  library.impl("backward_from_slopes", cuda::backward_from_slopes);
 }
 
 }  // namespace cg

@@ -1,7 +1,10 @@
-"""The ops: their schemas, shapes and default kernels; and the native library, which adds kernels to them.
+"""The ops: schemas, shapes and default kernels; and the native library, which registers faster kernels.
 
-Every op has a default kernel, the reference. The native library `coarsegrad._C` registers faster ones for its devices
-and the derivative of qrelu as it is loaded; without it, and for an STE of the user's, that is in `_autograd.py`.
+Each op's default kernel is the reference. Loading the native library `coarsegrad._C` registers faster kernels for its
+devices, and the derivative of qrelu. Without the library, and for a custom STE, the derivative is in `_autograd.py`.
+
+The ops that users' graphs contain (qrelu, qrelu_linear, ...) take options by name. The ops that these call take the
+numbers of `_types.py`, and a custom STE by name.
 """
 
 from __future__ import annotations
@@ -11,62 +14,57 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
+from ._checks import check_arguments
 from ._torch_internals import suggest_memory_format
+from ._types import CODE_WIDTH, MASK_WIDTH, MaskKind, Rounding, packed_bytes, parse, wide_dtype
 from .ste import GPrime, get_ste, real_numbers
 
+# alpha_scale is a number, or infinity for "lsq" while the sizes of x are unknown.
+_QRELU = "int bits, str ste, str rounding, str alpha_grad, float alpha_scale, int? channel_dim"
+_RULE = "int rounding, int alpha_grad, float alpha_scale, int? channel_dim, bool need_grad_x, bool need_grad_alpha"
+# The output of a qrelu, to be rebuilt from its codes.
+_OUTPUT = "int bits, SymInt[] shape, ScalarType dtype, int? channel_dim, MemoryFormat memory_format"
+_CONV = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
+
 _SCHEMAS = (
-    # alpha_scale: a number, or infinity for "lsq" where the sizes of x are not known yet.
-    "qrelu(Tensor x, Tensor alpha, int bits, str ste, str rounding, str alpha_grad, float alpha_scale,"
-    " int? channel_dim) -> Tensor",
-    "qrelu_(Tensor(a!) x, Tensor alpha, int bits, str ste, str rounding, str alpha_grad, float alpha_scale,"
-    " int? channel_dim) -> Tensor(a!)",
-    # The same for an STE of the user's, which the native library does not know.
-    "qrelu_own(Tensor x, Tensor alpha, int bits, str ste, str rounding, str alpha_grad, float alpha_scale,"
-    " int? channel_dim) -> Tensor",
-    "qrelu_own_(Tensor(a!) x, Tensor alpha, int bits, str ste, str rounding, str alpha_grad, float alpha_scale,"
-    " int? channel_dim) -> Tensor(a!)",
-    # mask: the kind of bits to return: "nothing", "positive", "inside" or "state"; codes: whether to return them.
-    "qrelu_forward(Tensor x, Tensor alpha, int bits, str rounding, str mask, bool codes, int? channel_dim)"
+    f"qrelu(Tensor x, Tensor alpha, {_QRELU}) -> Tensor",
+    f"qrelu_(Tensor(a!) x, Tensor alpha, {_QRELU}) -> Tensor(a!)",
+    # For an STE that is not compiled into the native library.
+    f"qrelu_custom(Tensor x, Tensor alpha, {_QRELU}) -> Tensor",
+    f"qrelu_custom_(Tensor(a!) x, Tensor alpha, {_QRELU}) -> Tensor(a!)",
+    # A Linear or Conv2d on the output of a qrelu, which is first converted to dtype.
+    f"qrelu_linear(Tensor x, Tensor alpha, Tensor weight, Tensor? bias, {_QRELU}, ScalarType dtype) -> Tensor",
+    f"qrelu_conv2d(Tensor x, Tensor alpha, Tensor weight, Tensor? bias, {_QRELU}, ScalarType dtype, {_CONV}) -> Tensor",
+    # mask: the kind of bits to return; codes: whether to return them.
+    "qrelu_forward(Tensor x, Tensor alpha, int bits, int rounding, int mask, bool codes, int? channel_dim)"
     " -> (Tensor y, Tensor mask, Tensor codes)",
-    "qrelu_forward_(Tensor(a!) x, Tensor alpha, int bits, str rounding, str mask, bool codes, int? channel_dim)"
+    "qrelu_forward_(Tensor(a!) x, Tensor alpha, int bits, int rounding, int mask, bool codes, int? channel_dim)"
     " -> (Tensor mask, Tensor codes)",
-    # grad_y is dense, in y's memory format. need_grad_*: what required grad in the forward, and so what was kept.
-    # alpha is given where x is.
-    "qrelu_backward(Tensor grad_y, Tensor? alpha, Tensor? x, Tensor? mask, Tensor? codes, int bits, str ste,"
-    " str rounding, str alpha_grad, float alpha_scale, int? channel_dim, bool need_grad_x, bool need_grad_alpha)"
-    " -> (Tensor grad_x, Tensor grad_alpha)",
-    # The same for an STE of the user's. One that has a Triton form runs there where Triton can, whoever has
-    # qrelu_backward.
-    "qrelu_backward_own(Tensor grad_y, Tensor? alpha, Tensor? x, Tensor? mask, Tensor? codes, int bits, str ste,"
-    " str rounding, str alpha_grad, float alpha_scale, int? channel_dim, bool need_grad_x, bool need_grad_alpha)"
-    " -> (Tensor grad_x, Tensor grad_alpha)",
-    # grad_x of an STE that needs the codes alone, built in or the user's: grad_y * slopes[c], slopes: [2**bits].
-    "times_slopes(Tensor grad_y, Tensor codes, Tensor slopes, int bits) -> Tensor",
-    # The same with the slopes of an STE. Opaque on purpose: the table is made once, and never by a compiler's exp.
-    "times_slopes_of(Tensor grad_y, Tensor codes, int bits, str ste) -> Tensor",
-    "qrelu_codes(Tensor x, Tensor alpha, int bits, str rounding, int? channel_dim) -> Tensor",
-    "dequantize(Tensor codes, Tensor alpha, int bits, SymInt[] shape, ScalarType dtype, int? channel_dim,"
-    " MemoryFormat memory_format) -> Tensor",
-    # A Linear or Conv2d on the output of a qrelu, which is converted to dtype first.
-    "qrelu_linear(Tensor x, Tensor alpha, Tensor weight, Tensor? bias, int bits, str ste, str rounding, str alpha_grad,"
-    " float alpha_scale, int? channel_dim, ScalarType dtype) -> Tensor",
-    "qrelu_conv2d(Tensor x, Tensor alpha, Tensor weight, Tensor? bias, int bits, str ste, str rounding, str alpha_grad,"
-    " float alpha_scale, int? channel_dim, ScalarType dtype, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation,"
-    " SymInt groups) -> Tensor",
-    # The backward of a Linear or Conv2d whose input y is kept as codes; grads not wanted are [0]. shape, dtype and
-    # memory_format are y's. Opaque on purpose: a compiler must not rebuild y in the forward, and keep it.
-    "linear_backward_from_codes(Tensor grad_out, Tensor weight, Tensor? codes, Tensor alpha, int bits, SymInt[] shape,"
-    " ScalarType dtype, int? channel_dim, MemoryFormat memory_format, bool[3] output_mask)"
-    " -> (Tensor grad_y, Tensor grad_weight, Tensor grad_bias)",
-    "conv2d_backward_from_codes(Tensor grad_out, Tensor weight, Tensor? codes, Tensor alpha, int bits, SymInt[] shape,"
-    " ScalarType dtype, int? channel_dim, MemoryFormat memory_format, bool[3] output_mask, SymInt[2] stride,"
-    " SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> (Tensor grad_y, Tensor grad_weight, Tensor grad_bias)",
+    # grad_y is dense, in y's memory format. need_grad_*: what required grad in the forward, which decided what was
+    # saved. alpha is given if x is.
+    "qrelu_backward(Tensor grad_y, Tensor? alpha, Tensor? x, Tensor? mask, Tensor? codes, int bits, int ste,"
+    f" {_RULE}) -> (Tensor grad_x, Tensor grad_alpha)",
+    # A custom STE with a Triton form runs on Triton if Triton is available, whichever backend has qrelu_backward.
+    "qrelu_backward_custom(Tensor grad_y, Tensor? alpha, Tensor? x, Tensor? mask, Tensor? codes, int bits, str ste,"
+    f" {_RULE}) -> (Tensor grad_x, Tensor grad_alpha)",
+    # grad_x of an STE that needs only the codes: grad_y * slopes[c], slopes: [2**bits].
+    "backward_from_slopes(Tensor grad_y, Tensor codes, Tensor slopes, int bits) -> Tensor",
+    # The same with the slopes of an STE. Opaque on purpose: the table is built once, and never by a compiler's exp.
+    "qrelu_backward_from_codes(Tensor grad_y, Tensor codes, int bits, str ste) -> Tensor",
+    "qrelu_codes(Tensor x, Tensor alpha, int bits, int rounding, int? channel_dim) -> Tensor",
+    f"dequantize(Tensor codes, Tensor alpha, {_OUTPUT}) -> Tensor",
+    # The backward of a Linear or Conv2d whose input y is saved as codes; an unwanted grad is [0]. Opaque on purpose: a
+    # compiler must not rebuild y in the forward, and save it.
+    f"linear_backward_from_codes(Tensor grad_out, Tensor weight, Tensor? codes, Tensor alpha, {_OUTPUT},"
+    " bool[3] output_mask) -> (Tensor grad_y, Tensor grad_weight, Tensor grad_bias)",
+    f"conv2d_backward_from_codes(Tensor grad_out, Tensor weight, Tensor? codes, Tensor alpha, {_OUTPUT},"
+    f" bool[3] output_mask, {_CONV}) -> (Tensor grad_y, Tensor grad_weight, Tensor grad_bias)",
 )
 
 _library = torch.library.Library("coarsegrad", "DEF")
@@ -74,14 +72,13 @@ for _schema in _SCHEMAS:
     _library.define(_schema, tags=torch.Tag.pt2_compliant_tag)
 ops = torch.ops.coarsegrad
 
-# The ops with a kernel for each device, and the function of a backend's module that is the kernel; qrelu and qrelu_ are
-# made of them.
+# The ops with a kernel per device, and the function of a backend's module that is the kernel. All other ops call these.
 KERNELS = {
     "qrelu_forward": "qrelu_forward",
     "qrelu_forward_": "qrelu_forward_",
     "qrelu_backward": "qrelu_backward",
-    "qrelu_backward_own": "qrelu_backward",
-    "times_slopes": "times_slopes",
+    "qrelu_backward_custom": "qrelu_backward",
+    "backward_from_slopes": "backward_from_slopes",
     "qrelu_codes": "qrelu_codes",
     "dequantize": "dequantize",
 }
@@ -93,16 +90,10 @@ def _fake(name: str):
     return torch.library.register_fake(f"coarsegrad::{name}", lib=_library)
 
 
-def _packed_size(count: int, width: int) -> int:
-    return (count * width + 7) // 8
-
-
-def _new_kept(x: Tensor, bits: int, mask: str, codes: bool) -> tuple[Tensor, Tensor]:
-    sizes = (
-        _packed_size(x.numel(), reference.MASK_WIDTH[mask]),
-        _packed_size(x.numel(), reference.CODE_WIDTH[bits]) if codes else 0,
-    )
-    return tuple(x.new_empty(size, dtype=torch.uint8) for size in sizes)
+def _new_saved(x: Tensor, bits: int, mask: int, codes: bool) -> tuple[Tensor, Tensor]:
+    widths = MASK_WIDTH[parse("mask", mask, MaskKind)], CODE_WIDTH[bits] if codes else 0
+    mask_bits, packed_codes = (x.new_empty(packed_bytes(x.numel(), width), dtype=torch.uint8) for width in widths)
+    return mask_bits, packed_codes
 
 
 def _new_y(x: Tensor) -> Tensor:
@@ -110,33 +101,37 @@ def _new_y(x: Tensor) -> Tensor:
 
 
 @_fake("qrelu")
-@_fake("qrelu_own")
+@_fake("qrelu_custom")
 def _(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
-    reference.check_arguments(x, alpha, bits, rounding, channel_dim)
+    parse("rounding", rounding, Rounding)
+    check_arguments(x, alpha, bits, channel_dim)
     return _new_y(x)
 
 
 @_fake("qrelu_")
-@_fake("qrelu_own_")
+@_fake("qrelu_custom_")
 def _(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
-    reference.check_arguments(x, alpha, bits, rounding, channel_dim)
+    parse("rounding", rounding, Rounding)
+    check_arguments(x, alpha, bits, channel_dim)
     return x
 
 
 @_fake("qrelu_forward")
 def _(x, alpha, bits, rounding, mask, codes, channel_dim):
-    reference.check_arguments(x, alpha, bits, rounding, channel_dim)
-    return _new_y(x), *_new_kept(x, bits, mask, codes)
+    parse("rounding", rounding, Rounding)
+    check_arguments(x, alpha, bits, channel_dim)
+    return _new_y(x), *_new_saved(x, bits, mask, codes)
 
 
 @_fake("qrelu_forward_")
 def _(x, alpha, bits, rounding, mask, codes, channel_dim):
-    reference.check_arguments(x, alpha, bits, rounding, channel_dim)
-    return _new_kept(x, bits, mask, codes)
+    parse("rounding", rounding, Rounding)
+    check_arguments(x, alpha, bits, channel_dim)
+    return _new_saved(x, bits, mask, codes)
 
 
 @_fake("qrelu_backward")
-@_fake("qrelu_backward_own")
+@_fake("qrelu_backward_custom")
 def _(
     grad_y,
     alpha,
@@ -155,20 +150,21 @@ def _(
     channels = 1 if channel_dim is None else grad_y.size(channel_dim)
     return (
         torch.empty_like(grad_y) if need_grad_x else grad_y.new_empty(0),
-        grad_y.new_empty(channels if need_grad_alpha else 0, dtype=reference.wide_dtype(grad_y.dtype)),
+        grad_y.new_empty(channels if need_grad_alpha else 0, dtype=wide_dtype(grad_y.dtype)),
     )
 
 
-@_fake("times_slopes")
-@_fake("times_slopes_of")
+@_fake("backward_from_slopes")
+@_fake("qrelu_backward_from_codes")
 def _(grad_y, codes, *_):
     return torch.empty_like(grad_y, memory_format=suggest_memory_format(grad_y))
 
 
 @_fake("qrelu_codes")
 def _(x, alpha, bits, rounding, channel_dim):
-    reference.check_arguments(x, alpha, bits, rounding, channel_dim)
-    return x.new_empty(_packed_size(x.numel(), reference.CODE_WIDTH[bits]), dtype=torch.uint8)
+    parse("rounding", rounding, Rounding)
+    check_arguments(x, alpha, bits, channel_dim)
+    return x.new_empty(packed_bytes(x.numel(), CODE_WIDTH[bits]), dtype=torch.uint8)
 
 
 @_fake("dequantize")
@@ -178,11 +174,11 @@ def _(codes, alpha, bits, shape, dtype, channel_dim, memory_format):
 
 # ------------------------------------------------------------------------------------- default kernels
 
-_warned_devices = set()
+_warned_devices: set[str] = set()
 
 
 def reference_kernel(op: str, why_not_triton: Callable[[], str | None] = lambda: None):
-    """The reference's kernel, with a warning at the first call on a device: why it is not a faster backend's."""
+    """The reference's kernel. The first call on a device warns, and says why no faster backend serves it."""
     kernel = getattr(reference, KERNELS[op])
 
     def call(*args):
@@ -195,7 +191,7 @@ def reference_kernel(op: str, why_not_triton: Callable[[], str | None] = lambda:
                 why_not += f"; Triton: {triton}"
             warnings.warn(
                 f"on {device} coarsegrad runs on its plain-torch reference, which is slow; {why_not}."
-                " `python -m coarsegrad info` says more.",
+                " See `python -m coarsegrad info`.",
                 stacklevel=3,
             )
         return result
@@ -204,37 +200,39 @@ def reference_kernel(op: str, why_not_triton: Callable[[], str | None] = lambda:
 
 
 for _name in KERNELS:
-    # An STE of the user's runs on the reference by its own nature: nothing to warn of.
-    _kernel = reference.qrelu_backward if _name == "qrelu_backward_own" else reference_kernel(_name)
+    # A custom STE is expected to run on the reference: no warning.
+    _kernel = reference.qrelu_backward if _name == "qrelu_backward_custom" else reference_kernel(_name)
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
 
 
 @functools.lru_cache(maxsize=256)
 def _slopes(gprime: GPrime, bits: int, wide: torch.dtype, device: torch.device) -> Tensor:
-    """g' at each code. Computed on the CPU, so that every device has the same bits."""
+    """g' at each code, computed on the CPU so that every device has the same bits."""
     with real_numbers():
         slopes = gprime(torch.arange(2**bits, dtype=wide), 2**bits - 1)
     return slopes.detach().contiguous().to(device)
 
 
-def _times_slopes_of(grad_y, codes, bits, ste):
-    slopes = _slopes(get_ste(ste).gprime, bits, reference.wide_dtype(grad_y.dtype), grad_y.device)
-    return ops.times_slopes.default(grad_y, codes, slopes, bits)
+def _qrelu_backward_from_codes(grad_y, codes, bits, ste):
+    slopes = _slopes(get_ste(ste).gprime, bits, wide_dtype(grad_y.dtype), grad_y.device)
+    return ops.backward_from_slopes.default(grad_y, codes, slopes, bits)
 
 
-_library.impl("times_slopes_of", _times_slopes_of, "CompositeExplicitAutograd")
+_library.impl("qrelu_backward_from_codes", _qrelu_backward_from_codes, "CompositeExplicitAutograd")
 
 
 def _qrelu_without_grad(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
-    return ops.qrelu_forward.default(x, alpha, bits, rounding, "nothing", False, channel_dim)[0]
+    rounding = parse("rounding", rounding, Rounding)
+    return ops.qrelu_forward.default(x, alpha, bits, rounding, MaskKind.nothing, False, channel_dim)[0]
 
 
 def _qrelu_without_grad_(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
-    ops.qrelu_forward_.default(x, alpha, bits, rounding, "nothing", False, channel_dim)
+    rounding = parse("rounding", rounding, Rounding)
+    ops.qrelu_forward_.default(x, alpha, bits, rounding, MaskKind.nothing, False, channel_dim)
     return x
 
 
-for _name in ("qrelu", "qrelu_own"):
+for _name in ("qrelu", "qrelu_custom"):
     _library.impl(_name, _qrelu_without_grad, "CompositeExplicitAutograd")
     _library.impl(f"{_name}_", _qrelu_without_grad_, "CompositeExplicitAutograd")
 
@@ -242,12 +240,12 @@ for _name in ("qrelu", "qrelu_own"):
 
 
 def _public(version: str) -> str:
-    """A version without its local label: a library without CUDA kernels fits the +cpu and +cu builds of one torch."""
+    """A version without its local label: a library without CUDA kernels fits both +cpu and +cu builds of a torch."""
     return version.split("+")[0]
 
 
 def _misfit(built_for: str) -> str | None:
-    """What the native library was built for and does not find here. Loading it then could crash the process."""
+    """How the native library's build differs from this torch, or None. Loading a misfit could crash the process."""
     if _public(built_for) != _public(torch.__version__):
         return f"built for torch {built_for}, but this is torch {torch.__version__}"
     cuda = build_facts.get("cuda_version")
@@ -256,8 +254,8 @@ def _misfit(built_for: str) -> str | None:
     return None
 
 
-def _build_facts() -> dict[str, object]:
-    """What the build wrote down about the native library; empty where there was none."""
+def _build_facts() -> dict[str, Any]:
+    """What the build recorded about the native library; empty if there was no build."""
     try:
         facts = vars(importlib.import_module(f"{__package__}._build"))
     except ModuleNotFoundError:
@@ -265,8 +263,8 @@ def _build_facts() -> dict[str, object]:
     return {name.lower(): value for name, value in facts.items() if name.isupper()}
 
 
-def _load_native() -> tuple[ModuleType | None, str | None]:
-    """(coarsegrad._C, None), or (None, why not); loading it registers its kernels. An ImportError under "1"."""
+def _load_native() -> tuple[Any, str | None]:
+    """(coarsegrad._C, None), or (None, why not). Loading registers its kernels. COARSEGRAD_NATIVE=1 raises instead."""
     mode = os.environ.get("COARSEGRAD_NATIVE", "auto")
     if mode not in ("auto", "0", "1"):
         raise ValueError(f"COARSEGRAD_NATIVE must be auto, 0 or 1, got {mode!r}")
@@ -298,7 +296,7 @@ native, native_why_not = _load_native()
 
 
 def why_not_native(device: str) -> str | None:
-    """Why the native library does not serve a device type; None if it does."""
+    """Why the native library does not serve a device type, or None if it does."""
     if native is None:
         return native_why_not
     if device == "cuda" and "without_cuda" in build_facts:

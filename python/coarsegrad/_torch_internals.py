@@ -106,7 +106,7 @@ def apply_in_kernel(function: type[torch.autograd.Function], *args):
     if not in_functorch_kernel():
         return function.apply(*args)
     with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*args)
+        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 # --------------------------------------------------------------------------------------- autograd
@@ -175,7 +175,7 @@ def set_preserved(module: torch.fx.GraphModule, name: str, value: object) -> Non
 
 def view_root(t: Tensor) -> Tensor:
     """The tensor that t is a view of; t itself if it is not a view."""
-    return t._base if t._is_view() else t
+    return t._base if t._is_view() else t  # type: ignore[return-value]
 
 
 def storage_id(t: Tensor) -> int:
@@ -188,7 +188,7 @@ def components(t: Tensor) -> tuple[Tensor, ...]:
     return (t,) if t.layout is torch.strided else (t._indices(), t._values())
 
 
-def nested_like(values: Tensor, x: Tensor) -> Tensor:
+def nested_like(values: Tensor, x: Any) -> Tensor:
     """A nested tensor with the structure of the contiguous nested tensor x and the given values."""
     if x.layout is torch.jagged:
         lengths = (x._maybe_min_seqlen, x._maybe_max_seqlen)

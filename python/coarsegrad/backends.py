@@ -1,4 +1,4 @@
-"""Which backend serves which device, and why not another; a switch between them; the text of `coarsegrad info`."""
+"""Backends: which one serves which device and why, `use_backend`, and the text of `coarsegrad info`."""
 
 from __future__ import annotations
 
@@ -15,27 +15,30 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from . import _ops, integer, reference
+from ._text import format_table, one_of
 from ._torch_internals import dispatch_key, unregister
-from .ste import format_table, one_of
 
 
 @dataclass(frozen=True)
 class _Backend:
-    """why_not(device type): why it cannot serve it, or None if it can. detail(device type): what there is to say of it.
+    """A backend.
 
-    kernels(): a module with the functions that _ops.KERNELS names; None: its kernels were registered as it was loaded.
-    asked(device type): whether it serves it only where `use_backend` asks for it.
+    why_not: of a device type, why the backend cannot serve it, or None if it can.
+    detail: of a device type, a note for the table.
+    kernels: returns a module with the functions named in _ops.KERNELS; None if loading registered the kernels.
+    on_request: of a device type, whether the backend serves it only in `use_backend`.
     """
 
     name: str
     why_not: Callable[[str], str | None]
     detail: Callable[[str], str]
-    kernels: Callable[[], ModuleType] | None
-    asked: Callable[[str], bool] = lambda device: False
+    kernels: Callable[[], Any] | None
+    on_request: Callable[[str], bool] = lambda device: False
 
 
 def _native_detail(device: str) -> str:
@@ -50,8 +53,7 @@ _no_triton = None if importlib.util.find_spec("triton") else "not installed (pip
 
 @functools.cache
 def _load_triton() -> ModuleType | None:
-    """coarsegrad.triton; None if it cannot be had, and _no_triton says why. Importing triton takes long: not before it
-    is wanted."""
+    """coarsegrad.triton, imported on first use as importing triton is slow. None if unavailable; see _no_triton."""
     global _no_triton
     if _no_triton is None:
         try:
@@ -67,12 +69,12 @@ def _triton_why_not(device: str) -> str | None:
     if device == "cpu":
         if os.environ.get("TRITON_INTERPRET") == "1":
             return None
-        return "runs on GPUs; on a CPU only its interpreter does, with TRITON_INTERPRET=1 in the environment"
+        return "runs on GPUs; a CPU needs its interpreter, with TRITON_INTERPRET=1 in the environment"
     return None if device in _TRITON_DEVICES else f"has no kernels for {device}"
 
 
 def _triton_detail(device: str) -> str:
-    return "its interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled at the first call"
+    return "its interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled on first call"
 
 
 # In order of preference.
@@ -85,14 +87,14 @@ _BACKENDS = {
     )
 }
 
-# The names in the `use_backend` blocks that are open, outermost first; the kernels that the innermost one put in.
+# Names of the open `use_backend` blocks, outermost first, and the kernels that the innermost one registered.
 _open_blocks: list[str] = []
 _override: torch.library.Library | None = None
 
 
 @dataclass(frozen=True)
 class Serving:
-    """The backend that serves a device type, a word on it, and why each of the others does not."""
+    """The backend that serves a device type, a note on it, and why each of the others does not."""
 
     backend: str
     detail: str
@@ -100,7 +102,7 @@ class Serving:
 
 
 class BackendTable(dict):
-    """device type -> Serving, printed as a table."""
+    """Maps device types to `Serving`. Prints as a table."""
 
     def __repr__(self) -> str:
         rows = []
@@ -119,13 +121,13 @@ def _device_types() -> list[str]:
 
 def _serving(device: str) -> Serving:
     able = [name for name, backend in _BACKENDS.items() if backend.why_not(device) is None]
-    asked = [name for name in _open_blocks[-1:] if name in able]
-    serving = (asked or [name for name in able if not _BACKENDS[name].asked(device)])[0]
+    requested = [name for name in _open_blocks[-1:] if name in able]
+    serving = (requested or [name for name in able if not _BACKENDS[name].on_request(device)])[0]
 
     def passed_over(name: str) -> str:
-        if not asked and _BACKENDS[name].asked(device):
-            return f"only where use_backend({name!r}) asks for it"
-        return f"use_backend({serving!r})" if asked else f"{serving} comes first"
+        if not requested and _BACKENDS[name].on_request(device):
+            return f"only in use_backend({name!r})"
+        return f"use_backend({serving!r})" if requested else f"{serving} comes first"
 
     why_not = {
         name: backend.why_not(device) or passed_over(name) for name, backend in _BACKENDS.items() if name != serving
@@ -134,12 +136,12 @@ def _serving(device: str) -> Serving:
 
 
 def backends() -> BackendTable:
-    """For each device type of this machine, the backend that serves it and why the others do not. Prints as a table."""
+    """The backend that serves each device type of this machine, and why the others do not. Prints as a table."""
     return BackendTable({device: _serving(device) for device in _device_types()})
 
 
-def _put_in_kernels() -> None:
-    """Make the innermost open block's backend serve the devices it can serve."""
+def _register_kernels() -> None:
+    """Make the innermost open block's backend serve the devices that it can."""
     global _override
     if _override is not None:
         unregister(_override)
@@ -152,7 +154,7 @@ def _put_in_kernels() -> None:
         kernels |= integer.KERNELS
     _override = torch.library.Library("coarsegrad", "IMPL")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")  # that is what it is for
+        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")  # intended
         for device in _device_types():
             if backend.why_not(device) is None:
                 key = dispatch_key(device)
@@ -163,24 +165,25 @@ def _put_in_kernels() -> None:
 @contextlib.contextmanager
 def _block(name: str) -> Iterator[None]:
     _open_blocks.append(name)
-    _put_in_kernels()
+    _register_kernels()
     try:
         yield
     finally:
         _open_blocks.pop()
-        _put_in_kernels()
+        _register_kernels()
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
-    """`with use_backend("reference"):` lets one backend serve every device that it can, in the whole process.
+    """Make one backend serve every device that it can, process-wide: `with use_backend("reference"):`.
 
-    name: "native" (compiled), "triton" or "reference" (plain torch). Blocks nest; the innermost one counts. All
-    backends give the same codes and outputs, bit for bit.
+    name: "native" (compiled), "triton" or "reference" (plain torch).
 
-    Raises ValueError if there is no such backend, RuntimeError if it serves no device here; both list the ones that do.
+    Blocks nest, and the innermost one counts. All backends give the same codes and outputs, bit for bit.
+
+    Raises ValueError for an unknown backend, RuntimeError if it serves no device here. Both list the usable ones.
     """
     if name == "triton":
-        _load_triton()  # whether it can be imported shows now
+        _load_triton()  # an import error shows now
     reasons = {backend: [_BACKENDS[backend].why_not(device) for device in _device_types()] for backend in _BACKENDS}
     usable = ", ".join(repr(backend) for backend, why_not in reasons.items() if None in why_not)
     if name not in _BACKENDS:
@@ -191,7 +194,7 @@ def use_backend(name: str) -> AbstractContextManager[None]:
 
 
 def _triton_kernel(op: str):
-    """Triton's kernel, imported at the first call; the reference's where there is no Triton."""
+    """Triton's kernel, imported on first call; the reference's if Triton is unavailable."""
     on_reference = _ops.reference_kernel(op, lambda: _no_triton)
 
     def call(*args):
@@ -204,45 +207,45 @@ def _triton_kernel(op: str):
 _triton_library = torch.library.Library("coarsegrad", "IMPL")
 for _device in _TRITON_DEVICES:
     for _op in _ops.KERNELS:
-        if _ops.why_not_native(_device) is not None or _op == "qrelu_backward_own":
+        if _ops.why_not_native(_device) is not None or _op == "qrelu_backward_custom":
             _triton_library.impl(_op, _triton_kernel(_op), dispatch_key(_device))
 
 
 def preloaded_malloc() -> str | None:
-    """tcmalloc and the like, where one serves this process in place of the C library's malloc."""
+    """The allocator that replaces the C library's malloc in this process, such as tcmalloc, or None."""
     libraries = Path("/proc/self/maps")
     loaded = libraries.read_text() if libraries.exists() else ""
     return next((name for name in ("tcmalloc", "jemalloc", "mimalloc") if f"lib{name}" in loaded), None)
 
 
-# What MALLOC_MMAP_THRESHOLD_ is at most by itself: blocks as large always go back to the system as they are freed.
-_GLIBC_GIVES_BACK = 32 * 2**20
+# The upper bound of glibc's dynamic MALLOC_MMAP_THRESHOLD_: freeing a larger block always returns it to the system.
+_GLIBC_MMAP_THRESHOLD = 32 * 2**20
 
 
 def _slow_reasons() -> list[str]:
-    """Why kernels on the CPU are slower than they could be, as far as it is known, and what to do."""
+    """Known reasons why CPU kernels are slower than they could be, and remedies."""
     reasons = []
     if _ops.native is None:
         reasons.append("no native library: plain torch serves the CPU, many times slower")
     elif _ops.native.isa() != "avx512":
         here = _ops.native.isa()
-        reasons.append(f"no AVX-512, but {here}: 3 bits and more, and gradients with an exponential, are slower")
+        reasons.append(f"no AVX-512, but {here}: 3 or more bits and gradients with an exponential are slower")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if torch.get_num_threads() == 1 < cores:
-        reasons.append(f"1 thread on {cores} cores: torch.set_num_threads or OMP_NUM_THREADS gives more")
+        reasons.append(f"1 thread on {cores} cores: torch.set_num_threads or OMP_NUM_THREADS sets more")
     threshold = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
-    keeps = threshold.isdecimal() and int(threshold) > _GLIBC_GIVES_BACK
+    keeps = threshold.isdecimal() and int(threshold) > _GLIBC_MMAP_THRESHOLD
     if platform.libc_ver()[0] == "glibc" and not keeps and preloaded_malloc() is None:
         reasons.append(
-            "glibc's malloc gives blocks above 32 MiB back, and each fresh output pays for its pages again:"
-            " inplace=True, a preloaded tcmalloc, or"
+            "glibc's malloc returns blocks above 32 MiB to the system, and each new output pays for its pages again:"
+            " use inplace=True, a preloaded tcmalloc, or"
             " MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592"
         )
     return reasons
 
 
 def info() -> str:
-    """Versions, the state of the native library, threads, which backend serves which device, and what is slow here."""
+    """Versions, the native library, threads, the backend of each device, and what is slow here, as text."""
     from . import __version__
 
     lines = [

@@ -1,8 +1,7 @@
 """The public functions.
 
-The kernels check a call. Only what the dispatcher would convert in silence is looked at before: checks in Python cost
-as much as a small kernel. A call that was refused is looked at again, so that the error says it in the same words on
-every backend.
+The kernels check their arguments. Only what the dispatcher would silently convert is checked first, as checks in Python
+cost as much as a small kernel. A call that failed is checked again, so that the error is the same on every backend.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, ParamSpec, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,43 +17,57 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
 
 from . import _ops
+from ._checks import (
+    check_alpha,
+    check_alpha_scale,
+    check_arguments,
+    check_bits,
+    check_option,
+    checked_values,
+)
 from ._dtensor import is_dtensor, on_shards
 from ._fused import qrelu_and_layer
 from ._torch_internals import nested_like
-from .packing import active_packing
-from .reference import (
+from ._types import (
+    ALPHA_GRADS,
+    BUILT_IN,
     CODE_WIDTH,
     DTYPES,
-    check_alpha,
-    check_arguments,
-    check_bits,
-    checked_values,
-    lsq_scale,
+    ROUNDINGS,
+    AlphaGradName,
+    AlphaScale,
+    RoundingName,
+    SteName,
+    packed_bytes,
     wide_dtype,
 )
-from .ste import ALPHA_GRADS, BUILT_IN, check_inplace, get_ste, one_of
+from .packing import active_packing
+from .reference import lsq_scale
+from .ste import check_inplace, get_ste
 
+# The arguments of the ops after alpha.
+_Options: TypeAlias = tuple[int, SteName, RoundingName, AlphaGradName, float, int | None]
 _INT_OR_NONE = (int, type(None))
 
 _qrelu = _ops.ops.qrelu.default
 _qrelu_ = _ops.ops.qrelu_.default
-_qrelu_own = _ops.ops.qrelu_own.default
-_qrelu_own_ = _ops.ops.qrelu_own_.default
+_qrelu_custom = _ops.ops.qrelu_custom.default
+_qrelu_custom_ = _ops.ops.qrelu_custom_.default
 _qrelu_codes = _ops.ops.qrelu_codes.default
 _dequantize = _ops.ops.dequantize.default
-if _ops.native is not None:  # the same ops: torch.ops takes as long for the arguments as the kernel of a small tensor
+if _ops.native is not None:  # the same ops; torch.ops parses arguments for as long as the kernel of a small tensor runs
     _native_qrelu, _native_qrelu_ = _ops.native.qrelu, _ops.native.qrelu_
 
 
-_F = TypeVar("_F", bound=Callable[..., Tensor])
+_P = ParamSpec("_P")
 
 
-def _overridable(function: _F) -> _F:
-    """The function, which first asks arguments and modes with a `__torch_function__`, as torch's own functions do: a
-    proxy of torch.fx then records the call."""
+def _overridable(function: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
+    """Make a function honour `__torch_function__` of arguments and modes, like torch's own functions. A torch.fx proxy
+    then records the call."""
 
     @functools.wraps(function)
-    def call(*args, **kwargs):
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
         asked = (*args, *kwargs.values())
         if has_torch_function(asked):
             return handle_torch_function(call, asked, *args, **kwargs)
@@ -63,34 +76,26 @@ def _overridable(function: _F) -> _F:
     return call
 
 
-def check_alpha_scale(alpha_scale: float | str) -> None:
-    if alpha_scale == "lsq":
-        return
-    if isinstance(alpha_scale, bool) or not isinstance(alpha_scale, (int, float)):
-        raise TypeError(f"alpha_scale must be a number or 'lsq', got {alpha_scale!r}")
-    if not -math.inf < alpha_scale < math.inf:
-        raise ValueError(f"alpha_scale must be finite, or 'lsq', got {alpha_scale}")
-
-
-def _scale(alpha_scale: float | str, x: Tensor, bits: int) -> float:
+def _scale(alpha_scale: AlphaScale, x: Tensor, bits: int) -> float:
     """alpha_scale as a number."""
     check_alpha_scale(alpha_scale)
     if alpha_scale == "lsq":
-        # Compiled for one n it would be compiled again for the next: the ops' kernels find it.
+        # As a number it would force a recompilation for every n. The kernels compute it instead.
         return math.inf if torch.compiler.is_compiling() else lsq_scale(x, bits)
     return float(alpha_scale)
 
 
 def _wrong_argument(x: Tensor, alpha: Tensor, bits: int, rounding: str, channel_dim: int | None) -> Exception | None:
-    """What is wrong with the arguments of a call that failed, if they are what is wrong."""
+    """The error in the arguments of a failed call, or None if the arguments are right."""
     try:
         if isinstance(x, Tensor) and x.is_nested:
             x, channel_dim = x.contiguous().values(), _dim_of_values(x, channel_dim)
-        check_arguments(x, alpha, bits, rounding, channel_dim)
+        check_option("rounding", rounding, ROUNDINGS)
+        check_arguments(x, alpha, bits, channel_dim)
         checked_values(alpha, wide_dtype(x.dtype))
     except (TypeError, ValueError) as error:
         return error
-    except RuntimeError:  # under vmap alpha's values cannot be read
+    except RuntimeError:  # vmap hides alpha's values
         return None
     return None
 
@@ -99,13 +104,13 @@ def _checked(
     x: Tensor,
     alpha: Tensor | float,
     bits: int,
-    ste: str,
-    rounding: str,
-    alpha_grad: str,
-    alpha_scale: float | str,
+    ste: SteName,
+    rounding: RoundingName,
+    alpha_grad: AlphaGradName,
+    alpha_scale: AlphaScale,
     channel_dim: int | None,
-) -> tuple[Tensor, tuple]:
-    """(alpha as a tensor, the ops' arguments after it), with what the ops do not check themselves checked."""
+) -> tuple[Tensor, _Options]:
+    """(alpha as a tensor, the ops' arguments after it), after the checks that the ops do not do themselves."""
     if (
         not isinstance(alpha, Tensor)
         or type(bits) is not int
@@ -113,13 +118,14 @@ def _checked(
         or type(alpha_scale) is not float
         or alpha_scale != 1.0
     ):
+        check_option("rounding", rounding, ROUNDINGS)
         if isinstance(x, Tensor) and x.is_nested:
-            alpha, _ = check_arguments(x.contiguous().values(), alpha, bits, rounding, _dim_of_values(x, channel_dim))
+            alpha, _ = check_arguments(x.contiguous().values(), alpha, bits, _dim_of_values(x, channel_dim))
         else:
-            alpha, channel_dim = check_arguments(x, alpha, bits, rounding, channel_dim)
+            alpha, channel_dim = check_arguments(x, alpha, bits, channel_dim)
         alpha_scale = _scale(alpha_scale, x, bits)
     if alpha_grad not in ALPHA_GRADS:
-        raise ValueError(one_of("alpha_grad", alpha_grad, ALPHA_GRADS))
+        check_option("alpha_grad", alpha_grad, ALPHA_GRADS)
     if ste not in BUILT_IN:
         get_ste(ste)
     return alpha, (bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
@@ -130,49 +136,49 @@ def qrelu(
     alpha: Tensor | float,
     bits: int = 4,
     *,
-    ste: str = "clipped_relu",
-    rounding: str = "ceil",
-    alpha_grad: str = "three_valued",
-    alpha_scale: float | str = 1.0,
+    ste: SteName = "clipped_relu",
+    rounding: RoundingName = "ceil",
+    alpha_grad: AlphaGradName = "three_valued",
+    alpha_scale: AlphaScale = 1.0,
     channel_dim: int | None = None,
     inplace: bool = False,
 ) -> Tensor:
-    """The staircase ReLU with 2**bits levels, and its coarse gradients.
+    """The staircase ReLU with 2**bits levels and its coarse gradients.
 
         y = alpha * clamp(ceil(x / alpha), 0, q),   q = 2**bits - 1          (rounding="ceil")
         dx = dy * g'(x / alpha),   dalpha = alpha_scale * sum(dy * A)
 
-    Levels are L[k] = k * alpha rounded to x's dtype; y = L[c] for the code c = #{k in 1..q : x > T[k]}, exactly, on
-    every backend. NaN gives NaN, and its gradient passes.
+    The levels are L[k] = k * alpha rounded to x's dtype. The output is y = L[c] for the code
+    c = #{k in 1..q : x > T[k]}, bit for bit on every backend. NaN gives NaN, and its gradient passes.
 
-    x: float32, bfloat16, float16 or float64, any shape, any strides; a nested tensor, whose values are taken; or a
-        DTensor, partial sums of it added up first.
+    x: float32, bfloat16, float16 or float64, of any shape and strides. Also a nested tensor, or a DTensor, whose
+        partial sums are added up first.
     alpha: the height and width of a stair, finite and > 0: a number, or a tensor of shape [1], or [C] with
-        C = x.size(channel_dim); of any floating dtype, on x's device. A bad value in a tensor is an error on a CPU,
-        and makes the output NaN on a GPU, where finding it would cost a sync.
+        C = x.size(channel_dim), of any floating dtype, on x's device. An illegal value in a tensor is an error on a
+        CPU. On a GPU, where reading it would cost a sync, it makes the output NaN.
     bits: 1..8.
-    ste: which g', a name in `stes()`: "identity", "relu", "clipped_relu", "log_tailed_relu", "reverse_exponential",
-        "reverse_exponential_step" (g' at the code instead of at u: constant on a stair), or one of your
-        own (`register_ste`).
-    rounding: the thresholds T. "ceil": T[k] = L[k-1], so that every x > 0 gives at least alpha; "nearest": the middles
-        between levels; "hwgq": as nearest, but T[1] = 0.
-    alpha_grad: A, where alpha requires grad; 0 for x <= 0 and q for x > L[q]. Inside: "exact": c; "three_valued":
-        2**(bits-1); "two_valued": 0. "chain": c - (x / alpha) * g'(x / alpha) everywhere.
-    alpha_scale: a factor of dalpha; "lsq" is 1 / sqrt(n * q), n the elements of x per sample (x.size(0) samples).
-    channel_dim: the dimension of x that has one alpha for each index; negative counts from the end.
-    inplace: write y into x, which is not nested.
+    ste: the coarse gradient g', a name in `stes()`: "identity", "relu", "clipped_relu", "log_tailed_relu",
+        "reverse_exponential", "reverse_exponential_step" (g' at the code instead of u: constant on each stair), or a
+        custom STE (`register_ste`).
+    rounding: the thresholds T. "ceil": T[k] = L[k-1], so that every x > 0 gives at least alpha. "nearest": the
+        midpoints between levels. "hwgq": as "nearest", but T[1] = 0.
+    alpha_grad: the factor A if alpha requires grad. It is 0 for x <= 0 and q for x > L[q]; in between, "exact" is c,
+        "three_valued" 2**(bits-1) and "two_valued" 0. "chain" is c - (x / alpha) * g'(x / alpha) everywhere.
+    alpha_scale: a factor of dalpha. "lsq" is 1 / sqrt(n * q) for n elements of x per sample (x.size(0) samples).
+    channel_dim: the dimension of x with per-channel alphas. Negative values count from the end.
+    inplace: write y into x, which must not be nested.
 
     Returns y, in x's dtype and memory format (contiguous or channels-last).
 
-    Kept for the backward, in bits an element, where only x requires grad: identity 0, relu and clipped_relu 1,
-    reverse_exponential_step the codes (bits rounded up to 1, 2, 4 or 8), the others x itself. Where alpha requires
-    grad: "exact" the codes, and 1 for clipped_relu, or for relu under "nearest"; "two_valued" and "three_valued" 2,
-    and the codes for reverse_exponential_step; "chain", x itself; and x itself for an STE that needs it. Nothing
-    where no gradient is wanted. There is a second derivative where alpha is fixed and x is not kept, and no
-    forward-mode one. `packed_activations` has what the next layer keeps of y kept as its codes.
+    Saved for backward, in bits per element, if only x requires grad: 0 for identity; 1 for relu and clipped_relu; the
+    codes for reverse_exponential_step (bits rounded up to 1, 2, 4 or 8); x itself for the others. If alpha requires
+    grad: for "exact" the codes, plus 1 for clipped_relu and, under "nearest", relu; for "two_valued" and "three_valued"
+    2, plus the codes for reverse_exponential_step; for "chain", and for an STE that needs x, x itself. Nothing is saved
+    if no gradient is needed. There is a second derivative if alpha is fixed and x is not saved, and no forward-mode
+    derivative. Inside `packed_activations` the next layer saves y as its codes.
 
-    Raises TypeError or ValueError, which name the argument, what was got and what was wanted; ValueError for
-    inplace=True where x would be kept. Nothing is computed or changed then.
+    Raises TypeError or ValueError with the argument's name, what was got and what was wanted; ValueError for
+    inplace=True if x would be saved. Nothing is computed or changed in that case.
 
     Sources: Yin et al. 2019, arXiv 1903.05662, and Long, Yin, Xin 2021, arXiv 2011.11256 (coarse gradients); Yin et
     al. 2018, arXiv 1808.05240 ("exact", "three_valued"); Choi et al. 2018, arXiv 1805.06085 ("two_valued"); Esser et
@@ -184,9 +190,9 @@ def qrelu(
             qrelu, (x, alpha), x, alpha, bits, ste=ste, rounding=rounding, alpha_grad=alpha_grad,
             alpha_scale=alpha_scale, channel_dim=channel_dim, inplace=inplace,
         )  # fmt: skip
-    alpha, config = _checked(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
+    alpha, options = _checked(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
     if ste not in BUILT_IN:
-        plain, in_place = _qrelu_own, _qrelu_own_
+        plain, in_place = _qrelu_custom, _qrelu_custom_
     elif _ops.native is None or torch.compiler.is_compiling():
         plain, in_place = _qrelu, _qrelu_
     else:
@@ -195,10 +201,10 @@ def qrelu(
     packing = active_packing()
     try:
         if type(x) is not Tensor and is_dtensor(x):
-            return _sharded_qrelu(x, alpha, *config, inplace)
+            return _sharded_qrelu(x, alpha, *options, inplace)
         if packing is not None and not x.is_nested:
-            return packing.qrelu(x, alpha, *config, inplace)
-        return op(x, alpha, *config)
+            return packing.qrelu(x, alpha, *options, inplace)
+        return op(x, alpha, *options)
     except Exception:
         if wrong := _wrong_argument(x, alpha, bits, rounding, channel_dim):
             raise wrong from None
@@ -206,7 +212,7 @@ def qrelu(
 
 
 def _dim_of_values(x: Tensor, channel_dim: int | None) -> int | None:
-    """The dimension of a nested tensor as one of its values, counted from the end."""
+    """A dimension of a nested tensor as a dimension of its values, counted from the end."""
     if type(channel_dim) is not int:
         return channel_dim
     if x.layout is not torch.jagged:
@@ -214,7 +220,7 @@ def _dim_of_values(x: Tensor, channel_dim: int | None) -> int | None:
     same_size = [dim for dim in range(1, x.dim()) if isinstance(x.size(dim), int)]
     if not -x.dim() <= channel_dim < x.dim() or channel_dim % x.dim() not in same_size:
         raise ValueError(
-            f"channel_dim must be a dimension of one size in all of a nested x, one of {same_size}, got {channel_dim}"
+            f"channel_dim must be a dimension of a nested x with a uniform size, one of {same_size}, got {channel_dim}"
         )
     return channel_dim % x.dim() - x.dim()
 
@@ -234,7 +240,7 @@ def _nested_qrelu_(x, *args):
 
 def _sharded_qrelu(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim, inplace):
     if inplace:
-        check_inplace(ste, rounding, alpha_grad if alpha.requires_grad else None, x.requires_grad)
+        check_inplace(ste, rounding, alpha_grad, x.requires_grad, alpha.requires_grad)
         if any(placement.is_partial() for placement in x.placements):
             raise NotImplementedError(
                 f"qrelu with inplace=True takes no DTensor of partial sums, got {x.placements}; use inplace=False"
@@ -247,17 +253,17 @@ def _sharded_qrelu(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, chann
     return x.copy_(y) if inplace else y
 
 
-def _as_it_is(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
-    """qrelu of an x whose output is not kept as codes."""
+def _plain_qrelu(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
+    """qrelu without a fused layer."""
     return qrelu(
         x, alpha, bits, ste=ste, rounding=rounding, alpha_grad=alpha_grad, alpha_scale=alpha_scale,
         channel_dim=channel_dim,
     )  # fmt: skip
 
 
-for _op in (_qrelu, _qrelu_own):
+for _op in (_qrelu, _qrelu_custom):
     _ops._library.impl(_op, _nested_qrelu, "CompositeImplicitAutogradNestedTensor")
-for _op in (_qrelu_, _qrelu_own_):
+for _op in (_qrelu_, _qrelu_custom_):
     _ops._library.impl(_op, _nested_qrelu_, "CompositeImplicitAutogradNestedTensor")
 
 
@@ -269,35 +275,34 @@ def qrelu_linear(
     bias: Tensor | None = None,
     bits: int = 4,
     *,
-    ste: str = "clipped_relu",
-    rounding: str = "ceil",
-    alpha_grad: str = "three_valued",
-    alpha_scale: float | str = 1.0,
+    ste: SteName = "clipped_relu",
+    rounding: RoundingName = "ceil",
+    alpha_grad: AlphaGradName = "three_valued",
+    alpha_scale: AlphaScale = 1.0,
     channel_dim: int | None = None,
 ) -> Tensor:
-    """A Linear on the output of a qrelu, out = qrelu(x) @ weight.T + bias, that keeps that output as its codes.
+    """qrelu and a Linear, out = qrelu(x) @ weight.T + bias, with the activation saved as its codes.
 
-    x: [..., in_features], of at least one dimension.
-    weight, bias: those of `torch.nn.functional.linear`, [out_features, in_features] and [out_features], in x's dtype,
-        or of any that autocast converts.
-    The other arguments, their ranges and the papers are those of `qrelu`.
+    x: [..., in_features], with at least one dimension.
+    weight, bias: as in `torch.nn.functional.linear`, [out_features, in_features] and [out_features], in x's dtype or a
+        dtype that autocast converts.
+    The other arguments and the papers are those of `qrelu`.
 
-    Returns out, [..., out_features]. It and all gradients are the same to the bit as from `qrelu` and then
-    `torch.nn.functional.linear` (for x of one dimension, but for rounding).
+    Returns out, [..., out_features]. The output and all gradients are bit for bit those of `qrelu` followed by
+    `torch.nn.functional.linear` (up to rounding for x of one dimension).
 
-    Kept for the backward: where the weight requires grad, the packed codes, and of what `qrelu` keeps that which the
-    codes do not say (for relu under "ceil" and "hwgq" nothing); else what `qrelu` keeps. The same under torch.compile,
-    where `packed_activations` does nothing. Of a nested x and of a DTensor y is kept. There is no second derivative;
-    but under a transform of torch.func it is `qrelu` and the layer, one after the other, with what these keep, and
-    their derivatives.
+    Saved for backward: if the weight requires grad, the packed codes, plus what `qrelu` saves unless the codes imply it
+    (they do for relu under "ceil" and "hwgq"); otherwise what `qrelu` saves. This also holds under torch.compile, where
+    `packed_activations` has no effect. For a nested x or a DTensor, y is saved. There is no second derivative. Under a
+    transform of torch.func the call is `qrelu` followed by the layer, with what these save and their derivatives.
 
     Raises TypeError or ValueError for an argument of `qrelu`, and what F.linear raises.
     """
-    alpha, config = _checked(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
+    alpha, options = _checked(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
     try:
         if x.is_nested or is_dtensor(x):
-            return F.linear(_as_it_is(x, alpha, *config), weight, bias)
-        return qrelu_and_layer(x, alpha, weight, bias, config)
+            return F.linear(_plain_qrelu(x, alpha, *options), weight, bias)
+        return qrelu_and_layer(x, alpha, weight, bias, options)
     except Exception:
         if wrong := _wrong_argument(x, alpha, bits, rounding, channel_dim):
             raise wrong from None
@@ -316,34 +321,34 @@ def qrelu_conv2d(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
-    ste: str = "clipped_relu",
-    rounding: str = "ceil",
-    alpha_grad: str = "three_valued",
-    alpha_scale: float | str = 1.0,
+    ste: SteName = "clipped_relu",
+    rounding: RoundingName = "ceil",
+    alpha_grad: AlphaGradName = "three_valued",
+    alpha_scale: AlphaScale = 1.0,
     channel_dim: int | None = None,
 ) -> Tensor:
-    """A Conv2d on the output of a qrelu, out = conv2d(qrelu(x), weight, bias), that keeps that output as its codes.
+    """qrelu and a Conv2d, out = conv2d(qrelu(x), weight, bias), with the activation saved as its codes.
 
     x: [N, C, H, W], contiguous or channels-last.
-    weight, bias, stride, padding, dilation, groups: those of `torch.nn.functional.conv2d`; padding as numbers.
-    The other arguments, what is kept, and the equality of all gradients are those of `qrelu_linear`.
+    weight, bias, stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`, with numeric padding.
+    The other arguments, what is saved for backward, and the guarantees are those of `qrelu_linear`.
 
-    Raises TypeError or ValueError for an argument of `qrelu`, ValueError for x that is not 4-d or a padding in words,
-    and what F.conv2d raises.
+    Raises TypeError or ValueError for an argument of `qrelu`, ValueError for an x that is not 4-d or a padding given as
+    a string, and what F.conv2d raises.
     """
-    alpha, config = _checked(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
+    alpha, options = _checked(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
     if x.dim() != 4:
         raise ValueError(f"x must be [N, C, H, W], got shape {list(x.shape)}")
-    pairs = {"stride": stride, "padding": padding, "dilation": dilation}
+    pairs: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
     for name, value in pairs.items():
         pairs[name] = (value, value) if isinstance(value, int) else value
         if isinstance(value, str) or len(pairs[name]) != 2:
             raise ValueError(f"{name} must be an int or two of them, got {value!r}")
     try:
-        settings = (*map(tuple, pairs.values()), groups)
+        conv: tuple[Any, ...] = (*map(tuple, pairs.values()), groups)
         if is_dtensor(x):
-            return F.conv2d(_as_it_is(x, alpha, *config), weight, bias, *settings)
-        return qrelu_and_layer(x, alpha, weight, bias, config, settings)
+            return F.conv2d(_plain_qrelu(x, alpha, *options), weight, bias, *conv)
+        return qrelu_and_layer(x, alpha, weight, bias, options, conv)
     except Exception:
         if wrong := _wrong_argument(x, alpha, bits, rounding, channel_dim):
             raise wrong from None
@@ -352,19 +357,19 @@ def qrelu_conv2d(
 
 @_overridable
 def qrelu_codes(
-    x: Tensor, alpha: Tensor | float, bits: int = 4, *, rounding: str = "ceil", channel_dim: int | None = None
+    x: Tensor, alpha: Tensor | float, bits: int = 4, *, rounding: RoundingName = "ceil", channel_dim: int | None = None
 ) -> Tensor:
-    """The codes of `qrelu(x, alpha, bits)`, packed: c = #{k in 1..q : x > T[k]}; q for NaN.
+    """The packed codes of `qrelu(x, alpha, bits)`: c = #{k in 1..q : x > T[k]}, and q for NaN.
 
-    Arguments, their ranges and errors are those of `qrelu`.
+    Arguments and errors are those of `qrelu`.
 
-    Returns a 1-d uint8 tensor of ceil(n * w / 8) bytes for n elements, w = 1, 2, 4, 4, 8, 8, 8, 8 for bits = 1..8.
-    Element i sits in byte i*w // 8 at shift (i*w) % 8; elements are in the memory order of qrelu's output
-    (channels-last where x is), and the last byte is padded with zeros. There is no gradient. `dequantize` is the way
-    back.
+    Returns a 1-d uint8 tensor of ceil(n * w / 8) bytes for n elements, with w = 1, 2, 4, 4, 8, 8, 8, 8 for bits = 1..8.
+    Element i is in byte i*w // 8 at shift (i*w) % 8. Elements are in the memory order of qrelu's output (channels-last
+    if x is), and the last byte is zero-padded. There is no gradient. `dequantize` is the inverse.
     """
-    alpha, channel_dim = check_arguments(x, alpha, bits, rounding, channel_dim)
-    return _qrelu_codes(x, alpha, bits, rounding, channel_dim)
+    check_option("rounding", rounding, ROUNDINGS)
+    alpha, channel_dim = check_arguments(x, alpha, bits, channel_dim)
+    return _qrelu_codes(x, alpha, bits, ROUNDINGS.index(rounding), channel_dim)
 
 
 @_overridable
@@ -378,15 +383,17 @@ def dequantize(
     channel_dim: int | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """The output of `qrelu` from its packed codes, bit for bit: y = L[c] = round_to_dtype(c * alpha).
+    """Rebuild the output of `qrelu` from its packed codes, bit for bit: y = L[c] = round_to_dtype(c * alpha).
 
-    codes: what `qrelu_codes` returned, 1-d uint8.
-    alpha, bits, channel_dim: as they were there (the rounding does not matter here). There is no gradient.
-    shape, dtype: those of x there.
-    memory_format: that of qrelu's output there: torch.contiguous_format, channels_last or channels_last_3d.
+    codes: the result of `qrelu_codes`, 1-d uint8.
+    alpha, bits, channel_dim: as passed to `qrelu_codes`. The rounding does not matter.
+    shape, dtype: those of x.
+    memory_format: that of qrelu's output: torch.contiguous_format, channels_last or channels_last_3d.
 
-    Returns a tensor of that shape, dtype and format. A NaN of x comes back as L[q], as its code is q.
-    Raises TypeError or ValueError, which name the argument, what was got and what was wanted.
+    Returns a tensor with this shape, dtype and format. A NaN in x comes back as L[q], as its code is q. There is no
+    gradient.
+
+    Raises TypeError or ValueError with the argument's name, what was got and what was wanted.
     """
     if not isinstance(codes, Tensor):
         raise TypeError(f"codes must be a Tensor, got {type(codes).__name__}")
@@ -400,7 +407,7 @@ def dequantize(
     if not isinstance(shape, Sequence) or not all(isinstance(n, (int, torch.SymInt)) and n >= 0 for n in shape):
         raise ValueError(f"shape must be a sequence of ints >= 0, got {shape!r}")
     count, width = math.prod(shape), CODE_WIDTH[bits]
-    size = (count * width + 7) // 8
+    size = packed_bytes(count, width)
     if codes.numel() != size:
         raise ValueError(f"codes must have {size} bytes for {count} elements of {width} bits, got {codes.numel()}")
     dims = {torch.contiguous_format: len(shape), torch.channels_last: 4, torch.channels_last_3d: 5}

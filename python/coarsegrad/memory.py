@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from ._text import format_table
 from ._torch_internals import components, saved_tensor_hooks, storage_id, tree_leaves, tree_map
 from .packing import packed_activations, packing_of
-from .ste import format_table
 
 _OUTSIDE = "(outside of modules)"
 

@@ -1,4 +1,5 @@
-"""The modules: `QReLU`, nn.ReLU with low-bit outputs; and `QReLULinear` and `QReLUConv2d`, it and the next layer."""
+"""The modules: `QReLU`, an nn.ReLU with low-bit outputs, and `QReLULinear` and `QReLUConv2d`, which fuse it with the
+next layer."""
 
 from __future__ import annotations
 
@@ -8,29 +9,44 @@ import gc
 import json
 import math
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
 
+from ._checks import check_alpha_scale, check_bits, check_number, check_option, checked_values
 from ._fused import register_flop_formulas
 from ._torch_internals import suggest_memory_format
-from .functional import check_alpha_scale, qrelu, qrelu_conv2d, qrelu_linear
+from ._types import (
+    ALPHA_GRADS,
+    ROUNDINGS,
+    AlphaGrad,
+    AlphaGradName,
+    AlphaScale,
+    Rounding,
+    RoundingName,
+    SteName,
+    wide_dtype,
+)
+from .functional import qrelu, qrelu_conv2d, qrelu_linear
 from .packing import packed_activations, square
-from .reference import check_bits, check_number, check_word, checked_values, wide_dtype
-from .ste import ALPHA_GRADS, ROUNDINGS, check_inplace, get_ste, kept
+from .ste import check_inplace, get_ste, saved
 
 
 @functools.cache
-def half_gaussian_alpha(bits: int, rounding: str = "ceil") -> float:
-    """The alpha of least mean squared error E[(x - Q(x))**2] for x = max(z, 0), z a unit Gaussian, to 6 decimals.
+def half_gaussian_alpha(bits: int, rounding: RoundingName = "ceil") -> float:
+    """The alpha that minimises the mean squared error E[(x - Q(x))**2] for x = max(z, 0), z a unit Gaussian.
 
-    That is what a BatchNorm without affine hands to the activation. It is found by minimising in the one unknown,
-    alpha; the error is a sum of closed forms, one for each stair. bits: 1..8. rounding: "ceil", "nearest" or "hwgq".
+    This is the input distribution after a BatchNorm without affine. The error is a sum of closed forms, one per stair,
+    and is minimised numerically over alpha. The result is rounded to 6 decimals.
+
+    bits: 1..8.
+    rounding: "ceil", "nearest" or "hwgq".
     """
     check_bits(bits)
-    check_word("rounding", rounding, ROUNDINGS)
+    check_option("rounding", rounding, ROUNDINGS)
     q = 2**bits - 1
 
     def error(alpha: float) -> float:
@@ -38,7 +54,7 @@ def half_gaussian_alpha(bits: int, rounding: str = "ceil") -> float:
         if rounding == "hwgq":
             edges[0] = 0.0
         total = 0.0
-        # A stair from `low` to `high` at height y: the integral of (x - y)**2 phi, from those of phi, x phi, x**2 phi.
+        # A stair from `low` to `high` at height y: the integral of (x - y)**2 phi from those of phi, x phi, x**2 phi.
         for k, (low, high) in enumerate(zip([0.0, *edges], [*edges, 40.0])):
             y = k * alpha
             density = [math.exp(-t * t / 2) / math.sqrt(2 * math.pi) for t in (low, high)]
@@ -48,7 +64,7 @@ def half_gaussian_alpha(bits: int, rounding: str = "ceil") -> float:
             total += second - 2 * y * first + y * y * mass
         return total
 
-    # Golden section. The error has one minimum; the top level there is between 0.7 and 5 standard deviations.
+    # Golden-section search. The error has one minimum, with the top level between 0.7 and 5 standard deviations.
     low, high, ratio = 0.5 / q, 6.0 / q, (math.sqrt(5) - 1) / 2
     while high - low > 1e-9:
         left, right = high - ratio * (high - low), low + ratio * (high - low)
@@ -56,7 +72,7 @@ def half_gaussian_alpha(bits: int, rounding: str = "ceil") -> float:
     return round((low + high) / 2, 6)
 
 
-# What makes an alpha another one. Said in the state_dict in so many bytes: distributed checkpoints want one size.
+# What alpha's value depends on. Stored in the state_dict in a fixed number of bytes, as distributed checkpoints need.
 _MEANING = ("bits", "rounding", "squared")
 _STATE_BYTES = 256
 
@@ -64,49 +80,51 @@ _STATE_BYTES = 256
 class QReLU(torch.nn.Module):
     """nn.ReLU with 2**bits output levels: y = alpha * clamp(ceil(x / alpha), 0, q), q = 2**bits - 1.
 
-    Forward, gradients, what is kept for the backward, and the papers are those of `coarsegrad.qrelu`.
+    Forward, gradients, what is saved for backward, and the papers are those of `coarsegrad.qrelu`.
 
     bits: 1..8.
     ste: the coarse gradient, a name in `coarsegrad.stes()`.
     rounding: "ceil", "nearest" or "hwgq".
-    alpha: the height of a stair, finite and > 0: a number, or a tensor of shape [1], or [num_channels] where that is
-        given. None (default): the one of least mean squared error for a unit Gaussian input, as BatchNorm without
-        affine makes it (`half_gaussian_alpha`).
-    learn_alpha: alpha is a Parameter; else it is a buffer. Both are of shape [1] or [num_channels] and float32, also
-        after `.half()`, `.bfloat16()` and the like; float64 where the tensor given is, and after `.double()`.
+    alpha: the height of a stair, finite and > 0: a number, or a tensor of shape [1], or [num_channels] if that is
+        given. None (default): the alpha with the least mean squared error for a unit Gaussian input, such as the output
+        of a BatchNorm without affine (`half_gaussian_alpha`).
+    learn_alpha: make alpha a Parameter instead of a buffer. Its shape is [1] or [num_channels]. It is float32, even
+        after `.half()`, `.bfloat16()` and the like; float64 if the given tensor is, and after `.double()`.
     alpha_grad: "exact", "three_valued", "two_valued" or "chain": the gradient of a learned alpha.
-    alpha_scale: a factor of that gradient: a number, or "lsq", 1 / sqrt(n * q), n the elements of x per sample.
-    num_channels: None: one alpha; else one for each channel.
-    channel_dim: the dimension of the channels, where num_channels is given; negative counts from the end.
-    inplace: write y into x, as nn.ReLU(inplace=True) does.
-    dropout: in 0..1 without 1: the probability p of an nn.Dropout after the activation, in training. It is done before
-        it, on x / (1 - p) with the levels of alpha / (1 - p) (where the output is squared, with the root of 1 - p): the
-        same network, but for the rounding of the quotient. A dropped element is code 0 and has no gradient by that
-        alone, so that no mask of dropout is kept, and the output has levels, which the next layer can keep as codes.
-    squared: the output is y * y, as in models with relu(x)**2; its gradient is dy * 2 y * g'(u).
+    alpha_scale: a factor of that gradient: a number, or "lsq", 1 / sqrt(n * q) for n elements of x per sample.
+    num_channels: the number of per-channel alphas. None: a single alpha.
+    channel_dim: the dimension of the channels, if num_channels is given. Negative values count from the end.
+    inplace: write y into x, like nn.ReLU(inplace=True).
+    dropout: in [0, 1): the probability p of an nn.Dropout after the activation, in training. It is applied before the
+        activation, to x / (1 - p) with the levels of alpha / (1 - p) (if the output is squared, with the root of
+        1 - p). This is the same network up to the rounding of the quotient. A dropped element has code 0 and hence no
+        gradient, so that no dropout mask is saved, and the next layer can save the output as codes.
+    squared: the output is y * y, as in models with relu(x)**2. Its gradient is dy * 2 y * g'(u).
 
-    Kept for the backward with the defaults: 1 bit an element. Squared, y too (its codes, in `packed_activations`).
+    Saved for backward with the defaults: 1 bit per element. If squared, also y (as codes in `packed_activations`).
 
-    The state_dict has alpha, and beside it as `_extra_state` what it is for: bits, rounding, ste, squared, channel_dim.
-    `load_state_dict` refuses the alpha of a QReLU that differs in one of the first four, and one that is not finite and
-    > 0; it takes over the shape and channel_dim. Without `_extra_state` the alpha must be of this one's shape.
+    The state_dict contains alpha and, as `_extra_state`, what alpha belongs to: bits, rounding, ste, squared,
+    channel_dim. `load_state_dict` rejects an alpha with other bits, rounding or squared, and one that is not finite
+    and > 0. It warns if ste differs, and adopts the shape and channel_dim. Without `_extra_state` the shape must match.
 
-    Raises TypeError or ValueError here for whatever of these is wrong: inplace=True with an STE or rule whose backward
-    keeps x itself, and dropout with an STE whose g'(0) is not 0 ("identity"), included.
+    Raises TypeError or ValueError for an illegal argument, including inplace=True with an STE or alpha_grad that saves
+    x itself, and dropout with an STE whose g'(0) != 0 ("identity").
     """
 
-    limit = math.inf  # the highest value of the float activation that this stands for; `calibrate` asks
+    alpha: Tensor
+    parametrizations: Any
+    limit = math.inf  # the upper bound of the replaced float activation, for `calibrate`
 
     def __init__(
         self,
         bits: int = 4,
         *,
-        ste: str = "clipped_relu",
-        rounding: str = "ceil",
+        ste: SteName = "clipped_relu",
+        rounding: RoundingName = "ceil",
         alpha: float | Tensor | None = None,
         learn_alpha: bool = False,
-        alpha_grad: str = "three_valued",
-        alpha_scale: float | str = 1.0,
+        alpha_grad: AlphaGradName = "three_valued",
+        alpha_scale: AlphaScale = 1.0,
         num_channels: int | None = None,
         channel_dim: int = 1,
         inplace: bool = False,
@@ -115,8 +133,8 @@ class QReLU(torch.nn.Module):
     ) -> None:
         super().__init__()
         check_bits(bits)
-        check_word("rounding", rounding, ROUNDINGS)
-        check_word("alpha_grad", alpha_grad, ALPHA_GRADS)
+        check_option("rounding", rounding, ROUNDINGS)
+        check_option("alpha_grad", alpha_grad, ALPHA_GRADS)
         check_alpha_scale(alpha_scale)
         if num_channels is not None and (type(num_channels) is not int or num_channels < 1):
             raise ValueError(f"num_channels must be None or an int >= 1, got {num_channels!r}")
@@ -124,9 +142,9 @@ class QReLU(torch.nn.Module):
             raise TypeError(f"channel_dim must be an int, got {channel_dim!r}")
         get_ste(ste)
         if inplace:
-            check_inplace(ste, rounding, alpha_grad if learn_alpha else None)
+            check_inplace(ste, rounding, alpha_grad, need_grad_alpha=learn_alpha)
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be a number in 0..1 and below 1, got {dropout!r}")
+            raise ValueError(f"dropout must be a number in [0, 1), got {dropout!r}")
         if dropout and get_ste(ste).passes_zero:
             raise ValueError(f"dropout needs an STE without a gradient at 0, got ste={ste!r}")
         self.bits = bits
@@ -147,20 +165,20 @@ class QReLU(torch.nn.Module):
             self.register_buffer("alpha", made)
 
     def reset_parameters(self) -> None:
-        """alpha as it was given; one number for all channels where it was a number. For deferred initialisation."""
+        """Reset alpha to its initial value, for deferred initialisation."""
         alpha, channel_dim = self._initial
         if not isinstance(alpha, Tensor):
             alpha, channel_dim = torch.full_like(self.alpha, alpha), self.channel_dim
         self._set_alpha(alpha, channel_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        alpha = self._buffers.get("alpha")  # Module's own search for a buffer costs a tenth of a small tensor's forward
+        alpha = self._buffers.get("alpha")  # nn.Module's lookup takes a tenth of a small tensor's forward
         if alpha is None:
             alpha = self.alpha
         if self.training and self.dropout:
             y = self._with_dropout(x, alpha)
         else:
-            # Word for word what `settings` says, as a dict costs a tenth of a small tensor's forward.
+            # The same as `settings`, whose dict would take a tenth of a small tensor's forward.
             y = qrelu(
                 x, alpha, self.bits, ste=self.ste, rounding=self.rounding, alpha_grad=self.alpha_grad,
                 alpha_scale=self.alpha_scale, channel_dim=self.channel_dim, inplace=self.inplace,
@@ -168,23 +186,23 @@ class QReLU(torch.nn.Module):
         return square(y) if self.squared else y
 
     def _with_dropout(self, x: Tensor, alpha: Tensor) -> Tensor:
-        # What dropout made is nobody else's: it may be written over, but where the backward keeps it.
-        alpha_grad = None if "alpha" in self._buffers else self.alpha_grad
-        inplace = not kept(self.ste, self.rounding, alpha_grad)[2]
+        # The output of dropout has no other user: overwrite it unless the backward saves it.
+        options = get_ste(self.ste), Rounding[self.rounding], AlphaGrad[self.alpha_grad]
+        inplace = not saved(*options, need_grad_x=True, need_grad_alpha="alpha" not in self._buffers).x
         return _dropped_qrelu(x, alpha, *self._dropout(), self.bits, **self.settings(), inplace=inplace)
 
     def before(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(x, alpha), or in training with dropout (x with elements dropped, alpha to go with them)."""
+        """(x, alpha), or in training with dropout (x with elements dropped, the matching alpha)."""
         if not self.training or not self.dropout:
             return x, self.alpha
         return _dropped(x, self.alpha, *self._dropout())
 
     def _dropout(self) -> tuple[float, float]:
-        """(p, what x and alpha are divided by)"""
+        """(p, the divisor of x and alpha)"""
         return self.dropout, (1 - self.dropout) ** (0.5 if self.squared else 1.0)
 
-    def settings(self) -> dict[str, str | float | int | None]:
-        """The keywords of `coarsegrad.qrelu` that say what is computed."""
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments for `coarsegrad.qrelu`, except inplace."""
         return {
             "ste": self.ste,
             "rounding": self.rounding,
@@ -195,10 +213,10 @@ class QReLU(torch.nn.Module):
 
     @torch.no_grad()
     def _set_alpha(self, alpha: Tensor, channel_dim: int | None) -> None:
-        """Gives alpha these values, of shape [1], or [C] along channel_dim, in the dtype and on the device that it has.
+        """Set alpha to values of shape [1], or [C] along channel_dim. Its dtype and device stay.
 
-        A Parameter stays the same object, also where the shape changes: a ValueError if an optimizer has state for it.
-        A parametrized alpha is set through its right_inverse, so that `self.alpha` is then what was given.
+        A Parameter stays the same object even if its shape changes; then a ValueError if an optimizer has state for it.
+        A parametrized alpha is set through its right_inverse, so that `self.alpha` takes the given values.
         """
         if alpha.shape != self.alpha.shape:
             _reshape(self._stored_alpha(), alpha)
@@ -209,25 +227,25 @@ class QReLU(torch.nn.Module):
         self.channel_dim = channel_dim
 
     def _stored_alpha(self) -> Tensor:
-        """alpha, or what a parametrization computes it from."""
+        """alpha, or the tensor from which a parametrization computes it."""
         return self.parametrizations.alpha.original if is_parametrized(self, "alpha") else self.alpha
 
     def _apply(self, fn, recurse=True):
-        """As nn.Module's, but alpha stays 32 bits wide: 8 bits of mantissa move every level, and no small step moves
-        an alpha of so few; in float16 a small one is 0."""
+        """Like nn.Module's, but alpha stays at least float32: in bfloat16 every level would move and small updates be
+        lost, and in float16 a small alpha would be 0."""
         return super()._apply(lambda t: _wide(fn(t), t), recurse)
 
     def get_extra_state(self) -> Tensor:
-        """What alpha is for, as JSON in a uint8 tensor, which every file format and collective takes."""
+        """What alpha belongs to, as JSON in a uint8 tensor, which every file format and collective supports."""
         said = {name: getattr(self, name) for name in (*_MEANING, "ste", "channel_dim")}
         return torch.tensor(list(json.dumps(said).encode().ljust(_STATE_BYTES)), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Raises ValueError where `state` is that of a QReLU whose alpha means something else. Sets nothing."""
+        """Raise a ValueError if `state` is of a QReLU whose alpha has another meaning. Sets nothing."""
         self._checked(state)
 
-    def _checked(self, state: Tensor) -> dict[str, str | int | None]:
-        """What an extra state says, if it can be read."""
+    def _checked(self, state: Tensor) -> dict[str, Any]:
+        """The contents of an extra state; empty if it cannot be read here."""
         if not _readable(state):
             return {}
         try:
@@ -247,9 +265,9 @@ class QReLU(torch.nn.Module):
         key = prefix + ("parametrizations.alpha.original" if parametrized else "alpha")
         try:
             said = self._checked(state[extra]) if extra in state else {}
-            if (ste := said.get("ste", self.ste)) != self.ste:  # another way to train the same network
+            if (ste := said.get("ste", self.ste)) != self.ste:  # the network computes the same
                 trained = f"{prefix}alpha was trained with ste={ste!r}"
-                warnings.warn(f"{trained}, and is loaded for {self.ste!r}", stacklevel=2)
+                warnings.warn(f"{trained} but is loaded for {self.ste!r}", stacklevel=2)
             if isinstance(state.get(key), Tensor):
                 alpha = state[key].detach()
                 local = alpha.to_local() if hasattr(alpha, "to_local") else alpha
@@ -263,11 +281,11 @@ class QReLU(torch.nn.Module):
             errors.append(f"{prefix}alpha: {error}")
             return
         super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
-        if extra in missing:  # in files from before it was saved
+        if extra in missing:  # files from older versions lack it
             missing.remove(extra)
 
     def _take_shape(self, alpha: Tensor, channel_dim: int | None) -> None:
-        """Makes room for an alpha that is loaded, unless it has no shape that goes with channel_dim."""
+        """Adopt the shape of an alpha to load, if it is valid with channel_dim."""
         if alpha.dim() != 1 or (channel_dim is None and alpha.numel() != 1):
             return
         if alpha.shape != self._stored_alpha().shape:
@@ -294,10 +312,9 @@ class QReLU(torch.nn.Module):
 
 
 def _dropped(x: Tensor, alpha: Tensor, p: float, divisor: float) -> tuple[Tensor, Tensor]:
-    """(x / divisor with each element 0 with probability p, alpha / divisor), by the random numbers of nn.Dropout.
+    """(x / divisor with each element set to 0 with probability p, alpha / divisor), with nn.Dropout's random numbers.
 
-    The gradient of an element is that of one that was not dropped, as it is set to 0 behind autograd's back, and
-    nothing is kept: what comes after it has no gradient where an element is 0.
+    Elements are set to 0 without autograd, so that no mask is saved: the activation that follows has no gradient at 0.
     """
     y = x / divisor
     ones = torch.ones_like(x, memory_format=suggest_memory_format(x))  # in the layout of the activation's output
@@ -305,29 +322,27 @@ def _dropped(x: Tensor, alpha: Tensor, p: float, divisor: float) -> tuple[Tensor
     return y, alpha / divisor
 
 
-def _dropped_qrelu(
-    x: Tensor, alpha: Tensor, p: float, divisor: float, bits: int, **settings: str | float | int | None
-) -> Tensor:
+def _dropped_qrelu(x: Tensor, alpha: Tensor, p: float, divisor: float, bits: int, **settings: Any) -> Tensor:
     return qrelu(*_dropped(x, alpha, p, divisor), bits, **settings)
 
 
-# So that a graph has alpha itself, not what it was divided by a constant at the time.
+# Otherwise torch.fx would bake the value of alpha / divisor into the graph.
 torch.fx.wrap("_dropped")
 torch.fx.wrap("_dropped_qrelu")
 
 
 def _readable(t: Tensor) -> bool:
-    """Whether t has values, all of them here: it is not on meta, fake, or a shard."""
+    """Whether all values of t can be read here: it is not meta, fake or a shard."""
     return type(t) in (Tensor, torch.nn.Parameter) and t.device.type != "meta"
 
 
 def _wide(new: Tensor, old: Tensor) -> Tensor:
-    """new, or where that has less than 32 bits, old in float32 on new's device."""
+    """new, or old in float32 on new's device if new has fewer than 32 bits."""
     return old.to(new.device, torch.float32) if new.is_floating_point() and new.element_size() < 4 else new
 
 
 def _reshape(t: Tensor, alpha: Tensor) -> None:
-    """Gives t the values and the shape of alpha; a ValueError where somebody would be left with the old shape."""
+    """Give t the values and shape of alpha; a ValueError if an optimizer or shard would keep the old shape."""
     change = f"alpha cannot change its shape from {list(t.shape)} to {list(alpha.shape)}"
     if type(t) not in (Tensor, torch.nn.Parameter):
         raise ValueError(f"{change} as a {type(t).__name__}; do it before sharding")
@@ -352,10 +367,12 @@ def _initial_alpha(alpha: float | Tensor, size: int) -> Tensor:
     return alpha.detach().to(wide_dtype(alpha.dtype), copy=True)
 
 
-class _QReLUAndLayer(torch.nn.Module):
-    """Shared by the two below. `layer` may be anything in the place of a `_fusable`; only that itself is fused."""
+class _ActivationAndLayer(torch.nn.Module):
+    """Base of the fused modules. `layer` may be any replacement of a `_fusable`; only exact instances are fused."""
 
     _fusable: type[torch.nn.Module]
+    activation: QReLU
+    layer: Any
 
     def __init__(self, activation: QReLU, layer: torch.nn.Module) -> None:
         super().__init__()
@@ -373,8 +390,11 @@ class _QReLUAndLayer(torch.nn.Module):
         with packed_activations():
             return self.layer(self.activation(x))
 
+    def _fused(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def _fuses(self) -> bool:
-        """Whether nothing would be skipped: no square, no forward of a subclass, wrapper or instance, nobody's hook."""
+        """Whether fusing skips nothing: no square, no overridden forward, no hooks."""
         plain = type(self.activation) is QReLU and type(self.layer) is self._fusable and not self.activation.squared
         if not plain or "forward" in self.activation.__dict__ or "forward" in self.layer.__dict__:
             return False
@@ -385,15 +405,18 @@ class _QReLUAndLayer(torch.nn.Module):
         )
 
 
-class QReLULinear(_QReLUAndLayer):
-    """A QReLU and the Linear after it, layer(activation(x)), as `coarsegrad.qrelu_linear` computes it.
+class QReLULinear(_ActivationAndLayer):
+    """A QReLU and the next Linear, layer(activation(x)), computed by `coarsegrad.qrelu_linear`.
 
-    activation: a `QReLU`; its `inplace` has no effect.
-    layer: an nn.Linear. Both stay modules of their own, with their parameters, and may be replaced: where `layer` is
-        something else (a subclass, an adapter around it, such as LoRA's), or one of the two has hooks, they run one
-        after the other inside of `packed_activations`.
+    activation: a `QReLU`. Its `inplace` has no effect.
+    layer: an nn.Linear.
 
-    Kept for the backward: what `qrelu_linear` keeps. Raises TypeError for anything but a QReLU and a module.
+    Both stay modules with their own parameters and may be replaced. If `layer` is something else, such as a subclass or
+    a LoRA adapter, or one of them has hooks, they run one after the other inside `packed_activations`.
+
+    Saved for backward: what `qrelu_linear` saves.
+
+    Raises TypeError if activation is not a QReLU or layer not a module.
     """
 
     _fusable = torch.nn.Linear
@@ -404,12 +427,13 @@ class QReLULinear(_QReLUAndLayer):
         return qrelu_linear(x, alpha, layer.weight, layer.bias, activation.bits, **activation.settings())
 
 
-class QReLUConv2d(_QReLUAndLayer):
-    """A QReLU and the Conv2d after it, layer(activation(x)), as `coarsegrad.qrelu_conv2d` computes it.
+class QReLUConv2d(_ActivationAndLayer):
+    """A QReLU and the next Conv2d, layer(activation(x)), computed by `coarsegrad.qrelu_conv2d`.
 
-    activation: a `QReLU`; its `inplace` has no effect.
-    layer: an nn.Conv2d; one with padding in words or a padding_mode other than "zeros" is not fused. All else is as
-        for `QReLULinear`.
+    activation: a `QReLU`. Its `inplace` has no effect.
+    layer: an nn.Conv2d. One with padding given as a string or a padding_mode other than "zeros" is not fused.
+
+    Everything else is as for `QReLULinear`.
     """
 
     _fusable = torch.nn.Conv2d

@@ -1,9 +1,9 @@
-"""The coarse gradients (straight-through estimators, STEs): the one Python list of them, and what each has to keep.
+"""The coarse gradients (straight-through estimators, STEs) and what each of them saves for backward.
 
     dx = dy * g'(u),   u = x / alpha,   q = 2**bits - 1
 
-A row states g' in plain torch, straight from the formula. The native list is csrc/math/ste.h; the two are written
-twice on purpose, so that one is the oracle of the other.
+A row of the table states g' in plain torch, straight from the formula. csrc/math/ste.h states it independently for the
+kernels, so that each is the oracle of the other.
 """
 
 from __future__ import annotations
@@ -12,17 +12,41 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from ._text import format_table, one_of
 from ._torch_internals import no_dispatch_modes
+from ._types import (
+    ALPHA_GRADS,
+    BUILT_IN,
+    ROUNDINGS,
+    AlphaGrad,
+    MaskKind,
+    Needs,
+    Rounding,
+    Ste,
+    SteName,
+    parse,
+)
 
-ROUNDINGS = ("ceil", "nearest", "hwgq")
-ALPHA_GRADS = ("exact", "three_valued", "two_valued", "chain")
-
-# What dx has to know of x: nothing, the bit x > 0, the bit 0 < x <= L[q], its code, or x itself.
-NEEDS = ("nothing", "positive", "inside", "codes", "x")
+__all__ = [
+    "ALPHA_GRADS",
+    "BUILT_IN",
+    "ROUNDINGS",
+    "STE",
+    "STECheck",
+    "STETable",
+    "Saved",
+    "check_inplace",
+    "check_ste",
+    "get_ste",
+    "register_ste",
+    "saved",
+    "stes",
+]
 
 _BENGIO = "Bengio et al. 2013, arXiv 1308.3432"
 _CAI = "Cai et al. 2017, arXiv 1702.00953"
@@ -36,21 +60,21 @@ GPrime = Callable[[Tensor, int], Tensor]
 class STE:
     """One straight-through estimator.
 
-    name: the word used everywhere for it.
-    needs: what dx has to know of x, one of NEEDS. Where it is a bit, g' is constant where that bit is the same. Where
-        it is "codes", u is the code c, the level of x in stairs: g'(c) on the whole stair.
+    name: the name of the STE in every argument `ste`.
+    needs: what dx depends on: "nothing", "positive" (the bit x > 0), "inside" (the bit 0 < x <= L[q]), "codes" (u is
+        the code c, so that g' is constant on each stair) or "x".
     gprime: g'(u, q) -> Tensor of u's shape and dtype; u is never NaN.
     in_class: whether it is in the convergence class: g'(u) = 0 for u <= 0, 0 < delta <= g'(u) <= delta~ for u > 0
         (on bounded inputs).
     formula: g' in one line.
-    points: triples (u, q, g'(u)) worked by hand.
-    paper: where it comes from.
-    triton: of a user's own: g' once more, as a @triton.jit function.
-    passes_zero: whether g'(0) is not 0.
+    points: triples (u, q, g'(u)) worked out by hand.
+    paper: the source.
+    triton: g' as a @triton.jit function, for a custom STE.
+    passes_zero: whether g'(0) != 0.
     """
 
     name: str
-    needs: str
+    needs: Needs
     gprime: GPrime
     in_class: bool
     formula: str
@@ -143,7 +167,7 @@ _BUILT_IN = (
         paper=_LONG,
     ),
 )
-# Without a mirror in the kernels' lists: they are given the slope of each code. Derived in docs/step-constant.md.
+# Not compiled in: the kernels are given the slope of each code. Derived in docs/step-constant.md.
 _BY_SLOPES = (
     STE(
         name="reverse_exponential_step",
@@ -155,32 +179,24 @@ _BY_SLOPES = (
         paper=_LONG,
     ),
 )
-BUILT_IN = tuple(ste.name for ste in _BUILT_IN)
 _registry = {ste.name: ste for ste in (*_BUILT_IN, *_BY_SLOPES)}
 
 
-def one_of(argument: str, got: object, known) -> str:
-    """The message for a word that is not one of the known ones."""
-    return f"unknown {argument} {got!r}, must be one of {', '.join(map(repr, known))}"
-
-
-def get_ste(name: str) -> STE:
-    """The row called `name`; a ValueError that lists the known ones if there is none."""
+def get_ste(name: SteName) -> STE:
+    """The STE with this name; a ValueError lists the known names."""
     try:
         return _registry[name]
     except (KeyError, TypeError):
         raise ValueError(one_of("ste", name, _registry)) from None
 
 
-def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Rows of words as a table with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    lines = [header, tuple("-" * width for width in widths), *rows]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
+def ste_of(ste: str | int) -> STE:
+    """The STE that an op is given: a built-in one by its number, any by its name."""
+    return get_ste(ste if isinstance(ste, str) else parse("ste", ste, Ste).name)
 
 
 class STETable(dict):
-    """name -> STE, printed as a table."""
+    """Maps names to `STE`. Prints as a table."""
 
     def __repr__(self) -> str:
         rows = [(s.name, s.formula, "yes" if s.in_class else "no", s.needs, s.paper) for s in self.values()]
@@ -188,18 +204,18 @@ class STETable(dict):
 
 
 def stes() -> STETable:
-    """Every known STE by name, the user's own last. Prints as a table.
+    """All known STEs by name, custom ones last. Prints as a table.
 
-    "in class" is the convergence class of Long et al. 2021 (arXiv 2011.11256), on bounded inputs; see `check_ste`.
+    "in class" means the convergence class of Long et al. 2021 (arXiv 2011.11256) on bounded inputs; see `check_ste`.
     """
     return STETable(_registry)
 
 
 @dataclass(frozen=True)
 class STECheck:
-    """What `check_ste` found; true if the STE is in the convergence class.
+    """The result of `check_ste`. It is true if the STE is in the convergence class.
 
-    delta, delta_max: the smallest and the largest g'(u) seen on 0 < u <= u_max.
+    delta, delta_max: the smallest and largest g'(u) seen on 0 < u <= u_max.
     failures: one sentence for each condition that fails, with the numbers.
     """
 
@@ -224,35 +240,37 @@ class STECheck:
 
 @contextlib.contextmanager
 def real_numbers() -> Iterator[None]:
-    """New tensors are on the CPU and have values, whatever the default device, and in a FakeTensorMode too."""
+    """New tensors are on the CPU and have values, whatever the default device and even in a FakeTensorMode."""
     with no_dispatch_modes(), torch.device("cpu"):
         yield
 
 
 def _sample_positive(q: int, u_max: float) -> Tensor:
-    """u on 0 < u <= u_max, float64: a linear and a geometric grid, and every integer with its two neighbours."""
+    """u on 0 < u <= u_max, float64: a linear and a geometric grid, and every integer with both neighbours."""
     integers = torch.arange(1, min(math.floor(u_max), 2 * q + 2) + 1, dtype=torch.float64)
-    beside = [torch.nextafter(integers, torch.full_like(integers, end)) for end in (-math.inf, math.inf)]
+    neighbours = [torch.nextafter(integers, torch.full_like(integers, end)) for end in (-math.inf, math.inf)]
     linear = torch.linspace(0, u_max, 4097, dtype=torch.float64)
     geometric = torch.logspace(-30, math.log10(u_max), 513, dtype=torch.float64)
-    u = torch.cat([linear, geometric, integers, *beside])
+    u = torch.cat([linear, geometric, integers, *neighbours])
     return u[(u > 0) & (u <= u_max)].unique()
 
 
 @real_numbers()
-def check_ste(ste: str | GPrime, bits: int = 4, u_max: float | None = None) -> STECheck:
-    """Check numerically whether an STE is in the convergence class of coarse gradient descent:
+def check_ste(ste: SteName | GPrime, bits: int = 4, u_max: float | None = None) -> STECheck:
+    """Check numerically whether an STE is in the convergence class of coarse gradient descent.
 
         g'(u) = 0 for u <= 0,   0 < delta <= g'(u) <= delta~ < inf for 0 < u <= u_max
 
-    ste: a known name (see `stes`), or a function g'(u, q) -> Tensor that works elementwise on float64 tensors.
+    ste: a known name (see `stes`), or an elementwise function g'(u, q) -> Tensor of float64 tensors.
     bits: 1..8; q = 2**bits - 1.
-    u_max: the bound on u = x / alpha, finite and > 0. Default 4 * q.
+    u_max: the upper bound of u = x / alpha, finite and > 0. Default: 4 * q.
 
-    Returns a result that is true if every condition holds and prints the ones that fail with their numbers. It looks
-    at some thousand points: it can show that an STE is outside of the class, and is no proof that it is inside.
+    Returns an `STECheck`, which is true if every condition holds and otherwise prints the failures with their numbers.
+    The check samples a few thousand points. It can show that an STE is outside the class, but not prove that it is
+    inside.
 
-    Raises ValueError for an unknown name, bits or u_max out of range; TypeError if ste is neither name nor function.
+    Raises ValueError for an unknown name and for bits or u_max out of range; TypeError if ste is neither a name nor a
+    function.
     Source: Long, Yin, Xin 2021, arXiv 2011.11256.
     """
     if type(bits) is not int or not 1 <= bits <= 8:
@@ -286,8 +304,8 @@ def check_ste(ste: str | GPrime, bits: int = 4, u_max: float | None = None) -> S
     return STECheck(name, bits, u_max, float(g.min()), float(g.max()), tuple(failures))
 
 
-def _check_gprime(name: str, gprime: GPrime, needs: str) -> None:
-    """Refuse a g' that does not work elementwise, or that is not constant where `needs` says that it is."""
+def _check_gprime(name: str, gprime: GPrime, needs: Needs) -> None:
+    """Reject a g' that is not elementwise, or that depends on more than `needs`."""
     for dtype in (torch.float32, torch.float64):
         for shape in ((9,), (3, 3), ()):
             u = torch.linspace(-2, 30, math.prod(shape), dtype=dtype).reshape(shape)
@@ -310,7 +328,7 @@ def _check_gprime(name: str, gprime: GPrime, needs: str) -> None:
             if bool((g[part] != g[part][:1]).any()):
                 i, j = g[part].argmin(), g[part].argmax()
                 raise ValueError(
-                    f"needs={needs!r} is too little for gprime of ste {name!r}, which differs where that is the same: "
+                    f"needs={needs!r} is too little for gprime of ste {name!r}, which takes two values for one bit: "
                     f"g'({u[part][i]:.6g}) = {g[part][i]:.6g}, g'({u[part][j]:.6g}) = {g[part][j]:.6g} at q = {q}"
                 )
 
@@ -320,33 +338,33 @@ def register_ste(
     name: str,
     gprime: GPrime,
     *,
-    needs: str = "x",
+    needs: Needs = "x",
     formula: str = "",
     paper: str = "",
     triton: Callable | None = None,
 ) -> contextlib.ExitStack:
-    """Add an STE of your own: dx = dy * g'(x / alpha). From then on `ste=name` works wherever a name does.
+    """Register a custom STE, dx = dy * g'(x / alpha). `ste=name` then works wherever a name does.
 
     name: an identifier that no other STE has.
-    gprime: function g'(u, q) -> Tensor in plain torch: u = x / alpha, float32 or float64 of any shape, never NaN (the
-        gradient of a NaN passes, for every STE); q = 2**bits - 1. Returns a tensor of u's shape and dtype.
-    needs: what the backward has to keep of x: "x" (default) always works. A g' that is constant by pieces keeps
-        less: "nothing" (constant), "positive" (depends on u > 0 alone, 1 bit an element), "inside" (depends on
-        0 < u <= q alone, 1 bit an element). "codes" makes any g' constant on each stair, g'(c) for the code c = 0..q,
-        and keeps the packed codes; gprime is then called once for each number of bits, dtype and device.
-    formula, paper: text for the table that `stes` prints.
-    triton: the same g' as a @triton.jit function (u, q): u is a float32 or float64 block, q an int known as the kernel
-        is compiled. It is not called for NaN's sake; where needs is a bit it sees u = 0.5 and u = -0.5
-        alone, and where it is "codes" the codes.
-        Nothing compares it with gprime here: `coarsegrad.testing.triton_ulps_apart` does, in Triton's interpreter.
+    gprime: g'(u, q) -> Tensor in plain torch, elementwise. u = x / alpha is float32 or float64, of any shape, and never
+        NaN (the gradient of a NaN passes, for every STE); q = 2**bits - 1. Returns a tensor of u's shape and dtype.
+    needs: what g' depends on, and so what is saved for backward. "x" (default) always works. A piecewise constant g'
+        saves less: "nothing" if it is constant, "positive" if it depends on u > 0 only (1 bit per element), "inside" if
+        it depends on 0 < u <= q only (1 bit per element). "codes" makes any g' constant on each stair, g'(c) for the
+        code c = 0..q, and saves the packed codes. gprime is then called once per number of bits, dtype and device.
+    formula, paper: text for the table of `stes`.
+    triton: g' as a @triton.jit function (u, q), with u a float32 or float64 block and q a compile-time int. It is never
+        called for a NaN. If needs is a bit, u is 0.5 or -0.5; if needs is "codes", u is the code. It is not compared
+        with gprime here; `coarsegrad.testing.triton_ulps_apart` does that in Triton's interpreter.
 
-    The forward is the same kernel as for every other STE. So is the backward where needs is "codes", but for
-    alpha_grad="chain": the kernels look up the slope of each code. Else it is a Triton kernel where there is `triton`
-    and Triton can serve the device (see `backends`), also beside compiled CUDA kernels; or it runs in plain torch.
-    Returns a handle: its `close()` removes the STE again, and so does the end of a `with` block around it.
+    The forward kernel is the same for every STE. So is the backward kernel if needs is "codes", except for
+    alpha_grad="chain": it looks up the slope of each code. Otherwise the backward is a Triton kernel if `triton` is
+    given and Triton can serve the device (see `backends`), even next to compiled CUDA kernels, and plain torch if not.
 
-    Raises ValueError if the name is taken or no identifier, needs is unknown, or g' does not do what needs says;
-    TypeError if gprime is not callable or triton is no @triton.jit function.
+    Returns a handle. Its `close()`, or the end of a `with` block around it, unregisters the STE.
+
+    Raises ValueError if the name is taken or not an identifier, needs is unknown, or g' depends on more than needs;
+    TypeError if gprime is not callable or triton is not a @triton.jit function.
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"name must be an identifier, got {name!r}")
@@ -355,8 +373,8 @@ def register_ste(
         raise ValueError(f"name {name!r} is {kind}; choose another, known are {', '.join(map(repr, _registry))}")
     if not callable(gprime):
         raise TypeError(f"gprime must be a function g'(u, q) -> Tensor, got {type(gprime).__name__}")
-    if needs not in NEEDS:
-        raise ValueError(one_of("needs", needs, NEEDS))
+    if needs not in get_args(Needs):
+        raise ValueError(one_of("needs", needs, get_args(Needs)))
     if triton is not None and len(getattr(triton, "arg_names", ())) != 2:
         raise TypeError(f"triton must be a @triton.jit function (u, q) -> g', got {triton!r}")
     _check_gprime(name, gprime, needs)
@@ -368,29 +386,37 @@ def register_ste(
     return handle
 
 
-def kept(ste: str, rounding: str, alpha_grad: str | None, need_grad_x: bool = True) -> tuple[str, bool, bool]:
-    """What the backward keeps: (mask, codes, x).
+class Saved(NamedTuple):
+    """What is saved for backward: the bits of x of some kind, the packed codes, x itself."""
 
-    alpha_grad: None where alpha is not learned.
-    mask: the kind of bits kept beside y: "nothing", "positive" or "inside" (1 bit an element), "state" (2 bits).
-    codes, x: whether the packed codes, or x itself, are kept.
-    """
-    gate = get_ste(ste).needs if need_grad_x else "nothing"
-    if alpha_grad is None:
-        return {"codes": ("nothing", True, False), "x": ("nothing", False, True)}.get(gate, (gate, False, False))
-    if gate == "x" or alpha_grad == "chain":
-        return "nothing", False, True
-    if alpha_grad != "exact":
-        return "state", gate == "codes", False
-    if gate == "codes":
-        return "nothing", True, False
-    # Under ceil and hwgq T[1] = 0, so that x > 0 is c > 0 and the codes say it.
-    mask = "nothing" if gate == "positive" and rounding != "nearest" else gate
-    return mask, True, False
+    mask: MaskKind
+    codes: bool
+    x: bool
 
 
-def check_inplace(ste: str, rounding: str, alpha_grad: str | None, need_grad_x: bool = True) -> None:
-    """A ValueError where x must not be written over, as the backward keeps it."""
-    if kept(ste, rounding, alpha_grad, need_grad_x)[2]:
-        because = f"alpha_grad={alpha_grad!r}" if alpha_grad == "chain" else f"ste={ste!r}"
-        raise ValueError(f"inplace=True would write over x, which the backward needs for {because}; use inplace=False")
+def codes_give(mask: MaskKind, rounding: Rounding) -> bool:
+    """Whether the codes determine the mask. Under ceil and hwgq T[1] = 0, so that x > 0 is c > 0."""
+    return mask == MaskKind.positive and rounding != Rounding.nearest
+
+
+def saved(ste: STE, rounding: Rounding, alpha_grad: AlphaGrad, need_grad_x: bool, need_grad_alpha: bool) -> Saved:
+    """The least that these gradients can be computed from."""
+    gate = ste.needs if need_grad_x else "nothing"
+    if gate == "x" or (need_grad_alpha and alpha_grad == AlphaGrad.chain):
+        return Saved(MaskKind.nothing, False, True)
+    mask = MaskKind.nothing if gate == "codes" else MaskKind[gate]
+    if not need_grad_alpha:
+        return Saved(mask, gate == "codes", False)
+    if alpha_grad != AlphaGrad.exact:
+        return Saved(MaskKind.state, gate == "codes", False)
+    return Saved(MaskKind.nothing if codes_give(mask, rounding) else mask, True, False)
+
+
+def check_inplace(
+    ste: SteName, rounding: str, alpha_grad: str, need_grad_x: bool = True, need_grad_alpha: bool = True
+) -> None:
+    """A ValueError if x must not be overwritten because it is saved for backward."""
+    rule = parse("alpha_grad", alpha_grad, AlphaGrad)
+    if saved(get_ste(ste), parse("rounding", rounding, Rounding), rule, need_grad_x, need_grad_alpha).x:
+        because = f"alpha_grad={alpha_grad!r}" if need_grad_alpha and rule == AlphaGrad.chain else f"ste={ste!r}"
+        raise ValueError(f"inplace=True would overwrite x, which the backward needs for {because}; use inplace=False")

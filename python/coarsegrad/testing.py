@@ -1,4 +1,4 @@
-"""What the tests and the benchmarks share: the backends of this machine, and inputs that find mistakes."""
+"""Shared by tests and benchmarks: the backends of this machine, and inputs that find mistakes."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import torch
 from torch import Tensor
 
 from . import _ops, reference
+from ._types import AlphaGrad, Rounding
 from .backends import _triton_why_not, use_backend
 from .ste import get_ste, real_numbers
 
 
 def backend_ids() -> list[str]:
-    """The ids: "reference", "native-" with each instruction set that this machine can use, best first, and "triton"
-    where its interpreter runs."""
+    """The ids of this machine's backends: "reference", "native-" plus each usable instruction set, best first, and
+    "triton" if its interpreter is on."""
     native = [] if _ops.native is None else [f"native-{isa}" for isa in _ops.native.isas()]
     return ["reference", *native, *(["triton"] if _triton_why_not("cpu") is None else [])]
 
 
 @contextlib.contextmanager
 def serving(backend_id: str) -> Iterator[None]:
-    """Lets the backend of that id, one of `backend_ids()`, serve for the duration."""
+    """Have the backend with this id, one of `backend_ids()`, serve inside the block."""
     name, _, isa = backend_id.partition("-")
     before = _ops.native.isa() if isa else None
     with use_backend(name):
@@ -38,23 +39,23 @@ def serving(backend_id: str) -> Iterator[None]:
 
 @real_numbers()
 def hard_inputs(alpha: float, bits: int, rounding: str, dtype: torch.dtype) -> Tensor:
-    """1-d x of dtype: every level and threshold with its two neighbours in dtype, both signs, and all special values.
+    """1-d x of dtype: every level and threshold with both neighbours in dtype, both signs, and all special values.
 
-    A threshold between two numbers of dtype is there as those two.
+    A threshold between two numbers of dtype is represented by those two.
     """
     step = torch.tensor([alpha], dtype=torch.float64)
     edges = [reference.levels(step, bits, dtype)[0], reference.thresholds(step, bits, dtype, rounding)[0]]
     on = torch.cat(edges).to(dtype)
-    beside = [torch.nextafter(on, torch.full_like(on, end)) for end in (-math.inf, math.inf)]
+    neighbours = [torch.nextafter(on, torch.full_like(on, end)) for end in (-math.inf, math.inf)]
     finite = torch.finfo(dtype)
     tiny = [finite.smallest_normal, finite.smallest_normal / 2, finite.smallest_normal * finite.eps]
     special = torch.tensor([0.0, finite.max, math.inf, math.nan, *tiny], dtype=dtype)
-    x = torch.cat([on, *beside, special])
+    x = torch.cat([on, *neighbours, special])
     return torch.cat([x, -x])
 
 
 def ulps_apart(a: Tensor, b: Tensor) -> Tensor:
-    """How many numbers of their dtype a and b are apart, int64; two NaNs are 0 apart, a NaN and a number 2**62."""
+    """The distance of a and b in ulps of their dtype, int64. Two NaNs are 0 apart, a NaN and a number 2**62."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
 
     def rank(t: Tensor) -> Tensor:
@@ -67,18 +68,19 @@ def ulps_apart(a: Tensor, b: Tensor) -> Tensor:
 
 @real_numbers()
 def triton_ulps_apart(ste: str, bits: int = 4, dtype: torch.dtype = torch.float32) -> int:
-    """How many ulps apart g' of an STE with a Triton form is at most in Triton and in plain torch, around every level.
+    """The largest distance in ulps between g' in Triton and in plain torch, around every level.
 
-    It needs TRITON_INTERPRET=1 in the environment before the start. dtype: float32 or float64.
+    ste: the name of an STE with a Triton form. dtype: float32 or float64. Needs TRITON_INTERPRET=1 in the environment
+    of the process.
     """
     x = hard_inputs(0.5, bits, "ceil", dtype)
     x = x[x.isfinite() & (x.abs() < 2.0**40)]
-    # The op itself, whatever the STE keeps: x and alpha, from which both find what they need.
-    config = (bits, ste, "ceil", "chain", 1.0, None, True, True)
-    arguments = (torch.ones_like(x), torch.tensor([0.5], dtype=dtype), x, None, None, *config)
+    # "chain" passes x and alpha, from which both compute what the STE needs.
+    settings = (bits, ste, Rounding.ceil, AlphaGrad.chain, 1.0, None, True, True)
+    arguments = (torch.ones_like(x), torch.tensor([0.5], dtype=dtype), x, None, None, *settings)
     if get_ste(ste).triton is None:
         raise ValueError(f"ste {ste!r} has no Triton form")
     with use_backend("triton"):
-        by_triton, _ = _ops.ops.qrelu_backward_own.default(*arguments)
+        by_triton, _ = _ops.ops.qrelu_backward_custom.default(*arguments)
     by_torch, _ = reference.qrelu_backward(*arguments)
     return int(ulps_apart(by_triton, by_torch).max())

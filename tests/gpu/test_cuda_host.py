@@ -10,9 +10,10 @@ import pytest
 import torch
 from cuda_host import ALPHA_GRADS, DTYPES, MASKS, ROUNDINGS, STES, Case
 from paths import ROOT
+from saved_for import saved_for
 
 from coarsegrad import reference
-from coarsegrad.ste import kept
+from coarsegrad._types import MaskKind
 from coarsegrad.testing import hard_inputs, ulps_apart
 
 pytestmark = pytest.mark.skipif(cuda_host.why_not() is not None, reason=str(cuda_host.why_not()))
@@ -93,25 +94,25 @@ def dequantize_case(codes, alpha, bits, shape, dtype, channel_dim, **settings):
 
 
 def backward_case(x, grad_y, alpha, bits, ste, rounding, alpha_grad, need_grad_x=True, *, shape=None, **settings):
-    """A backward from what `kept` says; expected holds grad_x, grad_alpha and grad_alpha's error bound."""
+    """A backward from what `saved` lists; expected holds grad_x, grad_alpha and grad_alpha's error bound."""
     channel_dim = None if shape is None else 1
     scale = 0.37
-    mask_kind, keeps_codes, keeps_x = kept(ste, rounding, alpha_grad, need_grad_x)
+    mask_kind, saves_codes, saves_x = saved_for(ste, rounding, alpha_grad, need_grad_x)
     shaped = [t if shape is None else t.view(shape) for t in (x, grad_y)]
-    _, mask, codes = reference.qrelu_forward(shaped[0], alpha, bits, rounding, mask_kind, keeps_codes, channel_dim)
+    _, mask, codes = reference.qrelu_forward(shaped[0], alpha, bits, rounding, mask_kind, saves_codes, channel_dim)
     inputs = {"grad_y": grad_y}
-    if keeps_x:
+    if saves_x:
         inputs |= {"x": x, "alpha": alpha}
-    if mask_kind != "nothing":
+    if mask_kind != MaskKind.nothing:
         inputs["mask"] = mask
-    if keeps_codes:
+    if saves_codes:
         inputs["codes"] = codes
 
     def gradients(dy):
         return reference.qrelu_backward(
-            dy, alpha if keeps_x else None, shaped[0] if keeps_x else None, mask if mask_kind != "nothing" else None,
-            codes if keeps_codes else None, bits, ste, rounding, alpha_grad or "exact", scale, channel_dim, need_grad_x,
-            alpha_grad is not None,
+            dy, alpha if saves_x else None, shaped[0] if saves_x else None,
+            mask if mask_kind != MaskKind.nothing else None, codes if saves_codes else None, bits, ste, rounding,
+            alpha_grad or "exact", scale, channel_dim, need_grad_x, alpha_grad is not None,
         )  # fmt: skip
 
     grad_x, grad_alpha = gradients(shaped[1])
@@ -207,7 +208,7 @@ def dequantize_cases(dtype, sizes=SIZES[:-1]):
         yield dequantize_case(codes, alpha, bits, (size,), dtype, None, offset=n % 2, seed=n)
 
 
-def times_slopes_cases(dtype, sizes=SIZES[:-1], all_bits=range(1, 9)):
+def backward_from_slopes_cases(dtype, sizes=SIZES[:-1], all_bits=range(1, 9)):
     """A slope is now and then 0, where dy is infinite too."""
     for n, (bits, size) in enumerate(itertools.product(all_bits, sizes)):
         x = make_x(dtype, 0.3, bits, "ceil", size, n)
@@ -216,11 +217,11 @@ def times_slopes_cases(dtype, sizes=SIZES[:-1], all_bits=range(1, 9)):
         slopes[n % 3 :: 3] = 0
         grad_y = make_grad(dtype, size, n + 1)
         grad_y[::7] = math.inf
-        grad_x = reference.times_slopes(grad_y, codes, slopes, bits)
+        grad_x = reference.backward_from_slopes(grad_y, codes, slopes, bits)
         inputs = {"grad_y": grad_y, "codes": codes, "slopes": slopes}
         yield Case(
-            "times_slopes", dtype, bits, size, inputs, {"grad_x": grad_x}, expected={"grad_x": grad_x}, offset=n % 2,
-            seed=n,
+            "backward_from_slopes", dtype, bits, size, inputs, {"grad_x": grad_x}, expected={"grad_x": grad_x},
+            offset=n % 2, seed=n,
         )  # fmt: skip
 
 
@@ -272,8 +273,8 @@ def test_dequantize(program, dtype):
 
 
 @by_dtype
-def test_times_slopes(program, dtype):
-    check(program, list(times_slopes_cases(dtype)))
+def test_backward_from_slopes(program, dtype):
+    check(program, list(backward_from_slopes_cases(dtype)))
 
 
 @by_dtype
@@ -291,7 +292,7 @@ def test_many_blocks(program, dtype):
     cases = [
         *forward_cases(dtype, SIZES[-1:], (2,)),
         *dequantize_cases(dtype, SIZES[-1:]),
-        *times_slopes_cases(dtype, SIZES[-1:]),
+        *backward_from_slopes_cases(dtype, SIZES[-1:]),
         *backward_cases(dtype, SIZES[-1:], (2,), ROUNDINGS[:1]),
     ]
     check(program, cases)
@@ -412,6 +413,6 @@ def test_sanitizers_find_nothing(tmp_path):
     program = cuda_host.build(tmp_path)
     for dtype in DTYPES:
         cases = [*forward_cases(dtype, (33, 4097), (3,)), *dequantize_cases(dtype, (0, 33, 4097))]
-        cases += times_slopes_cases(dtype, (33, 4097), (1, 3, 8))
+        cases += backward_from_slopes_cases(dtype, (33, 4097), (1, 3, 8))
         cases += [*backward_cases(dtype, (33, 4097), (1, 2, 3, 5), ROUNDINGS[:1]), *list(channel_cases(dtype))[::2]]
         check(program, cases)

@@ -49,7 +49,7 @@ COPIES = {
         lambda case: case.op == "backward" and "x" not in case.inputs,
         [(FROM_X, "static_cast<void>(whole);")],
     ),
-    "times_slopes": (torch.bfloat16, lambda case: case.op == "times_slopes", []),
+    "backward_from_slopes": (torch.bfloat16, lambda case: case.op == "backward_from_slopes", []),
 }
 # The copies of mutants that are not in the one of their file.
 BY_FILE = {"backward.cuh": "backward from what is saved", "reduce.cuh": "backward from what is saved",
@@ -70,7 +70,7 @@ BY_NAME = {
          "dx of the chunk before"),
         "backward from x",
     ),
-    **dict.fromkeys(("half of the slopes", "no barrier before the slopes are read"), "times_slopes"),
+    **dict.fromkeys(("half of the slopes", "no barrier before the slopes are read"), "backward_from_slopes"),
 }  # fmt: skip
 
 # name: (file, what it says, what it says instead). The text must be there once.
@@ -138,7 +138,7 @@ def make_cases(dtype):
     """Some of every kind of case, more than a tile and less than the grid of SMALL_GRID takes at once."""
     cases = list(tests.forward_cases(dtype, (33, 4097), (2, 8)))
     cases += tests.dequantize_cases(dtype, (33, 4097))
-    cases += tests.times_slopes_cases(dtype, (33, 4097, 30_000), (1, 3, 8))
+    cases += tests.backward_from_slopes_cases(dtype, (33, 4097, 30_000), (1, 3, 8))
     cases += tests.backward_cases(dtype, (33, 4097), (2, 4), ("nearest",))
     channels = [case for case in tests.channel_cases(dtype) if case.channels < 50]  # more take longer
     cases += channels[::3] + [case for case in channels if "x" in case.inputs and case.ste == "reverse_exponential"]

@@ -13,10 +13,11 @@ import math
 import pytest
 import torch
 from gpu_backends import any_device, gpu
+from saved_for import saved_for
 
 import coarsegrad as cg
 from coarsegrad import _ops, reference
-from coarsegrad.ste import ALPHA_GRADS, BUILT_IN, ROUNDINGS, kept
+from coarsegrad._types import ALPHA_GRADS, BUILT_IN, ROUNDINGS, AlphaGrad, MaskKind, Rounding, Ste
 from coarsegrad.testing import hard_inputs, ulps_apart
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -65,11 +66,12 @@ def test_forward_and_codes(device, dtype):
                 outputs = outputs[2 * ((n + bits) % 4) :][:2]
             for mask, codes in outputs:
                 want = reference.qrelu_forward(x, alpha, bits, rounding, mask, codes, channel_dim)
-                got = _ops.ops.qrelu_forward(on, alpha.to(device), bits, rounding, mask, codes, channel_dim)
+                arguments = (alpha.to(device), bits, Rounding[rounding], MaskKind[mask], codes, channel_dim)
+                got = _ops.ops.qrelu_forward(on, *arguments)
                 assert all(map(same, got, want)), (x.shape, bits, rounding, mask, codes)
                 assert got[0].stride() == want[0].stride()
                 written = on.clone()
-                got = _ops.ops.qrelu_forward_(written, alpha.to(device), bits, rounding, mask, codes, channel_dim)
+                got = _ops.ops.qrelu_forward_(written, *arguments)
                 assert same(written, want[0]) and all(map(same, got, want[1:]))
             packed = cg.qrelu_codes(on, alpha.to(device), bits, rounding=rounding, channel_dim=channel_dim)
             assert same(packed, want[2])
@@ -81,7 +83,7 @@ def test_forward_and_codes(device, dtype):
 
 @any_device
 @by_dtype
-def test_times_slopes(device, dtype):
+def test_backward_from_slopes(device, dtype):
     for n, (x, channel_dim) in enumerate(inputs(dtype)):
         bits, ste = 1 + n % 8, "reverse_exponential_step"
         alpha = torch.linspace(0.3, 0.7, 1 if channel_dim is None else x.size(channel_dim))
@@ -91,7 +93,8 @@ def test_times_slopes(device, dtype):
         want = reference.qrelu_backward(
             dy, None, None, None, codes, bits, ste, "ceil", "exact", 1.0, None, True, False
         )[0]
-        assert same(_ops.ops.times_slopes_of(dy.to(device), codes.to(device), bits, ste), want), (x.shape, bits)
+        got = _ops.ops.qrelu_backward_from_codes(dy.to(device), codes.to(device), bits, ste)
+        assert same(got, want), (x.shape, bits)
 
 
 @any_device
@@ -104,17 +107,18 @@ def test_backward(device, dtype, ste):
         x = torch.where(x.abs() < 1e30, x, 1.0).to(dtype)
         dy = random(x.shape, dtype, 1)
         for alpha_grad in (None, *ALPHA_GRADS):
-            mask_kind, keeps_codes, keeps_x = kept(ste, rounding, alpha_grad)
-            y, mask, codes = reference.qrelu_forward(x, alpha, bits, rounding, mask_kind, keeps_codes, channel_dim)
+            mask_kind, saves_codes, saves_x = saved_for(ste, rounding, alpha_grad)
+            y, mask, codes = reference.qrelu_forward(x, alpha, bits, rounding, mask_kind, saves_codes, channel_dim)
             memory_format = torch.channels_last if x.dim() == 4 and not y.is_contiguous() else torch.contiguous_format
             tensors = (
                 dy.contiguous(memory_format=memory_format),
-                alpha if keeps_x else None,
-                x if keeps_x else None,
-                mask if mask_kind != "nothing" else None,
-                codes if keeps_codes else None,
+                alpha if saves_x else None,
+                x if saves_x else None,
+                mask if mask_kind != MaskKind.nothing else None,
+                codes if saves_codes else None,
             )
-            settings = (bits, ste, rounding, alpha_grad or "exact", 0.5, channel_dim, True, alpha_grad is not None)
+            rule = AlphaGrad[alpha_grad or "exact"]
+            settings = (bits, Ste[ste], Rounding[rounding], rule, 0.5, channel_dim, True, alpha_grad is not None)
             want = reference.qrelu_backward(*tensors, *settings)
             on = [None if t is None else t.to(device) for t in tensors]
             got = _ops.ops.qrelu_backward(*on, *settings)
@@ -210,8 +214,9 @@ def test_more_elements_than_32_bits_count(device):
         pytest.skip("needs 13 GB of free GPU memory")
     x = torch.zeros(count, dtype=torch.bfloat16, device=device)
     x[-4099:] = random(4099, torch.bfloat16).to(device)
-    y, mask, _ = _ops.ops.qrelu_forward(x, torch.tensor([0.5], device=device), 2, "ceil", "inside", False, None)
-    want, want_mask, _ = reference.qrelu_forward(x[-4099:].cpu(), torch.tensor([0.5]), 2, "ceil", "inside", False, None)
+    alpha, options = torch.tensor([0.5], device=device), (2, Rounding.ceil, MaskKind.inside, False, None)
+    y, mask, _ = _ops.ops.qrelu_forward(x, alpha, *options)
+    want, want_mask, _ = reference.qrelu_forward(x[-4099:].cpu(), alpha.cpu(), *options)
     assert same(y[-4099:], want) and same(mask[2**31 // 8 :], want_mask)
     assert not y[:-4099].any()
 

@@ -236,9 +236,9 @@ def test_the_python_derivative_passes_the_same_tests():
 @pytest.mark.parametrize(
     "environment, reasons",
     [
-        ({"OMP_NUM_THREADS": "1"}, ["1 thread on", "glibc's malloc gives blocks"]),
+        ({"OMP_NUM_THREADS": "1"}, ["1 thread on", "glibc's malloc returns blocks"]),
         ({"OMP_NUM_THREADS": "2", "MALLOC_MMAP_THRESHOLD_": str(2**32)}, []),
-        ({"OMP_NUM_THREADS": "2", "MALLOC_MMAP_THRESHOLD_": str(2**20)}, ["glibc's malloc gives blocks"]),
+        ({"OMP_NUM_THREADS": "2", "MALLOC_MMAP_THRESHOLD_": str(2**20)}, ["glibc's malloc returns blocks"]),
         ({"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**32), "COARSEGRAD_NATIVE": "0"},
          ["no native library", "1 thread on"]),
     ],

@@ -213,7 +213,7 @@ def test_the_ops_check_too(reference_or_native, op):
     """A call that goes round the public functions meets an error as well, never a crash."""
     call = getattr(torch.ops.coarsegrad, op)
     tail = (None,) if op == "qrelu_codes" else ("three_valued", 1.0, None)
-    head = ("ceil",) if op == "qrelu_codes" else ("relu", "ceil")
+    head = (0,) if op == "qrelu_codes" else ("relu", "ceil")
     before = sample()
     for x, alpha, bits in (
         (sample(), GOOD, 0),
@@ -231,4 +231,4 @@ def test_the_ops_check_too(reference_or_native, op):
     with pytest.raises((ValueError, TypeError, RuntimeError)):
         call(sample(), torch.full((4,), 0.5), 2, *head, *tail[:-1], 5)
     with pytest.raises((ValueError, TypeError, RuntimeError)):
-        call(sample(), GOOD, 2, *(("no_such",) * len(head)), *tail)
+        call(sample(), GOOD, 2, *((3,) if op == "qrelu_codes" else ("no_such", "no_such")), *tail)

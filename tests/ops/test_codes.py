@@ -1,4 +1,4 @@
-"""qrelu_codes writes the specified layout; dequantize rebuilds qrelu's output bit for bit; times_slopes looks up."""
+"""qrelu_codes writes the specified layout; dequantize rebuilds qrelu's output bit for bit; slopes are looked up."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_no_gradient_flows_through_codes(backend):
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 @pytest.mark.parametrize("bits", BITS)
-def test_times_slopes(backend, bits, dtype):
+def test_backward_from_slopes(backend, bits, dtype):
     """dy * slopes[c], a select where the slope is 0; the last size is stored past the caches, with a tail."""
     generator, wide = torch.Generator().manual_seed(bits), torch.promote_types(dtype, torch.float32)
     slopes = torch.randn(2**bits, generator=generator, dtype=wide)
@@ -148,6 +148,6 @@ def test_times_slopes(backend, bits, dtype):
         if dy.dim() == 4:
             dy, in_memory = dy.to(memory_format=torch.channels_last), code.permute(0, 2, 3, 1)
         packed = cg.reference.pack(in_memory.reshape(-1).to(torch.uint8), oracle.CODE_WIDTH[bits])
-        got = torch.ops.coarsegrad.times_slopes(dy, packed, slopes, bits)
+        got = torch.ops.coarsegrad.backward_from_slopes(dy, packed, slopes, bits)
         want = torch.where(slopes[code] == 0, 0.0, dy.to(wide) * slopes[code]).to(dtype)
         assert got.stride() == dy.stride() and oracle.same_bits(got, want)

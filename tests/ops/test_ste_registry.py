@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import oracle
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 import coarsegrad as cg
 from coarsegrad import _ops
+from coarsegrad._types import AlphaGrad, AlphaGradName, MaskKind, Rounding, RoundingName, SteName
 
 ALPHA = torch.tensor([0.4])
 
@@ -201,3 +204,16 @@ def test_the_native_lists_are_pythons():
     """The maths is written twice; no name is on one side alone."""
     assert tuple(_ops.native.stes()) == tuple(cg.stes())[:5] == oracle.STES
     assert tuple(_ops.native.alpha_grads()) == cg.ste.ALPHA_GRADS == oracle.ALPHA_GRADS
+    assert tuple(_ops.native.roundings()) == cg.ste.ROUNDINGS == oracle.ROUNDINGS
+    assert tuple(_ops.native.mask_kinds()) == tuple(MaskKind.__members__)
+
+
+@pytest.mark.parametrize("names, options", [(RoundingName, Rounding), (AlphaGradName, AlphaGrad)])
+def test_types_name_the_options_in_order(names, options):
+    """The numbers that the ops take are those of the native library's enumerators."""
+    assert get_args(names) == tuple(options.__members__)
+    assert [option.value for option in options] == list(range(len(options)))
+
+
+def test_the_type_of_ste_names_the_stes():
+    assert set(get_args(get_args(SteName)[0])) == set(cg.stes())

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from saved_bytes import Kept
+from saved_for import saved_for
 
 import coarsegrad as cg
 from coarsegrad import reference
@@ -42,10 +43,10 @@ def test_the_reference_of_the_whole_backward_says_the_same():
     for rule in (None, "exact", "three_valued", "two_valued"):
         leaf, learned = x.clone().requires_grad_(), alpha.clone().requires_grad_(rule is not None)
         cg.qrelu(leaf, learned, 2, ste=STEP, alpha_grad=rule or "exact", alpha_scale=0.5).backward(dy)
-        mask, codes, _ = cg.ste.kept(STEP, "ceil", rule)
+        mask, codes, _ = saved_for(STEP, "ceil", rule)
         _, mask, codes = reference.qrelu_forward(x, alpha, 2, "ceil", mask, codes, None)
-        kept = (mask, codes, 2, STEP, "ceil", rule or "exact", 0.5, None, True, rule is not None)
-        want_x, want_alpha = reference.qrelu_backward(dy, None, None, *kept)
+        saved = (mask, codes, 2, STEP, "ceil", rule or "exact", 0.5, None, True, rule is not None)
+        want_x, want_alpha = reference.qrelu_backward(dy, None, None, *saved)
         assert torch.equal(leaf.grad, want_x)
         if rule:
             torch.testing.assert_close(learned.grad, want_alpha, rtol=1e-5, atol=1e-3)
@@ -61,16 +62,16 @@ def test_every_16_bit_number_times_any_slope(bits, dtype):
     codes = torch.arange(every.numel()) // 2**16 % 2**bits
     width = {1: 1, 2: 2, 3: 4, 4: 4, 8: 8}[bits]
     packed = sum(part << i * width for i, part in enumerate(codes.view(-1, 8 // width).unbind(1))).to(torch.uint8)
-    found = torch.ops.coarsegrad.times_slopes(every, packed, slopes, bits)
+    found = torch.ops.coarsegrad.backward_from_slopes(every, packed, slopes, bits)
     with cg.use_backend("reference"):
-        right = torch.ops.coarsegrad.times_slopes(every, packed, slopes, bits)
+        right = torch.ops.coarsegrad.backward_from_slopes(every, packed, slopes, bits)
     assert torch.equal(found.isnan(), right.isnan())
     numbers = ~right.isnan()
     assert torch.equal(found[numbers].view(torch.int16), right[numbers].view(torch.int16))
 
 
 def test_slopes_that_do_not_fit_are_refused():
-    dy, codes, op = torch.randn(8), torch.zeros(2, dtype=torch.uint8), torch.ops.coarsegrad.times_slopes
+    dy, codes, op = torch.randn(8), torch.zeros(2, dtype=torch.uint8), torch.ops.coarsegrad.backward_from_slopes
     for slopes, bits, error in (
         (torch.ones(3), 2, "slopes"),
         (torch.ones(8), 2, "slopes"),

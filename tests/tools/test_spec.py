@@ -7,8 +7,8 @@ import re
 from paths import ROOT
 
 import coarsegrad as cg
+from coarsegrad._types import CODE_WIDTH
 from coarsegrad.nn import half_gaussian_alpha
-from coarsegrad.reference import CODE_WIDTH
 from coarsegrad.ste import ALPHA_GRADS, ROUNDINGS
 
 SPEC = (ROOT / "docs" / "spec.md").read_text()

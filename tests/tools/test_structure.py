@@ -16,7 +16,7 @@ CSRC = ROOT / "csrc"
 # fmt: off
 ORDER = {
     "coarsegrad": """
-        _torch_internals  ste  reference  _build  _C  _ops  _autograd  _fused
+        _text  _types  _torch_internals  ste  _checks  reference  _build  _C  _ops  _autograd  _fused
         packing  triton  integer  backends  _dtensor  functional  nn
         quantization  optim  memory  experiments  testing  __init__  __main__
     """.split(),

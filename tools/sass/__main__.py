@@ -7,7 +7,7 @@ import fnmatch
 import sys
 from collections.abc import Iterator
 
-from coarsegrad.ste import format_table
+from coarsegrad._text import format_table
 
 from . import triton_kernels
 from .code import SassError

@@ -12,8 +12,8 @@ from unittest import mock
 
 import torch
 
-from coarsegrad.reference import CODE_WIDTH, MASK_WIDTH
-from coarsegrad.ste import ALPHA_GRADS, BUILT_IN, ROUNDINGS, kept
+from coarsegrad._types import ALPHA_GRADS, BUILT_IN, CODE_WIDTH, MASK_WIDTH, ROUNDINGS, AlphaGrad, MaskKind, Rounding
+from coarsegrad.ste import get_ste, saved
 
 from .code import Data, SassError
 from .compiler import CACHE, read
@@ -74,9 +74,9 @@ def _kernel(name: str, dtype: str, function: str, arguments: dict[str, object]) 
         # With alpha applied after the sum, dx does not depend on x.
         if function == "qrelu_backward_kernel" and arguments["ALPHAS"] != "one" and arguments["NEEDS"] == "nothing":
             reads.discard("x_ptr")
-        saved = MASK_WIDTH[arguments["MASK"]] if "mask_ptr" in given else 0
-        saved += arguments["CODE_WIDTH"] if "codes_ptr" in given else 0
-        data = Data(DTYPES[dtype][1], len(reads), len(given & {"y_ptr", "dx_ptr"}), saved)
+        width = MASK_WIDTH[MaskKind[arguments["MASK"]]] if "mask_ptr" in given else 0
+        width += arguments["CODE_WIDTH"] if "codes_ptr" in given else 0
+        data = Data(DTYPES[dtype][1], len(reads), len(given & {"y_ptr", "dx_ptr"}), width)
         wide = arguments.get("OCTETS", True)
     return TritonKernel(f"Triton {name}: {function}", dtype, function, data, wide=wide, arguments=arguments)
 
@@ -102,10 +102,11 @@ def backward(name: str, dtype: str, ste: str, rule: str | None, bits: int = 2, r
              layout: str = "one") -> list[TritonKernel]:  # fmt: skip
     """The kernels for dx and, with a rule, for the gradient of alpha."""
     x, alpha, channel_dim = _tensors(dtype, layout)
-    mask, saves_codes, _ = kept(ste, rounding, rule, True)
-    saved = _bits(x, MASK_WIDTH[mask]), _bits(x, CODE_WIDTH[bits] if saves_codes else 0)
+    options = get_ste(ste), Rounding[rounding], AlphaGrad[rule or "exact"]
+    mask, saves_codes, _ = saved(*options, need_grad_x=True, need_grad_alpha=rule is not None)
+    packed = _bits(x, MASK_WIDTH[mask]), _bits(x, CODE_WIDTH[bits] if saves_codes else 0)
     settings = bits, ste, rounding, rule or "exact", 1.0, channel_dim, True, rule is not None
-    return _launches(name, dtype, "qrelu_backward", x, alpha, x, *saved, *settings)
+    return _launches(name, dtype, "qrelu_backward", x, alpha, x, *packed, *settings)
 
 
 def dequantize(name: str, dtype: str, bits: int = 2, layout: str = "one") -> list[TritonKernel]:
@@ -114,9 +115,9 @@ def dequantize(name: str, dtype: str, bits: int = 2, layout: str = "one") -> lis
     return _launches(name, dtype, "dequantize", _bits(y, CODE_WIDTH[bits]), alpha, bits, *like_y)
 
 
-def times_slopes(name: str, dtype: str, bits: int = 2) -> list[TritonKernel]:
+def backward_from_slopes(name: str, dtype: str, bits: int = 2) -> list[TritonKernel]:
     x = _tensors(dtype, "one")[0]
-    return _launches(name, dtype, "times_slopes", x, _bits(x, CODE_WIDTH[bits]), torch.ones(2**bits), bits)
+    return _launches(name, dtype, "backward_from_slopes", x, _bits(x, CODE_WIDTH[bits]), torch.ones(2**bits), bits)
 
 
 # --------------------------------------------------------------------------------------------- settings
@@ -134,7 +135,7 @@ def examples() -> list[TritonKernel]:
         *backward("backward, state, dalpha", "bfloat16", "clipped_relu", "three_valued"),
         *backward("backward, state, dalpha, channels", "bfloat16", "clipped_relu", "three_valued", layout="by octet"),
         *backward("backward, x", "bfloat16", "reverse_exponential", None),
-        *times_slopes("backward, slopes", "bfloat16"),
+        *backward_from_slopes("backward, slopes", "bfloat16"),
         *dequantize("dequantize", "bfloat16"),
     ]
 
@@ -169,10 +170,10 @@ def covering(archs: tuple[str, ...]) -> list[tuple[str, TritonKernel]]:
     layouts = {"layout": tuple(_LAYOUTS)}
     found = []
     for op, options in (
-        (forward, {"rounding": ROUNDINGS, "mask": tuple(MASK_WIDTH), "codes": (False, True), **layouts}),
+        (forward, {"rounding": ROUNDINGS, "mask": tuple(MaskKind.__members__), "codes": (False, True), **layouts}),
         (backward, {"rounding": ROUNDINGS, "ste": BUILT_IN, "rule": (None, *ALPHA_GRADS), **layouts}),
         (dequantize, layouts),
-        (times_slopes, {}),
+        (backward_from_slopes, {}),
     ):
         for setting in pairwise(**common, **options):
             name = " ".join(map(str, setting.values()))

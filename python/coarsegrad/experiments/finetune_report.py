@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ..ste import format_table
+from .._text import format_table
 from .files import replacing
 
 FILES = ("results.json", "finetune.png")

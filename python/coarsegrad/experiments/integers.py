@@ -8,8 +8,8 @@ import statistics
 import torch
 from torch import Tensor, nn
 
+from .._text import format_table
 from ..integer import ConvertReport, convert, round_weights
-from ..ste import format_table
 from .data import Split
 from .files import ExperimentError
 from .measure import interleaved_times

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .._text import format_table
 from ..integer import WEIGHT_BITS
 from ..memory import saved_memory
 from ..nn import QReLU
 from ..packing import pack_activations_
-from ..ste import ALPHA_GRADS, ROUNDINGS, format_table, stes
+from ..ste import ALPHA_GRADS, ROUNDINGS, stes
 from .arguments import ending, positive, usable_device
 from .data import Mnist, Split, load_mnist
 from .download import cache_folder

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 
-from ..ste import format_table, get_ste
+from .._text import format_table
+from ..ste import get_ste
 
 
 def reached(result: dict) -> list[int]:

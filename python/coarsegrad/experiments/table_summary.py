@@ -7,7 +7,8 @@ import statistics
 import textwrap
 from collections.abc import Iterable, Iterator
 
-from ..ste import format_table, get_ste
+from .._text import format_table
+from ..ste import get_ste
 from .table_runs import Run, Schedule, Table
 
 Results = list[tuple[Run, dict]]

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..reference import check_bits
+from .._checks import check_bits
 from .weights import WEIGHT_BITS, row_bytes
 
 

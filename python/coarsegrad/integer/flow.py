@@ -12,12 +12,12 @@ from torch.fx import Node
 from .._ops import ops
 from .moves import arguments, aten, hinted, is_move, moved_alpha
 
-QRELUS = {ops.qrelu.default, ops.qrelu_own.default}
+QRELUS = {ops.qrelu.default, ops.qrelu_custom.default}
 CONVOLUTIONS_1D = {aten.conv1d.default, aten.conv1d.padding}
 CONVOLUTIONS = {aten.conv2d.default, aten.conv2d.padding} | CONVOLUTIONS_1D
 LAYERS = {aten.linear.default} | CONVOLUTIONS
 
-_INPLACE = {ops.qrelu_.default: ops.qrelu.default, ops.qrelu_own_.default: ops.qrelu_own.default}
+_INPLACE = {ops.qrelu_.default: ops.qrelu.default, ops.qrelu_custom_.default: ops.qrelu_custom.default}
 _FUSED = {ops.qrelu_linear.default: aten.linear.default, ops.qrelu_conv2d.default: aten.conv2d.default}
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 
 from .. import _ops
+from .._checks import check_arguments
 from .._torch_internals import suggest_memory_format
-from ..reference import check_arguments
+from .._types import Rounding, parse
 from . import reference
 from .checks import check_conv2d, check_linear
 
@@ -43,7 +44,8 @@ def _fake(name: str):
 
 @_fake("integer_quantize")
 def _(x, alpha, bits, rounding, channel_dim):
-    check_arguments(x, alpha, bits, rounding, channel_dim)
+    parse("rounding", rounding, Rounding)
+    check_arguments(x, alpha, bits, channel_dim)
     return torch.empty_like(x, dtype=torch.uint8, memory_format=suggest_memory_format(x))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..ste import format_table
+from .._text import format_table
 
 
 @dataclass(frozen=True)

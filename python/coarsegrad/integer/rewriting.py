@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .._ops import ops
-from ..reference import wide_dtype
+from .._types import wide_dtype
 from .flow import CONVOLUTIONS, CONVOLUTIONS_1D, LAYERS, QRELUS, CodeFlow, normalize
 from .layers import CannotConvert, IntegerLayer, Norm, Staircase, integer_layer
 from .moves import arguments, aten, is_identity, is_move, per_input

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _autograd
+from .._autograd import Settings, refuse_forward_mode
 from .._torch_internals import Hooks, functorch_active, saved_tensor_hooks, view_root
 from ..ste import check_inplace
 from .function import SAVE_AS, PackedQReLU
@@ -36,14 +36,15 @@ class Packing:
 
     def qrelu(self, x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim, inplace) -> Tensor:
         """qrelu, or qrelu_, with an output that can be saved as codes."""
-        _autograd.refuse_forward_mode(x, alpha)
+        refuse_forward_mode(x, alpha)
+        needs = x.requires_grad, alpha.requires_grad
         if inplace:
-            check_inplace(ste, rounding, alpha_grad if alpha.requires_grad else None, x.requires_grad)
+            check_inplace(ste, rounding, alpha_grad, *needs)
             root = view_root(x)
             if root.is_leaf and root.requires_grad:
                 raise RuntimeError("inplace=True would write to a leaf that requires grad; use inplace=False")
-        config = (bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
-        y = PackedQReLU.apply(x, alpha, self.outer_hooks, inplace, config)
+        settings = Settings.of(bits, ste, rounding, alpha_grad, alpha_scale, channel_dim, *needs)
+        y = PackedQReLU.apply(x, alpha, self.outer_hooks, inplace, settings)
         if (record := attached_record(y)) is not None:
             record.publish(y)
         return y

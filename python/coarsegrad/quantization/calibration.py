@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_option
+from .._text import format_table
 from ..nn import QReLU, half_gaussian_alpha
-from ..reference import check_word
-from ..ste import format_table
 from .counting import ForwardCounter, InputCounter, all_reduce
 from .histogram import StaircaseErrors
 from .recording import ReluLocations
@@ -126,7 +126,7 @@ def calibrate(
     there is a limit, and -inf gives 0), or if it or an alpha has no values (meta device, FakeTensorMode).
     """
     layers = qrelus_of(model)
-    check_word("method", method, METHODS)
+    check_option("method", method, METHODS)
     if isinstance(percentile, bool) or not isinstance(percentile, (int, float)) or not 0 < percentile <= 100:
         raise ValueError(f"percentile must be in (0, 100], got {percentile!r}")
     if channel_dim is not None and type(channel_dim) is not int:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import _ops, reference
+from .._text import format_table
+from .._types import CODE_WIDTH
 from ..nn import QReLU
-from ..reference import CODE_WIDTH
-from ..ste import format_table
 from .watching import qrelus_of, run_batches, warn_about_unreached, watched
 
 

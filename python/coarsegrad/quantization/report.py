@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..ste import format_table
+from .._text import format_table
 
 _NOT_RUN = (
     "Only the source of the modules' methods was searched, not the functions that they call; pass example_inputs to"

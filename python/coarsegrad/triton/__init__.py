@@ -1,5 +1,5 @@
-"""The ops on Triton, for the GPUs that the native library does not serve. The only place where triton is imported."""
+"""The ops in Triton, for GPUs that the native library does not serve. Only this package imports triton."""
 
-from .qrelu import dequantize, qrelu_backward, qrelu_codes, qrelu_forward, qrelu_forward_, times_slopes
+from .qrelu import backward_from_slopes, dequantize, qrelu_backward, qrelu_codes, qrelu_forward, qrelu_forward_
 
-__all__ = ["dequantize", "qrelu_backward", "qrelu_codes", "qrelu_forward", "qrelu_forward_", "times_slopes"]
+__all__ = ["dequantize", "qrelu_backward", "qrelu_codes", "qrelu_forward", "qrelu_forward_", "backward_from_slopes"]

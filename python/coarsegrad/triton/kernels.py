@@ -1,7 +1,7 @@
-"""The kernels: every op on blocks of elements in memory order. What a launch does not want is None, and costs nothing.
+"""The kernels: each op on blocks of elements in memory order. An unused pointer is None and costs nothing.
 
-Suffixes: _ptr is a tensor; capitals are known as a kernel is compiled. Packed bytes are read and written whole, each by
-one program: a block has a multiple of 8 elements.
+Suffix _ptr: a tensor. Capitals: compile-time constants. Packed bytes are read and written whole, each by one program: a
+block has a multiple of 8 elements.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .staircase import code_of, divide, narrow, state_of, widen
 
 @triton.jit
 def _load(ptr, start, count, BLOCK: tl.constexpr, TAIL: tl.constexpr):
-    """BLOCK numbers from `start` on, widened; 0 from `count` on, where TAIL says that this can be."""
+    """BLOCK numbers from `start` on, widened; 0 from `count` on, if TAIL."""
     at = start + tl.arange(0, BLOCK)
     if TAIL:
         return widen(tl.load(ptr + at, mask=at < count, other=0))
@@ -35,7 +35,7 @@ def _store(ptr, values, start, count, TAIL: tl.constexpr):
 
 @triton.jit
 def _unpacked(packed, WIDTH: tl.constexpr):
-    """The values of WIDTH bits in bytes, int32: the last dimension grows."""
+    """Unpacks bytes to values of WIDTH bits, int32, along the last dimension."""
     packed = packed.to(tl.int32)
     PER_BYTE: tl.constexpr = 8 // WIDTH
     if PER_BYTE == 1:
@@ -63,7 +63,7 @@ def _load_packed(ptr, start, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TA
 
 @triton.jit
 def _store_packed(ptr, values, start, count, WIDTH: tl.constexpr, TAIL: tl.constexpr):
-    """Packs int32 values below 2**WIDTH; the last byte is padded with zeros."""
+    """Packs int32 values below 2**WIDTH. The last byte is zero-padded."""
     BLOCK: tl.constexpr = values.shape[0]
     PER_BYTE: tl.constexpr = 8 // WIDTH
     if TAIL:
@@ -80,20 +80,20 @@ def _store_packed(ptr, values, start, count, WIDTH: tl.constexpr, TAIL: tl.const
 
 @triton.jit
 def _checked(alpha):
-    """NaN where it is no legal alpha, so that every level is NaN."""
+    """NaN for an illegal alpha, so that every level is NaN."""
     return tl.where((alpha > 0) & (alpha < float("inf")), alpha, float("nan"))
 
 
 @triton.jit
 def _load_alpha(ptr, start, channels, inner, ALPHAS: tl.constexpr, BLOCK: tl.constexpr):
-    """alpha of BLOCK elements from `start` on: "one"; or one for each, which 8 in a row share where it is "by octet".
-    `inner`: elements of a channel in a row.
+    """alpha of BLOCK elements from `start` on: a single one, or one per element, shared by 8 in a row if "by octet".
+    `inner`: consecutive elements of a channel.
     """
     if ALPHAS == "one":
         return _checked(tl.load(ptr))
     else:
         UNIT: tl.constexpr = 8 if ALPHAS == "by octet" else 1
-        # The only 64-bit quotients are of the block; passed: how many channels further an element is.
+        # 64-bit division only per block. passed: channels between the block's first element and this one.
         segment = start // inner
         first = (segment % channels).to(tl.int32)
         left = tl.minimum(inner - (start - segment * inner), BLOCK).to(tl.int32)
@@ -137,7 +137,7 @@ def qrelu_forward_kernel(
     BITS: tl.constexpr, CODE_WIDTH: tl.constexpr, ROUNDING: tl.constexpr, MASK: tl.constexpr,
     ALPHAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x to y, which may be x, to mask bits of the kind MASK and to codes, as far as they are wanted."""
+    """Writes y, which may be x, mask bits of kind MASK, and codes, unless None."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     if start + BLOCK <= count:
         _forward_block(x_ptr, alpha_ptr, y_ptr, mask_ptr, codes_ptr, start, count, channels, inner,
@@ -177,26 +177,26 @@ def dequantize_kernel(
 
 @triton.jit
 def _times(dy, factor):
-    """dy * factor. Where that is 0 it is a select, never a product: inf * 0 must not arise."""
+    """dy * factor, a select where factor is 0: inf * 0 must not occur."""
     return tl.where(factor == 0, 0.0, dy * factor)
 
 
 @triton.jit
 def _slope_and_factor(
-    dy, x, alpha, kept, code,
+    dy, x, alpha, saved, code,
     DTYPE: tl.constexpr, BITS: tl.constexpr, GPRIME: tl.constexpr, NEEDS: tl.constexpr, ROUNDING: tl.constexpr,
     MASK: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
-    """g'(u), 1 for NaN, and A, unless RULE is None. kept: mask bits of the kind MASK."""
+    """g'(u), 1 for NaN, and A, unless RULE is None. saved: mask bits of kind MASK."""
     q: tl.constexpr = 2**BITS - 1
     half = tl.full(dy.shape, 0.5, dy.dtype)
-    state, u = kept, half
+    state, u = saved, half
     if x is not None:
         state = state_of(x, alpha, DTYPE, BITS)
         code = code_of(x, alpha, DTYPE, BITS, ROUNDING)
         code = tl.where(x == x, code, q)
         u = divide(x, alpha)
-        # x > 0 stays u > 0 where the quotient underflows.
+        # x > 0 stays u > 0 if the quotient underflows.
         tiny: tl.constexpr = 2.2250738585072014e-308 if dy.dtype == tl.float64 else 1.1754943508222875e-38
         u = tl.where((x > 0) & (u < tiny), tiny, u)
     if NEEDS == "x":
@@ -206,9 +206,9 @@ def _slope_and_factor(
     elif NEEDS == "nothing":
         g = GPRIME(half, q)
     else:
-        # g' is constant where the bit is the same, so that any u with that bit will do.
+        # g' depends on the bit alone: any u with that bit will do.
         if MASK == "positive" or MASK == "inside":
-            bit = kept != 0
+            bit = saved != 0
         elif MASK == "nothing" and x is None:
             bit = code != 0
         elif NEEDS == "inside":
@@ -228,17 +228,17 @@ def _backward_block(
     BITS: tl.constexpr, CODE_WIDTH: tl.constexpr, GPRIME: tl.constexpr, NEEDS: tl.constexpr, ROUNDING: tl.constexpr,
     MASK: tl.constexpr, RULE: tl.constexpr, ALPHAS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Writes dx, if it is wanted; returns the terms of dalpha."""
+    """Writes dx unless None; returns the terms of dalpha."""
     dy = _load(dy_ptr, start, count, BLOCK, TAIL)
-    x, alpha, kept, code = None, None, None, None
+    x, alpha, saved, code = None, None, None, None
     if x_ptr is not None:
         x = _load(x_ptr, start, count, BLOCK, TAIL)
         alpha = _load_alpha(alpha_ptr, start, channels, inner, ALPHAS, BLOCK)
     if mask_ptr is not None:
-        kept = _load_packed(mask_ptr, start, count, 2 if MASK == "state" else 1, BLOCK, TAIL)
+        saved = _load_packed(mask_ptr, start, count, 2 if MASK == "state" else 1, BLOCK, TAIL)
     if codes_ptr is not None:
         code = _load_packed(codes_ptr, start, count, CODE_WIDTH, BLOCK, TAIL)
-    g, factor = _slope_and_factor(dy, x, alpha, kept, code,
+    g, factor = _slope_and_factor(dy, x, alpha, saved, code,
                                   dy_ptr.dtype.element_ty, BITS, GPRIME, NEEDS, ROUNDING, MASK, RULE)  # fmt: skip
     if dx_ptr is not None:
         _store(dx_ptr, _times(dy, g), start, count, TAIL)
@@ -251,7 +251,7 @@ def qrelu_backward_kernel(
     BITS: tl.constexpr, CODE_WIDTH: tl.constexpr, GPRIME: tl.constexpr, NEEDS: tl.constexpr, ROUNDING: tl.constexpr,
     MASK: tl.constexpr, RULE: tl.constexpr, ALPHAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dy to dx, and to one partial sum of dalpha a program, as far as they are wanted."""
+    """Writes dx, and one partial sum of dalpha per program, unless None."""
     total = tl.zeros([BLOCK], dtype=tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     for start in range(first, count, tl.num_programs(0).to(tl.int64) * BLOCK):
@@ -270,7 +270,7 @@ def qrelu_backward_kernel(
 
 
 @triton.jit
-def _times_slopes_block(
+def _backward_from_slopes_block(
     dy_ptr, codes_ptr, slopes, dx_ptr, start, count, CODE_WIDTH: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr
 ):
     dy = _load(dy_ptr, start, count, BLOCK, TAIL)
@@ -279,21 +279,21 @@ def _times_slopes_block(
 
 
 @triton.jit
-def times_slopes_kernel(
+def backward_from_slopes_kernel(
     dy_ptr, codes_ptr, slopes_ptr, dx_ptr, count, BITS: tl.constexpr, CODE_WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
     """dy to dx = dy * slopes[code]."""
     slopes = tl.load(slopes_ptr + tl.arange(0, 2**BITS))
     start = tl.program_id(0).to(tl.int64) * BLOCK
     if start + BLOCK <= count:
-        _times_slopes_block(dy_ptr, codes_ptr, slopes, dx_ptr, start, count, CODE_WIDTH, BLOCK, TAIL=False)
+        _backward_from_slopes_block(dy_ptr, codes_ptr, slopes, dx_ptr, start, count, CODE_WIDTH, BLOCK, TAIL=False)
     else:
-        _times_slopes_block(dy_ptr, codes_ptr, slopes, dx_ptr, start, count, CODE_WIDTH, BLOCK, TAIL=True)
+        _backward_from_slopes_block(dy_ptr, codes_ptr, slopes, dx_ptr, start, count, CODE_WIDTH, BLOCK, TAIL=True)
 
 
 @triton.jit
 def _load_rows(ptr, first, inside, columns, COLUMNS: tl.constexpr):
-    """A tile of numbers, widened: row r from first[r] on, where inside[r], as many as there are columns; else 0."""
+    """A tile of numbers, widened: row r has `columns` numbers from first[r] on if inside[r]; the rest is 0."""
     column = tl.arange(0, COLUMNS)
     mask = inside[:, None] & (column < columns)[None, :]
     return widen(tl.load(ptr + first[:, None] + column[None, :], mask=mask, other=0))
@@ -301,7 +301,7 @@ def _load_rows(ptr, first, inside, columns, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _load_rows_packed(ptr, first, inside, columns, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, OCTETS: tl.constexpr):
-    """The same of packed values, int32. OCTETS: as `first` and `columns` are multiples of 8, bytes are read once."""
+    """The same for packed values, int32. OCTETS: `first` and `columns` are multiples of 8; each byte is read once."""
     PER_BYTE: tl.constexpr = 8 // WIDTH
     if OCTETS:
         byte = tl.arange(0, COLUMNS // PER_BYTE)
@@ -323,14 +323,14 @@ def grad_alpha_channels_kernel(
     MASK: tl.constexpr, RULE: tl.constexpr, INNERMOST: tl.constexpr, OCTETS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """partial[slice, channel]: sums of the terms of dalpha, the tensor seen as [outer, channels, inner].
+    """partial[slice, channel]: sums of the terms of dalpha, with the tensor viewed as [outer, channels, inner].
 
-    A program has one channel, and tiles of ROWS outer by COLUMNS inner indices; or, where the channel is the innermost
-    dimension, COLUMNS channels. Its slice is every so manyth tile. OCTETS: the elements of a channel in a row, or of a
-    row of channels, come in whole eights.
+    A program has one channel and tiles of ROWS outer by COLUMNS inner indices, or COLUMNS channels if channels are the
+    innermost dimension. A slice is every n-th tile, for n slices. OCTETS: consecutive elements of a channel, or rows of
+    channels, are multiples of 8.
     """
     if OCTETS and INNERMOST:
-        channels = channels // 8 * 8  # says so
+        channels = channels // 8 * 8  # a hint for the compiler
     elif OCTETS:
         inner = inner // 8 * 8
     block, slice = tl.program_id(0), tl.program_id(1)
@@ -350,7 +350,7 @@ def grad_alpha_channels_kernel(
             alpha = _checked(tl.load(alpha_ptr + block))
     stride = channels.to(tl.int64) * inner
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32)
-    # Tiles are counted across first. There are fewer slices than 2**31, so that no quotient is of 64 bits.
+    # Tiles are counted across first. With fewer than 2**31 slices no division is of 64 bits.
     some = tl.minimum(across, 2**30).to(tl.int32)
     down, right = tl.num_programs(1) // some, tl.num_programs(1) % some
     tile, column = (slice // some).to(tl.int64), (slice % some).to(tl.int64) * COLUMNS
@@ -359,14 +359,14 @@ def grad_alpha_channels_kernel(
         first, inside = row * stride + (start + column), row < outer
         columns = width - column - (start if INNERMOST else 0)
         dy = _load_rows(dy_ptr, first, inside, columns, COLUMNS)
-        x, kept, code = None, None, None
+        x, saved, code = None, None, None
         if x_ptr is not None:
             x = _load_rows(x_ptr, first, inside, columns, COLUMNS)
         if mask_ptr is not None:
-            kept = _load_rows_packed(mask_ptr, first, inside, columns, 2 if MASK == "state" else 1, COLUMNS, OCTETS)
+            saved = _load_rows_packed(mask_ptr, first, inside, columns, 2 if MASK == "state" else 1, COLUMNS, OCTETS)
         if codes_ptr is not None:
             code = _load_rows_packed(codes_ptr, first, inside, columns, CODE_WIDTH, COLUMNS, OCTETS)
-        _, factor = _slope_and_factor(dy, x, alpha, kept, code,
+        _, factor = _slope_and_factor(dy, x, alpha, saved, code,
                                       dy_ptr.dtype.element_ty, BITS, GPRIME, NEEDS, ROUNDING, MASK, RULE)  # fmt: skip
         total += _times(dy, factor)
         tile += down

@@ -1,0 +1,113 @@
+"""Checks of arguments. Each raises a TypeError or ValueError that says what was got and what was wanted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._text import one_of
+from ._types import DTYPES, packed_bytes, wide_dtype
+
+
+def check_bits(bits: int) -> None:
+    if type(bits) is not int:
+        raise TypeError(f"bits must be an int in 1..8, got {bits!r}")
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits must be an int in 1..8, got {bits}")
+
+
+def check_option(argument: str, got: str, known: Sequence[str]) -> None:
+    if got not in known:
+        raise ValueError(one_of(argument, got, known))
+
+
+def check_number(argument: str, got: float) -> None:
+    if isinstance(got, bool) or not isinstance(got, (int, float)):
+        raise TypeError(f"{argument} must be a float or a Tensor, got {got!r}")
+    if not 0 < got < math.inf:
+        raise ValueError(f"{argument} must be finite and > 0, got {got}")
+
+
+def check_alpha_scale(alpha_scale: float | str) -> None:
+    if alpha_scale == "lsq":
+        return
+    if isinstance(alpha_scale, bool) or not isinstance(alpha_scale, (int, float)):
+        raise TypeError(f"alpha_scale must be a number or 'lsq', got {alpha_scale!r}")
+    if not -math.inf < alpha_scale < math.inf:
+        raise ValueError(f"alpha_scale must be finite, or 'lsq', got {alpha_scale}")
+
+
+def check_alpha(
+    alpha: Tensor | float, channel_dim: int | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, int | None]:
+    """(alpha as a tensor, channel_dim counted from the front) for x of this shape. A tensor's values are not read."""
+    size = 1
+    if channel_dim is not None:
+        if type(channel_dim) is not int:
+            raise TypeError(f"channel_dim must be an int or None, got {channel_dim!r}")
+        dim = len(shape)
+        if not -dim <= channel_dim < dim:
+            raise ValueError(f"channel_dim must be a dimension of x, which has {dim}, got {channel_dim}")
+        channel_dim = channel_dim % dim
+        size = shape[channel_dim]
+    if not isinstance(alpha, Tensor):
+        check_number("alpha", alpha)
+        return torch.full((size,), alpha, dtype=wide_dtype(dtype), device=device), channel_dim
+    if alpha.dim() != 1 or alpha.size(0) != size:
+        because = "without channel_dim" if channel_dim is None else "the size of x along channel_dim"
+        raise ValueError(f"alpha must have shape [{size}] ({because}), got {list(alpha.shape)}")
+    if not alpha.is_floating_point():
+        raise TypeError(f"alpha must be of a floating dtype, got {alpha.dtype}")
+    if alpha.device != device:
+        raise ValueError(f"alpha must be on the device of x, {device}, got {alpha.device}")
+    return alpha, channel_dim
+
+
+def check_arguments(x: Tensor, alpha: Tensor | float, bits: int, channel_dim: int | None) -> tuple[Tensor, int | None]:
+    """Check all that a forward can without reading alpha's values; returns what `check_alpha` does."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be of a dtype in {', '.join(map(str, DTYPES))}, got {x.dtype}")
+    if x.layout is not torch.strided or x.is_nested:
+        got = "a nested one" if x.is_nested else f"one of layout {x.layout}"
+        raise TypeError(f"x must be a dense Tensor, got {got}")
+    check_bits(bits)
+    return check_alpha(alpha, channel_dim, x.shape, x.dtype, x.device)
+
+
+def check_slopes(slopes: Tensor, grad_y: Tensor, bits: int) -> None:
+    check_bits(bits)
+    wide = wide_dtype(grad_y.dtype)
+    if slopes.dtype != wide or slopes.shape != (2**bits,) or slopes.device != grad_y.device:
+        raise ValueError(
+            f"slopes must be {wide} of shape [{2**bits}] on {grad_y.device}, got {slopes.dtype} of shape"
+            f" {list(slopes.shape)} on {slopes.device}"
+        )
+
+
+def check_packed(packed: Tensor | None, argument: str, count: int, width: int, device: torch.device) -> None:
+    size = packed_bytes(count, width)
+    if packed is None or packed.dtype != torch.uint8 or packed.device != device or packed.shape != (size,):
+        got = "nothing" if packed is None else f"{packed.dtype} of shape {list(packed.shape)} on {packed.device}"
+        raise ValueError(
+            f"{argument} must be a uint8 tensor of {size} bytes on {device} for {count} elements of {width} bits,"
+            f" got {got}"
+        )
+
+
+def checked_values(alpha: Tensor, wide: torch.dtype) -> Tensor:
+    """alpha in the wide dtype. An illegal value is an error if reading it needs no device sync; else it becomes NaN."""
+    converted = alpha.detach().to(wide)
+    good = converted.isfinite() & (converted > 0)
+    if alpha.device.type != "cpu":
+        return torch.where(good, converted, torch.nan)
+    if not bool(good.all()):
+        channel = int((~good).nonzero()[0])
+        where = f" at channel {channel}" if alpha.numel() > 1 else ""
+        hint = "; coarsegrad.keep_positive has an optimizer keep learned alphas > 0" if alpha.requires_grad else ""
+        raise ValueError(f"alpha must be finite and > 0 in {wide}, got {alpha[channel].item()}{where}{hint}")
+    return converted
