@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
+import os
+import tempfile
 
 import pytest
 import torch
@@ -12,6 +15,10 @@ import coarsegrad as cg
 from coarsegrad import _ops
 from coarsegrad.backends import _BACKENDS
 from coarsegrad.testing import backend_ids, serving
+
+# torch caches compiled code under a key that ignores the schemas of the ops in it: a cache for each set of schemas.
+_SCHEMAS = hashlib.sha256(repr(_ops._SCHEMAS).encode()).hexdigest()[:16]
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/coarsegrad_{os.getuid()}_{_SCHEMAS}")
 
 IDS = backend_ids() if _ops.native is not None else [*backend_ids(), "native"]
 
