@@ -38,9 +38,10 @@ def build(sources, out, kind="wheel", **environment):
 
 
 def facts_of(out):
-    """(the facts in _build.py, whether there is a library) of the one wheel in `out`."""
+    """(the facts in _build.py, whether there is a library) of the one wheel in `out`, which is marked as typed."""
     (wheel,) = out.glob("*.whl")
     with zipfile.ZipFile(wheel) as files:
+        assert "coarsegrad/py.typed" in files.namelist()
         facts = {}
         exec(files.read("coarsegrad/_build.py"), facts)
         return facts, any("/_C." in name for name in files.namelist())
@@ -96,6 +97,7 @@ def test_source_distribution_can_build_the_native_library(sources, tmp_path):
     native = {str(path.relative_to(sources)) for path in (sources / "csrc").rglob("*") if path.is_file()}
     assert native and native <= names
     assert {"CMakeLists.txt", "build_backend.py", "setup.py", "tests/cpp/test_math.cpp", "LICENSE"} <= names
+    assert "python/coarsegrad/py.typed" in names
     assert "python/coarsegrad/_build.py" not in names
 
 
