@@ -110,7 +110,7 @@ def in_each_process(rank, folder):
         losses, fsdp, report = trained(shard, case, mine)
         found[case, "fsdp"] = mean(losses), whole(fsdp)
         if case == "rewritten":
-            with pytest.raises(RuntimeError, match="FSDPFeedForward: undo what gave it that class first"):
+            with pytest.raises(RuntimeError, match="FSDPFeedForward: undo what changed its class first"):
                 report.undo()
             found["reprs"] = [repr(layer) for layer in qrelus(fsdp)]
     for own_groups in (False, True):
