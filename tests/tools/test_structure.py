@@ -26,7 +26,7 @@ ORDER = {
         weights  checks  reference  ops  exact  layers  moves  flow  report  rewriting  conversion  __init__
     """.split(),
     "coarsegrad.quantization": """
-        relus  source  rewriting  running  frames  recording  report  surgery  dynamic  quantize
+        relus  source  editing  rewriting  running  frames  recording  report  surgery  dynamic  quantize
         histogram  counting  watching  calibration  code_stats  __init__
     """.split(),
     "coarsegrad.experiments": """

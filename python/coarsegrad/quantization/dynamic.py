@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from .._torch_internals import MODULE_CALL_CODES, tree_leaves
 from ..nn import QReLU
+from .editing import Edit
 from .frames import Frame, locate, stack_from
 from .recording import Execution, ProductMarker, ReluRecorder, is_product
 from .report import Replaced
 from .rewriting import function_at, original
 from .running import float_activation, on_device_of, run, without_side_effects
-from .source import CALL_PATH, PASSED_ON, Edit, Source, Span, name_of
+from .source import CALL_PATH, PASSED_ON, Source, Span, name_of
 from .surgery import Place, Surgery, dotted, free_name
 
 _ROUNDS = 8  # each round gets one call further out, or tries one more form of the edit

@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .source import CALL_PATH, Call, Edit, Source, Span, keyed_name
+from .editing import Edit, Editor, keyed_name
+from .source import CALL_PATH, Call, Source, Span
 
 Plan = frozenset[Edit]
 _F = TypeVar("_F", bound=Callable)
@@ -266,8 +267,9 @@ def _compile(found: Function, edits: dict[Span, Edit], keyed: bool) -> Callable:
     CALL_PATH as the argument after the module."""
     source, inner = found.source(), found.function
     owner = source.self_name if found.method and source.self_name else "_module"
-    names = source.edited(edits, owner, keyed)
-    definition = source.definition
+    editor = Editor(source, edits, owner)
+    editor.apply(keyed)
+    names, definition = editor.names, source.definition
     if found.cls:
         definition = _MangleNames(found.cls).visit(definition)
     _drop_evaluated_parts(definition)

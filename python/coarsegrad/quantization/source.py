@@ -1,12 +1,10 @@
-"""The source of one function: its calls of activations and of submodules, and how to replace them."""
+"""The source of one function: its calls of activations and of submodules."""
 
 from __future__ import annotations
 
 import ast
 import builtins
-import functools
 import inspect
-import re
 import textwrap
 from collections import ChainMap
 from collections.abc import Callable, Container
@@ -15,8 +13,6 @@ from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 import torch
-
-from .relus import qrelu_if_relu
 
 # Where a call is in the source of its function, without the indentation of the def: line, column, last line and column.
 Span = tuple[int, int, int, int]
@@ -44,30 +40,6 @@ class Call:
     squared: bool
     line: int
     input_call: Span | None
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A replacement for the call at `span` of the function `where`, or for a function's name that is passed on there.
-
-    where: a method of the class, or "module:name" of any other function.
-    site: the submodule to call instead, with the call's tensor only; "" with `keyed_callee`.
-    argument: where the call passes that tensor, if the source does not show it: a position, a keyword, or "." if a
-        method of the tensor is called.
-    if_relu: call the submodule only if the callee is a relu at run time, because the source does not show it.
-    keys: (key, submodule), if the submodule depends on the calls and loop iterations by which the call is reached.
-    keyed: whether it does; can be True before `keys` are known.
-    keyed_callee: the function called, named as `where`; call its keyed form, which is a method, instead.
-    """
-
-    where: str
-    span: Span
-    site: str = ""
-    argument: int | str | None = None
-    if_relu: bool = False
-    keys: tuple[tuple[tuple, str], ...] = ()
-    keyed: bool = False
-    keyed_callee: str = ""
 
 
 def span_of(node: Any) -> Span:
@@ -99,7 +71,7 @@ class Source:
     def __init__(
         self, name: str, function: FunctionType, functions: Container[Callable] = _AnyFunction(), method: bool = True
     ) -> None:
-        self._name, self._functions = name, functions
+        self.name, self._functions = name, functions
         self.function = inspect.unwrap(function)
         text = inspect.getsource(self.function)
         self.indent = len(text) - len(text.lstrip(" \t"))
@@ -137,7 +109,7 @@ class Source:
         return isinstance(node, ast.Name) and node.id == self.self_name
 
     def _visit(self, node: ast.AST, squared: bool) -> None:
-        base = self._square_of(node)
+        base = self.square_of(node)
         if base is not None and self.call(base):
             self._visit(base, squared=True)
             return
@@ -147,7 +119,7 @@ class Source:
                 span, argument = span_of(node), call.argument
                 input_call = span_of(argument) if isinstance(argument, ast.Call) else self._input_calls.get(span)
                 found = (call.function, call.attribute, call.inplace, squared, self.line_of(node), input_call)
-                self.calls.append(Call(self._name, span, *found))
+                self.calls.append(Call(self.name, span, *found))
             else:
                 self.unsupported.append(f"{ast.unparse(node)}: its arguments are unknown")
         elif isinstance(node, (ast.Name, ast.Attribute)) and self._resolve(node) in self._functions:
@@ -213,7 +185,7 @@ class Source:
             return node.value is True
         return node.attr if isinstance(node, ast.Attribute) and self._is_self(node.value) else None
 
-    def _square_of(self, node: ast.AST | None) -> ast.expr | None:
+    def square_of(self, node: ast.AST | None) -> ast.expr | None:
         """b of b ** 2, torch.square(b), b.square(), b.square_(), b.pow(2) and torch.pow(b, 2)."""
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
             return node.left if _is_two(node.right) else None
@@ -253,7 +225,7 @@ class Source:
 
     def is_squared(self, span: Span) -> bool:
         node = self.node_at(span)
-        return node is not None and self._square_of(self._parents[node]) is node
+        return node is not None and self.square_of(self._parents[node]) is node
 
     def calls_self(self, node: ast.Call, name: str) -> bool:
         """Whether the call is self.name(...) or super().name(...)."""
@@ -266,7 +238,7 @@ class Source:
 
     def counters(self, span: Span) -> list[str]:
         """The variables that count the iterations of the loops around the call, outermost first."""
-        return [_counter_of(loop) for loop in self._loops(self.node_at(span))]
+        return [counter_of(loop) for loop in self.loops(self.node_at(span))]
 
     def argument(self, node: ast.Call, which: int | str | None) -> ast.expr | None:
         """The expression that an activation gets as its tensor; `which` is an Edit's `argument`."""
@@ -283,72 +255,7 @@ class Source:
             return node.args[which] if which < len(node.args) and (only or not starred) else None
         return next((word.value for word in node.keywords if word.arg == which), None)
 
-    def edited(self, edits: dict[Span, Edit], owner: str, keyed: bool) -> dict[str, object]:
-        """Apply the edits to the tree, which serves no other purpose afterwards. Returns the values of the new names.
-
-        owner: the variable that holds the module whose submodules are called. keyed: whether CALL_PATH is a parameter.
-        """
-        if missing := [span for span in edits if self.node_at(span) is None]:
-            where = f"{self._name} of {self.function.__module__}"
-            raise ValueError(f"{where} has no call at {missing}: its source has changed")
-        with_keys = {span: self.counters(span) for span, edit in edits.items() if edit.keyed or edit.keyed_callee}
-        loops = dict.fromkeys(loop for span in with_keys for loop in self._loops(self.node_at(span)))
-        names: dict[str, object] = {}
-
-        def key(span: Span, *first: ast.expr) -> ast.expr:
-            counters = (ast.Name(counter, ast.Load()) for counter in with_keys[span])
-            return ast.BinOp(ast.Name(CALL_PATH, ast.Load()), ast.Add(), ast.Tuple([*first, *counters], ast.Load()))
-
-        def activation(edit: Edit, node: ast.expr) -> ast.expr:
-            site: ast.expr = ast.Attribute(ast.Name(owner, ast.Load()), edit.site, ast.Load())
-            if edit.keyed:
-                sites = f"_sites_{len(names)}"
-                names[sites] = dict(edit.keys)
-                get = ast.Attribute(ast.Name(sites, ast.Load()), "get", ast.Load())
-                which = ast.Call(get, [key(edit.span), ast.Constant(edit.site)], [])
-                site = _call("getattr", ast.Name(owner, ast.Load()), which)
-            if not isinstance(node, ast.Call):
-                return site
-            if edit.if_relu:
-                site = _call("qrelu_if_relu", site, visit(node.func))
-            return ast.Call(site, [visit(self.argument(node, edit.argument))], [])
-
-        def keyed_call(edit: Edit, node: ast.expr) -> ast.expr:
-            target = ast.Attribute(ast.Name(owner, ast.Load()), keyed_name(edit.keyed_callee), ast.Load())
-            path = key(edit.span, ast.Constant(f"{edit.span[0]}:{edit.span[1]}"))
-            if not isinstance(node, ast.Call):
-                return _call("partial", target, path)
-            return ast.Call(target, [path, *map(visit, node.args)], [visit(word) for word in node.keywords])
-
-        def visit(node: Any) -> Any:
-            base = self._square_of(node)
-            for inner in (base, node):
-                if not isinstance(inner, (ast.Call, ast.Name, ast.Attribute)):
-                    continue
-                edit = edits.get(span_of(inner))
-                if edit is not None and (inner is node or edit.site):
-                    made = activation(edit, inner) if edit.site else keyed_call(edit, inner)
-                    return ast.copy_location(made, inner)
-            for name, value in ast.iter_fields(node):
-                if isinstance(value, ast.AST):
-                    setattr(node, name, visit(value))
-                elif isinstance(value, list):
-                    value[:] = [visit(item) if isinstance(item, ast.AST) else item for item in value]
-            return node
-
-        visit(self.definition)
-        for loop in loops:
-            loop.iter = ast.copy_location(_call("enumerate", loop.iter), loop.iter)
-            loop.target = ast.copy_location(
-                ast.Tuple([ast.Name(_counter_of(loop), ast.Store()), loop.target], ast.Store()), loop.target
-            )
-        if with_keys and not keyed:
-            self.definition.body.insert(0, ast.Assign([ast.Name(CALL_PATH, ast.Store())], ast.Tuple([], ast.Load())))
-        names |= {"_qrelu_if_relu": qrelu_if_relu, "_getattr": getattr, "_enumerate": enumerate}
-        names["_partial"] = functools.partial
-        return names
-
-    def _loops(self, node: ast.AST | None) -> list[ast.For | ast.comprehension]:
+    def loops(self, node: ast.AST | None) -> list[ast.For | ast.comprehension]:
         """The for loops and comprehensions whose body the node is in, outermost first."""
         found: list[ast.For | ast.comprehension] = []
         while node is not None and (parent := self._parents.get(node)) is not None:
@@ -372,7 +279,7 @@ class Source:
         def what(node: ast.AST) -> str | None:
             if isinstance(node, ast.Name):
                 return known.get(node.id)
-            base = self._square_of(node)
+            base = self.square_of(node)
             if base is None and isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
                 base = node.left if ast.dump(node.left) == ast.dump(node.right) else None
             if base is not None:
@@ -399,21 +306,12 @@ def name_of(node: ast.AST) -> str | None:
     return getattr(node, "attr", getattr(node, "id", None))
 
 
-def keyed_name(where: str) -> str:
-    """The name of a function's keyed form: a method that takes CALL_PATH, by which it chooses its submodules."""
-    return "_keyed_" + re.sub(r"\W", "_", where)
-
-
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
 _SQUARES: dict[str, Callable] = {"square": torch.square, "square_": torch.square_, "pow": torch.pow, "pow_": torch.pow}
 
 
-def _counter_of(loop: ast.For | ast.comprehension) -> str:
+def counter_of(loop: ast.For | ast.comprehension) -> str:
     return f"{COUNTER}{loop.target.lineno}_{loop.target.col_offset}"
-
-
-def _call(name: str, *arguments: ast.expr) -> ast.Call:
-    return ast.Call(ast.Name(f"_{name}", ast.Load()), list(arguments), [])
 
 
 def _input_calls(nodes: list[ast.AST]) -> dict[Span, Span]:

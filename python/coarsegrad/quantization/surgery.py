@@ -17,10 +17,11 @@ from torch import nn
 
 from .._torch_internals import has_hooks
 from ..nn import QReLU
+from .editing import Edit
 from .relus import RELUS
 from .report import QuantizeReport, Replaced, Skipped
 from .rewriting import activation_of, find_calls, original, rewritten
-from .source import Call, Edit
+from .source import Call
 
 
 @dataclass(frozen=True)
