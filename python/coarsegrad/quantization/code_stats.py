@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import _ops, reference
 from .._text import format_table
-from .._types import CODE_WIDTH
+from .._types import CODE_WIDTH, MaskKind, Rounding
 from ..nn import QReLU
 from .watching import qrelus_of, run_batches, warn_about_unreached, watched
 
@@ -90,7 +90,7 @@ class _CodeCounter:
     def __call__(self, x: Tensor) -> Tensor:
         layer, self.reached = self._layer, True
         y, states, codes = _ops.ops.qrelu_forward.default(
-            x, layer.alpha, layer.bits, layer.rounding, "state", True, layer.channel_dim
+            x, layer.alpha, layer.bits, Rounding[layer.rounding], MaskKind.state, True, layer.channel_dim
         )
         self._elements += x.numel()
         self._codes += _count_values(codes, CODE_WIDTH[layer.bits], x.numel())[: 2**layer.bits]
