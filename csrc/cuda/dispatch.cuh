@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <initializer_list>
 
+#include "../dispatch.h"
 #include "backward.cuh"
 #include "dequantize.cuh"
 #include "forward.cuh"
@@ -39,43 +40,6 @@ inline bool aligned(std::initializer_list<const void*> elements, std::initialize
   for (const void* p : elements) low |= reinterpret_cast<uintptr_t>(p);
   for (const void* p : bits) low |= reinterpret_cast<uintptr_t>(p) << 1;
   return low % 16 == 0;
-}
-
-template <class T>
-struct Tag {
-  using type = T;
-};
-template <class Body>
-void with_dtype(Dtype dtype, const Body& body) {
-  switch (dtype) {
-    case Dtype::float32: return body(Tag<float>{});
-    case Dtype::float64: return body(Tag<double>{});
-    case Dtype::bfloat16: return body(Tag<bf16>{});
-    case Dtype::float16: return body(Tag<f16>{});
-  }
-}
-
-template <auto kValue>
-struct Constant {
-  static constexpr auto value = kValue;
-};
-template <class Body>
-void with_rounding(Rounding rounding, const Body& body) {
-  switch (rounding) {
-    case Rounding::ceil: return body(Constant<Rounding::ceil>{});
-    case Rounding::nearest: return body(Constant<Rounding::nearest>{});
-    case Rounding::hwgq: return body(Constant<Rounding::hwgq>{});
-  }
-}
-
-template <class Body>
-void with_width(int width, const Body& body) {
-  switch (width) {
-    case 1: return body(Constant<1>{});
-    case 2: return body(Constant<2>{});
-    case 4: return body(Constant<4>{});
-    default: return body(Constant<8>{});
-  }
 }
 
 template <class T, class Params>
@@ -211,12 +175,7 @@ void launch_backward_x(const Backward& a, Stream stream, dim3 grid, bool whole) 
       case AlphaLayout::by_element: return map(Constant<AlphaLayout::by_element>{});
     }
   };
-  switch (a.ste) {
-#define CG_CASE(name, Struct) \
-  case Ste::name: return run(Tag<Struct>{});
-    CG_FOR_EACH_STE(CG_CASE)
-#undef CG_CASE
-  }
+  with_ste(a.ste, run);
 }
 
 template <class T, bool kState, int kWidth, class Stream>

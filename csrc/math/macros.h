@@ -1,5 +1,5 @@
-// What the maths in this folder asks of a number type F. float and double have it here; the vectors of csrc/cpu/pack.h
-// have it for vectors, so that every formula is written once and instantiated per device and instruction set.
+// The operations that the formulas of this folder ask of a number type F: of float and double here, of vectors in
+// csrc/cpu/*/vec.h. So every formula is written once and instantiated per device and instruction set.
 #pragma once
 
 #include <cmath>
@@ -44,12 +44,6 @@ CG_HD float quotient(float a, float b, float inverse) {
 }
 #endif
 
-// a * b + c for approximations: rounded once by vectors that have an fma, else twice.
-template <class F>
-CG_HD F mul_add(F a, F b, F c) {
-  return mul(a, b) + c;
-}
-
 CG_HD float select(bool m, float a, float b) { return m ? a : b; }
 CG_HD double select(bool m, double a, double b) { return m ? a : b; }
 // b where a is NaN.
@@ -75,10 +69,6 @@ CG_HD To bit_cast(From from) {
 // The bits of the number moved up by `count`: how pow2 puts an integer into the exponent field.
 CG_HD float shift_bits_left(float a, int count) { return bit_cast<float>(bit_cast<uint32_t>(a) << count); }
 CG_HD double shift_bits_left(double a, int count) { return bit_cast<double>(bit_cast<uint64_t>(a) << count); }
-// a * 2^n, where n is the integer in the low bits of `shifted` and the result is in the normal range.
-CG_HD float times_pow2(float a, float shifted) {
-  return bit_cast<float>(bit_cast<uint32_t>(a) + (bit_cast<uint32_t>(shifted) << 23));
-}
 
 // The scalar under F: float for float and its vectors, double for double and its vectors.
 template <class F>

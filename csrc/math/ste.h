@@ -2,11 +2,9 @@
 //
 // To add one: a line in CG_FOR_EACH_STE and a struct with
 //   kNeeds  what the backward has to know of x
-//   gate    where g' is not zero (true for NaN: a NaN's gradient passes); none where kNeeds is `nothing`
-//   g       g' there; 1 for NaN. kApproximate: it may be off by 2^-13 of itself
-//   FastSlope   where kNeeds is `x`, for the dtypes T that kFastSlope<T> says: g' for one regular alpha, of x in (0, most], in
-//           16 bits as kApproximate, by the fma of vectors
-// Where kNeeds is not `x`, g' is 1 on the gate and the kept bit is the gate.
+//   gate    where g' is not zero (true for NaN: a NaN's gradient passes); none if kNeeds is `nothing`
+//   g       g' there; 1 for NaN
+// Unless kNeeds is `x`, g' is 1 on the gate and the saved bit is the gate. cpu/generic/fast_slope.h may have a faster g.
 #pragma once
 
 #include "staircase.h"
@@ -99,49 +97,9 @@ CG_HD float one_over(float d) {
 }
 #endif
 
-// For gradients in 16 bits: 2^(a b) for a b in [-126, 0], within 2^-13 of itself, a fifth of a float16's ulp. By a
-// cubic that is 1 at 0 and of least relative error on [-1/2, 1/2].
-template <class F>
-CG_HD F approximate_exp2(F a, F b) {
-  const F magic = F(0x1.8p23f), shifted = mul_add(a, b, magic), r = mul_add(a, b, magic - shifted);
-  const F cubic = mul_add(mul_add(F(0x1.c2a168p-5f), r, F(0x1.f00c54p-3f)), r, F(0x1.62f5fcp-1f));
-  return times_pow2(mul_add(cubic, r, F(1)), shifted);
-}
-
-// 2^(a (b + c)) for a b in [-126, 0], where c is what a float lacks as b, within an ulp or two: the polynomial is 1 at 0
-// and of least relative error on [-1/2, 1/2] (2^-26). By vectors, which have an fma: a b must not be rounded.
-template <class F>
-CG_HD F exp2_of_product(F a, F b, F c) {
-  const F magic = F(0x1.8p23f), shifted = mul_add(a, b, magic);
-  const F r = mul_add(a, c, mul_add(a, b, magic - shifted));
-  constexpr float kRest[] = {0x1.5f3e58p-10f, 0x1.3b2d4cp-7f, 0x1.c6aee8p-5f, 0x1.ebfbdcp-3f, 0x1.62e43p-1f, 1};
-  F sum = F(0x1.41fbc8p-13f);
-  for (const float each : kRest) sum = mul_add(sum, r, F(each));
-  return times_pow2(sum, shifted);
-}
-
-// a / b rounded once, given -b and 1 / b (Markstein 1990). By vectors, too.
-template <class F>
-CG_HD F fused_quotient(F a, F minus_b, F inverse) {
-  const F guess = mul(a, inverse);
-  return mul_add(mul_add(guess, minus_b, a), inverse, guess);
-}
-
-// As approximate_exp2, 2^-y for any y >= 0. Below 2^-126 it is 2^-126, and 0 from y = 150 on.
-template <class F>
-CG_HD F approximate_exp2_minus(F y) {
-  return select(y < F(150), approximate_exp2(min_of(y, F(126)), F(-1)), F(0));
-}
-
-// 1 / d for d in [1, 2^100], within 2^-20 of itself.
-template <class F>
-CG_HD F approximate_reciprocal(F d) {
-  return F(1) / d;
-}
-
 struct Identity {
   static constexpr Needs kNeeds = Needs::nothing;
-  template <bool kApproximate, class F>
+  template <class F>
   static CG_HD F g(const Point<F>&) {
     return F(1);
   }
@@ -153,7 +111,7 @@ struct Relu {
   static CG_HD auto gate(const Point<F>& p) {
     return is_positive(p.x);
   }
-  template <bool kApproximate, class F>
+  template <class F>
   static CG_HD F g(const Point<F>&) {
     return F(1);
   }
@@ -165,7 +123,7 @@ struct ClippedRelu {
   static CG_HD auto gate(const Point<F>& p) {
     return is_inside(p);
   }
-  template <bool kApproximate, class F>
+  template <class F>
   static CG_HD F g(const Point<F>&) {
     return F(1);
   }
@@ -178,19 +136,10 @@ struct LogTailedRelu {
   static CG_HD auto gate(const Point<F>& p) {
     return is_positive(p.x);
   }
-  template <bool kApproximate, class F>
+  template <class F>
   static CG_HD F g(const Point<F>& p) {
     return select(p.u > p.q, one_over((p.u - p.q) + F(1)), F(1));
   }
-  template <class T>
-  static constexpr bool kFastSlope = sizeof(T) == 2;
-  template <class T, class F>
-  struct FastSlope {
-    F inverse, rest;
-    explicit FastSlope(float alpha, float q) : inverse(1 / alpha), rest(1 - q) {}
-    static float most(float alpha, float) { return mul(0x1p99f, alpha); }
-    CG_HD F at(F x) const { return approximate_reciprocal(max_of(mul_add(x, inverse, rest), F(1))); }
-  };
 };
 
 // exp(-u / q).
@@ -200,51 +149,24 @@ struct ReverseExponential {
   static CG_HD auto gate(const Point<F>& p) {
     return is_positive(p.x);
   }
-  template <bool kApproximate, class F>
+  template <class F>
   static CG_HD F g(const Point<F>& p) {
-    const F u = max_of(p.u, F(0));
-    if constexpr (kApproximate) return approximate_exp2_minus(mul(u, mul(p.inverse_q, F(1.44269504f))));
-    else return exp_minus(quotient(u, p.q, p.inverse_q));
+    return exp_minus(quotient(max_of(p.u, F(0)), p.q, p.inverse_q));
   }
-  template <class T>
-  static constexpr bool kFastSlope = sizeof(T) <= 4;
-  template <class T, class F>
-  struct FastSlope {
-    F factor, minus_alpha, inverse, minus_q, inverse_q;
-    static constexpr float kLog2E = 0x1.715476p0f, kRest = 0x1.4ae0cp-26f;
-    explicit FastSlope(float alpha, float q)
-        : factor(-kLog2E / mul(alpha, q)), minus_alpha(-alpha), inverse(1 / alpha), minus_q(-q), inverse_q(1 / q) {}
-    static float most(float alpha, float q) { return mul(mul(alpha, q), 125 / kLog2E); }
-    CG_HD F at(F x) const {
-      if constexpr (sizeof(T) == 2) return approximate_exp2(x, factor);
-      // The roundings of u and of u / q are those of `g`, as a large exponent makes many ulps of each.
-      else return exp2_of_product(fused_quotient(fused_quotient(x, minus_alpha, inverse), minus_q, inverse_q), F(-kLog2E), F(-kRest));
-    }
-  };
 };
 
-// g'(u), 0 where the gate is shut. kApproximate: as exactly as a gradient in 16 bits shows.
-template <class Ste, bool kApproximate = false, class F>
+// g'(u); 0 where the gate is shut.
+template <class Ste, class F>
 CG_HD F slope(const Point<F>& p) {
-  const F g = Ste::template g<kApproximate>(p);
+  const F g = Ste::g(p);
   if constexpr (Ste::kNeeds == Needs::nothing) return g;
   else return select(Ste::gate(p), g, F(0));
 }
 
-// v * slope. Where the slope is 0 that is a select, never a product: inf * 0 must not arise.
+// v * slope. A slope of 0 is a select, never a product: inf * 0 must not arise.
 template <class F>
 CG_HD F times_slope(F v, F slope) {
   return select(slope != F(0), mul(v, slope), F(0));
-}
-
-template <class Ste, bool kApproximate = false, class F>
-CG_HD F times_slope_at(F v, const Point<F>& p) {
-  if constexpr (Ste::kNeeds == Needs::nothing) {
-    return v;
-  } else {
-    const F g = Ste::template g<kApproximate>(p);
-    return select(Ste::gate(p) & (g != F(0)), mul(v, g), F(0));
-  }
 }
 
 }  // namespace cg

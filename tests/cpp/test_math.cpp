@@ -5,6 +5,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "cpu/generic/fast_slope.h"
 #include "math/alpha_grad.h"
 #include "math/bits.h"
 
@@ -147,9 +148,9 @@ void test_fast_slope() {
   for (const float alpha : {0x1p-100f, 0.3f, 7.0f, 0x1p100f}) {
     for (const int bits : {1, 2, 8}) {
       const float q = static_cast<float>((1 << bits) - 1);
-      using FastSlope = typename Ste::template FastSlope<bf16, float>;
-      const float most = std::min(FastSlope::most(alpha, q), std::numeric_limits<float>::max());
-      const FastSlope fast(alpha, q);
+      using Slope = FastSlope<Ste, bf16, float>;
+      const float most = std::min(Slope::most(alpha, q), std::numeric_limits<float>::max());
+      const Slope fast(alpha, q);
       for (float x = alpha * 0x1p-20f; x <= most; x *= 1.001f) {
         const double u = double(x) / alpha;
         const double wanted = slope<Ste>(Point<double>{x, u, q, 1.0 / q, double(q) * alpha});
@@ -189,7 +190,7 @@ void test_stes() {
   CHECK(slope<ReverseExponential>(kNan<A>) == 1);
 }
 
-// The bounds that ste.h states, down to the smallest subnormal.
+// The bounds that fast_slope.h and ste.h state, the latter down to the smallest subnormal.
 void test_exp_minus() {
   CHECK(approximate_exp2_minus(0.0f) == 1 && approximate_exp2_minus(kInf<float>) == 0 && approximate_exp2_minus(150.0f) == 0);
   CHECK(approximate_exp2_minus(149.0f) > 0);

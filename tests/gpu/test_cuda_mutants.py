@@ -20,7 +20,7 @@ SMALL_GRID = (
 )
 
 # A mistake shows in one dtype and in some of the kernels: nothing else need be compiled for it. A copy has a dtype, the
-# cases that it runs, and in dispatch.cuh the calls that it leaves out: what is not called is not instantiated.
+# cases that it runs, and edits that leave calls out: what is not called is not instantiated.
 DTYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "f16"}
 FROM_X = "launch_backward_x<T>(a, stream, grid, whole);"
 FROM_SAVED = (
@@ -31,7 +31,7 @@ FROM_SAVED = (
 
 def forward(rounding):
     others = [other for other in cuda_host.ROUNDINGS if other != rounding]
-    left_out = [(f"case Rounding::{other}: return body(Constant<Rounding::{other}>{{}});", "") for other in others]
+    left_out = [("../dispatch.h", f"case Rounding::{other}: return body(Constant<Rounding::{other}>{{}});", "") for other in others]
     return (lambda case: case.op == "forward" and case.rounding == rounding), left_out
 
 
@@ -41,13 +41,13 @@ COPIES = {
     "backward from x": (
         torch.bfloat16,
         lambda case: case.op == "backward" and "x" in case.inputs and case.ste == "reverse_exponential",
-        [("CG_FOR_EACH_STE(CG_CASE)", "CG_CASE(reverse_exponential, ReverseExponential)")]
-        + [(call, "static_cast<void>(whole);") for call in FROM_SAVED],
+        [("../dispatch.h", "CG_FOR_EACH_STE(CG_CASE)", "CG_CASE(reverse_exponential, ReverseExponential)")]
+        + [("dispatch.cuh", call, "static_cast<void>(whole);") for call in FROM_SAVED],
     ),
     "backward from what is saved": (
         torch.bfloat16,
         lambda case: case.op == "backward" and "x" not in case.inputs,
-        [(FROM_X, "static_cast<void>(whole);")],
+        [("dispatch.cuh", FROM_X, "static_cast<void>(whole);")],
     ),
     "backward_from_slopes": (torch.bfloat16, lambda case: case.op == "backward_from_slopes", []),
 }
@@ -169,9 +169,9 @@ class Copy:
         for name in ("CMakeLists.txt", "pyproject.toml"):
             shutil.copy(ROOT / name, self.root)
         ops = {case.op for case in self.cases}
-        edits = [(f"case Dtype::{str(other).removeprefix('torch.')}: return body(Tag<{name}>{{}});", "")
+        edits = [("../dispatch.h", f"case Dtype::{str(other).removeprefix('torch.')}: return body(Tag<{name}>{{}});", "")
                  for other, name in DTYPES.items() if other != dtype]  # fmt: skip
-        for edit in (*SMALL_GRID, *(("dispatch.cuh", *edit) for edit in (*edits, *left_out))):
+        for edit in (*SMALL_GRID, *edits, *left_out):
             self.replace(*edit)
         for op in set(cuda_host.OPS) - ops:
             self.replace("../../tests/cpp/cuda_host.cpp", f"cuda::launch_{op}(", "static_cast<void>(")

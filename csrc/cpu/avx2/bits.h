@@ -1,12 +1,11 @@
-// What is packed, masks, states and codes, in registers: bits to masks of lanes and back, and codes to bytes and back.
+// The saved bits of a block, masks and 2-bit states, as masks of lanes: a shuffle takes those of a register, and each
+// lane tests its own.
 #pragma once
 
-#include <immintrin.h>
+#include "vec.h"
+#include "../x86/bits.h"
 
-#include "../../math/bits.h"
-#include "../../math/macros.h"
-
-namespace cg::CG_ISA {
+namespace cg::avx2 {
 
 // The bits of a block in each half of a register, from where a shuffle takes those of a vector.
 struct BlockBits {
@@ -93,95 +92,19 @@ CG_HD void masked_copy(const U* from, U* to, Bits bits, int first, bool stream, 
   }
 }
 
-// The signs of the bytes as bits.
-CG_HD void store_signs(uint8_t* to, __m256i bytes) {
-  const int bits = _mm256_movemask_epi8(bytes);
-  memcpy(to, &bits, sizeof(bits));
+CG_HD Floats masked(Floats v, __m256i mask) { return _mm256_and_ps(v.v, _mm256_castsi256_ps(mask)); }
+CG_HD Doubles masked(Doubles v, __m256i mask) { return _mm256_and_pd(v.v, _mm256_castsi256_pd(mask)); }
+
+template <class T, class Bits>
+CG_HD auto load_where(const T* block, Bits bits, int first) {
+  return masked(Io<T>::load(block + first), bits.template mask<sizeof(compute_t<T>)>(first));
 }
-// Half of the codes of a block, a byte each, packed. A sum of products gathers neighbouring fields, two at a time.
-template <int kWidth>
-CG_HD void bitpack_half(__m256i codes, uint8_t* packed) {
-  if constexpr (kWidth == 1) {
-    store_signs(packed, _mm256_slli_epi16(codes, 7));
-  } else if constexpr (kWidth == 2) {
-    const __m256i words = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0401));
-    const __m256i dwords = _mm256_madd_epi16(words, _mm256_set1_epi32(0x00100001));
-    const __m256i low = _mm256_packus_epi32(dwords, dwords), bytes = _mm256_packus_epi16(low, low);
-    const __m128i halves = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(packed), halves);
-  } else if constexpr (kWidth == 4) {
-    const __m256i words = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x1001));
-    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(words, words), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm256_castsi256_si128(bytes));
-  } else {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), codes);
-  }
+template <class Bits>
+CG_HD Pair<Floats> load_pair_where(const bf16* block, Bits bits, int first) {
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + first));
+  return split<bf16>(_mm256_and_si256(bits.template mask<2>(first), v));
 }
-// The codes are loaded in the pieces that they may have been stored in: a load wider than the stores before it waits
-// for them to leave the store buffer.
-template <int kWidth>
-CG_HD void bitpack(const uint8_t* codes, uint8_t* packed) {
-  const auto sixteen = [](const uint8_t* p) {
-    const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-    return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(low), reinterpret_cast<const __m64*>(p + 8)));
-  };
-  for (int half = 0; half < 2; ++half, codes += 32, packed += 4 * kWidth) {
-    bitpack_half<kWidth>(_mm256_setr_m128i(sixteen(codes), sixteen(codes + 16)), packed);
-  }
-}
-template <int kWidth>
-CG_HD void bitunpack(const uint8_t* packed, uint8_t* codes) {
-  for (int half = 0; half < 2; ++half, packed += 4 * kWidth) {
-    __m256i v;
-    if constexpr (kWidth == 1) {
-      int bits;
-      memcpy(&bits, packed, sizeof(bits));
-      const __m256i of_byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
-      const __m256i place = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201u));
-      const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(bits), of_byte);
-      v = _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(bytes, place), place), _mm256_set1_epi8(1));
-    } else if constexpr (kWidth == 2) {
-      const __m256i dwords = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
-      v = _mm256_or_si256(dwords, _mm256_slli_epi32(dwords, 12));
-      v = _mm256_and_si256(_mm256_or_si256(v, _mm256_slli_epi32(v, 6)), _mm256_set1_epi8(3));
-    } else if constexpr (kWidth == 4) {
-      const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
-      v = _mm256_and_si256(_mm256_or_si256(words, _mm256_slli_epi16(words, 4)), _mm256_set1_epi8(15));
-    } else {
-      v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
-    }
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + 32 * half), v);
-  }
-}
-// In the low bits of each lane the packed codes of 16 numbers of a block from the given one on: the two halves', or those
-// in even and those in odd places; above a code is what comes after it.
-template <int kWidth, bool kEvenOdd>
-CG_HD void packed_indices(const uint8_t* packed, int first, __m256i& one, __m256i& other) {
-  static_assert(kWidth <= 4);
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const auto load = [&](int bytes) {
-    int word;
-    memcpy(&word, packed + bytes, 4);
-    return _mm256_set1_epi32(word);
-  };
-  if constexpr (kWidth == 4 && kEvenOdd) {
-    long long words;
-    memcpy(&words, packed + first / 2, 8);
-    const __m256i halves = _mm256_permutevar8x32_epi32(_mm256_set1_epi64x(words), _mm256_srli_epi32(lane, 2));
-    const __m256i place = _mm256_slli_epi32(_mm256_and_si256(lane, _mm256_set1_epi32(3)), 3);
-    one = _mm256_srlv_epi32(halves, place);
-    other = _mm256_srli_epi32(one, 4);
-  } else if constexpr (kWidth == 4) {
-    const __m256i place = _mm256_slli_epi32(lane, 2);
-    one = _mm256_srlv_epi32(load(first / 2), place);
-    other = _mm256_srlv_epi32(load(first / 2 + 4), place);
-  } else {
-    const __m256i word = load(first * kWidth / 32 * 4);
-    const __m256i place = _mm256_mullo_epi32(lane, _mm256_set1_epi32(kEvenOdd ? 2 * kWidth : kWidth));
-    one = _mm256_srlv_epi32(word, _mm256_add_epi32(place, _mm256_set1_epi32(first * kWidth % 32)));
-    other = _mm256_srli_epi32(one, kEvenOdd ? kWidth : 8 * kWidth);
-  }
-}
+
 CG_HD uint64_t nonzero_codes(const uint8_t* codes) {
   const __m256i* p = reinterpret_cast<const __m256i*>(codes);
   const auto zeros = [](__m256i v) {
@@ -190,4 +113,4 @@ CG_HD uint64_t nonzero_codes(const uint8_t* codes) {
   return ~(zeros(_mm256_loadu_si256(p)) | static_cast<uint64_t>(zeros(_mm256_loadu_si256(p + 1))) << 32);
 }
 
-}  // namespace cg::CG_ISA
+}  // namespace cg::avx2

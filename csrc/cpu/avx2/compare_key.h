@@ -1,29 +1,27 @@
-// Numbers as what is compared fast (dtype.h), 16 of 16 bits or 8 floats in a register.
+// Compare keys (math/dtype.h): 16 of 16 bits or 8 floats in a register; masks have all bits of a lane, or none.
 #pragma once
 
-#include "vec.h"
+#include "tables.h"
+#include "../x86/compare_key.h"
 
-namespace cg::CG_ISA {
+namespace cg::avx2 {
 
 // A table is 8 entries in each half of a register, and an index the two bytes of its entry.
 template <class T>
-struct CompareKey {
+struct CompareKey : CompareKey16<T, CompareKey<T>> {
+  using Base = CompareKey16<T, CompareKey>;
+  using typename Base::Index;
+  using Base::all, Base::indices, Base::max_magnitude, Base::whole;
   static constexpr int kSearchBits = std::is_same_v<T, bf16> ? 5 : 6, kCompareBits = 2;
   static constexpr bool kArithmetic = true, kHoldsBlock = true;
-  static constexpr int kCount = 16, kGroup = 2, kEntries = 8;
+  static constexpr int kGroup = 2, kEntries = 8;
   static constexpr int kIndexStart = 0x0100, kIndexUnit = 0x0202;
-  using Element = int16_t;
-  using Mask = __m256i;
-  using Index = __m256i;
-  __m256i v;
-  static CG_HD CompareKey all(int from) { return {indices(from)}; }
-  static CG_HD CompareKey load(const int16_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
-  static CG_HD CompareKey load_without_prefetch(const int16_t* p) { return {cg::CG_ISA::load_without_prefetch(p)}; }
-  static CG_HD void store(int16_t* p, CompareKey a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
-  static CG_HD void stream(int16_t* p, CompareKey a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), a.v); }
+  using Mask = Register;
+
+  static CG_HD CompareKey load_without_prefetch(const int16_t* p) { return {{cg::avx2::load_without_prefetch(p)}}; }
   static CG_HD Mask greater(CompareKey a, CompareKey b) { return _mm256_cmpgt_epi16(a.v, b.v); }
   static CG_HD Mask at_most(Mask m, CompareKey a, CompareKey high) { return _mm256_andnot_si256(greater(a, high), m); }
-  static CG_HD CompareKey masked(Mask m, CompareKey a) { return {_mm256_and_si256(m, a.v)}; }
+  static CG_HD CompareKey masked(Mask m, CompareKey a) { return {{_mm256_and_si256(m, a.v)}}; }
   template <size_t kVecs>
   static CG_HD void store_bits(uint8_t* to, const Mask (&m)[kVecs]) {
     for (size_t i = 0; i < kVecs; i += 2, to += 4) {
@@ -36,28 +34,23 @@ struct CompareKey {
     for (size_t i = 0; i < kVecs; ++i, to += 4) store_signs(to, _mm256_blendv_epi8(low[i], high[i], upper_bytes));
   }
   static CG_HD Mask choose(Mask m, Mask a, Mask b) { return _mm256_blendv_epi8(b, a, m); }
-  static CG_HD CompareKey select(Mask m, CompareKey a, CompareKey b) { return {_mm256_blendv_epi8(b.v, a.v, m)}; }
-  static CG_HD CompareKey farther(CompareKey a, CompareKey b) {
-    return {_mm256_max_epi16(a.v, _mm256_and_si256(b.v, _mm256_set1_epi16(0x7fff)))};
-  }
-  static CG_HD bool any_beyond(CompareKey farthest, int16_t most) {
-    return _mm256_movemask_epi8(greater(farthest, all(most))) != 0;
+  static CG_HD CompareKey select(Mask m, CompareKey a, CompareKey b) { return {{_mm256_blendv_epi8(b.v, a.v, m)}}; }
+  static CG_HD bool any_above(CompareKey largest, int16_t most) {
+    return _mm256_movemask_epi8(greater(largest, all(most))) != 0;
   }
   static CG_HD bool any_nan(const CompareKey (&x)[4]) {
-    return any_beyond(farther(farther(farther(farther(all(0), x[0]), x[1]), x[2]), x[3]), kInfinityBits<T>);
+    CompareKey largest = all(0);
+    for (const CompareKey each : x) largest = max_magnitude(largest, each);
+    return any_above(largest, kInfinityBits<T>);
   }
-  CG_HD Pair<Floats> floats() const { return split<T>(v); }
-  // Ties of bfloat16 go up.
-  static CG_HD CompareKey rounded(Pair<Floats> from) { return {join<T, false>(from)}; }
-  static CG_HD CompareKey level(Pair<Floats> from) { return {join<T>(from)}; }
+  static CG_HD CompareKey level(Pair<Floats> from) { return {{join<T>(from)}}; }
   // The largest numbers of T that are at most these, which are not negative.
   static CG_HD CompareKey floor(Pair<Floats> from) {
     if constexpr (std::is_same_v<T, bf16>) {
-      const __m256i even = _mm256_srli_epi32(_mm256_castps_si256(from.first.v), 16);
-      return {_mm256_blend_epi16(even, _mm256_castps_si256(from.second.v), 0xaa)};
+      return {{blend_odd(_mm256_srli_epi32(from.first.bits(), 16), from.second.bits())}};
     } else {
       const auto halves = [](Floats v) { return _mm256_cvtps_ph(v.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC); };
-      return {_mm256_setr_m128i(halves(from.first), halves(from.second))};
+      return {{join_halves(halves(from.first), halves(from.second))}};
     }
   }
   // Floats in the order of floats().
@@ -70,26 +63,25 @@ struct CompareKey {
     return {gather(_mm256_shuffle_ps(low, high, 0x88)), gather(_mm256_shuffle_ps(low, high, 0xdd))};
   }
   // Of masks and of small whole numbers, in the order of floats().
-  static CG_HD Mask mask(PairMask<FloatMask> m) {
-    return join_lanes(_mm256_castps_si256(m.first.m), _mm256_castps_si256(m.second.m));
+  static CG_HD Mask mask(Pair<LaneMask<float>> m) {
+    return narrow(_mm256_castps_si256(m.first.m), _mm256_castps_si256(m.second.m));
   }
   static CG_HD Index whole(Pair<Floats> from) {
-    return join_lanes(_mm256_cvtps_epi32(from.first.v), _mm256_cvtps_epi32(from.second.v));
+    return narrow(_mm256_cvtps_epi32(from.first.v), _mm256_cvtps_epi32(from.second.v));
   }
-  static CG_HD __m256i join_lanes(__m256i first, __m256i second) {
-    if constexpr (std::is_same_v<T, bf16>) return _mm256_blend_epi16(first, _mm256_slli_epi32(second, 16), 0xaa);
+  static CG_HD Register narrow(__m256i first, __m256i second) {
+    if constexpr (std::is_same_v<T, bf16>) return blend_odd(first, _mm256_slli_epi32(second, 16));
     else return _mm256_permute4x64_epi64(_mm256_packs_epi32(first, second), 0xd8);
   }
-  static CG_HD Index indices(int from) { return _mm256_set1_epi16(static_cast<short>(from)); }
   static CG_HD Index load_indices(const uint8_t* codes) {
-    const __m256i code = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    const Register code = _mm256_cvtepu8_epi16(load_half(codes));
     return _mm256_add_epi16(_mm256_mullo_epi16(code, indices(kIndexUnit)), indices(kIndexStart));
   }
   static CG_HD Index raise(Index a, Mask m, int by) { return _mm256_add_epi16(a, _mm256_and_si256(m, indices(by))); }
   template <int kRegisters>
   static CG_HD CompareKey look_up(const CompareKey* table, Index index) {
     if constexpr (kRegisters == 1) {
-      return {_mm256_shuffle_epi8(table[0].v, index)};
+      return {{_mm256_shuffle_epi8(table[0].v, index)}};
     } else {
       // The bit of the index that tells the half, moved to the top of each byte.
       static_assert(kRegisters <= 4);
@@ -98,36 +90,28 @@ struct CompareKey {
       return select(upper, look_up<kHalf>(table + kHalf, index), look_up<kHalf>(table, index));
     }
   }
-  static CG_HD Index whole(CompareKey from) { return from.v; }
   template <int kWidth, size_t kVecs>
   static CG_HD void store_codes(uint8_t* to, const Index (&codes)[kVecs]) {
     for (size_t i = 0; i < kVecs; i += 2, to += 4 * kWidth) {
       const __m256i bytes = _mm256_packus_epi16(codes[i], codes[i + 1]);
-      bitpack_half<kWidth>(_mm256_permute4x64_epi64(bytes, 0xd8), to);
+      bitpack_register<kWidth>(_mm256_permute4x64_epi64(bytes, 0xd8), to);
     }
   }
 };
 
 template <>
-struct CompareKey<double> {
-  static constexpr int kSearchBits = 0, kCompareBits = 0;
-  static constexpr bool kArithmetic = false;
-};
+struct CompareKey<double> : NoCompareKey {};
+
 template <>
-struct CompareKey<float> {
-  static constexpr int kSearchBits = 2, kCompareBits = 2, kCount = 8, kGroup = 4;
+struct CompareKey<float> : CompareKey32<CompareKey<float>> {
+  static constexpr int kSearchBits = 2, kCompareBits = 2, kGroup = 4;
   static constexpr bool kArithmetic = true, kHoldsBlock = false;
-  using Element = float;
   using Mask = __m256;
   using Index = Floats;
-  __m256 v;
-  static CG_HD CompareKey all(float from) { return {_mm256_set1_ps(from)}; }
-  static CG_HD CompareKey load(const float* p) { return {_mm256_loadu_ps(p)}; }
-  static CG_HD void store(float* p, CompareKey a) { _mm256_storeu_ps(p, a.v); }
-  static CG_HD void stream(float* p, CompareKey a) { _mm256_stream_ps(p, a.v); }
+
   static CG_HD Mask greater(CompareKey a, CompareKey b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
   static CG_HD Mask at_most(Mask m, CompareKey a, CompareKey high) { return _mm256_andnot_ps(greater(a, high), m); }
-  static CG_HD CompareKey masked(Mask m, CompareKey a) { return {_mm256_and_ps(m, a.v)}; }
+  static CG_HD CompareKey masked(Mask m, CompareKey a) { return {{_mm256_and_ps(m, a.v)}}; }
   // The bytes of four vectors of 32-bit lanes, where packing left them.
   static CG_HD __m256i in_order(__m256i bytes) {
     return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
@@ -147,7 +131,7 @@ struct CompareKey<float> {
     }
   }
   static CG_HD Mask choose(Mask m, Mask a, Mask b) { return _mm256_blendv_ps(b, a, m); }
-  static CG_HD CompareKey select(Mask m, CompareKey a, CompareKey b) { return {_mm256_blendv_ps(b.v, a.v, m)}; }
+  static CG_HD CompareKey select(Mask m, CompareKey a, CompareKey b) { return {{_mm256_blendv_ps(b.v, a.v, m)}}; }
   static CG_HD bool any_nan(const float* x) {
     __m256 nan = _mm256_setzero_ps();
     for (int i = 0; i < 64; i += 2 * kCount) {
@@ -155,26 +139,19 @@ struct CompareKey<float> {
     }
     return _mm256_movemask_ps(nan) != 0;
   }
-  static CG_HD CompareKey farther(CompareKey a, CompareKey b) {
-    const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(b.v), _mm256_set1_epi32(0x7fffffff));
-    return {_mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a.v), magnitude))};
+  static CG_HD bool any_above(CompareKey largest, float most) {
+    return _mm256_movemask_epi8(_mm256_cmpgt_epi32(largest.bits(), all(most).bits())) != 0;
   }
-  static CG_HD bool any_beyond(CompareKey farthest, float most) {
-    const __m256i bits = _mm256_castps_si256(farthest.v), limit = _mm256_castps_si256(all(most).v);
-    return _mm256_movemask_epi8(_mm256_cmpgt_epi32(bits, limit)) != 0;
-  }
-  CG_HD Floats floats() const { return v; }
-  static CG_HD CompareKey rounded(Floats from) { return {from.v}; }
-  static CG_HD CompareKey level(Floats from) { return {from.v}; }
-  static CG_HD CompareKey floor(Floats from) { return {from.v}; }
+  static CG_HD CompareKey level(Floats from) { return {{from.v}}; }
+  static CG_HD CompareKey floor(Floats from) { return {{from.v}}; }
   static CG_HD Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
   template <int kWidth>
   static CG_HD void store_codes(uint8_t* to, const Index (&codes)[kGroup]) {
     const auto words = [&](int i) {
       return _mm256_packs_epi32(_mm256_cvtps_epi32(codes[i].v), _mm256_cvtps_epi32(codes[i + 1].v));
     };
-    bitpack_half<kWidth>(in_order(_mm256_packus_epi16(words(0), words(2))), to);
+    bitpack_register<kWidth>(in_order(_mm256_packus_epi16(words(0), words(2))), to);
   }
 };
 
-}  // namespace cg::CG_ISA
+}  // namespace cg::avx2

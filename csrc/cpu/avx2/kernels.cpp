@@ -1,13 +1,7 @@
-#include <type_traits>
-#include <vector>
-
-#include "../kernels.h"
-
-#define CG_ISA avx2
-#define CG_ANY_ALPHA 0
 #include "compare_key.h"
+
 #include "../generic/kernels.h"
 
 namespace cg {
-const Kernels kKernelsAvx2 = {"avx2", CG_ISA::forward, CG_ISA::backward, CG_ISA::dequantize, CG_ISA::times_slopes, CG_ISA::copy};
+const Kernels kKernelsAvx2 = avx2::kernels("avx2");
 }

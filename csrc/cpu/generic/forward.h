@@ -1,13 +1,15 @@
-// x to y, to the bits saved for the backward, and to codes; and codes back to y.
+// x to y, to the bits saved for backward, and to codes.
+#pragma once
+
+#include <vector>
+
+#include "alphas.h"
+#include "blocks.h"
+#include "quantize.h"
+#include "staircases.h"
 
 namespace cg::CG_ISA {
 namespace {
-
-template <class T, Rounding R, bool kRegular, class V>
-CG_HD Quantized<V> quantize_vec(V x, V alpha, V inverse, V q) {
-  if constexpr (kRegular) return quantize<T, R>(x, alpha, inverse, q);
-  else return quantize_any<T, R>(x, alpha, q);
-}
 
 template <class T, Rounding R, bool kRegular, bool kCodes, class Source>
 void forward_range(const Forward& args, int64_t first, int64_t last, const Source& source) {
@@ -38,211 +40,6 @@ void forward_range(const Forward& args, int64_t first, int64_t last, const Sourc
     if constexpr (kCodes) write_codes(a.codes, block, count, packed_width(a.bits), codes);
   }
 }
-
-// The staircase for numbers that are no NaN, by a comparison with each threshold: the fastest where these are few, and
-// a comparison is no dearer than a look-up. Of one alpha for a group of vectors, or of one for each number.
-template <class T, Rounding R, int kBits, bool kOneAlpha = true>
-struct CompareStaircase {
-  using Key = CompareKey<T>;
-  using F = decltype(Key().floats());
-  static constexpr int kTop = (1 << kBits) - 1, kVecs = Key::kGroup, kStairs = kOneAlpha ? 1 : kVecs;
-  static constexpr Rounding kRounding = R;
-  static constexpr bool kFewInstructions = true;
-  using Found = typename Key::Mask[kBits][kVecs];  // the bits of the codes
-  Key thresholds[kStairs][kTop], levels[kStairs][kTop];  // of the codes from 1 up
-
-  CG_HD CompareStaircase(float alpha, float) { make(F(alpha), 0); }
-  CG_HD CompareStaircase(const float* alpha, const float*, float) {
-    for (int i = 0; i < kVecs; ++i) make(Key::load_floats(alpha + i * Key::kCount), i);
-  }
-  CG_HD Key top(int i) const { return levels[kOneAlpha ? 0 : i][kTop - 1]; }
-
-  // The levels of some vectors of x, their codes where kCodes, and where x > 0.
-  template <bool kCodes>
-  CG_HD void apply(const Key (&x)[kVecs], Key (&y)[kVecs], Found& found, typename Key::Mask (&positive)[kVecs]) const {
-    for (int i = 0; i < kVecs; ++i) {
-      const auto& threshold = thresholds[kOneAlpha ? 0 : i];
-      const auto& level = levels[kOneAlpha ? 0 : i];
-      typename Key::Mask greater[kTop];
-      for (int k = 0; k < kTop; ++k) {
-        greater[k] = Key::greater(x[i], threshold[k]);
-        y[i] = k == 0 ? Key::masked(greater[k], level[k]) : Key::select(greater[k], level[k], y[i]);
-      }
-      positive[i] = R == Rounding::nearest ? Key::greater(x[i], Key::all(0)) : greater[0];  // else the first threshold is 0
-      if constexpr (kCodes) {
-        found[kBits - 1][i] = greater[kTop / 2];
-        if constexpr (kBits == 2) found[0][i] = Key::choose(greater[1], greater[2], greater[0]);
-      }
-    }
-  }
-  // From the given place in a block's packed codes on.
-  static CG_HD void store_codes(uint8_t* block, int first, int, const Found& found) {
-    if constexpr (kBits == 1) Key::store_bits(block + first / 8, found[0]);
-    else Key::store_states(block + first / 4, found[0], found[1]);
-  }
-
- private:
-  CG_HD void make(F alpha, int i) {
-    for (int k = 1; k <= kTop; ++k) {
-      Key& level = levels[i][k - 1];
-      Key& threshold = thresholds[i][k - 1];
-      level = Key::level(mul(F(float(k)), alpha));
-      if (k == 1 && R != Rounding::nearest) {
-        threshold = Key::all(0);
-      } else {
-        const Key below = k == 1 ? Key::all(0) : levels[i][k - 2];
-        threshold = R == Rounding::ceil ? below : Key::floor(mul(below.floats() + level.floats(), F(0.5f)));
-      }
-    }
-  }
-};
-
-// The same as small tables in registers, for the few bits for which a search takes less time than the arithmetic. kBits
-// comparisons with a threshold each halve the codes that are left; which threshold comes next, and the
-// level in the end, are looked up by what came out before: bit d of an index is the comparison d.
-template <class T, Rounding R, int kBits>
-struct SearchStaircase {
-  using Key = CompareKey<T>;
-  using Element = typename Key::Element;
-  using Index = typename Key::Index;
-  static constexpr int kVecs = kBlock / Key::kCount;
-  static constexpr Rounding kRounding = R;
-  static constexpr bool kFewInstructions = false;
-  using Found = Index[kVecs];
-  static constexpr int registers(int comparison) {
-    return 1 << comparison <= Key::kEntries ? 1 : (1 << comparison) / Key::kEntries;
-  }
-  static constexpr int kTop = (1 << kBits) - 1, kLast = kBits - 1, kRegisters = registers(kLast);
-  Key thresholds[kBits][kRegisters], codes[kRegisters], below[kRegisters], above[kRegisters], highest;
-
-  // For each outcome of the comparisons before the given one, the entry of the lowest code that it leaves.
-  static CG_HD void fill(Key* packs, int comparison, const Element* of_code) {
-    Element entries[kRegisters * Key::kCount];
-    const int count = registers(comparison) * Key::kCount;
-    for (int i = 0; i < count; ++i) {
-      const int outcome = i / Key::kCount * Key::kEntries + i % Key::kEntries;
-      int code = 0;
-      for (int d = 0; d < comparison; ++d) code |= (outcome >> d & 1) << (kLast - d);
-      entries[i] = of_code[code];
-    }
-    for (int i = 0; i < registers(comparison); ++i) packs[i] = Key::load(entries + i * Key::kCount);
-  }
-
-  CG_HD SearchStaircase(float alpha, float) {
-    Element all_codes[kTop + 1], all_thresholds[kTop + 1], all_levels[kTop + 1];
-    for (int k = 0; k <= kTop; ++k) {
-      all_codes[k] = static_cast<Element>(k);
-      all_thresholds[k] = compare_key_floor<T>(threshold<T, R>(float(k), alpha));
-      all_levels[k] = compare_key_floor<T>(level<T>(float(k), alpha));
-    }
-    for (int d = 0; d < kBits; ++d) fill(thresholds[d], d, all_thresholds + (1 << (kLast - d)));
-    fill(codes, kLast, all_codes);
-    fill(below, kLast, all_levels);
-    fill(above, kLast, all_levels + 1);
-    highest = Key::all(all_levels[kTop]);
-  }
-  CG_HD Key top(int) const { return highest; }
-
-  // All vectors of a block side by side, as a comparison waits for the one before it.
-  template <bool kCodes>
-  CG_HD void apply(const Key (&x)[kVecs], Key (&y)[kVecs], Found& found, typename Key::Mask (&positive)[kVecs]) const {
-    Index index[kVecs];
-    for (int i = 0; i < kVecs; ++i) {
-      index[i] = Key::indices(Key::kIndexStart);
-      positive[i] = Key::greater(x[i], Key::all(0));
-    }
-    search<kCodes>(x, index, found, y);
-  }
-  static CG_HD void store_codes(uint8_t* block, int first, int, const Found& found) {
-    constexpr int kWidth = packed_width(kBits);
-    Key::template store_codes<kWidth>(block + first * kWidth / 8, found);
-  }
-
- private:
-  template <bool kCodes, int kComparison = 0>
-  CG_HD void search(const Key (&x)[kVecs], Index (&index)[kVecs], Found& found, Key (&levels)[kVecs]) const {
-    constexpr int kCount = registers(kComparison);
-    Key at[kVecs];
-    typename Key::Mask greater[kVecs];
-    for (int i = 0; i < kVecs; ++i) {
-      at[i] = Key::template look_up<kCount>(thresholds[kComparison], index[i]);
-      greater[i] = Key::greater(x[i], at[i]);
-    }
-    if constexpr (kComparison < kLast) {
-      for (int i = 0; i < kVecs; ++i) index[i] = Key::raise(index[i], greater[i], Key::kIndexUnit << kComparison);
-      search<kCodes, kComparison + 1>(x, index, found, levels);
-    } else {
-      for (int i = 0; i < kVecs; ++i) {  // under ceil a threshold is the level below it
-        const Key low = R == Rounding::ceil ? at[i] : Key::template look_up<kCount>(below, index[i]);
-        levels[i] = Key::select(greater[i], Key::template look_up<kCount>(above, index[i]), low);
-        if constexpr (kCodes) found[i] = Key::raise(Key::whole(Key::template look_up<kCount>(codes, index[i])), greater[i], 1);
-      }
-    }
-  }
-};
-
-// The same by arithmetic, where a search takes longer, of one alpha or of one for each number. In 16 bits x / alpha
-// rounded down is the code or one less, and the threshold above it tells: rounding moves a level by at most half the
-// distance u of the numbers of T, and u < 2 alpha where the alphas are regular; x and the levels are numbers of T, and the
-// error of x / alpha is far below u / alpha.
-template <class T, Rounding R, bool kOneAlpha = true>
-struct ArithmeticStaircase {
-  using Key = CompareKey<T>;
-  using F = decltype(Key().floats());
-  static constexpr int kVecs = Key::kGroup, kStairs = kOneAlpha ? 1 : kVecs;
-  static constexpr Rounding kRounding = R;
-  static constexpr bool kFewInstructions = false;
-  using Found = typename Key::Index[kVecs];
-  F alpha[kStairs], inverse[kStairs], q;
-  Key highest[kStairs];
-
-  CG_HD ArithmeticStaircase(float step, float top) : q(top) { make(F(step), F(reciprocal(step, R)), 0); }
-  CG_HD ArithmeticStaircase(const float* alphas, const float* inverses, float top) : q(top) {
-    for (int i = 0; i < kVecs; ++i) {
-      const int at = i * Key::kCount;
-      make(Key::load_floats(alphas + at), Key::load_floats(inverses + at), i);
-    }
-  }
-  CG_HD Key top(int i) const { return highest[kOneAlpha ? 0 : i]; }
-
-  template <bool kCodes>
-  CG_HD void apply(const Key (&x)[kVecs], Key (&y)[kVecs], Found& found, typename Key::Mask (&positive)[kVecs]) const {
-    for (int i = 0; i < kVecs; ++i) {
-      const F step = alpha[kOneAlpha ? 0 : i], factor = inverse[kOneAlpha ? 0 : i];
-      positive[i] = Key::greater(x[i], Key::all(0));
-      if constexpr (sizeof(T) == sizeof(float)) {
-        const Quantized<F> number = quantize_number<T, R>(x[i].floats(), step, factor, q);
-        y[i] = Key::level(number.y);
-        if constexpr (kCodes) found[i] = number.code;
-      } else {
-        const Key from_zero = Key::masked(positive[i], x[i]);
-        const F code = floor(min_of(mul(from_zero.floats(), factor), q - F(1.0f)));
-        const Key low = Key::level(mul(code, step)), high = Key::level(mul(code + F(1.0f), step));
-        typename Key::Mask greater;
-        if constexpr (R == Rounding::ceil) {
-          greater = Key::greater(from_zero, low);
-        } else {
-          F middle = mul(low.floats() + high.floats(), F(0.5f));
-          if constexpr (R == Rounding::hwgq) middle = select(code > F(0.0f), middle, F(0.0f));
-          greater = Key::mask(from_zero.floats() > middle);
-        }
-        y[i] = Key::select(greater, high, low);
-        if constexpr (kCodes) found[i] = Key::raise(Key::whole(code), greater, 1);
-      }
-    }
-  }
-  static CG_HD void store_codes(uint8_t* block, int first, int bits, const Found& found) {
-    if (packed_width(bits) == 4) Key::template store_codes<4>(block + first / 2, found);
-    else Key::template store_codes<8>(block + first, found);
-  }
-
- private:
-  CG_HD void make(F step, F factor, int i) {
-    alpha[i] = step;
-    inverse[i] = factor;
-    highest[i] = Key::level(mul(q, step));
-  }
-};
 
 template <class T, bool kCodes, class Staircase, class Source>
 void forward_staircase(const Forward& args, int64_t first, int64_t last, const Source& source) {
@@ -391,94 +188,18 @@ void forward_best(const Forward& a, int64_t begin, int64_t end) {
   });
 }
 
-template <class T, Rounding R, bool kRegular>
-void forward_rounding(const Forward& a, int64_t begin, int64_t end) {
-  if (a.codes) forward_best<T, R, kRegular, true>(a, begin, end);
-  else forward_best<T, R, kRegular, false>(a, begin, end);
-}
-
-template <class T, bool kRegular>
-void forward_typed(const Forward& a, int64_t begin, int64_t end) {
-  switch (a.rounding) {
-    case Rounding::ceil: return forward_rounding<T, Rounding::ceil, kRegular>(a, begin, end);
-    case Rounding::nearest: return forward_rounding<T, Rounding::nearest, kRegular>(a, begin, end);
-    case Rounding::hwgq: return forward_rounding<T, Rounding::hwgq, kRegular>(a, begin, end);
-  }
-}
-
 void forward(const Forward& a, int64_t begin, int64_t end) {
-  with_dtype(a.dtype, [&](auto tag) {
-    using T = decltype(tag);
-#if CG_ANY_ALPHA
-    if (!a.alphas.regular) forward_typed<T, false>(a, begin, end);
-    else
-#endif
-      forward_typed<T, true>(a, begin, end);
-    if (a.stream) stream_fence();
+  with_dtype(a.dtype, [&](auto dtype) {
+    with_rounding(a.rounding, [&](auto rounding) {
+      with_regular(a.alphas, [&](auto regular) {
+        with_flag(a.codes, [&](auto codes) {
+          using T = typename decltype(dtype)::type;
+          forward_best<T, rounding.value, regular.value, codes.value>(a, begin, end);
+        });
+      });
+    });
   });
-}
-
-// body(codes, y, stream) makes the levels of a block.
-template <class T, class Body>
-CG_HD void dequantize_block(const Dequantize& a, int64_t block, const Body& body) {
-  const int count = block_count(a.count, block);
-  uint8_t codes[kBlock];
-  read_codes(a.codes, block, count, packed_width(a.bits), codes);
-  T copy[kBlock];
-  T* y = static_cast<T*>(a.y) + block * kBlock;
-  if (count == kBlock) return body(codes, y, a.stream);
-  body(codes, copy, false);
-  memcpy(y, copy, count * sizeof(T));
-}
-
-template <class T, class Source>
-CG_HD void dequantize_range(const Dequantize& a, int64_t first, int64_t last, const Source& source) {
-  using V = Vec<compute_t<T>>;
-  for (int64_t block = first; block < last; ++block) {
-    dequantize_block<T>(a, block, [&](const uint8_t* codes, T* y, bool stream) {
-      for (int i = 0; i < kBlock; i += Lanes<V>::kCount) {
-        const V v = level<T>(Lanes<V>::load_codes(codes + i), source.alpha_at(i));
-        if (stream) Io<T>::stream(y + i, v);
-        else Io<T>::store(y + i, v);
-      }
-    });
-  }
-}
-
-// The levels of one alpha in a 16-bit type, looked up in a register. (In float32 a product is as fast.)
-template <class T>
-CG_HD void dequantize_table(const Dequantize& a, int64_t first, int64_t last, float alpha) {
-  using Key = CompareKey<T>;
-  using Element = typename Key::Element;
-  Element entries[Key::kCount];
-  for (int i = 0; i < Key::kCount; ++i) entries[i] = compare_key_floor<T>(level<T>(float(i % Key::kEntries), alpha));
-  const Key levels = Key::load(entries);
-  for (int64_t block = first; block < last; ++block) {
-    dequantize_block<Element>(a, block, [&](const uint8_t* codes, Element* y, bool stream) {
-      for (int i = 0; i < kBlock; i += Key::kCount) {
-        const Key level = Key::template look_up<1>(&levels, Key::load_indices(codes + i));
-        if (stream) Key::stream(y + i, level);
-        else Key::store(y + i, level);
-      }
-    });
-  }
-}
-
-void dequantize(const Dequantize& args, int64_t begin, int64_t end) {
-  const Dequantize a = args;
-  with_dtype(a.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    using A = compute_t<T>;
-    for_each_range<A>(a.alphas, begin, end, [&](int64_t first, int64_t last, const auto& source) {
-      constexpr bool kOneAlpha = std::is_same_v<std::decay_t<decltype(source)>, OneAlpha<A>>;
-      if constexpr (sizeof(T) == 2 && CompareKey<T>::kSearchBits > 0 && kOneAlpha) {
-        const bool fits = 1 << a.bits <= CompareKey<T>::kEntries;
-        if (fits) return dequantize_table<T>(a, first, last, static_cast<const A*>(a.alphas.values)[source.channel]);
-      }
-      dequantize_range<T>(a, first, last, source);
-    });
-    if (a.stream) stream_fence();
-  });
+  if (a.stream) stream_fence();
 }
 
 }  // namespace

@@ -1,7 +1,17 @@
-// The loops, on raw pointers, for whichever vector the including file chose. The maths is in ../math; here is what runs it
-// over tensors.
-#include "blocks.h"
-#include "forward.h"
-#include "sums.h"
+// The kernels of the instruction set whose kernels.cpp includes this.
+#pragma once
+
 #include "backward.h"
+#include "concepts.h"
+#include "copy.h"
+#include "dequantize.h"
+#include "forward.h"
 #include "slopes.h"
+
+namespace cg::CG_ISA {
+namespace {
+
+constexpr Kernels kernels(const char* isa) { return {isa, forward, backward, dequantize, times_slopes, copy}; }
+
+}  // namespace
+}  // namespace cg::CG_ISA

@@ -1,4 +1,7 @@
 // dy to dx by a slope for each code.
+#pragma once
+
+#include "blocks.h"
 
 namespace cg::CG_ISA {
 namespace {
@@ -46,16 +49,12 @@ void times_slopes_width(const TimesSlopes& a, int64_t begin, int64_t end) {
 }
 
 void times_slopes(const TimesSlopes& a, int64_t begin, int64_t end) {
-  with_dtype(a.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    switch (packed_width(a.bits)) {
-      case 1: times_slopes_width<1, T>(a, begin, end); break;
-      case 2: times_slopes_width<2, T>(a, begin, end); break;
-      case 4: times_slopes_width<4, T>(a, begin, end); break;
-      default: times_slopes_width<8, T>(a, begin, end);
-    }
-    if (a.stream) stream_fence();
+  with_dtype(a.dtype, [&](auto dtype) {
+    with_width(packed_width(a.bits), [&](auto width) {
+      times_slopes_width<width.value, typename decltype(dtype)::type>(a, begin, end);
+    });
   });
+  if (a.stream) stream_fence();
 }
 
 }  // namespace

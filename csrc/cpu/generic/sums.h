@@ -1,4 +1,7 @@
 // The sums of dalpha, per chunk of blocks and channel.
+#pragma once
+
+#include "alphas.h"
 
 namespace cg::CG_ISA {
 namespace {
@@ -40,8 +43,8 @@ class ChannelSums {
 
   CG_HD void add(const OneAlpha<A>&, int, V term) { total_ = total_ + term; }
   CG_HD void add(const AlphaPerElement<A>&, int i, V term) {
-    if (to_) Lanes<V>::store(to_ + i, Lanes<V>::load(to_ + i) + term);
-    else Lanes<V>::store(terms_ + i, term);
+    if (to_) Io<A>::store(to_ + i, Io<A>::load(to_ + i) + term);
+    else Io<A>::store(terms_ + i, term);
   }
 
   // The same where the terms are dy inside and above, times what A is there: factored out of the sums where it can be.
@@ -73,7 +76,7 @@ class ChannelSums {
         const int run = left < kBlock - i ? static_cast<int>(left) : kBlock - i;
         int j = 0;
         for (A* to = sums + channel; j + kCount <= run; j += kCount) {
-          Lanes<V>::store(to + j, Lanes<V>::load(to + j) + Lanes<V>::load(terms_ + i + j));
+          Io<A>::store(to + j, Io<A>::load(to + j) + Io<A>::load(terms_ + i + j));
         }
         for (; j < run; ++j) sums[channel + j] += terms_[i + j];
         i += run;
@@ -84,7 +87,7 @@ class ChannelSums {
         const uint64_t run = ~uint64_t{0} >> (kBlock - (last - first)) << first;
         V sum(A(0));
         for (int i = first - first % kCount; i < last; i += kCount) {
-          sum = sum + select(Lanes<V>::mask(run >> i), Lanes<V>::load(terms_ + i), V(A(0)));
+          sum = sum + select(Lanes<V>::mask(run >> i), Io<A>::load(terms_ + i), V(A(0)));
         }
         sums[channel] += Lanes<V>::sum(sum);
       });

@@ -1,0 +1,54 @@
+"""Each C++ header compiles by itself, as an editor opens it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+import pytest
+from paths import ROOT
+
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+CSRC = ROOT / "csrc"
+AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+
+# Folder: flags. CUDA headers get the CPU's stand-ins for CUDA. Headers that include torch are left out.
+FOLDERS = {
+    "math": (),
+    "cpu": (),
+    "cpu/generic": (),
+    "cpu/scalar": (),
+    "cpu/x86": AVX2,
+    "cpu/avx2": AVX2,
+    "cpu/avx512": AVX512,
+    "cuda": ("-include", str(ROOT / "tests" / "cpp" / "cuda_host.h"), "-Wno-unknown-pragmas"),
+}
+TORCH = {CSRC / "checks.h", CSRC / "register.h", CSRC / "cuda" / "launch.cuh"}
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+
+
+def _headers(folder):
+    return sorted(path for path in (CSRC / folder).glob("*.*h") if path not in TORCH)
+
+
+def _compile(headers, flags):
+    quiet = ("-w", "-Werror=return-type")
+    command = [COMPILER, "-std=c++20", "-fsyntax-only", *quiet, *flags, "-x", "c++", *map(str, headers)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_headers_compile_alone(folder):
+    headers = _headers(folder)
+    assert headers
+    _compile(headers, FOLDERS[folder])
+
+
+def test_every_folder_is_checked():
+    folders = {str(path.parent.relative_to(CSRC)) for path in CSRC.rglob("*.*h")} - {"."}
+    assert folders == set(FOLDERS)
+    _compile(_headers("."), ())
