@@ -15,8 +15,8 @@ struct Alphas {
   bool regular = true;
 };
 
-// stream, here and below: on the CPU, whether to store past the caches, as what is written is 64-byte aligned and larger
-// than they are.
+// stream, here and below: on the CPU, whether to store past the caches, as what is written is 64-byte aligned and
+// larger than they are.
 struct Forward {
   Dtype dtype;
   Rounding rounding;
@@ -46,8 +46,8 @@ struct Backward {
   const uint8_t* codes;  // or null
   void* grad_x;          // or null
   void* partial;         // partial sums of dy * A in the compute type, or null if alpha is fixed
-  // On the CPU partial is [chunks, channels] and zeroed. Blocks per chunk are a function of count alone, so that the sums
-  // do not depend on the number of threads.
+  // On the CPU partial is [chunks, channels] and zeroed. Blocks per chunk are a function of count alone, so that the
+  // sums do not depend on the number of threads.
   int64_t chunk_blocks;
   bool stream;
   // On a GPU partial has room for partial_count() sums, and the kernels add these up: grad_alpha is [channels].

@@ -4,7 +4,9 @@
 #include "math/ste.h"
 
 // Always inline, as in math/macros.h, but of the host alone.
-#define CG_DISPATCH template <class Body> inline __attribute__((always_inline)) void
+#define CG_DISPATCH     \
+  template <class Body> \
+  inline __attribute__((always_inline)) void
 
 namespace cg {
 

@@ -1,4 +1,4 @@
-// Which instruction set's kernels run: the best that this machine has and torch itself would use.
+// Which instruction set's kernels run: the best one that this machine has and that torch itself would use.
 #pragma once
 
 #include <string_view>
@@ -10,6 +10,6 @@ namespace cg {
 
 const Kernels& active_kernels();
 std::vector<const Kernels*> usable_kernels();  // best first
-void use_isa(std::string_view name);           // for tests; throws where the machine lacks it
+void use_isa(std::string_view name);           // for tests; throws if the machine lacks it
 
 }  // namespace cg

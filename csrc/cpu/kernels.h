@@ -6,11 +6,11 @@
 namespace cg {
 
 // Work is cut into blocks of 64 elements in memory order: 64 one-bit flags are one word, and a block starts on a byte
-// of every packed width. Where channels are the innermost dimension, Alphas go on for kBlock more entries, wrapping
-// round, so that a block reads its own run of them.
+// of every packed width. If channels are the innermost dimension, Alphas have kBlock extra entries, wrapped around, so
+// that each block reads a contiguous run of them.
 constexpr int kBlock = 64;
 
-// Blocks of float32 from one place to another.
+// Copies blocks of float32.
 struct Copy {
   const float* from;
   float* to;
@@ -27,7 +27,7 @@ struct Kernels {
   void (*copy)(const Copy&, int64_t begin, int64_t end);
 };
 
-extern const Kernels kKernelsDefault;  // the only one that serves alphas that are not regular
+extern const Kernels kKernelsDefault;  // the only set that serves irregular alphas
 #if defined(CG_HAVE_AVX2)
 extern const Kernels kKernelsAvx2;
 #endif

@@ -1,14 +1,14 @@
-// alpha where the kernels read it, and the staircase in few GPU instructions.
+// Where kernels read alpha, and the staircase in few GPU instructions.
 #pragma once
 
 #include "chunk.cuh"
 
 namespace cg::cuda {
 
-// Which elements have an alpha in common: all, those of each chunk, or none for certain.
+// Which elements share an alpha: all, those of each chunk, or none in particular.
 enum class AlphaLayout { one, by_chunk, by_element };
 
-// alpha as read; NaN where it is no legal alpha, so that every level is NaN.
+// alpha as read, or NaN if it is illegal, so that every level is NaN.
 template <class A>
 CG_D A checked(A alpha) {
   return alpha > A(0) && alpha < A(INFINITY) ? alpha : A(NAN);
@@ -56,7 +56,7 @@ class AlphaRun {
   int64_t inner_, left_;
 };
 
-// The one alpha of a chunk, where runs are whole chunks. 32 bits: a 64-bit division is a call.
+// The alpha of a chunk, if channels are runs of whole chunks. 32 bits: a 64-bit division is a call.
 template <class T>
 CG_D compute_t<T> alpha_of_chunk(const Alphas& alphas, int64_t chunk) {
   const uint32_t run = static_cast<uint32_t>(alphas.inner / kChunk<T>);
@@ -64,7 +64,7 @@ CG_D compute_t<T> alpha_of_chunk(const Alphas& alphas, int64_t chunk) {
   return static_cast<const compute_t<T>*>(alphas.values)[channel];
 }
 
-// Into [low, high]; NaN stays.
+// Clamps to [low, high]; NaN stays.
 CG_D float bounded(float v, float low, float high) {
 #if defined(__CUDA_ARCH__)
   asm("min.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(high));
@@ -75,7 +75,7 @@ CG_D float bounded(float v, float low, float high) {
 #endif
 }
 
-// Each rounded to T.
+// Rounds each to T.
 template <class T, int kCount>
 CG_D void round_levels(float (&v)[kCount]) {
   if constexpr (sizeof(T) == 2) {
@@ -88,12 +88,12 @@ CG_D void round_levels(float (&v)[kCount]) {
   }
 }
 
-// The codes of a chunk, NaN for NaN, and its outputs, to be rounded to T: the staircase for regular alphas, by one fma
+// A chunk's codes (NaN for NaN) and its outputs, yet to be rounded to T: the staircase for regular alphas by one fma
 // and one comparison. alpha_of(i) is the Alpha of element i.
 template <class T, Rounding R, class AlphaOf, int kCount>
 CG_D void quantize_chunk(const float (&x)[kCount], const AlphaOf& alpha_of, float q, float (&code)[kCount],
-                        float (&y)[kCount]) {
-  // Numbers from kMagic to 2 kMagic are integers: the sum is rounded to one, upwards or downwards.
+                         float (&y)[kCount]) {
+  // Numbers from kMagic to 2 kMagic are integers: the sum is rounded to one, up or down.
   constexpr float kMagic = 0x1p23f;
   if constexpr (R == Rounding::ceil) {
     // The guess is the code or one more, as in `quantize`; here code is one less than it at first.
@@ -111,8 +111,8 @@ CG_D void quantize_chunk(const float (&x)[kCount], const AlphaOf& alpha_of, floa
     }
   } else {
     // The code is k = floor(x / alpha) or k + 1, and T[k + 1] says which. Rounding to T moves a level by at most half
-    // the distance u of the numbers of T, and u < 2 alpha where `regular`: then x > T[k], or x = T[k] = L[k] where
-    // L[k - 1] is that too, and x <= T[k + 2] likewise.
+    // the spacing u of T, and u < 2 alpha if `regular`: then x > T[k], or x = T[k] = L[k] where L[k - 1] is that too,
+    // and x <= T[k + 2] likewise.
     float upper[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -132,7 +132,7 @@ CG_D void quantize_chunk(const float (&x)[kCount], const AlphaOf& alpha_of, floa
   }
 }
 
-// Of one number and any alpha.
+// One number, any alpha.
 template <class T, Rounding R>
 CG_D Quantized<compute_t<T>> quantize_one(compute_t<T> x, const Alpha<T>& alpha, compute_t<T> q) {
   if (alpha.is_regular(q)) return quantize<T, R>(x, alpha.value, alpha.inverse, q);

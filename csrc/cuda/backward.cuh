@@ -1,12 +1,12 @@
 // dy to dx and to the sums of dalpha, from saved bits, codes or x; and dy to dx by a slope for each code.
 #pragma once
 
-#include "reduce.cuh"
 #include "alphas.cuh"
+#include "reduce.cuh"
 
 namespace cg::cuda {
 
-// The elements of a chunk where bit i * kStride of `gate` is set; else zero.
+// A chunk's elements, zero where bit i * kStride of `gate` is not set.
 template <class T, int kStride>
 CG_D Chunk masked_chunk(Chunk words, uint64_t gate) {
 #pragma unroll
@@ -21,7 +21,7 @@ CG_D Chunk masked_chunk(Chunk words, uint64_t gate) {
   return words;
 }
 
-// dx = dy where the 1-bit mask says so. T is any type of the size: numbers pass as they are.
+// dx = dy where the 1-bit mask is set. T is any type of the size: numbers pass bit for bit.
 template <class T>
 __global__ void __launch_bounds__(kThreads) qrelu_backward_mask_kernel(const Backward a, bool aligned) {
   for_each_chunk<T>(
@@ -75,8 +75,8 @@ struct SavedValues {
   }
 };
 
-// dx and the partial sum of dalpha, of one alpha, from the state or the codes. The gate of dx is the mask's where there
-// is one beside the codes; else it follows from the codes, as rounding is ceil or hwgq: x > 0 is c > 0.
+// dx and the partial sum of dalpha for one alpha, from the state or the codes. The gate of dx is the mask, if there is
+// one next to the codes. Else it follows from the codes, as rounding is ceil or hwgq: x > 0 is c > 0.
 template <class T, bool kState, int kWidth>
 __global__ void __launch_bounds__(kThreads) qrelu_backward_saved_kernel(const Backward a, bool aligned) {
   using A = compute_t<T>;
@@ -102,7 +102,8 @@ __global__ void __launch_bounds__(kThreads) qrelu_backward_saved_kernel(const Ba
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) {
             if (a.grad_x) {
-              const Chunk dx = masked ? masked_chunk<T, 1>(words[u], mask[u]) : masked_chunk<T, kWidth>(words[u], saved[u].gate(a.ste));
+              const Chunk dx = masked ? masked_chunk<T, 1>(words[u], mask[u])
+                                      : masked_chunk<T, kWidth>(words[u], saved[u].gate(a.ste));
               store_chunk<T>(a.grad_x, first + u * kThreads, dx);
             }
             if (a.partial) {
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(kThreads) qrelu_backward_saved_kernel(const Ba
   if (a.partial) sum_blocks(total, static_cast<A*>(a.partial));
 }
 
-// Of many alphas: dx, and the terms of the sums. kUnit: 1, or a chunk.
+// Many alphas: dx, and the terms of the sums. kUnit: 1, or a chunk.
 template <class T, bool kState, int kWidth, int kUnit>
 struct SavedTerms {
   using A = compute_t<T>;
@@ -163,7 +164,8 @@ struct SavedTerms {
       total[0] += times_slope(A(widen(dy)), loaded.saved.factor(0, inside, q));
     } else {
       if (a.grad_x) {
-        store_chunk<T>(a.grad_x, unit, masked ? masked_chunk<T, 1>(loaded.dy, gate) : masked_chunk<T, kWidth>(loaded.dy, gate));
+        store_chunk<T>(a.grad_x, unit,
+                       masked ? masked_chunk<T, 1>(loaded.dy, gate) : masked_chunk<T, kWidth>(loaded.dy, gate));
       }
       float dy[kUnit];
       widen_chunk<T>(loaded.dy, dy);
@@ -177,7 +179,8 @@ template <class T, bool kState, int kWidth, int kUnit>
 __global__ void __launch_bounds__(kThreads) qrelu_backward_saved_channels_kernel(const Backward a) {
   using A = compute_t<T>;
   const A q = A((1 << a.bits) - 1);
-  const SavedTerms<T, kState, kWidth, kUnit> terms{a, !kState && a.kind != MaskKind::nothing, q, inside_value(a.rule, q)};
+  const SavedTerms<T, kState, kWidth, kUnit> terms{a, !kState && a.kind != MaskKind::nothing, q,
+                                                   inside_value(a.rule, q)};
   sum_channel<kUnit>(a.alphas, a.count, static_cast<A*>(a.partial), [&](int64_t, const auto& loop) { loop(terms); });
 }
 
@@ -190,10 +193,10 @@ CG_D compute_t<T> code_by_bisection(Rounding rounding, compute_t<T> x, compute_t
   }
 }
 
-// Whether a rule asks for the code itself.
+// Whether a rule needs the code itself.
 CG_D bool needs_code(AlphaGrad rule) { return rule == AlphaGrad::exact || rule == AlphaGrad::chain; }
 
-// One element of a backward from x: dx before rounding, and the term of dalpha where `sum` asks for it.
+// One element of the backward from x: dx before rounding, and the term of dalpha if `sum`.
 template <class A>
 struct Gradients {
   A dx, term;
@@ -217,10 +220,11 @@ CG_D Gradients<compute_t<T>> gradients(const Backward& a, compute_t<T> x, comput
   return {times_slope(dy, g), times_slope(dy, factor)};
 }
 
-// The same of a chunk, for regular alphas; alpha_of(i) is that of element i. The terms are added to total[i], or total[0].
+// The same for a chunk and regular alphas; alpha_of(i) is that of element i. The terms are added to total[i], or
+// total[0].
 template <class T, class SteT, class AlphaOf, int kTotals>
-CG_D Chunk gradients_of_chunk(const Backward& a, const Chunk& x_chunk, const Chunk& dy_chunk, const AlphaOf& alpha_of, bool sum,
-                             float (&total)[kTotals]) {
+CG_D Chunk gradients_of_chunk(const Backward& a, const Chunk& x_chunk, const Chunk& dy_chunk, const AlphaOf& alpha_of,
+                              bool sum, float (&total)[kTotals]) {
   const float q = static_cast<float>((1 << a.bits) - 1), inverse_q = 1 / q;
   float x[kChunk<T>], dy[kChunk<T>], code[kChunk<T>] = {};
   widen_chunk<T>(x_chunk, x);
@@ -241,7 +245,8 @@ CG_D Chunk gradients_of_chunk(const Backward& a, const Chunk& x_chunk, const Chu
     if (sum) {
       float factor = fminf(code[i], q);  // of NaN it is q
       if (a.rule == AlphaGrad::chain) factor = chain_value(p, factor, g);
-      else if (a.rule != AlphaGrad::exact) factor = select(p.x > p.top, q, select(is_positive(p.x), inside_value(a.rule, q), 0.f));
+      else if (a.rule != AlphaGrad::exact)
+        factor = select(p.x > p.top, q, select(is_positive(p.x), inside_value(a.rule, q), 0.f));
       total[i % kTotals] += times_slope(dy[i], factor);
     }
     dy[i] = times_slope(dy[i], g);
@@ -249,14 +254,14 @@ CG_D Chunk gradients_of_chunk(const Backward& a, const Chunk& x_chunk, const Chu
   return round_chunk<T>(dy);
 }
 
-// dx, and the partial sum where there is one alpha.
+// dx, and the partial sum if there is one alpha.
 template <class T, class SteT, AlphaLayout kLayout>
 __global__ void __launch_bounds__(kThreads) qrelu_backward_x_kernel(const Backward a, bool aligned) {
   using A = compute_t<T>;
   const A q = A((1 << a.bits) - 1);
   Alpha<T> own;
   if constexpr (kLayout == AlphaLayout::one) own = Alpha<T>(static_cast<const A*>(a.alphas.values)[0], a.rounding);
-  const bool sum = kLayout == AlphaLayout::one && a.partial;  // of many alphas qrelu_backward_x_channels_kernel
+  const bool sum = kLayout == AlphaLayout::one && a.partial;  // many alphas: qrelu_backward_x_channels_kernel
   A total[1] = {};
   const auto one_by_one = [&](int64_t start, int count) {
     AlphaRun<A> alphas(a.alphas, start);
@@ -282,7 +287,8 @@ __global__ void __launch_bounds__(kThreads) qrelu_backward_x_kernel(const Backwa
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) {
             const int64_t chunk = first + u * kThreads;
-            if constexpr (kLayout == AlphaLayout::by_chunk) own = Alpha<T>(alpha_of_chunk<T>(a.alphas, chunk), a.rounding);
+            if constexpr (kLayout == AlphaLayout::by_chunk)
+              own = Alpha<T>(alpha_of_chunk<T>(a.alphas, chunk), a.rounding);
             if (own.is_regular(q)) {
               const Chunk dx = gradients_of_chunk<T, SteT>(a, x[u], dy[u], [&](int) { return own; }, sum, total);
               if (a.grad_x) store_chunk<T>(a.grad_x, chunk, dx);
@@ -296,8 +302,8 @@ __global__ void __launch_bounds__(kThreads) qrelu_backward_x_kernel(const Backwa
   if (sum) sum_blocks(total[0], static_cast<A*>(a.partial));
 }
 
-// Of many alphas: dx, and the terms of the sums, one by one. kUnit: 1, or a chunk; kInnermost: whether the channels are, so
-// that a chunk has kUnit of them, from `channel` on.
+// Many alphas: dx, and the terms of the sums, element by element. kUnit: 1, or a chunk. kInnermost: channels are the
+// innermost dimension, so that a chunk has kUnit of them, from `channel` on.
 template <class T, class SteT, int kUnit, bool kInnermost>
 struct XTerms {
   using A = compute_t<T>;
@@ -314,7 +320,7 @@ struct XTerms {
       const Gradients<A> g = gradients<T, SteT>(a, widen(static_cast<const T*>(a.x)[i]),
                                                 widen(static_cast<const T*>(a.grad_y)[i]), alpha, true);
       if (a.grad_x) static_cast<T*>(a.grad_x)[i] = narrow<T>(g.dx);
-      // The totals go round, so that each is in a register though the loop is not unrolled.
+      // The totals rotate, so that each stays in a register although the loop is not unrolled.
       const A first = total[0] + g.term;
 #pragma unroll
       for (int other = 1; other < kUnit; ++other) total[other - 1] = total[other];
@@ -323,7 +329,7 @@ struct XTerms {
   }
 };
 
-// The same of whole chunks and regular alphas, of which element i has alphas[i % kAlphas].
+// The same for whole chunks and regular alphas: element i has alphas[i % kAlphas].
 template <class T, class SteT, int kAlphas>
 struct XChunkTerms {
   const Backward& a;
@@ -366,10 +372,13 @@ __global__ void __launch_bounds__(kThreads) times_slopes_kernel(const TimesSlope
   using A = compute_t<T>;
   constexpr uint32_t kLow = (1u << kWidth) - 1;
   CG_SHARED(A, slopes, 1 << kWidth);
-  // 3 bits are stored as 4, and 5 to 7 as 8: the rest of the table is no code's.
-  for (int code = threadIdx.x; code < 1 << a.bits; code += kThreads) slopes[code] = static_cast<const A*>(a.slopes)[code];
+  // 3 bits are stored as 4, and 5 to 7 as 8: the rest of the table is unused.
+  for (int code = threadIdx.x; code < 1 << a.bits; code += kThreads)
+    slopes[code] = static_cast<const A*>(a.slopes)[code];
   __syncthreads();
-  const auto slope_of = [&](uint64_t codes, int i) { return slopes[static_cast<uint32_t>(codes >> (i * kWidth)) & kLow]; };
+  const auto slope_of = [&](uint64_t codes, int i) {
+    return slopes[static_cast<uint32_t>(codes >> (i * kWidth)) & kLow];
+  };
   for_each_chunk<T>(
       a.count, aligned,
       [&](int64_t first) {

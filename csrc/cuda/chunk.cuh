@@ -1,8 +1,8 @@
-// How threads share out a tensor: chunks of consecutive elements, and the packed bits that belong to each.
+// How threads share a tensor: in chunks of consecutive elements, each with its packed bits.
 //
-// A chunk is 16 bytes of elements (8 elements of float64, which moves them one by one), so that a thread owns the bits of
-// its own elements and writes them as whole bytes. Packs are counted from the start of the tensor, as packed bytes are;
-// where a pointer is not aligned for that, the same chunks are moved element by element.
+// A chunk is 16 bytes of elements (8 elements of float64, which moves them one by one), so that a thread owns the bits
+// of its own elements and writes them as whole bytes. Chunks are counted from the start of the tensor, as packed bytes
+// are. If a pointer is not aligned for that, the same chunks are moved element by element.
 #pragma once
 
 #include <type_traits>
@@ -14,7 +14,7 @@
 namespace cg::cuda {
 
 constexpr int kThreads = 128, kWarp = 32;
-// Packs that a thread has in flight at once.
+// Chunks that a thread has in flight.
 constexpr int kUnroll = 2;
 
 template <class T>
@@ -68,7 +68,7 @@ CG_D float high_half(uint32_t word) {
   else return to_float(T{static_cast<uint16_t>(word >> 16)});
 }
 
-// The elements of a chunk as float32, and back, rounding.
+// A chunk's elements as float32, and back with rounding.
 template <class T>
 CG_D void widen_chunk(const Chunk& words, float (&v)[kChunk<T>]) {
 #pragma unroll
@@ -92,13 +92,13 @@ CG_D Chunk round_chunk(const float (&v)[kChunk<T>]) {
   return words;
 }
 
-// Bits of kBytes bytes as one number, and the type that moves them at once.
+// The integer type of kBytes bytes, which moves them at once.
 template <int kBytes>
-using bytes_t = std::conditional_t<
-    kBytes == 1, uint8_t,
-    std::conditional_t<kBytes == 2, uint16_t, std::conditional_t<kBytes == 4, uint32_t, uint64_t>>>;
+using bytes_t =
+    std::conditional_t<kBytes == 1, uint8_t,
+                       std::conditional_t<kBytes == 2, uint16_t, std::conditional_t<kBytes == 4, uint32_t, uint64_t>>>;
 
-// The kWidth bits that belong to each of a chunk's first `count` elements. `whole`: the chunk is whole and the pointer
+// The kWidth bits of each of a chunk's first `count` elements. `whole`: the chunk is whole and the pointer
 // aligned for its bytes. A chunk of 4 elements has half a byte of 1-bit flags.
 template <int kCount, int kWidth>
 CG_D uint64_t read_bits(const uint8_t* from, int64_t chunk, int count, bool whole) {
@@ -117,7 +117,7 @@ CG_D uint64_t read_bits(const uint8_t* from, int64_t chunk, int count, bool whol
   }
 }
 
-// The lanes of a warp hold consecutive chunks and call it together: two of them may share a byte.
+// All lanes of a warp call this together with consecutive chunks: two of them may share a byte.
 template <int kCount, int kWidth>
 CG_D void write_bits(uint8_t* to, int64_t chunk, int count, bool whole, uint64_t bits) {
   constexpr int kBits = kCount * kWidth;
@@ -137,8 +137,9 @@ CG_D void write_bits(uint8_t* to, int64_t chunk, int count, bool whole, uint64_t
   }
 }
 
-// whole(first) for groups of kUnroll whole chunks, first + u * kThreads; then rest(chunk, count) for the chunks that are
-// left, with a count of 0 past the end. All threads of a block make the same calls, so that its warps stay together.
+// Calls whole(first) for groups of kUnroll whole chunks, first + u * kThreads, and then rest(chunk, count) for the
+// remaining chunks, with a count of 0 past the end. All threads of a block make the same calls, so that warps do not
+// diverge.
 template <class T, class Whole, class Rest>
 CG_D void for_each_chunk(int64_t count, bool vector, const Whole& whole, const Rest& rest) {
   constexpr int64_t kTile = kUnroll * kThreads;

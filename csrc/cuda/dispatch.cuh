@@ -1,5 +1,5 @@
-// Which kernel runs, and on how many blocks. Sizes of grids are functions of the shape alone, so that sums come out
-// alike on every device. The file that includes this has brought
+// Which kernel runs, and on how many blocks. Grid sizes are functions of the shape alone, so that sums are the same on
+// every device. The including file provides
 //   launch(kernel, grid, block, dynamic shared bytes, stream, arguments...)
 #pragma once
 
@@ -13,10 +13,10 @@
 
 namespace cg::cuda {
 
-// Blocks of an elementwise kernel at most: a tile each, as the next block's loads overlap with the last one's stores and
-// a next tile's do not.
+// Upper bound on the blocks of an elementwise kernel: a tile each, as the next block's loads overlap with the last
+// one's stores and a next tile's do not.
 constexpr int64_t kMaxBlocks = 1 << 30;
-// Partial sums: of one alpha at most, and blocks to aim for where there are many.
+// Partial sums: the upper bound for one alpha, and the number of blocks to aim for with many.
 constexpr int64_t kMaxSums = 4096, kSumBlocks = 4096;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -29,7 +29,7 @@ inline int64_t chunk_size(Dtype dtype) {
   }
 }
 
-// Blocks for `count` elements, a tile of whole chunks each, at most `most`.
+// Blocks for `count` elements, a tile of whole chunks each, up to `most`.
 inline int64_t chunk_blocks(Dtype dtype, int64_t count, int64_t most) {
   return std::min(divide_up(count, chunk_size(dtype) * kThreads * kUnroll), most);
 }
@@ -94,7 +94,8 @@ void launch_dequantize(const Dequantize& a, Stream stream) {
       };
       switch (alpha_layout<T>(a)) {
         case AlphaLayout::one: return run(Constant<AlphaLayout::one>{});
-        case AlphaLayout::by_chunk: if constexpr (kVector<T>) return run(Constant<AlphaLayout::by_chunk>{});
+        case AlphaLayout::by_chunk:
+          if constexpr (kVector<T>) return run(Constant<AlphaLayout::by_chunk>{});
         case AlphaLayout::by_element: return run(Constant<AlphaLayout::by_element>{});
       }
     });
@@ -114,18 +115,21 @@ void launch_times_slopes(const TimesSlopes& a, Stream stream) {
   });
 }
 
-// Elements that the sums per channel read at once: a chunk where each lies within a channel, or within a row of channels.
+// Elements that the per-channel sums read at once: a chunk, if each lies within a channel or a row of channels.
 inline int64_t channel_unit(const Backward& a) {
   const int64_t chunk = chunk_size(a.dtype), run = a.alphas.inner == 1 ? a.alphas.channels : a.alphas.inner;
-  const bool whole = a.dtype != Dtype::float64 && run % chunk == 0 && aligned({a.grad_y, a.grad_x, a.x}, {a.mask, a.codes});
+  const bool whole =
+      a.dtype != Dtype::float64 && run % chunk == 0 && aligned({a.grad_y, a.grad_x, a.x}, {a.mask, a.codes});
   return whole ? chunk : 1;
 }
 
-// The grid of the sums per channel: groups of channels by slices of their elements.
+// The grid of the per-channel sums: groups of channels by slices of their elements.
 inline dim3 channel_grid(const Backward& a) {
   const bool innermost = a.alphas.inner == 1;
-  const int64_t unit = channel_unit(a), groups = innermost ? divide_up(a.alphas.channels, kWarp * unit) : a.alphas.channels;
-  const int64_t each = a.count / a.alphas.channels / (innermost ? 1 : unit), threads = innermost ? kThreads / kWarp : kThreads;
+  const int64_t unit = channel_unit(a),
+                groups = innermost ? divide_up(a.alphas.channels, kWarp * unit) : a.alphas.channels;
+  const int64_t each = a.count / a.alphas.channels / (innermost ? 1 : unit),
+                threads = innermost ? kThreads / kWarp : kThreads;
   const int64_t slices = std::clamp<int64_t>(kSumBlocks / groups, 1, divide_up(each, 8 * threads));
   return dim3(static_cast<unsigned>(groups), static_cast<unsigned>(slices));
 }
@@ -136,7 +140,7 @@ inline int64_t sum_slices(const Backward& a) {
   return a.alphas.channels == 1 ? chunk_blocks(a.dtype, a.count, kMaxSums) : channel_grid(a).y;
 }
 
-// Numbers of the compute type that Backward::partial must have room for.
+// The size of Backward::partial, in numbers of the compute type.
 inline int64_t partial_count(const Backward& a) { return sum_slices(a) * a.alphas.channels; }
 
 template <class T, class Body>
@@ -147,7 +151,7 @@ void with_unit(const Backward& a, const Body& body) {
   body(Constant<1>{});
 }
 
-// A kernel of its own where there are many alphas to sum for: it does all.
+// Many alphas have a kernel of their own, which does everything.
 inline bool sums_channels(const Backward& a) { return a.grad_alpha && a.alphas.channels > 1; }
 
 template <class T, class Stream>
@@ -171,7 +175,8 @@ void launch_backward_x(const Backward& a, Stream stream, dim3 grid, bool whole) 
     }
     switch (alpha_layout<T>(a)) {
       case AlphaLayout::one: return map(Constant<AlphaLayout::one>{});
-      case AlphaLayout::by_chunk: if constexpr (kVector<T>) return map(Constant<AlphaLayout::by_chunk>{});
+      case AlphaLayout::by_chunk:
+        if constexpr (kVector<T>) return map(Constant<AlphaLayout::by_chunk>{});
       case AlphaLayout::by_element: return map(Constant<AlphaLayout::by_element>{});
     }
   };

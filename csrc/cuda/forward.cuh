@@ -1,11 +1,11 @@
-// x to y, to the bits saved for the backward, and to codes.
+// x to y, to the bits saved for backward and to codes.
 #pragma once
 
 #include "alphas.cuh"
 
 namespace cg::cuda {
 
-// What is saved of a chunk: its mask bits, of the width of their kind, and its codes.
+// What is saved of a chunk: its mask bits, as wide as their kind, and its codes.
 struct SavedBits {
   uint32_t mask = 0;
   uint64_t codes = 0;
@@ -18,7 +18,7 @@ CG_D uint32_t mask_of(MaskKind kind, A x, A top, int i) {
   return (kind == MaskKind::inside ? is_positive(x) & !(x > top) : is_positive(x)) ? 1u << i : 0;
 }
 
-// The codes of a chunk, `width` bits each. They are taken from the low bits of code + 2^23.
+// A chunk's codes, `width` bits each, taken from the low bits of code + 2^23.
 template <int kCount>
 CG_D uint64_t bitpack_codes(const float (&codes)[kCount], float q, int width) {
   constexpr float kMagic = 0x1p23f;
@@ -36,7 +36,7 @@ CG_D uint64_t bitpack_codes(const float (&codes)[kCount], float q, int width) {
 
 template <class T, Rounding R, class AlphaOf>
 CG_D SavedBits forward_chunk(const Forward& a, int64_t chunk, const Chunk& words, const AlphaOf& alpha_of, float q,
-                           MaskKind kind, bool codes) {
+                             MaskKind kind, bool codes) {
   float x[kChunk<T>], code[kChunk<T>], y[kChunk<T>];
   widen_chunk<T>(words, x);
   quantize_chunk<T, R>(x, alpha_of, q, code, y);
@@ -72,7 +72,7 @@ CG_D SavedBits forward_one_by_one(const Forward& a, int64_t chunk, int count, Ma
 
 template <class T>
 CG_D void write_saved(const Forward& a, int64_t chunk, int count, bool whole, MaskKind kind, bool codes,
-                     const SavedBits& saved) {
+                      const SavedBits& saved) {
   if (kind == MaskKind::state) write_bits<kChunk<T>, 2>(a.mask, chunk, count, whole, saved.mask);
   else if (kind != MaskKind::nothing) write_bits<kChunk<T>, 1>(a.mask, chunk, count, whole, saved.mask);
   if (codes) {
@@ -85,7 +85,7 @@ CG_D void write_saved(const Forward& a, int64_t chunk, int count, bool whole, Ma
   }
 }
 
-// quantize(chunk, words) quantizes a whole chunk; what is left is done one by one.
+// quantize(chunk, words) quantizes a whole chunk; the rest goes element by element.
 template <class T, Rounding R, class Quantize>
 CG_D void forward(const Forward& a, bool aligned, bool vector, MaskKind kind, bool codes, const Quantize& quantize) {
   for_each_chunk<T>(
@@ -106,7 +106,7 @@ CG_D void forward(const Forward& a, bool aligned, bool vector, MaskKind kind, bo
       });
 }
 
-// Of one alpha.
+// One alpha.
 template <class T, Rounding R, MaskKind kKind, bool kCodes>
 __global__ void __launch_bounds__(kThreads) qrelu_forward_kernel(const Forward a, bool aligned) {
   const float q = static_cast<float>((1 << a.bits) - 1);
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads) qrelu_forward_kernel(const Forward a
   });
 }
 
-// Of many alphas. kByChunk: a chunk has one of them.
+// Many alphas. kByChunk: one per chunk.
 template <class T, Rounding R, bool kByChunk>
 __global__ void __launch_bounds__(kThreads) qrelu_forward_channels_kernel(const Forward a, bool aligned) {
   const MaskKind kind = a.kind;

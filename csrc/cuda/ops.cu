@@ -11,6 +11,7 @@
 #include "../checks.h"
 #include "../register.h"
 #include "launch.cuh"
+
 #include "dispatch.cuh"
 
 namespace cg::cuda {

@@ -37,8 +37,8 @@ CG_D void sum_blocks(A total, A* partial) {
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
-// How the elements of many channels are shared out for their sums: blockIdx.y is the slice. Where the channel is the
-// innermost dimension a lane has kUnit channels, from `channel` on, and a warp a row; else a block has one channel.
+// How the elements of many channels are shared for their sums; blockIdx.y is the slice. If channels are the innermost
+// dimension, a lane has kUnit channels from `channel` on and a warp has a row; else a block has one channel.
 template <int kUnit>
 struct ChannelShare {
   bool innermost;
@@ -53,10 +53,10 @@ struct ChannelShare {
   }
 };
 
-// partial[slice, channel] = the sum over the slice's elements of the channel. They are read in units of kUnit consecutive
-// ones, each once: with_terms(channel, loop) calls loop(terms), where terms.add(unit, terms.load(unit), total) adds to
-// total[k] the term of the unit's element k, which is of `channel`, or of channel + k where the channel is the innermost
-// dimension.
+// partial[slice, channel] = the sum over the slice's elements of the channel. They are read in units of kUnit
+// consecutive ones, each once: with_terms(channel, loop) calls loop(terms), where terms.add(unit, terms.load(unit),
+// total) adds to total[k] the term of the unit's element k, which is of `channel`, or of channel + k where the channel
+// is the innermost dimension.
 template <int kUnit, class A, class WithTerms>
 CG_D void sum_channel(const Alphas& alphas, int64_t count, A* partial, const WithTerms& with_terms) {
   const ChannelShare<kUnit> share(alphas);
@@ -79,7 +79,7 @@ CG_D void sum_channel(const Alphas& alphas, int64_t count, A* partial, const Wit
       return unit;
     };
     with_terms(share.channel, [&](const auto& terms) {
-      // Two at a time, so that both are asked for before the first is used.
+      // Two at a time, so that both loads are issued before the first is used.
       while (outer * row < end) {
         const int64_t first = next();
         const bool more = outer * row < end;
@@ -115,8 +115,8 @@ CG_D void sum_channel(const Alphas& alphas, int64_t count, A* partial, const Wit
 
 // The second stage: a block has a channel. grad_alpha[channel] = scale * sum over slices of partial[slice, channel].
 template <class A>
-__global__ void __launch_bounds__(kThreads) sum_slices_kernel(const A* partial, int64_t slices, int64_t channels,
-                                                              double scale, A* grad_alpha) {
+__global__ void __launch_bounds__(kThreads)
+    sum_slices_kernel(const A* partial, int64_t slices, int64_t channels, double scale, A* grad_alpha) {
   const int64_t channel = blockIdx.x;
   A total = A(0);
   for (int64_t slice = threadIdx.x; slice < slices; slice += kThreads) total += partial[slice * channels + channel];

@@ -18,7 +18,7 @@ enum class AlphaGrad {
 #undef CG_NAME
 };
 
-// What A is inside 0 < x <= L[q], for the two rules that need no more than the 2-bit state.
+// A inside 0 < x <= L[q], for the two rules that need only the 2-bit state.
 template <class A>
 CG_HD A inside_value(AlphaGrad rule, A q) {
   return rule == AlphaGrad::three_valued ? (q + A(1)) / A(2) : A(0);

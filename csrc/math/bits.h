@@ -1,12 +1,12 @@
 // Packed layout: element i of width w in {1, 2, 4, 8} bits sits in byte i*w / 8 at shift (i*w) % 8, little-endian; the
-// last byte is padded with zeros. What is kept for the backward, and the codes, are stored so.
+// last byte is padded with zeros. Saved masks and codes are stored so.
 #pragma once
 
 #include "macros.h"
 
 namespace cg {
 
-// The bits kept for the backward: x > 0; 0 < x <= L[q]; or two bits, 0 / inside / above.
+// The bits saved for backward: x > 0; 0 < x <= L[q]; or two bits, 0 / inside / above.
 enum class MaskKind { nothing, positive, inside, state };
 
 CG_HD int mask_width(MaskKind kind) { return kind == MaskKind::nothing ? 0 : kind == MaskKind::state ? 2 : 1; }
@@ -20,7 +20,7 @@ Int packed_bytes(Int count, int width) {
   return (count * width + 7) / 8;
 }
 
-// The low kWidth bits of each of 8 bytes, moved together into the low 8 * kWidth bits; and back.
+// Joins the low kWidth bits of each of 8 bytes into the low 8 * kWidth bits; and back.
 template <int kWidth>
 struct ByteFields {
   static constexpr uint64_t kOne = 0x0101010101010101u * ((1u << kWidth) - 1);
@@ -45,7 +45,7 @@ struct ByteFields<8> {
   static CG_HD uint64_t scatter(uint64_t v) { return v; }
 };
 
-// The 32 low bits, one to every second place; and back.
+// Spreads the 32 low bits to every second place; and back.
 CG_HD uint64_t spread_bits(uint64_t v) {
   v &= 0xffffffffu;
   v = (v | (v << 16)) & 0x0000ffff0000ffffu;
@@ -63,7 +63,7 @@ CG_HD uint64_t unspread_bits(uint64_t v) {
   return (v | (v >> 16)) & 0xffffffffu;
 }
 
-// The 2-bit states of 64 numbers from the bits of those inside and those above.
+// The 2-bit states of 64 elements from the bits of those inside and those above.
 CG_HD void bitpack_states(uint64_t inside, uint64_t above, uint64_t (&words)[2]) {
   words[0] = spread_bits(inside) | spread_bits(above) << 1;
   words[1] = spread_bits(inside >> 32) | spread_bits(above >> 32) << 1;

@@ -42,7 +42,7 @@ struct Limits<double> {
   static constexpr double kMinStep = 0x1p-1022, kMaxLevel = 0x1p1022;
 };
 
-// On the GPU these are its own instructions: the same bits, but for the NaN that a NaN is rounded to.
+// On a GPU these are instructions of its own: bit-exact except for NaN payloads.
 CG_HD float to_float(float a) { return a; }
 CG_HD float to_float(bf16 a) { return bit_cast<float>(static_cast<uint32_t>(a.bits) << 16); }
 CG_HD bf16 to_bf16(float a) {
@@ -96,7 +96,7 @@ CG_HD f16 to_f16(float a) {
 }
 
 // round_to<T>(v): the nearest number of T, as a number of the compute type. round_level<T>(v) is the same for v >= 0
-// that is no NaN, which costs vectors less.
+// that is not NaN, which costs vectors less.
 template <class T>
 CG_HD compute_t<T> round_to(compute_t<T> v) {
   return v;
@@ -114,9 +114,10 @@ CG_HD compute_t<T> round_level(compute_t<T> v) {
   return round_to<T>(v);
 }
 
-// The numbers of T as something that is compared fast: float as it is; 16-bit numbers that are no NaN as signed
-// integers, which are in the order of their bits from 0 up, and negative below 0. So x > v, for v >= 0, is
-// ordered(x) > compare_key_floor<T>(v), the largest number of T that is at most v. Magnitudes above kInfinityBits are NaNs.
+// Compare keys: numbers of T in a form that compares fast. A float is its own key. The key of a 16-bit number that is
+// not NaN is its bits as a signed integer: in order from 0 up, and negative below 0. So for v >= 0, x > v is key(x) >
+// compare_key_floor<T>(v), the key of the largest number of T that is at most v. Magnitudes above kInfinityBits are
+// NaNs.
 template <class T>
 using compare_key_t = std::conditional_t<sizeof(T) == 2, int16_t, compute_t<T>>;
 template <class T>

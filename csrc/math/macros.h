@@ -31,7 +31,7 @@ CG_HD double mul(double a, double b) {
 #endif
 }
 
-// a / b, given 1 / b within two ulps. On a GPU it takes no division, which is a call there, and may be an ulp off.
+// a / b, given 1 / b within two ulps. On a GPU it avoids division, which is a call there, and may be off by an ulp.
 template <class F>
 CG_HD F quotient(F a, F b, F) {
   return a / b;
@@ -66,11 +66,11 @@ CG_HD To bit_cast(From from) {
   return to;
 }
 
-// The bits of the number moved up by `count`: how pow2 puts an integer into the exponent field.
+// Shifts the bits of the number up by `count`: pow2 puts an integer into the exponent field so.
 CG_HD float shift_bits_left(float a, int count) { return bit_cast<float>(bit_cast<uint32_t>(a) << count); }
 CG_HD double shift_bits_left(double a, int count) { return bit_cast<double>(bit_cast<uint64_t>(a) << count); }
 
-// The scalar under F: float for float and its vectors, double for double and its vectors.
+// The scalar type of F: float for float and its vectors, double likewise.
 template <class F>
 struct ScalarOf {
   using type = typename F::scalar;

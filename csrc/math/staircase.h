@@ -29,7 +29,7 @@ CG_HD F threshold(F k, F alpha) {
   return middle;
 }
 
-// The factor that takes x to units of alpha. Under ceil it is one ulp above the rounded reciprocal, so that the
+// The factor that converts x to units of alpha. Under ceil it is one ulp above the rounded reciprocal, so that the
 // first guess of `quantize` is never too low.
 template <class A>
 CG_HD A reciprocal(A alpha, Rounding rounding) {
@@ -39,7 +39,7 @@ CG_HD A reciprocal(A alpha, Rounding rounding) {
   else return bit_cast<A>(bit_cast<uint32_t>(inverse) + 1);
 }
 
-// Whether `quantize` may be used: levels do not collapse in T, no sum of two overflows, and the reciprocal is normal.
+// Whether `quantize` may be used: levels are distinct in T, no sum of two overflows, and the reciprocal is normal.
 template <class T, class A>
 CG_HD bool regular(A alpha, A q) {
   return alpha >= Limits<T>::kMinStep && level<T>(q, alpha) <= Limits<T>::kMaxLevel;
@@ -50,13 +50,14 @@ struct Quantized {
   F code, y;
 };
 
-// What is in units of alpha, up to a whole number in [1, q], NaN to q.
+// Rounds u, in units of alpha, up to an integer in [1, q]; NaN to q.
 template <class F>
 CG_HD F up_to_code(F u, F q) {
   return max_of(ceil(min_of(u, q)), F(1));
 }
 
-// A guess by one multiplication, settled by comparing x, which is no NaN, with the thresholds beside it. Needs `regular`.
+// A guess by one multiplication, settled by comparing x, which is not NaN, with the thresholds next to it. Needs
+// `regular`.
 template <class T, Rounding R, class F>
 CG_HD Quantized<F> quantize_number(F x, F alpha, F inverse, F q) {
   F code, y;
@@ -80,14 +81,14 @@ CG_HD Quantized<F> quantize_number(F x, F alpha, F inverse, F q) {
   return {code, y};
 }
 
-// The same of any x.
+// The same for any x.
 template <class T, Rounding R, class F>
 CG_HD Quantized<F> quantize(F x, F alpha, F inverse, F q) {
   const Quantized<F> number = quantize_number<T, R>(x, alpha, inverse, q);
   return {number.code, select(x != x, x, number.y)};
 }
 
-// The same by bisection over the thresholds: for any alpha, one number at a time.
+// Bisection over the thresholds: for any alpha, one number at a time.
 template <class T, Rounding R, class A>
 CG_HD Quantized<A> quantize_any(A x, A alpha, A q) {
   if (x != x) return {q, x};

@@ -4,7 +4,8 @@
 //   kNeeds  what the backward has to know of x
 //   gate    where g' is not zero (true for NaN: a NaN's gradient passes); none if kNeeds is `nothing`
 //   g       g' there; 1 for NaN
-// Unless kNeeds is `x`, g' is 1 on the gate and the saved bit is the gate. cpu/generic/fast_slope.h may have a faster g.
+// Unless kNeeds is `x`, g' is 1 on the gate and the saved bit is the gate. cpu/generic/fast_slope.h may have a faster
+// g.
 #pragma once
 
 #include "staircase.h"
@@ -80,7 +81,8 @@ CG_HD F one_over(F d) {
 }
 
 #if defined(__CUDA_ARCH__)
-// By the GPU's own approximations, each within some ulps: 2^-y with what y = t / ln(2) was rounded by put right after.
+// By the GPU's approximate instructions, each within a few ulps: 2^-y, then a correction for the rounding of y = t /
+// ln(2).
 CG_HD float exp_minus(float t) {
   const float bounded = t < 104.f ? t : 104.f;
   const float y = __fmul_rn(bounded, 1.44269502f);

@@ -1,8 +1,9 @@
-// The CUDA kernels on the CPU: reads cases from the standard input, runs each as the CUDA ops would, and writes what came
-// out to the standard output. tests/cuda_host.py writes the cases.
+// The CUDA kernels on the CPU: reads cases from the standard input, runs each as the CUDA ops would, and writes what
+// came out to the standard output. tests/cuda_host.py writes the cases.
 //
-// A case is a Header and kBuffers buffers. A buffer is its mode, size in bytes and distance from a 16-byte boundary, and,
-// where it is read, its bytes. What is only written starts as all ones: NaN. Out come the buffers that were written.
+// A case is a Header and kBuffers buffers. A buffer is its mode, size in bytes and distance from a 16-byte boundary,
+// and, where it is read, its bytes. What is only written starts as all ones: NaN. Out come the buffers that were
+// written.
 #include "cuda_host.h"
 
 #include <cstdio>
@@ -44,36 +45,36 @@ void run(const Header& h, const Buffer (&b)[kBuffers]) {
   if (h.op == kForward) {
     void* y = h.in_place ? b[kX].data() : b[kY].data();
     cuda::launch_forward(Forward{.dtype = dtype,
-                           .rounding = rounding,
-                           .bits = bits,
-                           .count = h.count,
-                           .alphas = alphas,
-                           .x = b[kX].data(),
-                           .y = y,
-                           .mask = b[kMask].packed(),
-                           .kind = kind,
-                           .codes = b[kCodes].packed(),
-                           .stream = false},
-                   cudaStream_t{});
-  } else if (h.op == kDequantize) {
-    cuda::launch_dequantize(Dequantize{.dtype = dtype,
+                                 .rounding = rounding,
                                  .bits = bits,
                                  .count = h.count,
                                  .alphas = alphas,
+                                 .x = b[kX].data(),
+                                 .y = y,
+                                 .mask = b[kMask].packed(),
+                                 .kind = kind,
                                  .codes = b[kCodes].packed(),
-                                 .y = b[kY].data(),
                                  .stream = false},
-                      cudaStream_t{});
+                         cudaStream_t{});
+  } else if (h.op == kDequantize) {
+    cuda::launch_dequantize(Dequantize{.dtype = dtype,
+                                       .bits = bits,
+                                       .count = h.count,
+                                       .alphas = alphas,
+                                       .codes = b[kCodes].packed(),
+                                       .y = b[kY].data(),
+                                       .stream = false},
+                            cudaStream_t{});
   } else if (h.op == kTimesSlopes) {
     cuda::launch_times_slopes(TimesSlopes{.dtype = dtype,
-                                    .bits = bits,
-                                    .count = h.count,
-                                    .grad_y = b[kGradY].data(),
-                                    .codes = b[kCodes].packed(),
-                                    .slopes = b[kSlopes].data(),
-                                    .grad_x = b[kGradX].data(),
-                                    .stream = false},
-                        cudaStream_t{});
+                                          .bits = bits,
+                                          .count = h.count,
+                                          .grad_y = b[kGradY].data(),
+                                          .codes = b[kCodes].packed(),
+                                          .slopes = b[kSlopes].data(),
+                                          .grad_x = b[kGradX].data(),
+                                          .stream = false},
+                              cudaStream_t{});
   } else {
     Backward a{.dtype = dtype,
                .ste = static_cast<Ste>(h.ste),

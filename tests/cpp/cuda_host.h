@@ -26,8 +26,8 @@
 #define __forceinline__ inline
 #define __launch_bounds__(threads)
 // Each block's own, NaN at its start.
-#define CG_SHARED(type, name, count)                                                         \
-  static const char name##_site = 0;                                                         \
+#define CG_SHARED(type, name, count) \
+  static const char name##_site = 0; \
   type* const name = static_cast<type*>(cuda_host::block->shared(&name##_site, sizeof(type) * (count)))
 
 struct dim3 {

@@ -192,7 +192,8 @@ void test_stes() {
 
 // The bounds that fast_slope.h and ste.h state, the latter down to the smallest subnormal.
 void test_exp_minus() {
-  CHECK(approximate_exp2_minus(0.0f) == 1 && approximate_exp2_minus(kInf<float>) == 0 && approximate_exp2_minus(150.0f) == 0);
+  CHECK(approximate_exp2_minus(0.0f) == 1 && approximate_exp2_minus(kInf<float>) == 0 &&
+        approximate_exp2_minus(150.0f) == 0);
   CHECK(approximate_exp2_minus(149.0f) > 0);
   for (float y = 0; y < 126; y += 0x1p-12f) {
     const double wanted = std::exp2(-double(y));

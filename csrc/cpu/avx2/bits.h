@@ -1,18 +1,19 @@
-// The saved bits of a block, masks and 2-bit states, as masks of lanes: a shuffle takes those of a register, and each
-// lane tests its own.
+// A block's saved bits (1-bit masks and 2-bit states) as lane masks: a shuffle selects a register's bytes and each lane
+// tests its own bit.
 #pragma once
 
 #include "vec.h"
+
 #include "../x86/bits.h"
 
 namespace cg::avx2 {
 
-// The bits of a block in each half of a register, from where a shuffle takes those of a vector.
+// A block's bits, in both halves of a register for the shuffle.
 struct BlockBits {
   __m256i all;
   explicit CG_HD BlockBits(uint64_t bits) : all(_mm256_set1_epi64x(static_cast<long long>(bits))) {}
 
-  // As a mask, those of the numbers of kBytes each from the given one on, which begins a vector.
+  // The mask of a vector of elements of kBytes each that begins at element `first`.
   template <int kBytes>
   CG_HD __m256i mask(int first) const {
     const __m256i byte = _mm256_set1_epi8(static_cast<char>(first / 8));
@@ -31,7 +32,7 @@ struct BlockBits {
   }
 };
 
-// One bit of each of a block's 2-bit states, in the same way.
+// The same for one bit of each 2-bit state.
 struct StateBits {
   __m256i all;
   int bit;
@@ -71,10 +72,10 @@ struct BlockStates {
   CG_HD EitherBits either() const { return {inside(), above()}; }
 };
 
-// Loads that are saved are not seen by Zen 3's own prefetching, which would ask for memory a second time.
+// A masked load, which Zen 3's hardware prefetcher ignores: it would fetch a second time what prefetch() has asked for.
 CG_HD __m256i load_without_prefetch(const void* from) {
   __m256i all = _mm256_set1_epi32(-1);
-  asm("" : "+x"(all));  // else it is a plain load
+  asm("" : "+x"(all));  // else the compiler makes it a plain load
   return _mm256_maskload_epi32(static_cast<const int*>(from), all);
 }
 

@@ -2,16 +2,17 @@
 #pragma once
 
 #include "tables.h"
+
 #include "../x86/compare_key.h"
 
 namespace cg::avx2 {
 
-// A table is 8 entries in each half of a register, and an index the two bytes of its entry.
+// A table has 8 entries, repeated in each half of a register; an index is the two byte positions of an entry.
 template <class T>
 struct CompareKey : CompareKey16<T, CompareKey<T>> {
   using Base = CompareKey16<T, CompareKey>;
-  using typename Base::Index;
   using Base::all, Base::indices, Base::max_magnitude, Base::whole;
+  using typename Base::Index;
   static constexpr int kSearchBits = std::is_same_v<T, bf16> ? 5 : 6, kCompareBits = 2;
   static constexpr bool kArithmetic = true, kHoldsBlock = true;
   static constexpr int kGroup = 2, kEntries = 8;
@@ -44,7 +45,7 @@ struct CompareKey : CompareKey16<T, CompareKey<T>> {
     return any_above(largest, kInfinityBits<T>);
   }
   static CG_HD CompareKey level(Pair<Floats> from) { return {{join<T>(from)}}; }
-  // The largest numbers of T that are at most these, which are not negative.
+  // Rounds down to T; `from` is not negative.
   static CG_HD CompareKey floor(Pair<Floats> from) {
     if constexpr (std::is_same_v<T, bf16>) {
       return {{blend_odd(_mm256_srli_epi32(from.first.bits(), 16), from.second.bits())}};
@@ -53,7 +54,7 @@ struct CompareKey : CompareKey16<T, CompareKey<T>> {
       return {{join_halves(halves(from.first), halves(from.second))}};
     }
   }
-  // Floats in the order of floats().
+  // Loads floats in the order of floats().
   static CG_HD Pair<Floats> load_floats(const float* p) {
     const __m256 low = _mm256_loadu_ps(p), high = _mm256_loadu_ps(p + 8);
     if constexpr (std::is_same_v<T, f16>) return {low, high};
@@ -62,7 +63,7 @@ struct CompareKey : CompareKey16<T, CompareKey<T>> {
     };
     return {gather(_mm256_shuffle_ps(low, high, 0x88)), gather(_mm256_shuffle_ps(low, high, 0xdd))};
   }
-  // Of masks and of small whole numbers, in the order of floats().
+  // From lanes in the order of floats(): masks, and small integers.
   static CG_HD Mask mask(Pair<LaneMask<float>> m) {
     return narrow(_mm256_castps_si256(m.first.m), _mm256_castps_si256(m.second.m));
   }
@@ -83,7 +84,7 @@ struct CompareKey : CompareKey16<T, CompareKey<T>> {
     if constexpr (kRegisters == 1) {
       return {{_mm256_shuffle_epi8(table[0].v, index)}};
     } else {
-      // The bit of the index that tells the half, moved to the top of each byte.
+      // The index bit that selects the half, moved to the top of each byte.
       static_assert(kRegisters <= 4);
       constexpr int kHalf = kRegisters / 2;
       const Mask upper = _mm256_slli_epi16(index, kRegisters == 2 ? 3 : 2);
@@ -112,7 +113,7 @@ struct CompareKey<float> : CompareKey32<CompareKey<float>> {
   static CG_HD Mask greater(CompareKey a, CompareKey b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
   static CG_HD Mask at_most(Mask m, CompareKey a, CompareKey high) { return _mm256_andnot_ps(greater(a, high), m); }
   static CG_HD CompareKey masked(Mask m, CompareKey a) { return {{_mm256_and_ps(m, a.v)}}; }
-  // The bytes of four vectors of 32-bit lanes, where packing left them.
+  // Puts the bytes of four vectors in order after packs_*.
   static CG_HD __m256i in_order(__m256i bytes) {
     return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   }

@@ -1,4 +1,4 @@
-// What the 256-bit registers do in their own way, for x86/vec.h and the headers of this folder.
+// What is particular to 256-bit registers, for x86/ and the headers of this folder.
 #pragma once
 
 #include <immintrin.h>
@@ -24,7 +24,7 @@ CG_HD __m256d bit_or(__m256d a, __m256d b) { return _mm256_or_pd(a, b); }
 CG_HD __m256 bit_not(__m256 a) { return _mm256_xor_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(-1))); }
 CG_HD __m256d bit_not(__m256d a) { return _mm256_xor_pd(a, _mm256_castsi256_pd(_mm256_set1_epi32(-1))); }
 
-// All bits of a lane, or none.
+// All bits of a lane set, or none.
 template <class A>
 struct LaneMask {
   FloatRegister<A> m;
@@ -57,9 +57,9 @@ CG_HD HalfRegister low_half(Register v) { return _mm256_castsi256_si128(v); }
 CG_HD HalfRegister high_half(Register v) { return _mm256_extracti128_si256(v, 1); }
 CG_HD Register join_halves(HalfRegister low, HalfRegister high) { return _mm256_setr_m128i(low, high); }
 
-// The low 16 bits of each 32-bit lane, which are all that it has.
+// The low 16 bits of each 32-bit lane; the upper ones are zero.
 CG_HD HalfRegister narrow_lanes(Register v) { return _mm_packus_epi32(low_half(v), high_half(v)); }
-// 16-bit numbers: those in even places of one register and those in odd places of the other.
+// 16-bit lanes: the even ones of one register and the odd ones of the other.
 CG_HD Register blend_odd(Register even, Register odd) { return _mm256_blend_epi16(even, odd, 0xaa); }
 // `rounded`, but a quiet NaN where v is NaN.
 CG_HD Register or_quiet_nan(Register rounded, __m256 v) {
@@ -93,8 +93,8 @@ CG_HD Register load_bits_as_bytes(const uint8_t* from) {
   const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(bits), of_byte);
   return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(bytes, place), place), _mm256_set1_epi8(1));
 }
-// Codes that were just stored, in the pieces that they may have been stored in: a load wider than the stores before it
-// waits for them to leave the store buffer.
+// Loads codes that were just stored, in the pieces they may have been stored in: a load wider than the stores before it
+// waits for the store buffer to drain.
 CG_HD Register load_stored_codes(const uint8_t* p) {
   const auto sixteen = [](const uint8_t* p) {
     const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));

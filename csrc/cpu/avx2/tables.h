@@ -5,8 +5,8 @@
 
 namespace cg::avx2 {
 
-// In the low bits of each lane the packed codes of 16 numbers of a block from the given one on: the two halves', or those
-// in even and those in odd places; above a code is what comes after it.
+// The packed codes of a block's 16 elements from `first` on, in the low bits of each lane with garbage above: of both
+// halves, or of the even and the odd elements.
 template <int kWidth, bool kEvenOdd>
 CG_HD void packed_indices(const uint8_t* packed, int first, __m256i& one, __m256i& other) {
   static_assert(kWidth <= 4);
@@ -61,7 +61,7 @@ template <class V>
 struct SmallTable {
   static constexpr int kSize = 0;
 };
-// Entries are found by the low 4 bits of an index, or the low 2, and repeat where there are fewer.
+// Indexed by the low 4 bits of an index, or the low 2; fewer entries repeat.
 template <>
 struct SmallTable<Floats> {
   static constexpr int kSize = 16;
@@ -80,7 +80,7 @@ struct SmallTable<Floats> {
   }
 };
 
-// The entries for the 2 bits of 16 numbers of a block from the given one on, and those times dy, added to the sums.
+// The entries for the 2-bit codes of a block's 16 elements from `first` on; and those times dy, added to the sums.
 template <bool kEvenOdd>
 CG_HD Pair<Floats> weights_of(const uint8_t* packed, const SmallTable<Floats>& weights, int first) {
   __m256i one, other;
@@ -93,8 +93,8 @@ CG_HD void add_weighed(const T* grad_y, const uint8_t* packed, const SmallTable<
   sums = mul_add(load_pair(grad_y + first), weights_of<std::is_same_v<T, bf16>>(packed, weights, first), sums);
 }
 
-// times_slopes_block of generic/slopes.h straight from the packed codes. bfloat16 goes in even and odd places: a NaN of dy
-// has nothing in its lower half and a product makes it quiet, so rounding keeps it; a NaN slope is made quiet first.
+// times_slopes_block of generic/slopes.h straight from the packed codes. bfloat16 goes in even and odd places: a NaN of
+// dy has nothing in its lower half and a product makes it quiet, so rounding keeps it; a NaN slope is made quiet first.
 template <int kWidth, class T>
 CG_HD void times_slopes_block(const T* grad_y, const uint8_t* packed, const SmallTable<Floats>& table, T* grad_x,
                               bool stream) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "registers.h"
+
 #include "../x86/vec.h"
 
 namespace cg::avx2 {
@@ -62,7 +63,7 @@ struct Lanes<Doubles> {
   }
 };
 
-// Hardware prefetches too, but only some instructions ahead.
+// The hardware prefetches too, but only a few instructions ahead.
 constexpr int kPrefetchBytes = 2048;
 constexpr int kChains = 2;
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "vec.h"
+
 #include "../generic/word_masks.h"
 #include "../x86/bits.h"
 

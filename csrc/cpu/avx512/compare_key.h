@@ -2,6 +2,7 @@
 #pragma once
 
 #include "tables.h"
+
 #include "../x86/compare_key.h"
 
 namespace cg::avx512 {
@@ -16,36 +17,39 @@ CG_HD void store_words(uint8_t* to, uint64_t low, uint64_t high) {
 template <class T>
 struct CompareKey : CompareKey16<T, CompareKey<T>> {
   using Base = CompareKey16<T, CompareKey>;
-  using typename Base::Index;
   using Base::all, Base::indices, Base::load, Base::max_magnitude;
+  using typename Base::Index;
   static constexpr int kSearchBits = 8, kCompareBits = 0;
   static constexpr bool kArithmetic = false, kHoldsBlock = false;
   static constexpr int kEntries = 32, kIndexStart = 0, kIndexUnit = 1;
   using Mask = __mmask32;
 
   static CG_HD Mask greater(CompareKey a, CompareKey b) { return _mm512_cmpgt_epi16_mask(a.v, b.v); }
-  static CG_HD Mask at_most(Mask m, CompareKey a, CompareKey high) { return _mm512_mask_cmple_epi16_mask(m, a.v, high.v); }
+  static CG_HD Mask at_most(Mask m, CompareKey a, CompareKey high) {
+    return _mm512_mask_cmple_epi16_mask(m, a.v, high.v);
+  }
   static CG_HD uint64_t word(const Mask (&m)[2]) { return m[0] | uint64_t{m[1]} << 32; }
   static CG_HD void store_bits(uint8_t* to, const Mask (&m)[2]) { store_word(to, word(m)); }
   static CG_HD void store_states(uint8_t* to, const Mask (&low)[2], const Mask (&high)[2]) {
     store_words(to, word(low), word(high));
   }
-  static CG_HD CompareKey select(Mask m, CompareKey a, CompareKey b) { return {{_mm512_mask_blend_epi16(m, b.v, a.v)}}; }
+  static CG_HD CompareKey select(Mask m, CompareKey a, CompareKey b) {
+    return {{_mm512_mask_blend_epi16(m, b.v, a.v)}};
+  }
   static CG_HD CompareKey masked(Mask m, CompareKey a) { return {{_mm512_maskz_mov_epi16(m, a.v)}}; }
   static CG_HD bool any_above(CompareKey largest, int16_t most) { return greater(largest, all(most)) != 0; }
   static CG_HD bool any_nan(const int16_t* x) {
     return any_above(max_magnitude(max_magnitude(all(0), load(x)), load(x + 32)), kInfinityBits<T>);
   }
-  static CG_HD Index load_indices(const uint8_t* codes) {
-    return _mm512_cvtepu8_epi16(load_half(codes));
-  }
+  static CG_HD Index load_indices(const uint8_t* codes) { return _mm512_cvtepu8_epi16(load_half(codes)); }
   static CG_HD Index raise(Index a, Mask m, int by) { return _mm512_mask_add_epi16(a, m, a, indices(by)); }
   template <int kRegisters>
   static CG_HD CompareKey look_up(const CompareKey* table, Index index) {
     if constexpr (kRegisters == 1) return {{_mm512_permutexvar_epi16(index, table[0].v)}};
     else if constexpr (kRegisters == 2) return {{_mm512_permutex2var_epi16(table[0].v, index, table[1].v)}};
-    else return select(_mm512_test_epi16_mask(index, indices(64)),  // its bit for the upper half
-                       look_up<2>(table + 2, index), look_up<2>(table, index));
+    else
+      return select(_mm512_test_epi16_mask(index, indices(64)),  // its bit for the upper half
+                    look_up<2>(table + 2, index), look_up<2>(table, index));
   }
   template <int kWidth>
   static CG_HD void store_codes(uint8_t* to, const Index (&codes)[2]) {

@@ -1,4 +1,4 @@
-// What the 512-bit registers do in their own way, for x86/vec.h and the headers of this folder.
+// What is particular to 512-bit registers, for x86/ and the headers of this folder.
 #pragma once
 
 #include <immintrin.h>
@@ -57,7 +57,7 @@ CG_HD Register join_halves(HalfRegister low, HalfRegister high) {
 
 // The low 16 bits of each 32-bit lane.
 CG_HD HalfRegister narrow_lanes(Register v) { return _mm512_cvtepi32_epi16(v); }
-// 16-bit numbers: those in even places of one register and those in odd places of the other.
+// 16-bit lanes: the even ones of one register and the odd ones of the other.
 CG_HD Register blend_odd(Register even, Register odd) { return _mm512_mask_blend_epi16(0xaaaaaaaau, even, odd); }
 // `rounded`, but a quiet NaN where v is NaN.
 CG_HD Register or_quiet_nan(Register rounded, __m512 v) {
@@ -85,8 +85,8 @@ CG_HD Register load_bits_as_bytes(const uint8_t* from) {
   memcpy(&bits, from, sizeof(bits));
   return _mm512_maskz_set1_epi8(bits, 1);
 }
-// Codes that were just stored, in the pieces that they may have been stored in: a load wider than the stores before it
-// waits for them to leave the store buffer.
+// Loads codes that were just stored, in the pieces they may have been stored in: a load wider than the stores before it
+// waits for the store buffer to drain.
 CG_HD Register load_stored_codes(const uint8_t* p) {
   return join_quarters(load_quarter(p), load_quarter(p + 16), load_quarter(p + 32), load_quarter(p + 48));
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "registers.h"
+
 #include "../x86/vec.h"
 
 namespace cg::avx512 {

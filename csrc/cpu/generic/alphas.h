@@ -1,4 +1,4 @@
-// Where the loops read the alpha of each element.
+// Where the loops read each element's alpha.
 #pragma once
 
 #include "../../dispatch.h"
@@ -17,7 +17,7 @@ struct OneAlpha {
   CG_HD const OneAlpha& of(int64_t) const { return *this; }
 };
 
-// An alpha for each element, read from two arrays; the first one's channel, and how many elements of it come.
+// Per-element alphas, read from two arrays; `channel` is the first element's, with `left` elements to go.
 template <class A>
 struct AlphaPerElement {
   const A* alpha;
@@ -28,7 +28,7 @@ struct AlphaPerElement {
   CG_HD const AlphaPerElement& of(int64_t) const { return *this; }
 };
 
-// The same of every block, where channels are the innermost dimension.
+// The same for every block, if channels are the innermost dimension.
 template <class A>
 struct AlphaPerColumn {
   const A* alpha;
@@ -40,7 +40,7 @@ struct AlphaPerColumn {
   }
 };
 
-// body(channel, first, last) for each run of one channel within a block, given the first one's.
+// Calls body(channel, first, last) for each run of one channel within a block, given the first element's channel.
 template <class Body>
 CG_HD void for_each_run(const Alphas& alphas, int64_t channel, int64_t left, const Body& body) {
   for (int first = 0; first < kBlock;) {
@@ -52,8 +52,8 @@ CG_HD void for_each_run(const Alphas& alphas, int64_t channel, int64_t left, con
   }
 }
 
-// body(first, last, source) for ranges of blocks, with the source of alpha that fits them; without kValues the source
-// only tells whether a block has one channel, and which. Blocks of more channels than one come one by one.
+// Calls body(first, last, source) for ranges of blocks with a matching source of alpha. Without kValues the source only
+// says whether a block has one channel, and which. Blocks of several channels come one at a time.
 template <class A, bool kValues = true, class Body>
 CG_HD void for_each_range(const Alphas& alphas, int64_t begin, int64_t end, const Body& body) {
   const A* alpha = static_cast<const A*>(alphas.values);
@@ -66,7 +66,7 @@ CG_HD void for_each_range(const Alphas& alphas, int64_t begin, int64_t end, cons
     body(begin, end, one_alpha(0));
     return;
   }
-  // The channel that a block begins in, and where that ends: counted, as divisions take as long as a block.
+  // The channel that a block begins in and where that channel ends. Counted up, as a division takes as long as a block.
   int64_t channel = begin * kBlock / alphas.inner, channel_end = (channel + 1) * alphas.inner;
   channel %= alphas.channels;
   const int64_t step = kBlock % alphas.channels;
@@ -100,7 +100,7 @@ CG_HD void for_each_range(const Alphas& alphas, int64_t begin, int64_t end, cons
   }
 }
 
-// body(Constant<true>{}); with Constant<false> if alphas are not regular, in the set that serves these.
+// Calls body(Constant<true>{}), or body(Constant<false>{}) for irregular alphas in the set that serves them.
 template <class Body>
 CG_HD void with_regular(const Alphas& alphas, const Body& body) {
   if constexpr (kAnyAlpha) {

@@ -9,8 +9,8 @@
 namespace cg::CG_ISA {
 namespace {
 
-// What was saved of x, for one block, as flags; and the codes where there are any of more than two bits. `inside` and
-// `above` are the bits of a state, or of a code: A is the sum of what each that is set stands for.
+// What is saved of x for one block, as flags; codes of more than two bits stay bytes. `inside` and `above` are the two
+// bits of a state or of a code: A is the sum of the values of those that are set.
 struct Flags {
   uint64_t gate = ~uint64_t{0}, inside = 0, above = 0;
 };
@@ -47,7 +47,7 @@ CG_HD Flags read_saved(const Backward& a, int64_t block, int count, uint8_t* cod
   return flags;
 }
 
-// dx from a gate: the numbers of dy pass as they are, whatever their type.
+// dx from a gate. Elements of dy pass bit for bit, whatever their type.
 template <class U>
 CG_HD void backward_gate(const Backward& a, int64_t block, int count, uint64_t gate) {
   U dy_copy[kBlock], dx_copy[kBlock];
@@ -57,7 +57,7 @@ CG_HD void backward_gate(const Backward& a, int64_t block, int count, uint64_t g
   if (count < kBlock) memcpy(grad_x, dx_copy, count * sizeof(U));
 }
 
-// dx alone from one bit an element, for the whole blocks in [begin, end): returns the block after them.
+// dx alone, from one bit per element, for the whole blocks in [begin, end). Returns the block after them.
 template <class U>
 CG_HD int64_t backward_mask(const Backward& args, int64_t begin, int64_t end) {
   const Backward a = args;
@@ -73,7 +73,7 @@ CG_HD int64_t backward_mask(const Backward& args, int64_t begin, int64_t end) {
   return begin < whole ? whole : begin;
 }
 
-// Adds up a block's dy inside and above; each two vectors go to visit(first) too.
+// Sums a block's dy inside and above; calls visit(first) for every two vectors.
 template <class T, class Bits, class V, class Visit>
 CG_HD void sum_flagged(const T* grad_y, Bits in, Bits over, V& inside, V& above, const Visit& visit) {
 #pragma GCC unroll 16
@@ -85,11 +85,11 @@ CG_HD void sum_flagged(const T* grad_y, Bits in, Bits over, V& inside, V& above,
   }
 }
 
-// A run of one channel within a block, from so many numbers on, is summed by itself.
+// A run of one channel within a block is summed by itself if it is at least this long.
 constexpr int kShortRun = 16;
 
-// dalpha, and dx where wanted, from two bits an element, states or codes, for the whole blocks in [begin, end), each
-// read once: returns the block after them. gate(states, block) are the bits for dx. Of many channels where kAddsWeighed alone.
+// dalpha, and dx if wanted, from two bits per element (states or codes) for the whole blocks in [begin, end), each read
+// once. Returns the block after them. gate(states, block) gives the bits for dx. Many channels need kAddsWeighed.
 template <class T, class U, class Gate, class Weights, class Source>
 CG_HD int64_t backward_states(const Backward& a, int64_t begin, int64_t end, const Source& source,
                               ChannelSums<compute_t<T>>& sums, const Weights weights, const Gate& gate) {
@@ -158,7 +158,7 @@ CG_HD int64_t backward_states(const Backward& a, int64_t begin, int64_t end, con
         sums.start(first, source);
         sums.add(source, 0, sum);
       } else {
-        sum_selected(first, last, false);  // an infinite dy may have met a weight of 0, which products do not skip
+        sum_selected(first, last, false);  // an infinite dy may have met a weight of 0: redo it with selects
       }
     }
   } else {
@@ -167,7 +167,7 @@ CG_HD int64_t backward_states(const Backward& a, int64_t begin, int64_t end, con
   return begin < whole ? whole : begin;
 }
 
-// From the saved bits or codes: dx, and dalpha for the rules that need no x.
+// dx, and dalpha by the rules that need no x, from saved bits or codes.
 template <class T>
 void backward_saved(const Backward& args, int64_t begin, int64_t end) {
   using A = compute_t<T>;
@@ -209,8 +209,8 @@ void backward_saved(const Backward& args, int64_t begin, int64_t end) {
       const int count = block_count(a.count, block);
       uint8_t codes[kBlock];
       prefetch(static_cast<const T*>(a.grad_y) + block * kBlock);
-      const Flags masked = read_saved(a, block, count, codes);
-      if (a.grad_x) backward_gate<U>(a, block, count, masked.gate);
+      const Flags saved = read_saved(a, block, count, codes);
+      if (a.grad_x) backward_gate<U>(a, block, count, saved.gate);
       if (!a.partial) continue;
       T copy[kBlock];
       const T* grad_y = read_block(static_cast<const T*>(a.grad_y), block, count, copy);
@@ -218,7 +218,7 @@ void backward_saved(const Backward& args, int64_t begin, int64_t end) {
       if (flagged && (kOneAlpha || a.alphas.inner >= kShortRun)) {
         const auto add_run = [&](const OneAlpha<A>& run, uint64_t bits) {
           V inside(A(0)), above(A(0));
-          sum_flagged(grad_y, BlockBits(masked.inside & bits), BlockBits(masked.above & bits), inside, above, [](int) {});
+          sum_flagged(grad_y, BlockBits(saved.inside & bits), BlockBits(saved.above & bits), inside, above, [](int) {});
           sums.start(block, run);
           sums.add_flagged(run, 0, inside, above);
         };
@@ -237,7 +237,7 @@ void backward_saved(const Backward& args, int64_t begin, int64_t end) {
           sums.add(source, i, masked_product(Io<T>::load(grad_y + i), Lanes<V>::load_codes(codes + i)));
         }
       } else if constexpr (!kOneAlpha) {
-        const BlockBits inside(masked.inside), above(masked.above);
+        const BlockBits inside(saved.inside), above(saved.above);
         for (int i = 0; i < kBlock; i += kCount) {
           sums.add_flagged(source, i, load_where(grad_y, inside, i), load_where(grad_y, above, i));
         }

@@ -24,9 +24,8 @@ CG_HD void codes_rounding(const T* x, const Source& source, int bits, uint8_t* c
 template <class T, class Source>
 void codes_block(const Backward& a, const T* x, const Source& source, uint8_t* codes) {
   with_rounding(a.rounding, [&](auto rounding) {
-    with_regular(a.alphas, [&](auto regular) {
-      codes_rounding<T, rounding.value, regular.value>(x, source, a.bits, codes);
-    });
+    with_regular(a.alphas,
+                 [&](auto regular) { codes_rounding<T, rounding.value, regular.value>(x, source, a.bits, codes); });
   });
 }
 
@@ -41,14 +40,14 @@ CG_HD F times_slope_at(F dy, const Point<F>& p) {
   }
 }
 
-// dx of some vectors from x itself. kApproximate: alphas are regular, and dx is in 16 bits, which need no more of g' than they show.
+// dx from x. kApproximate: alphas are regular and dx has 16 bits, which show no error of an approximate g'.
 template <class T, class SteT, bool kApproximate, class Source>
 CG_HD void dx_run(const T* x, const T* grad_y, T* dx, int64_t count, bool stream, const Source source,
                   Vec<compute_t<T>> q) {
   using V = Vec<compute_t<T>>;
   constexpr int kCount = Lanes<V>::kCount;
   const V inverse_q = V(scalar_of<V>(1)) / q;
-  const auto dx_of = [&](auto v, auto dy, int64_t i) {  // of a vector, or of more
+  const auto dx_of = [&](auto v, auto dy, int64_t i) {  // of a Vec, a Pair or a Pair of Pairs
     using F = decltype(v);
     const F u = kApproximate ? mul(v, F(source.inverse_at(i))) : v / F(source.alpha_at(i));
     const V top = level<T>(q, source.alpha_at(i));
@@ -68,7 +67,8 @@ CG_HD void dx_run(const T* x, const T* grad_y, T* dx, int64_t count, bool stream
     } else if constexpr (kChains == 2) {
       for (; i < end; i += 4 * kCount) {
         const int64_t j = i + 2 * kCount;
-        const auto result = dx_of(Pair{load_pair(x + i), load_pair(x + j)}, Pair{load_pair(grad_y + i), load_pair(grad_y + j)}, i);
+        const auto result =
+            dx_of(Pair{load_pair(x + i), load_pair(x + j)}, Pair{load_pair(grad_y + i), load_pair(grad_y + j)}, i);
         store_pair(dx + i, result.first, stream);
         store_pair(dx + j, result.second, stream);
       }
@@ -81,12 +81,12 @@ CG_HD void dx_run(const T* x, const T* grad_y, T* dx, int64_t count, bool stream
   }
 }
 
-// The same for whole blocks with one regular alpha, in half of the instructions: for x that are moderate, so that none
-// is a NaN and nothing on the way to g' overflows, the gate is one comparison, in 16 bits for 16-bit x. Those that are
-// not are done the other way after it. A function of its own, as its constants fill the registers.
+// The same for whole blocks with one regular alpha, in half the instructions. As long as x is moderate (no NaN, and
+// nothing on the way to g' overflows) the gate is one comparison, in 16 bits for 16-bit x. Other x are redone by
+// dx_run. Not inlined, as its constants fill the registers.
 template <class T, class SteT>
 __attribute__((noinline)) void dx_fast(const Backward& a, const T* x, const T* grad_y, T* dx, int64_t count,
-                                        bool stream, const OneAlpha<float>& source) {
+                                       bool stream, const OneAlpha<float>& source) {
   using Key = CompareKey<T>;
   using Element = typename Key::Element;
   using F = Pair<decltype(Key().floats())>;
@@ -125,7 +125,7 @@ __attribute__((noinline)) void dx_fast(const Backward& a, const T* x, const T* g
   }
 }
 
-// The terms of dalpha of a block, by any rule, from x itself.
+// A block's terms of dalpha from x, by any rule.
 template <class T, class SteT, class Source>
 CG_HD void add_terms(const Backward& a, const T* x, const T* grad_y, const Source& source,
                      ChannelSums<compute_t<T>>& sums) {
@@ -150,7 +150,7 @@ CG_HD void add_terms(const Backward& a, const T* x, const T* grad_y, const Sourc
   }
 }
 
-// From x itself: dx by g', and dalpha by any rule.
+// dx by g' and dalpha by any rule, from x.
 template <class T, class SteT>
 void backward_x(const Backward& args, int64_t begin, int64_t end) {
   using A = compute_t<T>;

@@ -1,4 +1,4 @@
-// Reading and writing the blocks of a tensor, and what is packed of them.
+// Reads and writes blocks of tensors and of packed bits.
 #pragma once
 
 #include "../../dispatch.h"
@@ -6,7 +6,7 @@
 
 namespace cg::CG_ISA {
 
-// From the given place in a block, zero where a bit of the block's is not set: a vector in order, or two in load_pair's.
+// Elements of a block from `first` on, zero where the block's bit is not set: a vector, or a pair in load_pair's order.
 template <class T>
 CG_HD auto load_where(const T* block, uint64_t bits, int first) {
   using V = Vec<compute_t<T>>;
@@ -25,7 +25,7 @@ CG_HD int block_count(int64_t count, int64_t block) {
   return left < kBlock ? static_cast<int>(left) : kBlock;
 }
 
-// Asks for the block that is kPrefetchBytes ahead; past the end that is harmless.
+// Prefetches the block kPrefetchBytes ahead; harmless past the end.
 template <class T>
 CG_HD void prefetch(const T* block) {
   if constexpr (kPrefetchBytes > 0) {
@@ -34,7 +34,7 @@ CG_HD void prefetch(const T* block) {
   }
 }
 
-// The last block may be short: it is read from a copy padded with zeros, and written through one.
+// The last block may be short: it is read from a zero-padded copy, and written through one.
 template <class U>
 CG_HD const U* read_block(const U* from, int64_t block, int count, U* copy) {
   if (count == kBlock) return from + block * kBlock;
@@ -43,8 +43,8 @@ CG_HD const U* read_block(const U* from, int64_t block, int count, U* copy) {
   return copy;
 }
 
-// A block's kWidth bits an element begin at byte block * 8 * kWidth. Whole blocks are copied by a size that the compiler
-// knows, which is a few moves instead of a call.
+// A block's kWidth bits per element begin at byte block * 8 * kWidth. Whole blocks are copied with a size known to the
+// compiler: a few moves instead of a call.
 template <int kWidth>
 CG_HD void write_packed(uint8_t* to, int64_t block, int count, const uint64_t* words) {
   to += block * 8 * kWidth;

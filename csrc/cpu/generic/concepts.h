@@ -1,5 +1,5 @@
-// What an instruction set offers to the loops: its vec.h, bits.h, tables.h and compare_key.h. Every set that includes the
-// loops is checked here.
+// What an instruction set offers to the loops: its vec.h, bits.h, tables.h and compare_key.h. Every set that includes
+// the loops is checked here.
 #pragma once
 
 #include <concepts>
@@ -45,8 +45,8 @@ concept IsLanes = requires(V v, uint64_t bits, uint8_t* to, const uint8_t* from)
 };
 static_assert(IsLanes<Lanes<Vec<float>>, Vec<float>, float> && IsLanes<Lanes<Vec<double>>, Vec<double>, double>);
 
-// Io<T>: vectors from and to numbers of T; stream goes past the caches, to an aligned place. They store numbers of T, and
-// other numbers after round_for_store<T>. Pairs are in an order of their own, and rounded to T as they are stored.
+// Io<T>: vectors from and to numbers of T; stream goes past the caches, to an aligned place. They store numbers of T,
+// and other numbers after round_for_store<T>. Pairs are in an order of their own, and rounded to T as they are stored.
 template <class T, class V = Vec<compute_t<T>>>
 concept IsStored = requires(const T* from, T* to, V v, bool stream) {
   { Io<T>::load(from) } -> std::same_as<V>;
@@ -85,8 +85,8 @@ concept HasBitpack = requires(const uint8_t* from, uint8_t* to) {
 static_assert(HasBitpack<1> && HasBitpack<2> && HasBitpack<4> && HasBitpack<8>);
 
 // LargeTable<V> looks up to 256 numbers up by a vector's codes, from memory; SmallTable<V> up to kSize ones, from
-// registers: by at() too, unless times_slopes_block has an overload for it. kAddsWeighed<V>: add_weighed() multiplies by
-// weights looked up by 2 bits, weights_of().
+// registers: by at() too, unless times_slopes_block has an overload for it. kAddsWeighed<V>: add_weighed() multiplies
+// by weights looked up by 2 bits, weights_of().
 template <class V, class A>
 concept HasTables = requires(const A* entries, const uint8_t* codes) {
   { LargeTable<V>(entries, 256).at(codes) } -> std::same_as<V>;
@@ -115,13 +115,13 @@ concept IsCompareKey = (K::kSearchBits == 0 && K::kCompareBits == 0 && !K::kArit
                        };
 // kEntries of a table are in a register. An index begins at kIndexStart and counts in kIndexUnit.
 template <class K, class T>
-concept IsSearchKey = K::kSearchBits <= K::kCompareBits ||
-                      requires(K k, typename K::Mask mask, typename K::Index index, const K* table) {
-                        { K::template look_up<1>(table, index) } -> std::same_as<K>;
-                        { K::raise(index, mask, K::kIndexUnit) } -> std::same_as<typename K::Index>;
-                        { K::indices(K::kIndexStart) } -> std::same_as<typename K::Index>;
-                        { K::whole(k) } -> std::same_as<typename K::Index>;
-                      };
+concept IsSearchKey =
+    K::kSearchBits <= K::kCompareBits || requires(K k, typename K::Mask mask, typename K::Index index, const K* table) {
+      { K::template look_up<1>(table, index) } -> std::same_as<K>;
+      { K::raise(index, mask, K::kIndexUnit) } -> std::same_as<typename K::Index>;
+      { K::indices(K::kIndexStart) } -> std::same_as<typename K::Index>;
+      { K::whole(k) } -> std::same_as<typename K::Index>;
+    };
 // level() and floor() are two more ways back, load_floats() loads in the order of floats().
 template <class K, class T>
 concept IsArithmeticKey = !K::kArithmetic || requires(K k, const float* alphas) {

@@ -1,4 +1,4 @@
-// float32 from one place to another.
+// Copies float32.
 #pragma once
 
 #include "instruction_set.h"
@@ -6,7 +6,7 @@
 namespace cg::CG_ISA {
 namespace {
 
-// What the other kernels are measured by: their loads and stores with nothing between.
+// The yardstick of the other kernels: their loads and stores with nothing in between.
 void copy(const Copy& args, int64_t begin, int64_t end) {
   const Copy a = args;
   for (int64_t block = begin; block < end; ++block) {

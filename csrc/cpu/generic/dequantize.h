@@ -7,7 +7,7 @@
 namespace cg::CG_ISA {
 namespace {
 
-// body(codes, y, stream) makes the levels of a block.
+// body(codes, y, stream) writes the levels of a block.
 template <class T, class Body>
 CG_HD void dequantize_block(const Dequantize& a, int64_t block, const Body& body) {
   const int count = block_count(a.count, block);
@@ -34,7 +34,7 @@ CG_HD void dequantize_range(const Dequantize& a, int64_t first, int64_t last, co
   }
 }
 
-// The levels of one alpha in a 16-bit type, looked up in a register. (In float32 a product is as fast.)
+// One alpha and a 16-bit type: levels are looked up in a register. (In float32 a product is as fast.)
 template <class T>
 CG_HD void dequantize_table(const Dequantize& a, int64_t first, int64_t last, float alpha) {
   using Key = CompareKey<T>;

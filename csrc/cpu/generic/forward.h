@@ -1,4 +1,4 @@
-// x to y, to the bits saved for backward, and to codes.
+// x to y, to the bits saved for backward and to codes.
 #pragma once
 
 #include <vector>
@@ -15,7 +15,7 @@ template <class T, Rounding R, bool kRegular, bool kCodes, class Source>
 void forward_range(const Forward& args, int64_t first, int64_t last, const Source& source) {
   using A = compute_t<T>;
   using V = Vec<A>;
-  const Forward a = args;  // a copy of its own: stores through char pointers cannot change it
+  const Forward a = args;  // a local copy: stores through char pointers cannot alias it
   const V q(A((1 << a.bits) - 1));
   for (int64_t block = first; block < last; ++block) {
     const int count = block_count(a.count, block);
@@ -55,7 +55,8 @@ void forward_staircase(const Forward& args, int64_t first, int64_t last, const S
   uint8_t *const mask_of_all = a.mask, *const codes_of_all = a.codes;
   const bool stream = a.stream;
   const int64_t whole = last < a.count / kBlock ? last : a.count / kBlock;
-  // all_states: whether `kind` is known to be `state`; stream: known or not. Where there is little else, branches show.
+  // all_states: `kind` is known to be `state`. stream: a constant or a bool. With few other instructions branches cost
+  // time.
   const auto run = [&](const auto& staircase_at, auto all_states, auto stream) {
     for (int64_t block = first; block < whole; ++block) {
       const Element* x = x_of_all + block * kBlock;
@@ -72,7 +73,7 @@ void forward_staircase(const Forward& args, int64_t first, int64_t last, const S
       }
       if (any_nan) {
         forward_range<T, Staircase::kRounding, true, kCodes>(args, block, block + 1, source.of(block));
-        for (int first = 0; first < kBlock; first += kVecs * Key::kCount) staircase_at(first);  // which may count
+        for (int first = 0; first < kBlock; first += kVecs * Key::kCount) staircase_at(first);  // keeps its turn
         continue;
       }
       prefetch(x);
@@ -113,7 +114,7 @@ void forward_staircase(const Forward& args, int64_t first, int64_t last, const S
       else run(same, all_states, std::false_type{});
     };
     if constexpr (!Staircase::kFewInstructions) run(same, std::false_type{}, stream);
-    else if constexpr (kCodes) run_known(std::false_type{});  // states beside codes are rare
+    else if constexpr (kCodes) run_known(std::false_type{});  // states together with codes are rare
     else if (kind == MaskKind::state) run_known(std::true_type{});
     else run_known(std::false_type{});
   } else if constexpr (std::is_same_v<Source, AlphaPerColumn<float>>) {
@@ -136,8 +137,8 @@ void forward_staircase(const Forward& args, int64_t first, int64_t last, const S
   if (whole < last) forward_range<T, Staircase::kRounding, true, kCodes>(args, whole, last, source.of(whole));
 }
 
-// Where each alpha is met often, and always in the same place of a group of vectors, the staircases of all are made once:
-// whether it was done.
+// Builds all staircases once if each alpha recurs often and always in the same place of a group of vectors. Returns
+// whether it ran.
 template <class T, Rounding R, bool kCodes, int kBits = 1>
 bool forward_columns(const Forward& a, int64_t begin, int64_t end) {
   using Key = CompareKey<T>;
@@ -147,8 +148,8 @@ bool forward_columns(const Forward& a, int64_t begin, int64_t end) {
     const Alphas& alphas = a.alphas;
     const bool often = (end - begin) * kBlock >= 2 * alphas.channels;
     if (alphas.inner != 1 || alphas.channels % (Key::kGroup * Key::kCount) != 0 || !often) return false;
-    const AlphaPerColumn<float> source{static_cast<const float*>(alphas.values), static_cast<const float*>(alphas.inverses),
-                                alphas.channels};
+    const AlphaPerColumn<float> source{static_cast<const float*>(alphas.values),
+                                       static_cast<const float*>(alphas.inverses), alphas.channels};
     if constexpr (kBits <= Key::kCompareBits) {
       if (a.bits != kBits) return forward_columns<T, R, kCodes, kBits + 1>(a, begin, end);
       forward_staircase<T, kCodes, CompareStaircase<T, R, kBits, false>>(a, begin, end, source);
@@ -159,7 +160,7 @@ bool forward_columns(const Forward& a, int64_t begin, int64_t end) {
   }
 }
 
-// What is looked up takes about as long to make as it saves in a block for each level.
+// Building a table takes about as long as it saves in one block per level.
 template <class T, Rounding R, bool kCodes, int kBits = 1, class Source>
 void forward_regular(const Forward& a, int64_t first, int64_t last, const Source& source) {
   using Key = CompareKey<T>;
@@ -169,10 +170,12 @@ void forward_regular(const Forward& a, int64_t first, int64_t last, const Source
     if constexpr (kBits <= Key::kCompareBits) {
       return forward_staircase<T, kCodes, CompareStaircase<T, R, kBits, kOneAlpha>>(a, first, last, source);
     } else {
-      if (last - first >= 1 << kBits) return forward_staircase<T, kCodes, SearchStaircase<T, R, kBits>>(a, first, last, source);
+      if (last - first >= 1 << kBits)
+        return forward_staircase<T, kCodes, SearchStaircase<T, R, kBits>>(a, first, last, source);
     }
   }
-  if constexpr (Key::kArithmetic) forward_staircase<T, kCodes, ArithmeticStaircase<T, R, kOneAlpha>>(a, first, last, source);
+  if constexpr (Key::kArithmetic)
+    forward_staircase<T, kCodes, ArithmeticStaircase<T, R, kOneAlpha>>(a, first, last, source);
   else forward_range<T, R, true, kCodes>(a, first, last, source);
 }
 

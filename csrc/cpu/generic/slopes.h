@@ -50,9 +50,8 @@ void times_slopes_width(const TimesSlopes& a, int64_t begin, int64_t end) {
 
 void times_slopes(const TimesSlopes& a, int64_t begin, int64_t end) {
   with_dtype(a.dtype, [&](auto dtype) {
-    with_width(packed_width(a.bits), [&](auto width) {
-      times_slopes_width<width.value, typename decltype(dtype)::type>(a, begin, end);
-    });
+    with_width(packed_width(a.bits),
+               [&](auto width) { times_slopes_width<width.value, typename decltype(dtype)::type>(a, begin, end); });
   });
   if (a.stream) stream_fence();
 }

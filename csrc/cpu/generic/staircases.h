@@ -1,4 +1,4 @@
-// The staircase of numbers that are no NaN in few instructions: three ways, for the vectors that compare fast.
+// Three fast staircases on compare keys, for x that are not NaN.
 #pragma once
 
 #include "instruction_set.h"
@@ -6,8 +6,8 @@
 namespace cg::CG_ISA {
 namespace {
 
-// The staircase for numbers that are no NaN, by a comparison with each threshold: the fastest where these are few, and
-// a comparison is no dearer than a look-up. Of one alpha for a group of vectors, or of one for each number.
+// A comparison with each threshold: the fastest if there are few and a comparison costs no more than a look-up. For one
+// alpha per group of vectors, or per element.
 template <class T, Rounding R, int kBits, bool kOneAlpha = true>
 struct CompareStaircase {
   using Key = CompareKey<T>;
@@ -16,7 +16,7 @@ struct CompareStaircase {
   static constexpr Rounding kRounding = R;
   static constexpr bool kFewInstructions = true;
   using Found = typename Key::Mask[kBits][kVecs];  // the bits of the codes
-  Key thresholds[kStairs][kTop], levels[kStairs][kTop];  // of the codes from 1 up
+  Key thresholds[kStairs][kTop], levels[kStairs][kTop];  // of codes 1 to kTop
 
   CG_HD CompareStaircase(float alpha, float) { make(F(alpha), 0); }
   CG_HD CompareStaircase(const float* alpha, const float*, float) {
@@ -24,7 +24,7 @@ struct CompareStaircase {
   }
   CG_HD Key top(int i) const { return levels[kOneAlpha ? 0 : i][kTop - 1]; }
 
-  // The levels of some vectors of x, their codes where kCodes, and where x > 0.
+  // The levels of a group of x, its codes if kCodes, and where x > 0.
   template <bool kCodes>
   CG_HD void apply(const Key (&x)[kVecs], Key (&y)[kVecs], Found& found, typename Key::Mask (&positive)[kVecs]) const {
     for (int i = 0; i < kVecs; ++i) {
@@ -35,14 +35,15 @@ struct CompareStaircase {
         greater[k] = Key::greater(x[i], threshold[k]);
         y[i] = k == 0 ? Key::masked(greater[k], level[k]) : Key::select(greater[k], level[k], y[i]);
       }
-      positive[i] = R == Rounding::nearest ? Key::greater(x[i], Key::all(0)) : greater[0];  // else the first threshold is 0
+      positive[i] =
+          R == Rounding::nearest ? Key::greater(x[i], Key::all(0)) : greater[0];  // else the first threshold is 0
       if constexpr (kCodes) {
         found[kBits - 1][i] = greater[kTop / 2];
         if constexpr (kBits == 2) found[0][i] = Key::choose(greater[1], greater[2], greater[0]);
       }
     }
   }
-  // From the given place in a block's packed codes on.
+  // To a block's packed codes, from element `first` on.
   static CG_HD void store_codes(uint8_t* block, int first, int, const Found& found) {
     if constexpr (kBits == 1) Key::store_bits(block + first / 8, found[0]);
     else Key::store_states(block + first / 4, found[0], found[1]);
@@ -64,9 +65,9 @@ struct CompareStaircase {
   }
 };
 
-// The same as small tables in registers, for the few bits for which a search takes less time than the arithmetic. kBits
-// comparisons with a threshold each halve the codes that are left; which threshold comes next, and the
-// level in the end, are looked up by what came out before: bit d of an index is the comparison d.
+// A binary search in register-sized tables, for widths at which it beats arithmetic. Each of kBits comparisons halves
+// the codes that are left. The next threshold, and the final level, are looked up by the earlier outcomes: bit d of an
+// index is comparison d.
 template <class T, Rounding R, int kBits>
 struct SearchStaircase {
   using Key = CompareKey<T>;
@@ -82,8 +83,8 @@ struct SearchStaircase {
   static constexpr int kTop = (1 << kBits) - 1, kLast = kBits - 1, kRegisters = registers(kLast);
   Key thresholds[kBits][kRegisters], codes[kRegisters], below[kRegisters], above[kRegisters], highest;
 
-  // For each outcome of the comparisons before the given one, the entry of the lowest code that it leaves.
-  static CG_HD void fill(Key* packs, int comparison, const Element* of_code) {
+  // For each outcome of the comparisons before this one, the entry of the lowest code left.
+  static CG_HD void fill(Key* to, int comparison, const Element* of_code) {
     Element entries[kRegisters * Key::kCount];
     const int count = registers(comparison) * Key::kCount;
     for (int i = 0; i < count; ++i) {
@@ -92,7 +93,7 @@ struct SearchStaircase {
       for (int d = 0; d < comparison; ++d) code |= (outcome >> d & 1) << (kLast - d);
       entries[i] = of_code[code];
     }
-    for (int i = 0; i < registers(comparison); ++i) packs[i] = Key::load(entries + i * Key::kCount);
+    for (int i = 0; i < registers(comparison); ++i) to[i] = Key::load(entries + i * Key::kCount);
   }
 
   CG_HD SearchStaircase(float alpha, float) {
@@ -110,7 +111,7 @@ struct SearchStaircase {
   }
   CG_HD Key top(int) const { return highest; }
 
-  // All vectors of a block side by side, as a comparison waits for the one before it.
+  // All vectors of a block side by side, as each comparison waits for the one before it.
   template <bool kCodes>
   CG_HD void apply(const Key (&x)[kVecs], Key (&y)[kVecs], Found& found, typename Key::Mask (&positive)[kVecs]) const {
     Index index[kVecs];
@@ -139,19 +140,20 @@ struct SearchStaircase {
       for (int i = 0; i < kVecs; ++i) index[i] = Key::raise(index[i], greater[i], Key::kIndexUnit << kComparison);
       search<kCodes, kComparison + 1>(x, index, found, levels);
     } else {
-      for (int i = 0; i < kVecs; ++i) {  // under ceil a threshold is the level below it
+      for (int i = 0; i < kVecs; ++i) {  // under ceil a threshold is the level below
         const Key low = R == Rounding::ceil ? at[i] : Key::template look_up<kCount>(below, index[i]);
         levels[i] = Key::select(greater[i], Key::template look_up<kCount>(above, index[i]), low);
-        if constexpr (kCodes) found[i] = Key::raise(Key::whole(Key::template look_up<kCount>(codes, index[i])), greater[i], 1);
+        if constexpr (kCodes)
+          found[i] = Key::raise(Key::whole(Key::template look_up<kCount>(codes, index[i])), greater[i], 1);
       }
     }
   }
 };
 
-// The same by arithmetic, where a search takes longer, of one alpha or of one for each number. In 16 bits x / alpha
-// rounded down is the code or one less, and the threshold above it tells: rounding moves a level by at most half the
-// distance u of the numbers of T, and u < 2 alpha where the alphas are regular; x and the levels are numbers of T, and the
-// error of x / alpha is far below u / alpha.
+// Arithmetic, for widths at which a search takes longer; for one alpha, or one per element. In 16 bits floor(x / alpha)
+// is the code or one less, and the threshold above it decides: rounding moves a level by at most half the spacing u of
+// T, u < 2 alpha for regular alphas, x and the levels are numbers of T, and the error of x / alpha is far below u /
+// alpha.
 template <class T, Rounding R, bool kOneAlpha = true>
 struct ArithmeticStaircase {
   using Key = CompareKey<T>;

@@ -6,7 +6,7 @@
 namespace cg::CG_ISA {
 namespace {
 
-// Whether the bits of a code are summed as those of a state are.
+// Whether codes are summed bit by bit, as states are.
 CG_HD bool codes_are_flags(const Backward& a) { return a.codes && packed_width(a.bits) <= 2; }
 
 // A term is a select, not a product: dy may be infinite where A is 0.
@@ -16,7 +16,8 @@ CG_HD V masked_product(V dy, V value) {
   return select(value != zero, mul(dy, value), zero);
 }
 
-// Sums dy * A per chunk and channel. Blocks of one channel are summed in registers until chunk or channel change.
+// Sums dy * A per chunk and channel. Blocks of one channel are summed in registers until the chunk or the channel
+// changes.
 template <class A>
 class ChannelSums {
   using V = Vec<A>;
@@ -29,7 +30,7 @@ class ChannelSums {
         above_factor_(codes_are_flags(a) ? A(2) : A((1 << a.bits) - 1)) {}
   CG_HD ~ChannelSums() { flush(); }
 
-  // Before the terms of a block, one after the other.
+  // Call before a block's terms; blocks come in order.
   CG_HD void start(int64_t block, const OneAlpha<A>& source) {
     A* const sum = sums_of_chunk(block) + source.channel;
     if (sum == sum_) return;
@@ -47,7 +48,7 @@ class ChannelSums {
     else Io<A>::store(terms_ + i, term);
   }
 
-  // The same where the terms are dy inside and above, times what A is there: factored out of the sums where it can be.
+  // The same for dy inside and above, not yet multiplied by A, which is factored out of the sums if possible.
   CG_HD void add_flagged(const OneAlpha<A>&, int, V inside, V above) {
     inside_ = inside_ + inside;
     above_ = above_ + above;
@@ -58,13 +59,13 @@ class ChannelSums {
 
   CG_HD int64_t chunk_end(int64_t block) { return sums_of_chunk(block), chunk_end_; }
 
-  // A by the two bits of a state or a code.
+  // A, indexed by the two bits of a state or a code.
   CG_HD SmallTable<V> weights() const {
     const A of[4] = {0, inside_factor_, above_factor_, inside_factor_ + above_factor_};
     return SmallTable<V>(of, 4);
   }
 
-  // After them.
+  // Call after them.
   CG_HD void finish(int64_t, const OneAlpha<A>&) {}
   CG_HD void finish(int64_t block, const AlphaPerElement<A>& source) {
     if (to_) return;
@@ -113,7 +114,8 @@ class ChannelSums {
 
   const Backward& a_;
   const A inside_factor_, above_factor_;
-  A *sum_ = nullptr, *chunk_sums_ = nullptr, *to_ = nullptr;  // to_: where the sums of a block's numbers lie, side by side
+  A *sum_ = nullptr, *chunk_sums_ = nullptr,
+    *to_ = nullptr;  // to_: the sums of a block's elements, contiguous
   int64_t chunk_end_ = 0;
   V total_ = V(A(0)), inside_ = total_, above_ = total_;
   A terms_[kBlock];

@@ -1,8 +1,8 @@
 // The saved bits of a block, masks and 2-bit states, as words; codes by words of eight.
 #pragma once
 
-#include "vec.h"
 #include "../generic/word_masks.h"
+#include "vec.h"
 
 namespace cg::scalar {
 

@@ -68,9 +68,7 @@ CG_HD Register bf16_round_bits(Floats v) {
 }
 CG_HD Register bf16_round_or_quiet_bits(Floats v) { return or_quiet_nan(bf16_round_bits(v), v.v); }
 
-CG_HD HalfRegister f16_halves(Floats v) {
-  return CG_MM(cvtps_ph)(v.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
+CG_HD HalfRegister f16_halves(Floats v) { return CG_MM(cvtps_ph)(v.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 CG_HD HalfRegister upper_halves(Register bits) { return narrow_lanes(CG_MM(srli_epi32)(bits, 16)); }
 
 template <class T, class A>
@@ -121,8 +119,8 @@ struct Io<f16> {
 };
 
 // A register of T as two vectors, and back. For bfloat16 these are the numbers in even and in odd places, in fewer
-// instructions than the two halves take; no number may be a NaN that is no bfloat16, so that rounding carries none over.
-// Without kTiesToEven bfloat16's ties go up in magnitude, in a quarter of the instructions.
+// instructions than the two halves take; no number may be a NaN that is no bfloat16, so that rounding carries none
+// over. Without kTiesToEven bfloat16's ties go up in magnitude, in a quarter of the instructions.
 template <class T>
 CG_HD Pair<Floats> split(Register both) {
   if constexpr (std::is_same_v<T, bf16>) {
