@@ -58,9 +58,10 @@ bench-gpu: build  ## the benchmarks on a GPU and docs/benchmarks-cuda.md; brevit
 docs: setup  ## the documentation site in build/docs; warnings and broken links are errors
 	python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet -b html docs build/docs
 
-lint: setup  ## ruff: rules and format; mypy: types
+lint: setup  ## ruff and clang-format: rules and format; mypy: types
 	ruff check .
 	ruff format --check .
+	clang-format --dry-run -Werror $$(find csrc tests/cpp -type f)
 	mypy
 
 clean:  ## removes .venv and build outputs

@@ -1,14 +1,12 @@
-// No comparison is faster than that of numbers one at a time.
+// One number at a time gains nothing from compare keys.
 #pragma once
 
+#include "../generic/no_compare_key.h"
 #include "tables.h"
 
 namespace cg::scalar {
 
 template <class T>
-struct CompareKey {
-  static constexpr int kSearchBits = 0, kCompareBits = 0;
-  static constexpr bool kArithmetic = false;
-};
+struct CompareKey : NoCompareKey {};
 
 }  // namespace cg::scalar

@@ -1,6 +1,7 @@
 // A register of compare keys (math/dtype.h): what both widths do alike. Key is the CompareKey that derives from these.
 #pragma once
 
+#include "../generic/no_compare_key.h"
 #include "vec.h"
 
 namespace cg::CG_ISA {
@@ -44,12 +45,6 @@ struct CompareKey32 {
   }
   CG_HD Floats floats() const { return v; }
   static CG_HD Key rounded(Floats from) { return {{from.v}}; }
-};
-
-// There is none for doubles.
-struct NoCompareKey {
-  static constexpr int kSearchBits = 0, kCompareBits = 0;
-  static constexpr bool kArithmetic = false;
 };
 
 }  // namespace cg::CG_ISA
