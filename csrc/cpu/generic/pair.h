@@ -25,19 +25,19 @@ struct ScalarOf<Pair<V>> {
   template <class A>                                                                 \
   CG_HD auto name(Pair<A> p) {                                                       \
     const auto each = [](A a) __attribute__((always_inline)) { return expression; }; \
-    return Pair(each(p.first), each(p.second));                                      \
+    return Pair{each(p.first), each(p.second)};                                      \
   }
 #define CG_ELEMENTWISE_2(name, expression)                                                \
   template <class A>                                                                      \
   CG_HD auto name(Pair<A> p, Pair<A> q) {                                                 \
     const auto each = [](A a, A b) __attribute__((always_inline)) { return expression; }; \
-    return Pair(each(p.first, q.first), each(p.second, q.second));                        \
+    return Pair{each(p.first, q.first), each(p.second, q.second)};                        \
   }
 #define CG_ELEMENTWISE_3(name, expression)                                                     \
   template <class A, class B>                                                                  \
   CG_HD auto name(Pair<A> p, Pair<B> q, Pair<B> r) {                                           \
     const auto each = [](A a, B b, B c) __attribute__((always_inline)) { return expression; }; \
-    return Pair(each(p.first, q.first, r.first), each(p.second, q.second, r.second));          \
+    return Pair{each(p.first, q.first, r.first), each(p.second, q.second, r.second)};          \
   }
 
 // clang-format off
