@@ -36,6 +36,7 @@ void need(void* to, size_t bytes) {
 
 void run(const Header& h, const Buffer (&b)[kBuffers]) {
   using namespace cg;
+  using namespace cg::cuda;
   const Alphas alphas{b[kAlpha].data(), h.channels, h.inner};
   const auto dtype = static_cast<Dtype>(h.dtype);
   const auto rounding = static_cast<Rounding>(h.rounding);
@@ -44,37 +45,37 @@ void run(const Header& h, const Buffer (&b)[kBuffers]) {
   cuda_host::random_order.seed(static_cast<unsigned>(h.seed));
   if (h.op == kForward) {
     void* y = h.in_place ? b[kX].data() : b[kY].data();
-    cuda::launch_forward(Forward{.dtype = dtype,
-                                 .rounding = rounding,
+    launch_forward(Forward{.dtype = dtype,
+                           .rounding = rounding,
+                           .bits = bits,
+                           .count = h.count,
+                           .alphas = alphas,
+                           .x = b[kX].data(),
+                           .y = y,
+                           .mask = b[kMask].packed(),
+                           .kind = kind,
+                           .codes = b[kCodes].packed(),
+                           .stream = false},
+                   cudaStream_t{});
+  } else if (h.op == kDequantize) {
+    launch_dequantize(Dequantize{.dtype = dtype,
                                  .bits = bits,
                                  .count = h.count,
                                  .alphas = alphas,
-                                 .x = b[kX].data(),
-                                 .y = y,
-                                 .mask = b[kMask].packed(),
-                                 .kind = kind,
                                  .codes = b[kCodes].packed(),
+                                 .y = b[kY].data(),
                                  .stream = false},
-                         cudaStream_t{});
-  } else if (h.op == kDequantize) {
-    cuda::launch_dequantize(Dequantize{.dtype = dtype,
-                                       .bits = bits,
-                                       .count = h.count,
-                                       .alphas = alphas,
-                                       .codes = b[kCodes].packed(),
-                                       .y = b[kY].data(),
-                                       .stream = false},
-                            cudaStream_t{});
+                      cudaStream_t{});
   } else if (h.op == kTimesSlopes) {
-    cuda::launch_times_slopes(TimesSlopes{.dtype = dtype,
-                                          .bits = bits,
-                                          .count = h.count,
-                                          .grad_y = b[kGradY].data(),
-                                          .codes = b[kCodes].packed(),
-                                          .slopes = b[kSlopes].data(),
-                                          .grad_x = b[kGradX].data(),
-                                          .stream = false},
-                              cudaStream_t{});
+    launch_times_slopes(TimesSlopes{.dtype = dtype,
+                                    .bits = bits,
+                                    .count = h.count,
+                                    .grad_y = b[kGradY].data(),
+                                    .codes = b[kCodes].packed(),
+                                    .slopes = b[kSlopes].data(),
+                                    .grad_x = b[kGradX].data(),
+                                    .stream = false},
+                        cudaStream_t{});
   } else {
     Backward a{.dtype = dtype,
                .ste = static_cast<Ste>(h.ste),
@@ -100,7 +101,7 @@ void run(const Header& h, const Buffer (&b)[kBuffers]) {
       partial.assign(cuda::partial_count(a) * size / sizeof(double) + 1, NAN);
       a.partial = partial.data();
     }
-    cuda::launch_backward(a, cudaStream_t{});
+    launch_backward(a, cudaStream_t{});
   }
 }
 
