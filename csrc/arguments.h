@@ -65,7 +65,7 @@ struct Dequantize {
   bool stream;
 };
 
-struct TimesSlopes {
+struct BackwardFromSlopes {
   Dtype dtype;
   int bits;
   int64_t count;

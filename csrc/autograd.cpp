@@ -1,5 +1,5 @@
-// The Autograd key: what is saved for backward, and the backward itself. In C++ a call costs a fraction of a Python one;
-// coarsegrad/_autograd.py is the same in Python, for custom STEs and for use without this library.
+// The Autograd key: what is saved for backward, and the backward itself. In C++ a call costs a fraction of a Python
+// one; coarsegrad/_autograd.py is the same in Python, for custom STEs and for use without this library.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/function.h>
@@ -84,15 +84,23 @@ struct Rule {
                           const OptionalTensor& mask, const OptionalTensor& codes) const {
     if (!grad_y.defined()) return {Tensor(), Tensor()};
     const Saved saved = settings.saved();
-    if (!settings.need_grad_alpha && saved.mask == MaskKind::nothing && !saved.x) return {grad_y, Tensor()};  // identity
+    if (!settings.need_grad_alpha && saved.mask == MaskKind::nothing && !saved.x)
+      return {grad_y, Tensor()};  // identity
     auto [grad_x, grad_alpha] = backward(settings, grad_y.contiguous(memory_format), alpha, x, mask, codes);
     return {settings.need_grad_x ? grad_x : Tensor(), settings.need_grad_alpha ? grad_alpha : Tensor()};
   }
 
   std::vector<int64_t> numbers() const {
     const Settings& s = settings;
-    return {s.bits, int64_t(s.ste), int64_t(s.rounding), int64_t(s.alpha_grad), s.channel_dim.has_value(),
-            s.channel_dim.value_or(0), s.need_grad_x, s.need_grad_alpha, int64_t(memory_format)};
+    return {s.bits,
+            int64_t(s.ste),
+            int64_t(s.rounding),
+            int64_t(s.alpha_grad),
+            s.channel_dim.has_value(),
+            s.channel_dim.value_or(0),
+            s.need_grad_x,
+            s.need_grad_alpha,
+            int64_t(memory_format)};
   }
   static Rule of(const std::vector<int64_t>& n, double alpha_scale) {
     const auto channel_dim = n[4] ? std::optional<int64_t>(n[5]) : std::nullopt;
@@ -116,8 +124,8 @@ variable_list apply_to_packed(const variable_list& grads, const std::vector<c10:
   return result;
 }
 
-// dy -> (dx, dalpha), holding no more than `Settings::saved` lists. If alpha is fixed and x is not saved, dx is linear in
-// dy, and its derivative is the same node with one output.
+// dy -> (dx, dalpha), holding no more than `Settings::saved` lists. If alpha is fixed and x is not saved, dx is linear
+// in dy, and its derivative is the same node with one output.
 struct QReluBackward : public Node {
   Rule rule;
   SavedVariable alpha, x, mask, codes;
@@ -144,8 +152,8 @@ struct QReluBackward : public Node {
   variable_list apply(variable_list&& grads) override {
     TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
     if (!grads[0].defined()) return variable_list(num_outputs());
-    variable_list result = rule.gradients(grads[0], given(alpha.unpack()), given(x.unpack()), given(mask.unpack()),
-                                          given(codes.unpack()));
+    variable_list result =
+        rule.gradients(grads[0], given(alpha.unpack()), given(x.unpack()), given(mask.unpack()), given(codes.unpack()));
     result.resize(num_outputs());
     return result;
   }
@@ -200,9 +208,14 @@ Settings settings_of(const Tensor& x, const Tensor& alpha, int64_t bits, std::st
       !torch::autograd::isFwGradDefined(x) && !torch::autograd::isFwGradDefined(alpha),
       "qrelu has no forward-mode derivative: a coarse gradient is defined for the backward pass only");
   const bool grad = at::GradMode::is_enabled();
-  return {bits, parse("ste", ste, kStes), parse("rounding", rounding, kRoundings),
-          parse("alpha_grad", alpha_grad, kAlphaGrads), alpha_scale, channel_dim,
-          grad && x.requires_grad(), grad && alpha.requires_grad()};
+  return {bits,
+          parse("ste", ste, kStes),
+          parse("rounding", rounding, kRoundings),
+          parse("alpha_grad", alpha_grad, kAlphaGrads),
+          alpha_scale,
+          channel_dim,
+          grad && x.requires_grad(),
+          grad && alpha.requires_grad()};
 }
 
 // edges: of x and alpha, collected before an in-place op bumps x's version. A view makes its grad_fn again at the first
@@ -224,8 +237,8 @@ Tensor qrelu(const Tensor& x, const Tensor& alpha, int64_t bits, std::string_vie
   Tensor y, mask, codes;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    std::tie(y, mask, codes) = ops().forward.call(x, alpha, bits, int64_t(settings.rounding), int64_t(saved.mask),
-                                                  saved.codes, channel_dim);
+    std::tie(y, mask, codes) =
+        ops().forward.call(x, alpha, bits, int64_t(settings.rounding), int64_t(saved.mask), saved.codes, channel_dim);
     if (in_functorch_kernel()) y = dispatch_qrelu(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim);
   }
   set_history(y, settings, torch::autograd::collect_next_edges(x, alpha), x, alpha, mask, codes, /*inplace=*/false);
@@ -261,8 +274,7 @@ std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const OptionalTe
                                           int64_t ste, int64_t rounding, int64_t alpha_grad, double alpha_scale,
                                           std::optional<int64_t> channel_dim, bool need_grad_x, bool need_grad_alpha) {
   const auto requires_grad = [](const OptionalTensor& t) { return t && t->defined() && t->requires_grad(); };
-  const bool twice =
-      at::GradMode::is_enabled() && (requires_grad(grad_y) || requires_grad(alpha) || requires_grad(x));
+  const bool twice = at::GradMode::is_enabled() && (requires_grad(grad_y) || requires_grad(alpha) || requires_grad(x));
   std::tuple<Tensor, Tensor> out;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -271,8 +283,13 @@ std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const OptionalTe
   }
   if (!twice) return out;
   auto& [grad_x, grad_alpha] = out;
-  const Settings settings{bits, parse("ste", ste, kStes), parse("rounding", rounding, kRoundings),
-                          parse("alpha_grad", alpha_grad, kAlphaGrads), alpha_scale, channel_dim, need_grad_x,
+  const Settings settings{bits,
+                          parse("ste", ste, kStes),
+                          parse("rounding", rounding, kRoundings),
+                          parse("alpha_grad", alpha_grad, kAlphaGrads),
+                          alpha_scale,
+                          channel_dim,
+                          need_grad_x,
                           need_grad_alpha};
   if (!need_grad_alpha && !x) {
     auto node = new_node<QReluBackward>(Rule{settings, grad_y.suggest_memory_format()});

@@ -104,8 +104,7 @@ inline Dtype dtype_of(const at::Tensor& t, const char* argument) {
     case at::kDouble: return Dtype::float64;
     case at::kBFloat16: return Dtype::bfloat16;
     case at::kHalf: return Dtype::float16;
-    default:
-      TORCH_CHECK_TYPE(false, argument, " must be float32, float64, bfloat16 or float16, got ", t.scalar_type());
+    default: TORCH_CHECK_TYPE(false, argument, " must be float32, float64, bfloat16 or float16, got ", t.scalar_type());
   }
 }
 
@@ -135,8 +134,7 @@ inline int64_t check_alpha(const at::Tensor& alpha, const at::Tensor& x, std::op
   return expected;
 }
 
-inline void check_packed(const at::Tensor& packed, const char* argument, int64_t count, int width,
-                         at::Device device) {
+inline void check_packed(const at::Tensor& packed, const char* argument, int64_t count, int width, at::Device device) {
   TORCH_CHECK_TYPE(packed.scalar_type() == at::kByte, argument, " must be uint8, got ", packed.scalar_type());
   TORCH_CHECK_VALUE(packed.is_contiguous() && packed.numel() == packed_bytes(count, width), argument, " must hold ",
                     packed_bytes(count, width), " bytes for ", count, " elements of ", width, " bits, got ",
@@ -169,8 +167,7 @@ inline void check_saved(const Saved& saved, const at::Tensor& grad_y, const std:
     TORCH_CHECK_VALUE(x->device() == grad_y.device(), "x must be on ", grad_y.device(), ", got ", x->device());
   }
   if (saved.mask != MaskKind::nothing) {
-    TORCH_CHECK_VALUE(mask, "mask must be given for ste '", ste_name, "' with alpha_grad '", rule_name,
-                      "'");
+    TORCH_CHECK_VALUE(mask, "mask must be given for ste '", ste_name, "' with alpha_grad '", rule_name, "'");
     check_packed(*mask, "mask", count, mask_width(saved.mask), grad_y.device());
   }
   if (saved.codes) {

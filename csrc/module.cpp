@@ -25,8 +25,8 @@ std::vector<std::string> names(const cg::Named<E> (&known)[N]) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of coarsegrad.";
 
-  // Not in a static initialiser: kernels that do not match the schemas, as after an update of only the Python files, are
-  // then an ImportError instead of a crash. Either all are registered or none.
+  // Not in a static initialiser: kernels that do not match the schemas, as after an update of only the Python files,
+  // are then an ImportError instead of a crash. Either all are registered or none.
   std::vector<torch::Library> libraries;
   cg::register_cpu(libraries.emplace_back(MAKE_TORCH_LIBRARY_IMPL(coarsegrad, CPU)));
 #ifdef CG_HAVE_CUDA

@@ -1,4 +1,5 @@
-// The ops that python/coarsegrad/_ops.py defines: signatures, and functions that register the kernels of a dispatch key.
+// The ops that python/coarsegrad/_ops.py defines: signatures, and functions that register the kernels of a dispatch
+// key.
 #pragma once
 
 #include <torch/library.h>
@@ -15,11 +16,13 @@ using ForwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tenso
 using ForwardInplaceOp = std::tuple<at::Tensor, at::Tensor>(at::Tensor& x, const at::Tensor& alpha, int64_t bits,
                                                             int64_t rounding, int64_t mask, bool codes,
                                                             std::optional<int64_t> channel_dim);
-using BackwardOp = std::tuple<at::Tensor, at::Tensor>(
-    const at::Tensor& grad_y, const std::optional<at::Tensor>& alpha, const std::optional<at::Tensor>& x,
-    const std::optional<at::Tensor>& mask, const std::optional<at::Tensor>& codes, int64_t bits, int64_t ste,
-    int64_t rounding, int64_t alpha_grad, double alpha_scale, std::optional<int64_t> channel_dim, bool need_grad_x,
-    bool need_grad_alpha);
+using BackwardOp = std::tuple<at::Tensor, at::Tensor>(const at::Tensor& grad_y, const std::optional<at::Tensor>& alpha,
+                                                      const std::optional<at::Tensor>& x,
+                                                      const std::optional<at::Tensor>& mask,
+                                                      const std::optional<at::Tensor>& codes, int64_t bits, int64_t ste,
+                                                      int64_t rounding, int64_t alpha_grad, double alpha_scale,
+                                                      std::optional<int64_t> channel_dim, bool need_grad_x,
+                                                      bool need_grad_alpha);
 // The ops that users' graphs contain. Options are names.
 using QReluOp = at::Tensor(const at::Tensor& x, const at::Tensor& alpha, int64_t bits, std::string_view ste,
                            std::string_view rounding, std::string_view alpha_grad, double alpha_scale,

@@ -23,7 +23,7 @@ struct Kernels {
   void (*forward)(const Forward&, int64_t begin, int64_t end);
   void (*backward)(const Backward&, int64_t begin, int64_t end);
   void (*dequantize)(const Dequantize&, int64_t begin, int64_t end);
-  void (*times_slopes)(const TimesSlopes&, int64_t begin, int64_t end);
+  void (*backward_from_slopes)(const BackwardFromSlopes&, int64_t begin, int64_t end);
   void (*copy)(const Copy&, int64_t begin, int64_t end);
 };
 

@@ -66,7 +66,7 @@ struct PreparedAlphas {
 // body(prepared alphas) with alpha in the type that x's dtype is computed in.
 template <class Body>
 void with_alphas(const Tensor& dense, Dtype dtype, const Tensor& alpha, int bits, Rounding rounding,
-                std::optional<int64_t> channel_dim, const Body& body) {
+                 std::optional<int64_t> channel_dim, const Body& body) {
   const Channels channels = channels_of(dense, channel_dim);
   const int64_t expected = check_alpha(alpha, dense, channel_dim);
   const auto run = [&](auto zero, at::ScalarType compute) {
@@ -119,18 +119,16 @@ Outputs run_forward(const Tensor& x, void* y, bool stream, const Tensor& alpha, 
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> qrelu_forward(const Tensor& x, const Tensor& alpha, int64_t bits,
-                                                 int64_t rounding, int64_t mask, bool codes,
-                                                 std::optional<int64_t> channel_dim) {
+std::tuple<Tensor, Tensor, Tensor> qrelu_forward(const Tensor& x, const Tensor& alpha, int64_t bits, int64_t rounding,
+                                                 int64_t mask, bool codes, std::optional<int64_t> channel_dim) {
   const Tensor dense = x.contiguous(x.suggest_memory_format());
   Tensor y = empty_as(dense);
-  Outputs out =
-      run_forward(dense, y.mutable_data_ptr(), streams(y), alpha, bits, rounding, mask, codes, channel_dim);
+  Outputs out = run_forward(dense, y.mutable_data_ptr(), streams(y), alpha, bits, rounding, mask, codes, channel_dim);
   return {std::move(y), std::move(out.mask), std::move(out.codes)};
 }
 
-std::tuple<Tensor, Tensor> qrelu_forward_(Tensor& x, const Tensor& alpha, int64_t bits, int64_t rounding,
-                                          int64_t mask, bool codes, std::optional<int64_t> channel_dim) {
+std::tuple<Tensor, Tensor> qrelu_forward_(Tensor& x, const Tensor& alpha, int64_t bits, int64_t rounding, int64_t mask,
+                                          bool codes, std::optional<int64_t> channel_dim) {
   // What is already in cache is written back to it: no streaming in place.
   Tensor dense = x.contiguous(x.suggest_memory_format());
   Outputs out = run_forward(dense, dense.mutable_data_ptr(), false, alpha, bits, rounding, mask, codes, channel_dim);
@@ -236,7 +234,7 @@ Tensor dequantize(const Tensor& codes, const Tensor& alpha, int64_t bits, at::In
 
 Tensor backward_from_slopes(const Tensor& grad_y, const Tensor& codes, const Tensor& slopes, int64_t bits) {
   check_bits(bits);
-  TimesSlopes a{};
+  BackwardFromSlopes a{};
   a.dtype = dtype_of(grad_y, "grad_y");
   a.bits = static_cast<int>(bits);
   a.count = grad_y.numel();
@@ -249,7 +247,7 @@ Tensor backward_from_slopes(const Tensor& grad_y, const Tensor& codes, const Ten
   a.slopes = slopes.const_data_ptr();
   a.grad_x = grad_x.mutable_data_ptr();
   a.stream = streams(grad_x);
-  const auto run = active_kernels().times_slopes;
+  const auto run = active_kernels().backward_from_slopes;
   at::parallel_for(0, block_total(a.count), kGrainBlocks, [&](int64_t begin, int64_t end) { run(a, begin, end); });
   return grad_x;
 }

@@ -368,7 +368,7 @@ __global__ void __launch_bounds__(kThreads) qrelu_backward_x_channels_kernel(con
 
 // dx = dy * slopes[code].
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads) times_slopes_kernel(const TimesSlopes a, bool aligned) {
+__global__ void __launch_bounds__(kThreads) backward_from_slopes_kernel(const BackwardFromSlopes a, bool aligned) {
   using A = compute_t<T>;
   constexpr uint32_t kLow = (1u << kWidth) - 1;
   CG_SHARED(A, slopes, 1 << kWidth);

@@ -103,14 +103,14 @@ void launch_dequantize(const Dequantize& a, Stream stream) {
 }
 
 template <class Stream>
-void launch_times_slopes(const TimesSlopes& a, Stream stream) {
+void launch_backward_from_slopes(const BackwardFromSlopes& a, Stream stream) {
   if (a.count == 0) return;
   const unsigned blocks = static_cast<unsigned>(chunk_blocks(a.dtype, a.count, kMaxBlocks));
   const bool whole = aligned({a.grad_y, a.grad_x}, {a.codes});
   with_dtype(a.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     with_width(packed_width(a.bits), [&](auto width) {
-      launch(times_slopes_kernel<T, width.value>, dim3(blocks), dim3(kThreads), 0, stream, a, whole);
+      launch(backward_from_slopes_kernel<T, width.value>, dim3(blocks), dim3(kThreads), 0, stream, a, whole);
     });
   });
 }

@@ -43,8 +43,8 @@ struct Outputs {
 };
 
 // Runs the forward from dense x into y (null: codes alone), allocating what is saved.
-Outputs run_forward(const Tensor& x, void* y, const Tensor& alpha, int64_t bits, int64_t rounding,
-                    int64_t mask, bool codes, std::optional<int64_t> channel_dim) {
+Outputs run_forward(const Tensor& x, void* y, const Tensor& alpha, int64_t bits, int64_t rounding, int64_t mask,
+                    bool codes, std::optional<int64_t> channel_dim) {
   check_bits(bits);
   Forward a{};
   a.dtype = dtype_of(x, "x");
@@ -64,9 +64,8 @@ Outputs run_forward(const Tensor& x, void* y, const Tensor& alpha, int64_t bits,
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> qrelu_forward(const Tensor& x, const Tensor& alpha, int64_t bits,
-                                                 int64_t rounding, int64_t mask, bool codes,
-                                                 std::optional<int64_t> channel_dim) {
+std::tuple<Tensor, Tensor, Tensor> qrelu_forward(const Tensor& x, const Tensor& alpha, int64_t bits, int64_t rounding,
+                                                 int64_t mask, bool codes, std::optional<int64_t> channel_dim) {
   const CUDAGuard guard(x.device());
   const Tensor dense = x.contiguous(x.suggest_memory_format());
   Tensor y = at::empty_like(dense, dense.options(), x.suggest_memory_format());
@@ -74,8 +73,8 @@ std::tuple<Tensor, Tensor, Tensor> qrelu_forward(const Tensor& x, const Tensor& 
   return {std::move(y), std::move(out.mask), std::move(out.codes)};
 }
 
-std::tuple<Tensor, Tensor> qrelu_forward_(Tensor& x, const Tensor& alpha, int64_t bits, int64_t rounding,
-                                          int64_t mask, bool codes, std::optional<int64_t> channel_dim) {
+std::tuple<Tensor, Tensor> qrelu_forward_(Tensor& x, const Tensor& alpha, int64_t bits, int64_t rounding, int64_t mask,
+                                          bool codes, std::optional<int64_t> channel_dim) {
   const CUDAGuard guard(x.device());
   Tensor dense = x.contiguous(x.suggest_memory_format());
   Outputs out = run_forward(dense, dense.mutable_data_ptr(), alpha, bits, rounding, mask, codes, channel_dim);
@@ -160,7 +159,7 @@ Tensor dequantize(const Tensor& codes, const Tensor& alpha, int64_t bits, at::In
 Tensor backward_from_slopes(const Tensor& grad_y, const Tensor& codes, const Tensor& slopes, int64_t bits) {
   check_bits(bits);
   const CUDAGuard guard(grad_y.device());
-  TimesSlopes a{};
+  BackwardFromSlopes a{};
   a.dtype = dtype_of(grad_y, "grad_y");
   a.bits = static_cast<int>(bits);
   a.count = grad_y.numel();
@@ -173,7 +172,7 @@ Tensor backward_from_slopes(const Tensor& grad_y, const Tensor& codes, const Ten
   a.codes = codes.const_data_ptr<uint8_t>();
   a.slopes = slopes.const_data_ptr();
   a.grad_x = grad_x.mutable_data_ptr();
-  launch_times_slopes(a, getCurrentCUDAStream().stream());
+  launch_backward_from_slopes(a, getCurrentCUDAStream().stream());
   return grad_x;
 }
 

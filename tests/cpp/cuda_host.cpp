@@ -12,7 +12,7 @@
 
 namespace {
 
-enum Op : int64_t { kForward, kBackward, kDequantize, kTimesSlopes };
+enum Op : int64_t { kForward, kBackward, kDequantize, kBackwardFromSlopes };
 enum Mode : int64_t { kNull, kRead, kWrite, kReadWrite };
 enum Place { kAlpha, kX, kY, kMask, kCodes, kGradY, kGradX, kGradAlpha, kSlopes, kBuffers };
 
@@ -66,16 +66,16 @@ void run(const Header& h, const Buffer (&b)[kBuffers]) {
                                  .y = b[kY].data(),
                                  .stream = false},
                       cudaStream_t{});
-  } else if (h.op == kTimesSlopes) {
-    launch_times_slopes(TimesSlopes{.dtype = dtype,
-                                    .bits = bits,
-                                    .count = h.count,
-                                    .grad_y = b[kGradY].data(),
-                                    .codes = b[kCodes].packed(),
-                                    .slopes = b[kSlopes].data(),
-                                    .grad_x = b[kGradX].data(),
-                                    .stream = false},
-                        cudaStream_t{});
+  } else if (h.op == kBackwardFromSlopes) {
+    launch_backward_from_slopes(BackwardFromSlopes{.dtype = dtype,
+                                                   .bits = bits,
+                                                   .count = h.count,
+                                                   .grad_y = b[kGradY].data(),
+                                                   .codes = b[kCodes].packed(),
+                                                   .slopes = b[kSlopes].data(),
+                                                   .grad_x = b[kGradX].data(),
+                                                   .stream = false},
+                                cudaStream_t{});
   } else {
     Backward a{.dtype = dtype,
                .ste = static_cast<Ste>(h.ste),

@@ -31,7 +31,10 @@ FROM_SAVED = (
 
 def forward(rounding):
     others = [other for other in cuda_host.ROUNDINGS if other != rounding]
-    left_out = [("../dispatch.h", f"case Rounding::{other}: return body(Constant<Rounding::{other}>{{}});", "") for other in others]
+    left_out = [
+        ("../dispatch.h", f"case Rounding::{other}: return body(Constant<Rounding::{other}>{{}});", "")
+        for other in others
+    ]
     return (lambda case: case.op == "forward" and case.rounding == rounding), left_out
 
 
@@ -174,7 +177,7 @@ class Copy:
         for edit in (*SMALL_GRID, *edits, *left_out):
             self.replace(*edit)
         for op in set(cuda_host.OPS) - ops:
-            self.replace("../../tests/cpp/cuda_host.cpp", f"cuda::launch_{op}(", "static_cast<void>(")
+            self.replace("../../tests/cpp/cuda_host.cpp", f"launch_{op}(", "static_cast<void>(")
         # Misaligned moves work on a CPU: the sanitizer reports them. It takes half as long again to compile.
         sanitizer = " -fsanitize=alignment -fno-sanitize-recover=all" if dtype == torch.float32 else ""
         cuda_host.configure(self.root, self.build, "-O0" + sanitizer)

@@ -93,11 +93,12 @@ CG_HD void add_weighed(const T* grad_y, const uint8_t* packed, const SmallTable<
   sums = mul_add(load_pair(grad_y + first), weights_of<std::is_same_v<T, bf16>>(packed, weights, first), sums);
 }
 
-// times_slopes_block of generic/slopes.h straight from the packed codes. bfloat16 goes in even and odd places: a NaN of
-// dy has nothing in its lower half and a product makes it quiet, so rounding keeps it; a NaN slope is made quiet first.
+// backward_from_slopes_block of generic/slopes.h straight from the packed codes. bfloat16 goes in even and odd places:
+// a NaN of dy has nothing in its lower half and a product makes it quiet, so rounding keeps it; a NaN slope is made
+// quiet first.
 template <int kWidth, class T>
-CG_HD void times_slopes_block(const T* grad_y, const uint8_t* packed, const SmallTable<Floats>& table, T* grad_x,
-                              bool stream) {
+CG_HD void backward_from_slopes_block(const T* grad_y, const uint8_t* packed, const SmallTable<Floats>& table,
+                                      T* grad_x, bool stream) {
   constexpr bool kEvenOdd = std::is_same_v<T, bf16>;
   SmallTable<Floats> slopes = table;
   if constexpr (kEvenOdd) {

@@ -42,12 +42,13 @@ struct SmallTable<Floats> {
   }
 };
 
-// times_slopes_block of generic/slopes.h for 32 numbers of bf16 at a time: those in even and those in odd places become
-// floats by a shift and a mask, and are rounded together as the upper and lower halves of their bits. A NaN of dy has
-// nothing in its lower half and a product makes it quiet, so rounding keeps it; a NaN slope is made so first.
+// backward_from_slopes_block of generic/slopes.h for 32 numbers of bf16 at a time: those in even and those in odd
+// places become floats by a shift and a mask, and are rounded together as the upper and lower halves of their bits. A
+// NaN of dy has nothing in its lower half and a product makes it quiet, so rounding keeps it; a NaN slope is made so
+// first.
 template <int kWidth>
-CG_HD void times_slopes_block(const bf16* grad_y, const uint8_t* packed, const SmallTable<Floats>& table, bf16* grad_x,
-                              bool stream) {
+CG_HD void backward_from_slopes_block(const bf16* grad_y, const uint8_t* packed, const SmallTable<Floats>& table,
+                                      bf16* grad_x, bool stream) {
   uint8_t codes[64];
   bitunpack<kWidth>(packed, codes);
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));

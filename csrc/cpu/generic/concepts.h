@@ -85,8 +85,8 @@ concept HasBitpack = requires(const uint8_t* from, uint8_t* to) {
 static_assert(HasBitpack<1> && HasBitpack<2> && HasBitpack<4> && HasBitpack<8>);
 
 // LargeTable<V> looks up to 256 numbers up by a vector's codes, from memory; SmallTable<V> up to kSize ones, from
-// registers: by at() too, unless times_slopes_block has an overload for it. kAddsWeighed<V>: add_weighed() multiplies
-// by weights looked up by 2 bits, weights_of().
+// registers: by at() too, unless backward_from_slopes_block has an overload for it. kAddsWeighed<V>: add_weighed()
+// multiplies by weights looked up by 2 bits, weights_of().
 template <class V, class A>
 concept HasTables = requires(const A* entries, const uint8_t* codes) {
   { LargeTable<V>(entries, 256).at(codes) } -> std::same_as<V>;

@@ -11,7 +11,7 @@
 namespace cg::CG_ISA {
 namespace {
 
-constexpr Kernels kernels(const char* isa) { return {isa, forward, backward, dequantize, times_slopes, copy}; }
+constexpr Kernels kernels(const char* isa) { return {isa, forward, backward, dequantize, backward_from_slopes, copy}; }
 
 }  // namespace
 }  // namespace cg::CG_ISA

@@ -7,7 +7,8 @@ namespace cg::CG_ISA {
 namespace {
 
 template <int kWidth, class T, class Table>
-CG_HD void times_slopes_block(const T* grad_y, const uint8_t* packed, const Table& table, T* grad_x, bool stream) {
+CG_HD void backward_from_slopes_block(const T* grad_y, const uint8_t* packed, const Table& table, T* grad_x,
+                                      bool stream) {
   using V = Vec<compute_t<T>>;
   uint8_t unpacked[kBlock];
   const uint8_t* codes = packed;
@@ -20,8 +21,8 @@ CG_HD void times_slopes_block(const T* grad_y, const uint8_t* packed, const Tabl
 }
 
 template <int kWidth, class T, class Table>
-void times_slopes_of(const TimesSlopes& args, int64_t begin, int64_t end) {
-  const TimesSlopes a = args;
+void backward_from_slopes_of(const BackwardFromSlopes& args, int64_t begin, int64_t end) {
+  const BackwardFromSlopes a = args;
   const Table table(static_cast<const compute_t<T>*>(a.slopes), 1 << a.bits);
   for (int64_t block = begin; block < end; ++block) {
     const int count = block_count(a.count, block);
@@ -36,22 +37,23 @@ void times_slopes_of(const TimesSlopes& args, int64_t begin, int64_t end) {
     }
     const T* grad_y = read_block(static_cast<const T*>(a.grad_y), block, count, dy_copy);
     T* dx = whole ? static_cast<T*>(a.grad_x) + block * kBlock : dx_copy;
-    times_slopes_block<kWidth>(grad_y, codes, table, dx, whole && a.stream);
+    backward_from_slopes_block<kWidth>(grad_y, codes, table, dx, whole && a.stream);
     if (!whole) memcpy(static_cast<T*>(a.grad_x) + block * kBlock, dx_copy, count * sizeof(T));
   }
 }
 
 template <int kWidth, class T>
-void times_slopes_width(const TimesSlopes& a, int64_t begin, int64_t end) {
+void backward_from_slopes_width(const BackwardFromSlopes& a, int64_t begin, int64_t end) {
   using V = Vec<compute_t<T>>;
   constexpr bool kSmall = kWidth <= 4 && SmallTable<V>::kSize > 0;
-  times_slopes_of<kWidth, T, std::conditional_t<kSmall, SmallTable<V>, LargeTable<V>>>(a, begin, end);
+  backward_from_slopes_of<kWidth, T, std::conditional_t<kSmall, SmallTable<V>, LargeTable<V>>>(a, begin, end);
 }
 
-void times_slopes(const TimesSlopes& a, int64_t begin, int64_t end) {
+void backward_from_slopes(const BackwardFromSlopes& a, int64_t begin, int64_t end) {
   with_dtype(a.dtype, [&](auto dtype) {
-    with_width(packed_width(a.bits),
-               [&](auto width) { times_slopes_width<width.value, typename decltype(dtype)::type>(a, begin, end); });
+    with_width(packed_width(a.bits), [&](auto width) {
+      backward_from_slopes_width<width.value, typename decltype(dtype)::type>(a, begin, end);
+    });
   });
   if (a.stream) stream_fence();
 }
