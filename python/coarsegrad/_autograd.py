@@ -43,9 +43,9 @@ class Settings(NamedTuple):
     """
 
     bits: int
-    ste: Ste | str
-    rounding: Rounding
-    alpha_grad: AlphaGrad
+    ste: int | str
+    rounding: int
+    alpha_grad: int
     alpha_scale: float
     channel_dim: int | None
     need_grad_x: bool
@@ -59,9 +59,9 @@ class Settings(NamedTuple):
         name = ste_of(ste).name
         return cls(
             bits,
-            Ste[name] if name in BUILT_IN else name,
-            parse("rounding", rounding, Rounding),
-            parse("alpha_grad", alpha_grad, AlphaGrad),
+            Ste[name].value if name in BUILT_IN else name,
+            parse("rounding", rounding, Rounding).value,
+            parse("alpha_grad", alpha_grad, AlphaGrad).value,
             alpha_scale,
             channel_dim,
             need_grad_x,
@@ -74,12 +74,12 @@ class Settings(NamedTuple):
     def reading_codes(self) -> Settings:
         """Settings under which the backward reads the gate from the codes: "exact". Its grad_alpha is unused."""
         return self._replace(
-            alpha_grad=AlphaGrad.exact, alpha_scale=1.0, channel_dim=None, need_grad_x=True, need_grad_alpha=True
+            alpha_grad=AlphaGrad.exact.value, alpha_scale=1.0, channel_dim=None, need_grad_x=True, need_grad_alpha=True
         )
 
     @property
     def backward_op(self) -> OpOverload:
-        return ops.qrelu_backward.default if isinstance(self.ste, Ste) else ops.qrelu_backward_custom.default
+        return ops.qrelu_backward.default if isinstance(self.ste, int) else ops.qrelu_backward_custom.default
 
 
 def _qrelu_autograd(x, alpha, *options):
@@ -178,7 +178,7 @@ def _backward_from_slopes(grad_y, mask, codes, settings):
     if settings.need_grad_x:
         grad_x = ops.qrelu_backward_from_codes.default(grad_y, codes, settings.bits, settings.ste)
     if settings.need_grad_alpha:
-        of_alpha = settings._replace(ste=Ste.identity, need_grad_x=False)
+        of_alpha = settings._replace(ste=Ste.identity.value, need_grad_x=False)
         grad_alpha = of_alpha.backward_op(grad_y, None, None, mask, codes, *of_alpha)[1]
     return grad_x, grad_alpha
 
@@ -203,7 +203,7 @@ class _QReLUBackward(torch.autograd.Function):
         if not ctx.linear:
             raise NotImplementedError(
                 "qrelu has a second derivative only if alpha is fixed and x is not saved for backward, got "
-                f"ste={ste_of(settings.ste).name!r}, alpha_grad={settings.alpha_grad.name!r}, "
+                f"ste={ste_of(settings.ste).name!r}, alpha_grad={AlphaGrad(settings.alpha_grad).name!r}, "
                 f"alpha learned: {settings.need_grad_alpha}"
             )
         if grad_grad_x is None:

@@ -83,7 +83,7 @@ class _QReLULayer(torch.autograd.Function):
         # If the codes are saved anyway, for the weight's gradient, they may replace the mask.
         ctx.reads_codes = needs[0] and not settings.need_grad_alpha and codes_give(kind, settings.rounding)
         if ctx.reads_codes:
-            kind = MaskKind.nothing
+            kind = MaskKind.nothing.value
         ctx.uses_codes = need_codes or ctx.reads_codes  # in qrelu's own backward
         saves_codes = need_codes or needs[0]
         bits, channel_dim = settings.bits, settings.channel_dim

@@ -221,14 +221,17 @@ def _qrelu_backward_from_codes(grad_y, codes, bits, ste):
 _library.impl("qrelu_backward_from_codes", _qrelu_backward_from_codes, "CompositeExplicitAutograd")
 
 
+_NO_MASK = MaskKind.nothing.value
+
+
 def _qrelu_without_grad(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
-    rounding = parse("rounding", rounding, Rounding)
-    return ops.qrelu_forward.default(x, alpha, bits, rounding, MaskKind.nothing, False, channel_dim)[0]
+    rounding = parse("rounding", rounding, Rounding).value
+    return ops.qrelu_forward.default(x, alpha, bits, rounding, _NO_MASK, False, channel_dim)[0]
 
 
 def _qrelu_without_grad_(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
-    rounding = parse("rounding", rounding, Rounding)
-    ops.qrelu_forward_.default(x, alpha, bits, rounding, MaskKind.nothing, False, channel_dim)
+    rounding = parse("rounding", rounding, Rounding).value
+    ops.qrelu_forward_.default(x, alpha, bits, rounding, _NO_MASK, False, channel_dim)
     return x
 
 

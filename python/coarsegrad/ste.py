@@ -387,29 +387,29 @@ def register_ste(
 
 
 class Saved(NamedTuple):
-    """What is saved for backward: the bits of x of some kind, the packed codes, x itself."""
+    """What is saved for backward: bits of x, of the kind with the number `mask`; the packed codes; x itself."""
 
-    mask: MaskKind
+    mask: int
     codes: bool
     x: bool
 
 
-def codes_give(mask: MaskKind, rounding: Rounding) -> bool:
+def codes_give(mask: int, rounding: int) -> bool:
     """Whether the codes determine the mask. Under ceil and hwgq T[1] = 0, so that x > 0 is c > 0."""
     return mask == MaskKind.positive and rounding != Rounding.nearest
 
 
-def saved(ste: STE, rounding: Rounding, alpha_grad: AlphaGrad, need_grad_x: bool, need_grad_alpha: bool) -> Saved:
+def saved(ste: STE, rounding: int, alpha_grad: int, need_grad_x: bool, need_grad_alpha: bool) -> Saved:
     """The least that these gradients can be computed from."""
     gate = ste.needs if need_grad_x else "nothing"
     if gate == "x" or (need_grad_alpha and alpha_grad == AlphaGrad.chain):
-        return Saved(MaskKind.nothing, False, True)
-    mask = MaskKind.nothing if gate == "codes" else MaskKind[gate]
+        return Saved(MaskKind.nothing.value, False, True)
+    mask = MaskKind["nothing" if gate == "codes" else gate].value
     if not need_grad_alpha:
         return Saved(mask, gate == "codes", False)
     if alpha_grad != AlphaGrad.exact:
-        return Saved(MaskKind.state, gate == "codes", False)
-    return Saved(MaskKind.nothing if codes_give(mask, rounding) else mask, True, False)
+        return Saved(MaskKind.state.value, gate == "codes", False)
+    return Saved(MaskKind.nothing.value if codes_give(mask, rounding) else mask, True, False)
 
 
 def check_inplace(

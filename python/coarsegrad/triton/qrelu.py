@@ -214,7 +214,7 @@ def qrelu_backward(
         codes if saves_codes else None,
     )
     switches = {
-        "BITS": bits, "CODE_WIDTH": width, "GPRIME": gprime, "ROUNDING": mode.name, "MASK": mask_kind.name,
+        "BITS": bits, "CODE_WIDTH": width, "GPRIME": gprime, "ROUNDING": mode.name, "MASK": MaskKind(mask_kind).name,
         "NEEDS": row.needs if need_grad_x or saves_x else "nothing",
         "RULE": mirror.ALPHA_GRADS[rule.name] if need_grad_alpha else None,
     }  # fmt: skip
