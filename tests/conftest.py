@@ -74,7 +74,7 @@ _ONE_BY_ONE = "test_cuda_mutants.py"
 _SLOW = (
     *_FIRST, _ONE_BY_ONE, "test_backends.py", "test_bench_memory.py", "test_bench_times.py", "test_cifar.py",
     "test_distributed.py", "test_dtensor.py", "test_experiments.py", "test_finetune.py", "test_graphs.py",
-    "test_install.py", "test_rounding.py", "test_table.py", "test_zoo.py",
+    "test_install.py", "test_integer_convert.py", "test_rounding.py", "test_table.py", "test_zoo.py",
 )  # fmt: skip
 
 

@@ -94,9 +94,9 @@ def exact_affine(scale: Tensor, offset: Tensor, thresholds: Tensor, low: Tensor,
     found = torch.stack([scale, offset])
     left = torch.arange(scale.numel())
     for nudge in _NUDGES:
-        tried = torch.stack([_moved(t[left], ulps) for t, ulps in zip((scale, offset), nudge)])
-        right = _agrees(*tried, thresholds[left], low[left], high[left])
-        found[:, left[right]] = tried[:, right]
+        tried_scale, tried_offset = _moved(scale[left], nudge[0]), _moved(offset[left], nudge[1])
+        right = _agrees(tried_scale, tried_offset, thresholds[left], low[left], high[left])
+        found[:, left[right]] = torch.stack([tried_scale, tried_offset])[:, right]
         left = left[~right]
         if left.numel() == 0:
             return found

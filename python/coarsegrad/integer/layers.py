@@ -49,6 +49,10 @@ class IntegerLayer:
     offset: Tensor
     thresholds: Tensor | None
 
+    def to(self, device: torch.device) -> IntegerLayer:
+        moved = None if self.thresholds is None else self.thresholds.to(device)
+        return IntegerLayer(self.weight.to(device), self.scale.to(device), self.offset.to(device), moved)
+
 
 def integer_layer(
     weight: Tensor,
@@ -80,10 +84,10 @@ def integer_layer(
     if bool((high - low >= 2**31 - 1).any()):
         raise CannotConvert("its sums may exceed 32 bits")
     channels = list(_channels(alpha, scale, bias, norm, low, high))
-    made = _float_output(channels) if staircase is None else _codes_output(channels, staircase, low, high)
-    return IntegerLayer(
-        *(t if t is None else t.to(weight.device) for t in (pack_weights(integers, weight_bits), *made))
+    scale, offset, thresholds = (
+        _float_output(channels) if staircase is None else _codes_output(channels, staircase, low, high)
     )
+    return IntegerLayer(pack_weights(integers, weight_bits), scale, offset, thresholds).to(weight.device)
 
 
 def _channels(
@@ -138,7 +142,7 @@ def _codes_output(
     scale, offset = _in_stairs(channels, alphas, thresholds, high, 0.0 if rounding == "ceil" else 0.5)
     exact = None if rounding == "hwgq" and bits > 1 else exact_affine(scale, offset, thresholds, low, high)
     if exact is not None:
-        return *exact.unbind(0), None
+        return exact[0], exact[1], None
     return scale, offset, thresholds.to(torch.int32)
 
 

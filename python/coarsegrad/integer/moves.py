@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ _REARRANGEMENTS = {
 }
 
 
-def arguments(node: Node) -> dict[str, object]:
+def arguments(node: Node) -> dict[str, Any]:
     """The arguments of a call of an op by name, defaults included."""
     schema = node.target._schema.arguments
     given = {argument.name: argument.default_value for argument in schema}
@@ -82,7 +83,7 @@ def is_move(node: Node) -> bool:
     return node.target in _REARRANGEMENTS | MAX_POOLS | _IDENTITIES
 
 
-def hinted(value: object) -> object:
+def hinted(value: Any) -> Any:
     """A node of a size as the size in the example inputs."""
     if isinstance(value, Node):
         value = value.meta["val"]

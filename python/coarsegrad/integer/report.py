@@ -42,7 +42,7 @@ class ConvertReport:
     float_bytes: int = 0
 
     def __str__(self) -> str:
-        rows = [(c.name, c.what, f"{c.weight_bits}", c.output, c.how) for c in self.converted]
+        rows: list[tuple[str, ...]] = [(c.name, c.what, f"{c.weight_bits}", c.output, c.how) for c in self.converted]
         parts = [format_table(("integer layer", "was", "weight bits", "output", ""), rows)] if rows else []
         if self.stayed:
             parts.append(format_table(("stays float", "what", "why"), [(s.name, s.what, s.why) for s in self.stayed]))
