@@ -11,6 +11,7 @@ import torch
 
 import coarsegrad as cg
 from coarsegrad import _ops
+from coarsegrad._types import Rounding
 from coarsegrad.integer import KERNELS
 
 ops = torch.ops.coarsegrad
@@ -167,14 +168,14 @@ def test_quantize_is_the_code_of_qrelu(bits, dtype, rounding):
     alpha = torch.tensor([0.3, 0.7, 1.1])
     points = oracle.threshold_points(alpha, bits, dtype, rounding)
     x = torch.cat([points, oracle.special_values(dtype).expand(3, -1)], 1)[None]
-    got = ops.integer_quantize(x, alpha, bits, rounding, 1)
+    got = ops.integer_quantize(x, alpha, bits, Rounding[rounding], 1)
     assert torch.equal(got.long(), oracle.codes(x, alpha, bits, rounding, 1))
 
 
 def test_quantize_has_the_memory_format_of_x():
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, 3, 4, 5).contiguous(memory_format=memory_format)
-        got = ops.integer_quantize(x, torch.tensor([0.4]), 3, "ceil", None)
+        got = ops.integer_quantize(x, torch.tensor([0.4]), 3, Rounding.ceil, None)
         assert got.stride() == x.stride()
         assert torch.equal(got.long(), oracle.codes(x, torch.tensor([0.4]), 3, "ceil"))
 
@@ -183,8 +184,14 @@ def samples(name):
     g = generator(name)
     scale, offset = torch.rand(6, generator=g), torch.rand(6, generator=g)
     if name == "integer_quantize":
-        yield (torch.randn(2, 3, 4, 5), torch.tensor([0.4]), 3, "nearest", None)
-        yield (torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).bfloat16(), ALPHAS, 2, "ceil", 1)
+        yield (torch.randn(2, 3, 4, 5), torch.tensor([0.4]), 3, Rounding.nearest, None)
+        yield (
+            torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).bfloat16(),
+            ALPHAS,
+            2,
+            Rounding.ceil,
+            1,
+        )
         return
     thresholds = torch.arange(18, dtype=torch.int32).view(6, 3)
     for weight_bits, staircase in ((8, (None, 3)), (2, (thresholds, 3))):
@@ -263,4 +270,4 @@ def test_wrong_arguments_of_conv2d(change, words):
 def test_use_backend_covers_the_integer_ops():
     x, alpha = torch.tensor([0.5]), torch.tensor([-1.0])
     with cg.use_backend("reference"), pytest.raises(ValueError, match="alpha must be finite and > 0"):
-        ops.integer_quantize(x, alpha, 4, "ceil", None)
+        ops.integer_quantize(x, alpha, 4, Rounding.ceil, None)

@@ -22,7 +22,7 @@ _STAIRCASE = "Tensor? thresholds, int levels"
 _WINDOW = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups"
 
 _SCHEMAS = (
-    "integer_quantize(Tensor x, Tensor alpha, int bits, str rounding, int? channel_dim) -> Tensor",
+    "integer_quantize(Tensor x, Tensor alpha, int bits, int rounding, int? channel_dim) -> Tensor",
     f"integer_linear({_LAYER}, {_STAIRCASE}) -> Tensor",
     f"integer_linear_float({_LAYER}) -> Tensor",
     f"integer_conv2d({_LAYER}, {_STAIRCASE}, {_WINDOW}) -> Tensor",

@@ -19,7 +19,7 @@ from .checks import check_conv2d, check_linear
 from .weights import unpack_weights
 
 
-def integer_quantize(x: Tensor, alpha: Tensor, bits: int, rounding: str, channel_dim: int | None) -> Tensor:
+def integer_quantize(x: Tensor, alpha: Tensor, bits: int, rounding: int, channel_dim: int | None) -> Tensor:
     """The codes of qrelu(x), one per byte, in x's shape and memory format; 2**bits - 1 for NaN."""
     reference.check_arguments(x, alpha, bits, channel_dim)
     alpha = reference.checked_values(alpha, reference.wide_dtype(x.dtype))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .._ops import ops
-from .._types import wide_dtype
+from .._types import Rounding, wide_dtype
 from .flow import CONVOLUTIONS, CONVOLUTIONS_1D, LAYERS, QRELUS, CodeFlow, normalize
 from .layers import CannotConvert, IntegerLayer, Norm, Staircase, integer_layer
 from .moves import arguments, aten, is_identity, is_move, per_input
@@ -187,8 +187,8 @@ class Rewriting:
             given = arguments(node) if node.target in QRELUS else {}
             with self._graph.inserting_before(node):
                 if given:
-                    settings = (given[name] for name in ("x", "alpha", "bits", "rounding", "channel_dim"))
-                    made = self._call(ops.integer_quantize.default, *settings)
+                    settings = (given["bits"], int(Rounding[given["rounding"]]), given["channel_dim"])
+                    made = self._call(ops.integer_quantize.default, given["x"], given["alpha"], *settings)
                 else:
                     made = self._moved(
                         node, {n: self._code_node(n) for n in node.all_input_nodes if n in self._flow.codes}
