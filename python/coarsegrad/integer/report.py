@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from .._text import format_table
 
+_SPEED = "The integer layers run in plain torch: exact and small, but slower than floats."
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -47,6 +49,6 @@ class ConvertReport:
         if self.stayed:
             parts.append(format_table(("stays float", "what", "why"), [(s.name, s.what, s.why) for s in self.stayed]))
         count = f"{len(self.converted)} integer layers, {self.integer_bytes:,} bytes; {self.float_bytes:,} before"
-        return "\n\n".join([*parts, count])
+        return "\n\n".join([*parts, f"{count}\n{_SPEED}" if rows else count])
 
     __repr__ = __str__
