@@ -132,7 +132,7 @@ def backward_case(x, grad_y, alpha, bits, ste, rounding, alpha_grad, need_grad_x
     if shape is not None:
         settings |= {"channels": shape[1], "inner": shape[2]}
     return Case(
-        "backward", x.dtype, bits, x.numel(), inputs, outputs, rounding=rounding, mask=mask_kind.name, ste=ste,
+        "backward", x.dtype, bits, x.numel(), inputs, outputs, rounding=rounding, mask=MASKS[mask_kind], ste=ste,
         alpha_grad=alpha_grad or "exact", scale=scale, expected=expected, **settings,
     )  # fmt: skip
 
