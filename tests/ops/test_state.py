@@ -77,7 +77,7 @@ def test_the_alpha_of_another_staircase_is_refused(other, got, wanted, strict):
 def test_another_ste_is_said_and_loaded():
     """It changes how the network goes on to be trained, not what it computes."""
     mine, other = model(), model(ste="relu", alpha=0.7)
-    with pytest.warns(UserWarning, match="1.alpha was trained with ste='relu', and is loaded for 'clipped_relu'"):
+    with pytest.warns(UserWarning, match="1.alpha was trained with ste='relu' but is loaded for 'clipped_relu'"):
         mine.load_state_dict(saved(other.state_dict()))
     assert mine[1].ste == "clipped_relu" and torch.equal(mine[1].alpha, other[1].alpha)
 
