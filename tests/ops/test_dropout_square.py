@@ -142,7 +142,7 @@ def test_dropout_does_not_write_over_its_input():
 
 @pytest.mark.parametrize("wrong", [1, -0.1, 1.5, float("nan"), "0.1", None, True])
 def test_dropout_out_of_range_is_refused(wrong):
-    with pytest.raises(ValueError, match="dropout must be a number in 0..1 and below 1, got"):
+    with pytest.raises(ValueError, match=r"dropout must be a number in \[0, 1\), got"):
         cg.QReLU(BITS, dropout=wrong)
 
 

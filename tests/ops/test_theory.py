@@ -237,7 +237,7 @@ def test_the_command_writes_its_results_and_goes_on_from_them(command, tmp_path)
 
 def test_the_command_refuses_what_it_cannot_do(command, tmp_path):
     for arguments, message in (
-        (("--angles", "0"), "above 0 and at most 90"),
+        (("--angles", "0"), "must be in (0, 90] degrees"),
         (("--classes", "1"), "--classes must be at least 2"),
         (("--classes", "20"), "--hidden must be at least the number of classes, 20, got 8"),
         (("--seeds", "0"), "positive int"),
@@ -245,6 +245,6 @@ def test_the_command_refuses_what_it_cannot_do(command, tmp_path):
     ):
         assert message in command(tmp_path, *arguments)[1]
     assert command(tmp_path, *SMALL)[1] is None
-    assert "has lr 0.1, now it is 0.2; choose another --out" in command(tmp_path, *SMALL, "--lr", "0.2")[1]
+    assert "has lr 0.1, wanted 0.2; choose another --out" in command(tmp_path, *SMALL, "--lr", "0.2")[1]
     (tmp_path / "results.json").write_text("{")
-    assert "is no results file of this command" in command(tmp_path, *SMALL)[1]
+    assert "is not a results file of this command" in command(tmp_path, *SMALL)[1]
