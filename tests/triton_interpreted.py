@@ -216,7 +216,7 @@ def test_a_bad_alpha_on_a_gpu_makes_nan(dtype, monkeypatch):
     x = ordinary(40, dtype=dtype)
     with pytest.raises(ValueError, match="alpha must be finite and > 0"):
         qrelu.qrelu_forward(x, torch.tensor([-1.0]), 2, "ceil", "nothing", False, None)
-    monkeypatch.setattr(reference, "checked_values", lambda alpha, wide: alpha.to(wide))
+    monkeypatch.setattr(qrelu, "checked_values", lambda alpha, wide: alpha.to(wide))
     for bad in (0.0, -1.0, float("inf"), float("nan")):
         for rounding in ROUNDINGS:
             y = qrelu.qrelu_forward(x, torch.tensor([bad]), 2, rounding, "inside", True, None)[0]
