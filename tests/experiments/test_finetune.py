@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from interruptions import count_calls
 from paths import ROOT
 
 from coarsegrad.experiments import download, finetune, finetune_report, language, results, text
@@ -125,18 +126,8 @@ def test_end_products(whole, folders, capsys):
 # Calls 1..6 are pretraining, 7..10 float, 11..14 8 bits and 15..18 timed ones, 19..22 1 bit.
 @pytest.mark.parametrize("call", [5, 10, 16, 21])
 def test_ctrl_c_and_resume_give_the_same_bits(folders, whole, tmp_path, monkeypatch, capsys, call):
-    calls = 0
-
-    def step(*args):
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    original = language.train_step
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(language, "train_step", step)
+        count_calls(patch, language, "train_step", stop_at=(call,))
         run(folders, tmp_path)
     assert ended.value.code == 130 and "the same command to continue" in capsys.readouterr().out
     torch.manual_seed(99)  # nothing hangs on the generator's state

@@ -9,8 +9,9 @@ import re
 import numpy as np
 import pytest
 import torch
+from interruptions import count_calls
 from paths import ROOT
-from test_experiments import idx_bytes
+from small_mnist import idx_bytes
 from test_finetune import write_texts
 from torch import nn
 
@@ -87,16 +88,8 @@ def test_end_products(whole, inputs, capsys):
 
 
 def test_what_is_stopped_goes_on_to_the_same_numbers(whole, inputs, tmp_path, monkeypatch, capsys):
-    calls, measure = 0, rounding._Network._measure
-
-    def stopped(*args):
-        nonlocal calls
-        calls += 1
-        if calls in (5, 21):  # among LeNet's runs, and among the OPT's
-            raise KeyboardInterrupt
-        return measure(*args)
-
-    monkeypatch.setattr(rounding._Network, "_measure", stopped)
+    # Among LeNet's runs, and among the OPT's.
+    count_calls(monkeypatch, rounding._Network, "_measure", stop_at=(5, 21))
     for _ in range(2):
         with pytest.raises(SystemExit) as ended:
             run(inputs, tmp_path)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interruptions import count_calls
 from paths import ROOT
 from torch import nn
 
@@ -82,21 +83,6 @@ def whole(tmp_path_factory):
     return out
 
 
-def counted(monkeypatch, stop_at=None):
-    """The number of training steps from here on, as a list; Ctrl-C at one of them."""
-    steps = []
-
-    def step(*args):
-        steps.append(None)
-        if len(steps) == stop_at:
-            raise KeyboardInterrupt
-        return train_step(*args)
-
-    train_step = training.train_step
-    monkeypatch.setattr(training, "train_step", step)
-    return steps
-
-
 # ------------------------------------------------------------------------------------------ running
 
 
@@ -161,7 +147,7 @@ def test_finished_runs_need_no_checkpoint(whole, tmp_path, monkeypatch):
     for path in whole.rglob("results.json"):
         (tmp_path / path.relative_to(whole)).parent.mkdir(parents=True)
         shutil.copy(path, tmp_path / path.relative_to(whole))
-    steps = counted(monkeypatch)
+    steps = count_calls(monkeypatch, training, "train_step")
     call(SMALL, tmp_path)
     assert not steps
     more = dataclasses.replace(SMALL, runs=(*RUNS, Run("full", 4, "clipped_relu")))
@@ -175,7 +161,7 @@ def test_finished_runs_need_no_checkpoint(whole, tmp_path, monkeypatch):
 @pytest.mark.parametrize("stop_at", [4, 8, 16, 28])
 def test_ctrl_c_and_resume_give_the_same(whole, tmp_path, monkeypatch, capsys, stop_at):
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-        counted(patch, stop_at)
+        count_calls(patch, training, "train_step", stop_at=(stop_at,))
         call(SMALL, tmp_path)
     assert ended.value.code == 130 and "the same command to continue" in capsys.readouterr().out
     call(SMALL, tmp_path)
@@ -187,7 +173,7 @@ def test_runs_at_once_give_the_same(whole, tmp_path, monkeypatch, capsys):
     assert outcome(tmp_path / "at once") == outcome(whole)
     assert "full/2bit-identity-seed0  quantized 3/3  loss" in capsys.readouterr().out
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-        steps = counted(patch, 12)
+        steps = count_calls(patch, training, "train_step", stop_at=(12,))
         call(SMALL, tmp_path / "stopped", "--jobs", "3")
     assert ended.value.code == 130 and len(steps) < 20
     call(SMALL, tmp_path / "stopped", "--jobs", "2")

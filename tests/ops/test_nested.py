@@ -73,7 +73,9 @@ def test_an_alpha_for_each_channel(channel_dim):
 
 @pytest.mark.parametrize("dim", [0, 1, 3, -4])
 def test_a_dimension_of_no_one_size_is_refused(dim):
-    with pytest.raises(ValueError, match=r"channel_dim must be a dimension of a nested x with a uniform size, one of \[2\], got"):
+    with pytest.raises(
+        ValueError, match=r"channel_dim must be a dimension of a nested x with a uniform size, one of \[2\], got"
+    ):
         cg.qrelu(nested(torch.jagged), torch.ones(8), 2, channel_dim=dim)
     with pytest.raises(ValueError, match="channel_dim must be None for a nested tensor of layout torch.strided"):
         cg.qrelu(nested(torch.strided), torch.ones(8), 2, channel_dim=dim)
