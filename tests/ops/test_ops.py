@@ -10,7 +10,6 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import coarsegrad as cg
-from coarsegrad import _ops
 from coarsegrad._types import AlphaGrad, MaskKind, Rounding, Ste
 
 ALPHA = torch.tensor([0.4])
@@ -155,18 +154,11 @@ def test_every_op_has_samples():
     assert defined - integer == set(SAMPLES)
 
 
-# Of opcheck's tests those that run a backend's kernel. The others trace fake tensors through the derivative and compile
-# the graph, which are the same for every backend.
-OF_A_KERNEL = ("test_schema", "test_faketensor")
-
-
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(reference_or_native, name):
     op = getattr(torch.ops.coarsegrad, name).default
-    in_full = _ops.native is None or reference_or_native.startswith("native")
-    tests = {} if in_full else {"test_utils": OF_A_KERNEL}
     for arguments in SAMPLES[name]():
-        torch.library.opcheck(op, arguments, **tests)
+        torch.library.opcheck(op, arguments)
 
 
 @pytest.fixture
@@ -191,11 +183,9 @@ def eager_and_compiled(function, make_inputs, sizes, compiler):
             assert torch.equal(eager, other)
 
 
-# A graph calls the ops, which dispatch as in eager mode: every STE and rule on the default backend, and on more of them
-# the tests below.
 @pytest.mark.parametrize("alpha_grad", [None, "exact", "three_valued", "chain"])
 @pytest.mark.parametrize("ste", oracle.STES)
-def test_compile_with_dynamic_shapes(fresh_compiler, ste, alpha_grad):
+def test_compile_with_dynamic_shapes(reference_or_native, fresh_compiler, ste, alpha_grad):
     def function(x, alpha):
         return cg.qrelu(x * 2, alpha, 2, ste=ste, alpha_grad=alpha_grad or "exact", channel_dim=1) * 3
 
@@ -227,7 +217,7 @@ def test_lsq_compiles_once_for_all_lengths(reference_or_native, fresh_compiler, 
 
 @pytest.mark.parametrize("alpha_grad", [None, "exact", "three_valued"])
 @pytest.mark.parametrize("ste", oracle.MASKED_STES)
-def test_compile_in_place(fresh_compiler, ste, alpha_grad):
+def test_compile_in_place(reference_or_native, fresh_compiler, ste, alpha_grad):
     def function(x, alpha):
         hidden = x * 2
         y = cg.qrelu(hidden, alpha, 2, ste=ste, alpha_grad=alpha_grad or "exact", inplace=True)

@@ -290,15 +290,7 @@ def test_errors_of_the_compiler_and_missing_programs_are_reported(folder, monkey
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_promises_hold(tools, arch):
-    """Each template on each architecture, in one dtype in turn: any two of the three meet. The kernels of a mask, which
-    are the most used, in every dtype. `python -m tools.sass` checks all."""
-    kernels = [
-        kernel
-        for number, kernel in enumerate(KERNELS)
-        if kernel.name in ("forward, mask", "backward, mask") or (number // 3 + number % 3 + ARCHS.index(arch)) % 3 == 0
-    ]
-    assert {kernel.name for kernel in kernels} == {kernel.name for kernel in KERNELS}
-    assert not {report.row()[:3]: lines for report in cuda_reports(arch, kernels) if (lines := list(report.broken()))}
+    assert not {report.row()[:3]: lines for report in cuda_reports(arch, KERNELS) if (lines := list(report.broken()))}
 
 
 def test_what_is_promised():
