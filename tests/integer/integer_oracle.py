@@ -119,3 +119,21 @@ def real_code(acc, alpha, scale, bias, norm, next_alpha, bits, rounding):
             threshold = Fraction(0)
         count += _is_above(gain * (x - mean), threshold - shift, var + eps)
     return count
+
+
+def values(codes, step):
+    """step * code as an array of rationals."""
+    return codes.numpy().astype(object) * Fraction(step)
+
+
+def averages(x, kernel, stride=None, padding=0, divisor=None):
+    """Averages of windows of [..., H, W] rationals, padded by zeros."""
+    stride = stride or kernel
+    x = np.pad(x, [(0, 0)] * (x.ndim - 2) + [(padding, padding)] * 2)
+    rows, columns = ((n - k) // s + 1 for n, k, s in zip(x.shape[-2:], kernel, stride))
+    out = np.empty((*x.shape[:-2], rows, columns), dtype=object)
+    for i, j in itertools.product(range(rows), range(columns)):
+        top, left = i * stride[0], j * stride[1]
+        window = x[..., top : top + kernel[0], left : left + kernel[1]]
+        out[..., i, j] = window.sum((-2, -1)) / Fraction(divisor or math.prod(kernel))
+    return out

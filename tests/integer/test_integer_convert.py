@@ -346,7 +346,7 @@ def test_refusals(small):
 
 def test_layers_that_cannot_be_converted_are_named():
     model = nn.Sequential(
-        cg.QReLU(4), nn.ConvTranspose2d(2, 3, 3), cg.QReLU(4), nn.AvgPool2d(2), nn.Conv2d(3, 2, 1), cg.QReLU(4),
+        cg.QReLU(4), nn.ConvTranspose2d(2, 3, 3), cg.QReLU(4), nn.GELU(), nn.Conv2d(3, 2, 1), cg.QReLU(4),
         nn.Conv2d(2, 2, 1),
     ).eval()  # fmt: skip
     model[6].weight.data[0] = float("nan")
@@ -355,7 +355,7 @@ def test_layers_that_cannot_be_converted_are_named():
     assert {row.name: row.why for row in report.stayed} == {
         "0": "no layer reads it as codes",
         "2": "no layer reads it as codes",
-        "4": "reads avg_pool2d of AvgPool2d, not codes",
+        "4": "reads gelu of GELU, not codes",
         "5": "no layer reads it as codes",
         "6": "its parameters are not all finite",
     }

@@ -41,19 +41,19 @@ def codes_of(layer, acc, levels):
     return (acc[..., None] >= layer.thresholds).sum(-1)
 
 
-def check_every_accumulator(weight, bias, alpha, bits, weight_bits, norm, staircase, most=400):
-    layer = integer_layer(weight, bias, alpha, bits, weight_bits, norm, staircase)
+def check_every_accumulator(weight, bias, step, levels, weight_bits, norm, staircase, most=400):
+    layer = integer_layer(weight, bias, step, levels, weight_bits, norm, staircase)
     integers, scale = choose_weights(weight.double().flatten(1), weight_bits)
-    levels, top = 2**staircase.bits - 1, 2**bits - 1
+    next_levels = 2**staircase.bits - 1
     next_alpha = staircase.alpha.expand(weight.size(0)).tolist()
     stored = torch.tensor(integer_oracle.unpacked(layer.weight, weight_bits, integers.size(1)))
     for n, row in enumerate(integers):
         flip = norm is not None and norm.weight is not None and norm.weight[n] < 0
         assert torch.equal(stored[n], -row if flip else row)
-        low, high = top * int(stored[n].clamp(max=0).sum()), top * int(stored[n].clamp(min=0).sum())
+        low, high = levels * int(stored[n].clamp(max=0).sum()), levels * int(stored[n].clamp(min=0).sum())
         acc = torch.arange(low, high + 1, max(1, (high - low) // most))
         acc = torch.cat([acc, torch.tensor([low, high])])
-        got = codes_of(layer, acc[:, None].expand(-1, weight.size(0)), levels)[:, n]
+        got = codes_of(layer, acc[:, None].expand(-1, weight.size(0)), next_levels)[:, n]
         numbers = None
         if norm is not None:
             gain = 1 if norm.weight is None else norm.weight[n].item()
@@ -61,7 +61,7 @@ def check_every_accumulator(weight, bias, alpha, bits, weight_bits, norm, stairc
             numbers = (norm.mean[n].item(), norm.var[n].item(), norm.eps, gain, shift)
         wanted = [
             integer_oracle.real_code(
-                -a if flip else a, alpha.item(), scale[n].item(), 0 if bias is None else bias[n].item(), numbers,
+                -a if flip else a, step, scale[n].item(), 0 if bias is None else bias[n].item(), numbers,
                 next_alpha[n], staircase.bits, staircase.rounding,
             )
             for a in acc.tolist()
@@ -79,9 +79,15 @@ def test_random_layers(bits, weight_bits, rounding, normed):
     weight, bias = torch.randn(5, 6, generator=g), torch.randn(5, generator=g)
     weight[3] = 0
     norm = random_norm(5, g) if normed else None
-    alpha = torch.tensor(0.37, dtype=torch.float32).double()
     check_every_accumulator(
-        weight, bias, alpha, bits, weight_bits, norm, Staircase(torch.tensor([0.29]), bits, rounding), 60
+        weight,
+        bias,
+        Fraction(37, 100),
+        2**bits - 1,
+        weight_bits,
+        norm,
+        Staircase(torch.tensor([0.29]), bits, rounding),
+        60,
     )
 
 
@@ -90,7 +96,7 @@ def test_norm_without_affine_and_alpha_per_output_channel():
     norm = Norm(torch.randn(4, generator=g), torch.rand(4, generator=g), 1e-5, None, None)
     staircase = Staircase(0.1 + torch.rand(4, generator=g), 3, "nearest")
     weight = torch.randn(4, 7, generator=g)
-    check_every_accumulator(weight, None, torch.tensor(0.5).double(), 3, 4, norm, staircase, 100)
+    check_every_accumulator(weight, None, Fraction(1, 2), 7, 4, norm, staircase, 100)
 
 
 @pytest.mark.parametrize("gain", (1.0, -1.0))
@@ -101,14 +107,14 @@ def test_accumulators_that_lie_on_thresholds(rounding, gain):
     assert choose_weights(weight.double(), 8)[1].tolist() == [1 / 128, 1 / 128]
     norm = Norm(torch.zeros(2), torch.full((2,), 0.25), 0.0, torch.tensor([gain, 0.5]), torch.tensor([0.0, 0.25]))
     staircase = Staircase(torch.tensor([0.25]), 3, rounding)
-    check_every_accumulator(weight, None, torch.tensor(0.5).double(), 3, 8, norm, staircase, 10**6)
+    check_every_accumulator(weight, None, Fraction(1, 2), 7, 8, norm, staircase, 10**6)
 
 
 def test_constant_channels_have_the_code_of_their_bias():
     weight, bias = torch.zeros(4, 3), torch.tensor([-1.0, 0.0, 0.5, 9.0])
     for rounding in oracle.ROUNDINGS:
         staircase = Staircase(torch.tensor([0.5]), 2, rounding)
-        layer = check_every_accumulator(weight, bias, torch.tensor(1.0).double(), 2, 8, None, staircase)
+        layer = check_every_accumulator(weight, bias, Fraction(1), 3, 8, None, staircase)
         assert layer.scale.tolist() == [0, 0, 0, 0]
 
 
@@ -118,8 +124,7 @@ def test_affine_form_has_the_codes_of_the_thresholds_on_every_accumulator(bits):
     g = generator(bits)
     integers, scale = choose_weights(torch.randn(8, 512, generator=g).double(), 8)
     low, high = 15 * integers.clamp(max=0).sum(1), 15 * integers.clamp(min=0).sum(1)
-    alpha = torch.tensor(0.25).double()
-    channels = list(layers._channels(alpha, scale, torch.randn(8, generator=g), random_norm(8, g), low, high))
+    channels = list(layers._channels(Fraction(1, 4), scale, torch.randn(8, generator=g), random_norm(8, g), low, high))
     staircase = Staircase(torch.tensor([6.0 / 2**bits]), bits, "nearest")
     next_alpha = Fraction(staircase.alpha.item())
     rows = torch.tensor([first_above(channel, next_alpha, edges(bits, "nearest")) for channel in channels])
@@ -174,7 +179,7 @@ def test_round_weights_is_what_an_integer_layer_stores():
     for shape in ((4, 6), (4, 3, 5), (4, 3, 2, 5)):
         weight = torch.randn(shape, generator=generator(len(shape)))
         rows = weight.movedim(1, -1)
-        layer = integer_layer(rows, None, torch.tensor(1.0).double(), 1, 4)
+        layer = integer_layer(rows, None, Fraction(1), 1, 4)
         integers = torch.tensor(integer_oracle.unpacked(layer.weight, 4, rows[0].numel()))
         rounded = (integers * layer.scale.double()[:, None]).view(rows.shape).movedim(-1, 1)
         assert torch.equal(round_weights(weight, 4), rounded)
@@ -193,13 +198,13 @@ def test_fewer_bits_have_a_greater_error():
 
 
 def test_what_cannot_be_converted():
-    weight, alpha, staircase = torch.ones(2, 3), torch.tensor(0.5).double(), Staircase(torch.ones(1), 4, "ceil")
+    weight, step, staircase = torch.ones(2, 3), Fraction(1, 2), Staircase(torch.ones(1), 4, "ceil")
     with pytest.raises(CannotConvert, match="not all finite"):
-        integer_layer(weight / 0, None, alpha, 4, 8, None, staircase)
+        integer_layer(weight / 0, None, step, 15, 8, None, staircase)
     with pytest.raises(CannotConvert, match="exceed 32 bits"):
-        integer_layer(torch.ones(1, 70_000), None, alpha, 8, 8, None, staircase)
+        integer_layer(torch.ones(1, 70_000), None, step, 255, 8, None, staircase)
     norm = Norm(torch.zeros(2), torch.tensor([0.5, -1.0]), 1e-5, None, None)
     with pytest.raises(CannotConvert, match="variance <= 0"):
-        integer_layer(weight, None, alpha, 4, 8, norm, staircase)
+        integer_layer(weight, None, step, 15, 8, norm, staircase)
     with pytest.raises(CannotConvert, match="do not fit into float32"):
-        integer_layer(1e300 * weight.double(), None, alpha, 4, 8)
+        integer_layer(1e300 * weight.double(), None, step, 15, 8)

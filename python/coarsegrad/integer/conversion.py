@@ -24,9 +24,10 @@ def convert(
 
     The next code is that of the real numbers v and T[k], decided on acc by thresholds found in rational arithmetic: the
     same on every backend. A Linear, Conv1d or Conv2d is converted where its input is codes, also through flatten, view,
-    permute, max pooling, zero padding, slices and concatenation; the BatchNorm after it is folded. Where a QReLU
-    follows it, the output is codes, else float32: float32(float32(acc) * scale) + offset. All else computes as before.
-    A NaN in the input of a QReLU becomes its top code.
+    permute, max pooling, zero padding, slices and concatenation, and through average pooling and sums of branches whose
+    sums of codes stay within 255; the BatchNorm after it is folded. Where a QReLU follows it, the output is codes, else
+    float32: float32(float32(acc) * scale) + offset. All else computes as before. A NaN in the input of a QReLU becomes
+    its top code.
 
     model: in evaluation mode, with at least one QReLU. It is not changed and shares no tensor with the result.
     example_inputs: a tuple of the model's positional arguments, on its device. The model is exported with them by

@@ -3,35 +3,49 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from .._checks import checked_values
 from .._ops import ops
-from .moves import arguments, aten, hinted, is_move, moved_alpha
+from .layers import CannotConvert
+from .moves import arguments, aten, hinted, is_move, moved_steps
+from .sums import ADDITIONS, AVERAGES, MOST, average, averaged_step, common_step
 
 QRELUS = {ops.qrelu.default, ops.qrelu_custom.default}
 CONVOLUTIONS_1D = {aten.conv1d.default, aten.conv1d.padding}
 CONVOLUTIONS = {aten.conv2d.default, aten.conv2d.padding} | CONVOLUTIONS_1D
 LAYERS = {aten.linear.default} | CONVOLUTIONS
 
-_INPLACE = {ops.qrelu_.default: ops.qrelu.default, ops.qrelu_custom_.default: ops.qrelu_custom.default}
+_INPLACE = {
+    ops.qrelu_.default: ops.qrelu.default,
+    ops.qrelu_custom_.default: ops.qrelu_custom.default,
+    aten.add_.Tensor: aten.add.Tensor,
+}
 _FUSED = {ops.qrelu_linear.default: aten.linear.default, ops.qrelu_conv2d.default: aten.conv2d.default}
 
 
 @dataclass(frozen=True)
 class Codes:
-    """The values of a node: alpha * code, the codes below 2**bits. alpha: float64, 0-d, or that of each element in the
-    example inputs; a list of these if the value is a list."""
+    """The values of a node: step * code, the codes at most levels. step: one number; or float64, that of each element
+    in the example inputs, a list of these if the value is a list."""
 
-    bits: int
-    alpha: Tensor | list[Tensor]
+    levels: int
+    step: Fraction | Tensor | list[Tensor]
+
+    @property
+    def bits(self) -> int:
+        return self.levels.bit_length()
 
 
 def normalize(graph: torch.fx.Graph) -> None:
-    """Turn the fused forms of a QReLU into it and a layer, and in-place ones into it, where no later node sees it."""
+    """Turn the fused forms of a QReLU into it and a layer; and in-place QReLUs and sums into ones that are not, where
+    no later node sees it."""
     for node in list(graph.nodes):
         if node.target in _INPLACE and _is_last_use(node):
             node.target = _INPLACE[node.target]
@@ -40,12 +54,20 @@ def normalize(graph: torch.fx.Graph) -> None:
 
 
 def _is_last_use(node: Node) -> bool:
+    """Whether nothing but the node and what comes from it can see that it overwrites its input."""
     x = node.args[0]
+    if x.op != "call_function" or _may_be_view(x) or any(_may_be_view(user) for user in x.users if user is not node):
+        return False
     later = node
     while (later := later.next).op != "root":
         if x in later.all_input_nodes:
             return False
-    return x.op == "call_function" and not is_move(x)  # a view of another node, or an input, may be seen elsewhere
+    return True
+
+
+def _may_be_view(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return is_move(node) or (schema is not None and any(a.alias_info is not None for a in schema.arguments))
 
 
 def _split(graph: torch.fx.Graph, node: Node) -> None:
@@ -62,14 +84,17 @@ def _split(graph: torch.fx.Graph, node: Node) -> None:
 
 
 class CodeFlow:
-    """codes: what the nodes that carry codes hold. Constants are the nodes that no input of the model changes."""
+    """codes: what the nodes that carry codes hold. why_not: of what adds codes and carries none, the reason. Constants
+    are the nodes that no input of the model changes."""
 
     def __init__(self, module: torch.fx.GraphModule) -> None:
         self._module = module
         self._constants: dict[Node, Tensor | None] = {}
         self.codes: dict[Node, Codes] = {}
+        self.why_not: dict[Node, str] = {}
+        overwritten = _overwritten(module.graph)
         for node in module.graph.nodes:
-            found = self._found(node)
+            found = None if node in overwritten else self._found(node)
             if found is not None:
                 self.codes[node] = found
 
@@ -94,36 +119,87 @@ class CodeFlow:
     def _found(self, node: Node) -> Codes | None:
         if node.target in QRELUS:
             return self._of_qrelu(node)
-        return self._of_move(node) if is_move(node) else None
+        if is_move(node):
+            return self._of_move(node)
+        if node.target in AVERAGES | ADDITIONS:
+            return self._of_sum(node)
+        return None
 
     def _of_qrelu(self, node: Node) -> Codes | None:
         given = arguments(node)
-        alpha, dim = self.constant(given["alpha"]), given["channel_dim"]
+        alpha, dim, levels = self.constant(given["alpha"]), given["channel_dim"], 2 ** given["bits"] - 1
         if alpha is None:
             return None
-        alpha = alpha.detach().double()
+        alpha = checked_values(alpha.cpu(), torch.float64)
         if dim is None:
-            return Codes(given["bits"], alpha[0])
+            return Codes(levels, Fraction(alpha.item()))
         shape = _example_shape(node)
         along = [1] * len(shape)
         along[dim] = -1
-        return Codes(given["bits"], alpha.view(along).expand(shape))
+        return Codes(levels, alpha.view(along).expand(shape))
 
     def _of_move(self, node: Node) -> Codes | None:
         inputs = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (Tensor, list, tuple))]
         if not inputs or not all(n in self.codes for n in inputs):
             return None
         codes = [self.codes[n] for n in inputs]
-        first = codes[0].alpha
-        if all(isinstance(c.alpha, Tensor) and c.alpha.dim() == 0 and c.alpha == first for c in codes):
-            alpha = first
+        first = codes[0].step
+        if all(isinstance(c.step, Fraction) and c.step == first for c in codes):
+            step = first
         elif isinstance(first, list):
-            alpha = first[node.args[1]] if node.target is operator.getitem else None
+            step = first[node.args[1]] if node.target is operator.getitem else None
         else:
-            alpha = moved_alpha(node, {n: self.codes[n].alpha.expand(_example_shape(n)) for n in inputs})
-        if alpha is None:
+            step = moved_steps(node, {n: _of_each_element(self.codes[n].step, _example_shape(n)) for n in inputs})
+        if step is None:
             return None
-        return Codes(max(c.bits for c in codes), list(alpha) if isinstance(alpha, tuple) else alpha)
+        return Codes(max(c.levels for c in codes), list(step) if isinstance(step, tuple) else step)
+
+    def terms(self, node: Node) -> list[Node] | None:
+        """The inputs of an average or a sum, if they are codes."""
+        inputs = list(node.args[: 2 if node.target in ADDITIONS else 1])
+        plain = node.target in AVERAGES or arguments(node)["alpha"] == 1
+        return inputs if plain and all(n in self.codes for n in inputs) else None
+
+    def factors(self, node: Node) -> Sequence[int]:
+        """What a sum of two branches multiplies their codes by."""
+        return common_step(*(self.codes[n].step for n in self.terms(node)))[1]
+
+    def _of_sum(self, node: Node) -> Codes | None:
+        terms = self.terms(node)
+        if terms is None:
+            return None
+        codes = [self.codes[n] for n in terms]
+        try:
+            if node.target in AVERAGES:
+                over = average(node)
+                step, levels = averaged_step(over, codes[0].step), over.count * codes[0].levels
+            else:
+                step, factors = common_step(*(c.step for c in codes))
+                levels = sum(factor * c.levels for factor, c in zip(factors, codes))
+            if levels > MOST:
+                raise CannotConvert(f"whose sums of codes reach {levels}, above {MOST}")
+        except CannotConvert as why:
+            self.why_not[node] = str(why)
+            return None
+        return Codes(levels, step)
+
+
+def _overwritten(graph: torch.fx.Graph) -> set[Node]:
+    """The nodes whose values a later node overwrites in place, and those that they may be views of."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        for argument in schema.arguments if schema is not None else ():
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written = arguments(node)[argument.name]
+                while isinstance(written, Node) and written not in found:
+                    found.add(written)
+                    written = written.args[0] if _may_be_view(written) else None
+    return found
+
+
+def _of_each_element(step: Fraction | Tensor, shape: list[int]) -> Tensor:
+    return step.expand(shape) if isinstance(step, Tensor) else torch.full(shape, float(step), dtype=torch.float64)
 
 
 def _example_shape(node: Node) -> list[int]:

@@ -57,33 +57,33 @@ class IntegerLayer:
 def integer_layer(
     weight: Tensor,
     bias: Tensor | None,
-    alpha: Tensor,
-    bits: int,
+    step: Fraction | Tensor,
+    levels: int,
     weight_bits: int,
     norm: Norm | None = None,
     staircase: Staircase | None = None,
 ) -> IntegerLayer:
     """The integer form of one layer. Raises CannotConvert.
 
-    weight: [C, ...], a row in the order in which the op reads codes. bits: of the input. alpha: of the input, 0-d; or
-    in a shape that broadcasts against weight, and then the weights are multiplied by it before rounding.
+    weight: [C, ...], a row in the order in which the op reads codes. The input is step * code, with codes of at most
+    levels. step: one number; or one of each weight, in a shape that broadcasts against weight, and then the weights are
+    multiplied by it before rounding.
     """
-    tensors = [weight, bias, alpha, *([norm.mean, norm.var, norm.weight, norm.bias] if norm else [])]
+    tensors = [weight, bias, *([norm.mean, norm.var, norm.weight, norm.bias] if norm else [])]
     if not all(bool(t.isfinite().all()) for t in tensors if t is not None):
         raise CannotConvert("its parameters are not all finite")
     rows = weight.detach().double().cpu()
-    if alpha.dim():
-        rows, alpha = rows * alpha.cpu(), torch.ones((), dtype=torch.float64)
+    if isinstance(step, Tensor):
+        rows, step = rows * step.cpu(), Fraction(1)
     integers, scale = choose_weights(rows.flatten(1), weight_bits)
     if not bool(scale.isfinite().all()):
         raise CannotConvert(_TOO_LARGE)
     if norm is not None and norm.weight is not None:
         integers = torch.where(norm.weight.cpu()[:, None] < 0, -integers, integers)
-    top = 2**bits - 1
-    low, high = -top * (-integers).clamp(min=0).sum(1), top * integers.clamp(min=0).sum(1)
+    low, high = -levels * (-integers).clamp(min=0).sum(1), levels * integers.clamp(min=0).sum(1)
     if bool((high - low >= 2**31 - 1).any()):
         raise CannotConvert("its sums may exceed 32 bits")
-    channels = list(_channels(alpha, scale, bias, norm, low, high))
+    channels = list(_channels(step, scale, bias, norm, low, high))
     scale, offset, thresholds = (
         _float_output(channels) if staircase is None else _codes_output(channels, staircase, low, high)
     )
@@ -91,12 +91,11 @@ def integer_layer(
 
 
 def _channels(
-    alpha: Tensor, scale: Tensor, bias: Tensor | None, norm: Norm | None, low: Tensor, high: Tensor
+    step: Fraction, scale: Tensor, bias: Tensor | None, norm: Norm | None, low: Tensor, high: Tensor
 ) -> Iterable[Channel]:
-    """Of v = (alpha * scale * acc + bias - mean) / sqrt(var + eps) * gain + shift, with |gain| where the sign is in the
+    """Of v = (step * scale * acc + bias - mean) / sqrt(var + eps) * gain + shift, with |gain| where the sign is in the
     weights."""
     count = scale.numel()
-    step = Fraction(alpha.item())
     mean, gain, var, shift = _zeros(count), [Fraction(1)] * count, [Fraction(1)] * count, _zeros(count)
     if norm is not None:
         mean, var = _fractions(norm.mean), [value + Fraction(norm.eps) for value in _fractions(norm.var)]

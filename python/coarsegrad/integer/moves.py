@@ -83,6 +83,12 @@ def is_move(node: Node) -> bool:
     return node.target in _REARRANGEMENTS | MAX_POOLS | _IDENTITIES
 
 
+def each(value: int | list[int], dims: int) -> list[int]:
+    """One number for each dimension, from what torch takes for that."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * dims if len(values) == 1 else values
+
+
 def hinted(value: Any) -> Any:
     """A node of a size as the size in the example inputs."""
     if isinstance(value, Node):
@@ -90,10 +96,10 @@ def hinted(value: Any) -> Any:
     return value.node.hint if isinstance(value, torch.SymInt) else value
 
 
-def moved_alpha(node: Node, alphas: dict[Node, Tensor]) -> Tensor | list[Tensor] | None:
-    """The alpha of each element after a move, from those before it; None if a maximum compares different alphas.
+def moved_steps(node: Node, steps: dict[Node, Tensor]) -> Tensor | list[Tensor] | None:
+    """The step of each element after a move, from those before it; None if a maximum compares different ones.
 
-    An alpha of 0 is that of padding, whose code is 0 whatever the alpha.
+    A step of 0 is that of padding, whose code is 0 whatever the step.
     """
 
     def run(of: dict[Node, Tensor]) -> Tensor | list[Tensor]:
@@ -101,17 +107,17 @@ def moved_alpha(node: Node, alphas: dict[Node, Tensor]) -> Tensor | list[Tensor]
         return node.target(*args, **kwargs)
 
     if is_identity(node):
-        return alphas[node.args[0]]
-    high = run(alphas)
+        return steps[node.args[0]]
+    high = run(steps)
     if node.target in MAX_POOLS:
-        low = -run({n: torch.where(alpha > 0, -alpha, -torch.inf) for n, alpha in alphas.items()})
+        low = -run({n: torch.where(step > 0, -step, -torch.inf) for n, step in steps.items()})
         if not bool(((high == low) | (high == 0)).all()):
             return None
     return high
 
 
-def per_input(alpha: Tensor, dim: int) -> Tensor | None:
-    """The alpha of each index of a dimension; None if it is not one number for each."""
-    rows = alpha.movedim(dim, -1).flatten(0, -2)
+def per_input(step: Tensor, dim: int) -> Tensor | None:
+    """The step of each index of a dimension; None if it is not one number for each."""
+    rows = step.movedim(dim, -1).flatten(0, -2)
     high, low = rows.amax(0), torch.where(rows > 0, rows, torch.inf).amin(0)
     return high if bool(((high == low) | (high == 0)).all()) else None

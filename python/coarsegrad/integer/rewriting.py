@@ -6,6 +6,7 @@ Codes are uint8 in the layout of the float tensor. What replaces a node is put r
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from .._ops import ops
 from .._types import Rounding, wide_dtype
 from .flow import CONVOLUTIONS, CONVOLUTIONS_1D, LAYERS, QRELUS, CodeFlow, normalize
 from .layers import CannotConvert, IntegerLayer, Norm, Staircase, integer_layer
-from .moves import arguments, aten, is_identity, is_move, per_input
+from .moves import arguments, aten, each, is_identity, is_move, per_input
 from .report import Converted, ConvertReport, Stayed
+from .sums import AVERAGES, average, weighted_sum
 
 
 class Rewriting:
@@ -37,7 +39,8 @@ class Rewriting:
             if layer.args[0] in self._flow.codes:
                 self._convert(layer)
             else:
-                self._stays(layer, f"reads {_described(_source(layer.args[0]))}, not codes")
+                source = _source(layer.args[0])
+                self._stays(layer, f"reads {_described(source)}, {self._flow.why_not.get(source, 'not codes')}")
         self._finish()
         self._graph.lint()
         self._module.recompile()
@@ -107,10 +110,10 @@ class Rewriting:
             raise CannotConvert("its weight is not constant")
         if layer.target in CONVOLUTIONS and layer.args[0].meta["val"].dim() != weight.dim():
             raise CannotConvert("its input has no batch dimension")
-        alpha = codes.alpha if codes.alpha.dim() == 0 else _row_alphas(layer, weight, codes.alpha)
+        step = codes.step if isinstance(codes.step, Fraction) else _row_steps(layer, weight, codes.step)
         rows = _rows(layer, weight)
         return integer_layer(
-            rows, bias, alpha, codes.bits, self._bits_of(layer), self._norm(norm), self._staircase(qrelu)
+            rows, bias, step, codes.levels, self._bits_of(layer), self._norm(norm), self._staircase(qrelu)
         )
 
     def _norm(self, norm: Node | None) -> Norm | None:
@@ -170,7 +173,7 @@ class Rewriting:
         before it."""
         given = arguments(layer)
         kernel = list(self._flow.constant(given["weight"]).shape[2:])
-        stride, dilation = (_each(given[name], len(kernel)) for name in ("stride", "dilation"))
+        stride, dilation = (each(given[name], len(kernel)) for name in ("stride", "dilation"))
         before, behind = _padding(given["padding"], kernel, dilation)
         if before != behind:
             pad = [n for pair in zip(reversed(before), reversed(behind)) for n in pair]
@@ -184,17 +187,27 @@ class Rewriting:
     def _code_node(self, node: Node) -> Node:
         """The codes of a node that carries codes."""
         if node not in self._code_nodes:
-            given = arguments(node) if node.target in QRELUS else {}
+            codes = {n: self._code_node(n) for n in node.all_input_nodes if n in self._flow.codes}
             with self._graph.inserting_before(node):
-                if given:
-                    settings = (given["bits"], int(Rounding[given["rounding"]]), given["channel_dim"])
-                    made = self._call(ops.integer_quantize.default, given["x"], given["alpha"], *settings)
+                if node.target in QRELUS:
+                    made = self._quantized(node)
+                elif is_move(node):
+                    made = self._moved(node, codes)
                 else:
-                    made = self._moved(
-                        node, {n: self._code_node(n) for n in node.all_input_nodes if n in self._flow.codes}
-                    )
+                    made = self._added(node, [codes[n] for n in self._flow.terms(node)])
             self._code_nodes[node] = made
         return self._code_nodes[node]
+
+    def _quantized(self, qrelu: Node) -> Node:
+        given = arguments(qrelu)
+        settings = (given["bits"], int(Rounding[given["rounding"]]), given["channel_dim"])
+        return self._call(ops.integer_quantize.default, given["x"], given["alpha"], *settings)
+
+    def _added(self, node: Node, terms: list[Node]) -> Node:
+        """The average or sum of a node, of codes."""
+        if node.target in AVERAGES:
+            return average(node).sums(self._call, *terms)
+        return weighted_sum(self._call, terms, self._flow.factors(node))
 
     def _moved(self, node: Node, codes: dict[Node, Node]) -> Node:
         """The move of a node, of codes."""
@@ -202,7 +215,7 @@ class Rewriting:
         if is_identity(node):
             return args[0]
         if node.target is aten.max_pool1d.default:  # torch has none for uint8
-            window = [[first, *_each(value, 1)] for first, value in zip((1, 1, 0, 1), args[1:5])]
+            window = [[first, *each(value, 1)] for first, value in zip((1, 1, 0, 1), args[1:5])]
             pooled = self._call(
                 aten.max_pool2d.default, self._call(aten.unsqueeze.default, args[0], -2), *window, *args[5:]
             )
@@ -216,9 +229,9 @@ class Rewriting:
         """From the end of the graph: remove what nothing uses, and turn codes into floats for the nodes that stay."""
         readers: list[Stayed] = []
         for node in reversed(list(self._graph.nodes)):
-            if node.op in ("call_function", "get_attr") and not node.users:
+            if node.op in ("call_function", "get_attr") and not node.users and not node.is_impure():
                 self._graph.erase_node(node)
-            elif node in self._code_nodes and (node.target in QRELUS or _is_uniform(self._flow.codes[node].alpha)):
+            elif node in self._code_nodes and (node.target in QRELUS or self._has_one_step(node)):
                 why = f"reads codes of {_name(node)} as floats"
                 readers += [Stayed(_name(user), _described(user), why) for user in reversed(node.users)]
                 self._dequantize(node)
@@ -226,23 +239,27 @@ class Rewriting:
                 self._stays(node, "no layer reads it as codes")
         self.report.stayed += reversed(readers)
 
+    def _has_one_step(self, node: Node) -> bool:
+        return isinstance(self._flow.codes[node].step, Fraction)
+
     def _dequantize(self, node: Node) -> None:
-        """Put alpha * code in the place of a node, as qrelu rounds it."""
-        dtype, alpha = node.meta["val"].dtype, self._flow.codes[node].alpha
+        """Put step * code in the place of a node, as qrelu rounds it."""
+        dtype = node.meta["val"].dtype
         wide = wide_dtype(dtype)
         with self._graph.inserting_before(node):
             codes = self._call(aten.to.dtype, self._code_nodes[node], wide)
-            factor: Node | float
-            if _is_uniform(alpha):
-                factor = alpha.to(wide).item()
-            else:
-                given = arguments(node)
-                along = [1] * alpha.dim()
-                along[given["channel_dim"]] = -1
-                factor = self._call(aten.view.default, self._call(aten.to.dtype, given["alpha"], wide), along)
-            levels = self._to(self._call(aten.mul.Tensor, codes, factor), wide, dtype)
+            levels = self._to(self._call(aten.mul.Tensor, codes, self._factor(node, wide)), wide, dtype)
         node.replace_all_uses_with(levels)
         self._graph.erase_node(node)
+
+    def _factor(self, node: Node, wide: torch.dtype) -> Node | float:
+        """The step of a node, as it multiplies codes; of a QReLU's channels it is a tensor."""
+        if self._has_one_step(node):
+            return torch.tensor(float(self._flow.codes[node].step), dtype=torch.float64).to(wide).item()
+        given = arguments(node)
+        along = [1] * node.meta["val"].dim()
+        along[given["channel_dim"]] = -1
+        return self._call(aten.view.default, self._call(aten.to.dtype, given["alpha"], wide), along)
 
     def _record(self, layer: Node, norm: Node | None, integer: IntegerLayer, codes: bool) -> None:
         given, report = arguments(layer), self.report
@@ -263,10 +280,6 @@ def _moves_one_tensor(node: Node) -> bool:
     return is_move(node) and isinstance(node.args[0], Node) and isinstance(node.meta["val"], Tensor)
 
 
-def _is_uniform(alpha: object) -> bool:
-    return isinstance(alpha, Tensor) and alpha.dim() == 0
-
-
 def _channel_dim(layer: Node) -> int:
     return 1 if layer.target in CONVOLUTIONS else layer.meta["val"].dim() - 1
 
@@ -276,27 +289,22 @@ def _rows(layer: Node, weight: Tensor) -> Tensor:
     return weight.movedim(1, -1) if layer.target in CONVOLUTIONS else weight
 
 
-def _row_alphas(layer: Node, weight: Tensor, alpha: Tensor) -> Tensor:
-    """The input's alpha at each weight, in a shape that broadcasts against `_rows`."""
-    alpha = per_input(alpha, 1 if layer.target in CONVOLUTIONS else -1)
-    if alpha is None:
+def _row_steps(layer: Node, weight: Tensor, steps: Tensor) -> Tensor:
+    """The input's step at each weight, in a shape that broadcasts against `_rows`."""
+    step = per_input(steps, 1 if layer.target in CONVOLUTIONS else -1)
+    if step is None:
         raise CannotConvert("the alpha of its input is not one for each input channel")
     if layer.target not in CONVOLUTIONS:
-        return alpha
+        return step
     groups = arguments(layer)["groups"]
-    each = alpha.view(groups, -1).repeat_interleave(weight.size(0) // groups, 0)
-    return each.view(weight.size(0), *[1] * (weight.dim() - 2), -1)
-
-
-def _each(value: int | list[int], dims: int) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return values * dims if len(values) == 1 else values
+    rows = step.view(groups, -1).repeat_interleave(weight.size(0) // groups, 0)
+    return rows.view(weight.size(0), *[1] * (weight.dim() - 2), -1)
 
 
 def _padding(padding: str | int | list[int], kernel: list[int], dilation: list[int]) -> tuple[list[int], list[int]]:
     """(before, behind) of each dimension."""
     if not isinstance(padding, str):
-        return _each(padding, len(kernel)), _each(padding, len(kernel))
+        return each(padding, len(kernel)), each(padding, len(kernel))
     total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation)]
     return [n // 2 for n in total], [n - n // 2 for n in total]
 
