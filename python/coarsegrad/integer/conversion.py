@@ -32,7 +32,7 @@ def convert(
     model: in evaluation mode, with at least one QReLU. It is not changed and shares no tensor with the result.
     example_inputs: a tuple of the model's positional arguments, on its device. The model is exported with them by
         torch.export; the first dimension of tensors is dynamic.
-    weight_bits: 8 (integers in -127..127), 4 (-7..7), 2 (-1, 0, 1) or 1 (-1, 1): for all layers, or by the name of the
+    weight_bits: 8 (integers in -127..127), 4 (-7..7), 2 (-2..1) or 1 (-1, 1): for all layers, or by the name of the
         layer's module, 8 for those not named. Each output channel has a scale. 8 bits are nearly lossless by rounding
         alone; 2 and 1 are for networks whose weights were trained for it.
 

@@ -75,19 +75,46 @@ def integer_layer(
     rows = weight.detach().double().cpu()
     if isinstance(step, Tensor):
         rows, step = rows * step.cpu(), Fraction(1)
-    integers, scale = choose_weights(rows.flatten(1), weight_bits)
+    rows, sign = rows.flatten(1), _signs(norm, rows.size(0))
+    integers, scales = choose_weights(rows, weight_bits)
+    numbers = _numbers(integers * sign, scales, step, levels, bias, norm, staircase)
+    if numbers[2] is not None and weight_bits == 2 and bool((integers * sign == 2).any()):
+        # Thresholds are for sums that v rises with, and 2 bits hold no opposite of -2.
+        ternary, ternary_scales = choose_weights(rows, weight_bits, symmetric=True)
+        integers, scales = torch.where(sign < 0, ternary, integers), torch.where(sign[:, 0] < 0, ternary_scales, scales)
+        numbers = _numbers(integers * sign, scales, step, levels, bias, norm, staircase)
+    scale, offset, thresholds = numbers
+    if thresholds is None:
+        scale = scale * sign[:, 0]
+    else:
+        integers = integers * sign
+    return IntegerLayer(pack_weights(integers, weight_bits), scale, offset, thresholds).to(weight.device)
+
+
+def _signs(norm: Norm | None, channels: int) -> Tensor:
+    """-1 where v falls as the sum of codes times weights rises, else 1; int64 [C, 1]."""
+    if norm is None or norm.weight is None:
+        return torch.ones(channels, 1, dtype=torch.int64)
+    return torch.where(norm.weight.cpu() < 0, -1, 1)[:, None]
+
+
+def _numbers(
+    integers: Tensor,
+    scale: Tensor,
+    step: Fraction,
+    levels: int,
+    bias: Tensor | None,
+    norm: Norm | None,
+    staircase: Staircase | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(scale, offset, thresholds) of sums that v rises with."""
     if not bool(scale.isfinite().all()):
         raise CannotConvert(_TOO_LARGE)
-    if norm is not None and norm.weight is not None:
-        integers = torch.where(norm.weight.cpu()[:, None] < 0, -integers, integers)
     low, high = -levels * (-integers).clamp(min=0).sum(1), levels * integers.clamp(min=0).sum(1)
     if bool((high - low >= 2**31 - 1).any()):
         raise CannotConvert("its sums may exceed 32 bits")
     channels = list(_channels(step, scale, bias, norm, low, high))
-    scale, offset, thresholds = (
-        _float_output(channels) if staircase is None else _codes_output(channels, staircase, low, high)
-    )
-    return IntegerLayer(pack_weights(integers, weight_bits), scale, offset, thresholds).to(weight.device)
+    return _float_output(channels) if staircase is None else _codes_output(channels, staircase, low, high)
 
 
 def _channels(

@@ -92,7 +92,7 @@ def integer_conv2d_float(
 
 
 def affine(acc: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """v of accumulators [..., C]. With scale >= 0 it never decreases as acc grows, because no step of it does."""
+    """v of accumulators [..., C]. It is monotonic in acc, as each step of it is: with scale >= 0 it never decreases."""
     return acc.float() * scale + offset
 
 

@@ -9,35 +9,38 @@ from torch import Tensor
 WEIGHT_BITS = (8, 4, 2, 1)
 _BLOCK = 32  # bytes: one AVX2 register, two of NEON, half of one of AVX-512
 
-# The largest integer, and the scales that are tried for a row, as divisors of its largest magnitude.
+# (the least and the largest integer, the scales that are tried for a row, as divisors of its largest magnitude)
+_TWO_BITS = [1 + i / 8 for i in range(33)]
 _GRIDS = {
-    8: (127, [127.0]),
-    4: (7, [*range(1, 8), *(7 + i / 2 for i in range(1, 15))]),
-    2: (1, [1 + i / 8 for i in range(33)]),
+    8: [(-127, 127, [127.0])],
+    4: [(-7, 7, [*range(1, 8), *(7 + i / 2 for i in range(1, 15))])],
+    2: [(-1, 1, _TWO_BITS), (-2, 1, _TWO_BITS)],
+    1: [],
 }
 _CHUNK = 2**18  # weights at a time, to stay within a cache
 
 
-def choose_weights(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def choose_weights(weight: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor]:
     """(integers [C, K], scale [C] in float32) with the least squared error of weight - scale * integers found per row.
 
-    weight: float64 [C, K]. 8 bits are -127..127, 4 bits -7..7, 2 bits -1, 0, 1 and 1 bit is -1 or 1. For integers q the
-    best scale is <weight, q> / <q, q>; the integers are those of rounding to a few scales. A row of zeros has scale 0.
+    weight: float64 [C, K]. 8 bits are -127..127, 4 bits -7..7, 2 bits -2..1 (-1..1 if symmetric), and 1 bit is -1 or 1.
+    For integers q the best scale is <weight, q> / <q, q>; the integers are those of rounding to a few scales. A row of
+    zeros has scale 0.
     """
+    grids = [grid for grid in _GRIDS[bits] if not symmetric or grid[0] == -grid[1]]
     chunks = weight.split(max(1, _CHUNK // max(1, weight.size(1))))
-    integers, scales = zip(*(_choose(chunk, bits) for chunk in chunks))
+    integers, scales = zip(*(_choose(chunk, bits, grids) for chunk in chunks))
     return torch.cat(integers), torch.cat(scales).float()
 
 
-def _choose(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _choose(weight: Tensor, bits: int, grids: list[tuple[int, int, list[float]]]) -> tuple[Tensor, Tensor]:
     largest = weight.abs().amax(1) if weight.size(1) else weight.new_zeros(weight.size(0))
     unit = weight / torch.where(largest > 0, largest, 1)[:, None]
     integers, scale, explained = _fitted(
         unit, torch.where(unit < 0, -1.0, 1.0) if bits == 1 else torch.zeros_like(unit)
     )
-    top, divisors = _GRIDS.get(bits, (1, []))
-    for divisor in divisors:
-        tried, tried_scale, tried_explained = _fitted(unit, (unit * divisor).round().clamp(-top, top))
+    for low, high, divisor in ((low, high, divisor) for low, high, divisors in grids for divisor in divisors):
+        tried, tried_scale, tried_explained = _fitted(unit, (unit * divisor).round().clamp(low, high))
         better = tried_explained > explained
         integers = torch.where(better[:, None], tried, integers)
         scale, explained = torch.where(better, tried_scale, scale), torch.where(better, tried_explained, explained)
@@ -53,7 +56,7 @@ def _fitted(weight: Tensor, integers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @torch.no_grad()
 def round_weights(weight: Tensor, bits: int) -> Tensor:
     """The weight of a Linear or convolution as scale * integers, in float64: what `convert` computes with if its input
-    has one alpha."""
+    has one step. Only where it compares with thresholds, 2-bit rows with a negative gain of the BatchNorm are -1..1."""
     rows = weight.double().movedim(1, -1)
     integers, scale = choose_weights(rows.flatten(1), bits)
     return (integers * scale.double()[:, None]).view(rows.shape).movedim(-1, 1)
