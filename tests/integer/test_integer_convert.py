@@ -285,8 +285,6 @@ def test_weight_bits_by_name(small):
     x, model, _ = small
     report = cg.convert(model, (x,), weight_bits={"3": 4}).report
     assert [(row.name, row.weight_bits) for row in report.converted] == [("3", 4), ("6", 8)]
-    with pytest.raises(ValueError, match=r"weight_bits must name layers of \['0', '3', '6'\], got \['4'\]"):
-        cg.convert(model, (x,), weight_bits={"4": 4})
 
 
 def test_packed_activations_do_not_matter(small):
@@ -324,12 +322,6 @@ def test_refusals(small):
     x, model, converted = small
     with pytest.raises(TypeError, match="model must be an nn.Module, got function"):
         cg.convert(F.relu, (x,))
-    with pytest.raises(TypeError, match="example_inputs must be a tuple of arguments, got Tensor"):
-        cg.convert(model, x)
-    with pytest.raises(ValueError, match="example_inputs must hold at least one example"):
-        cg.convert(model, (x[:0],))
-    with pytest.raises(ValueError, match="weight_bits must be one of 8, 4, 2, 1, got 3"):
-        cg.convert(model, (x,), weight_bits=3)
     with pytest.raises(ValueError, match="but it is in training mode"):
         cg.convert(copy.deepcopy(model).train(), (x,))
     with pytest.raises(ValueError, match="but 1 is in training mode"):
@@ -340,8 +332,70 @@ def test_refusals(small):
         cg.convert(nn.Linear(5, 3).eval(), (x,))
     with pytest.raises(ValueError, match="model is converted already"):
         cg.convert(converted, (x,))
+    with pytest.raises(ValueError, match="model is converted already"):
+        cg.convert(nn.Sequential(copy.deepcopy(converted), cg.QReLU(4)).eval(), (x,))
     with pytest.raises(ValueError, match="model cannot be exported by torch.export: "):
         cg.convert(nn.Sequential(cg.QReLU(4), Branches()).eval(), (x,))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "words"),
+    (
+        (lambda x: x, TypeError, "example_inputs must be a tuple of arguments, got Tensor"),
+        (lambda x: [x], TypeError, "example_inputs must be a tuple of arguments, got list"),
+        (lambda x: (x[:0],), ValueError, "example_inputs must hold at least one example, got an empty tensor"),
+        (lambda x: (x.to("meta"),), ValueError, "example_inputs must hold values, got a tensor on the meta device"),
+        (lambda x: (), ValueError, "model must run on example_inputs: TypeError: .*missing"),
+        (lambda x: (x, x), ValueError, "model must run on example_inputs: TypeError: "),
+        (lambda x: (x[:, :1],), ValueError, "model must run on example_inputs: RuntimeError: .*channels"),
+        (lambda x: (x.double(),), ValueError, "model must run on example_inputs: RuntimeError: "),
+    ),
+)
+def test_wrong_example_inputs(small, inputs, error, words):
+    x, model, _ = small
+    with pytest.raises(error, match=words):
+        cg.convert(model, inputs(x))
+
+
+@pytest.mark.parametrize(
+    ("weight_bits", "words"),
+    (
+        (3, "weight_bits must be one of 8, 4, 2, 1, got 3"),
+        ("8", "weight_bits must be one of 8, 4, 2, 1, got '8'"),
+        (True, "weight_bits must be one of 8, 4, 2, 1, got True"),
+        ([8], r"weight_bits must be one of 8, 4, 2, 1, got \[8\]"),
+        ({"3": 16}, "weight_bits must be one of 8, 4, 2, 1, got 16"),
+        ({"4": 4}, r"weight_bits must name layers of \['0', '3', '6'\], got \['4'\]"),
+        ({3: 4, "x": 8}, r"weight_bits must name layers of \['0', '3', '6'\], got \[3, 'x'\]"),
+    ),
+    ids=repr,
+)
+def test_wrong_weight_bits(small, weight_bits, words):
+    x, model, _ = small
+    with pytest.raises(ValueError, match=words):
+        cg.convert(model, (x,), weight_bits=weight_bits)
+
+
+def test_wrong_alphas_and_devices(small):
+    x, model, _ = small
+    for value in (float("nan"), float("inf"), 0.0, -1.0):
+        broken = copy.deepcopy(model)
+        broken[2].alpha.fill_(value)
+        with pytest.raises(ValueError, match="model must run on example_inputs: .* alpha must be finite and > 0"):
+            cg.convert(broken, (x,))
+    with pytest.raises(ValueError, match="model must hold values, but 0.weight is on the meta device"):
+        cg.convert(copy.deepcopy(model).to("meta"), (x,))
+    broken = copy.deepcopy(model)
+    broken[4].to("meta")
+    with pytest.raises(ValueError, match="model must hold values, but 4.alpha is on the meta device"):
+        cg.convert(broken, (x,))
+
+    class Elsewhere(nn.Sequential):
+        def forward(self, x):
+            return self[6](cg.qrelu(self[0](x).flatten(1)[:, :6], torch.ones(1, device="meta"), 4))
+
+    with pytest.raises(ValueError, match="model must run on example_inputs: .* alpha must be on the device of x, cpu"):
+        cg.convert(Elsewhere(*copy.deepcopy(model)).eval(), (x,))
 
 
 def test_layers_that_cannot_be_converted_are_named():

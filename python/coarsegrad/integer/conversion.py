@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +41,7 @@ def convert(
     Returns a GraphModule in evaluation mode. Its `report` lists what became integer, and what stays float and why.
 
     Raises TypeError or ValueError for a wrong argument, a model in training mode, without a QReLU, or converted before;
-    and ValueError, with the reason, where torch.export cannot export the model.
+    and ValueError, with the reason, where the model does not run on example_inputs or torch.export cannot export it.
 
     Source: Jacob et al. 2018, arXiv 1712.05877 (integer inference of networks trained with quantization).
     """
@@ -102,6 +104,12 @@ def _check(model: nn.Module, example_inputs: tuple, weight_bits: int | Mapping[s
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if not isinstance(example_inputs, tuple):
         raise TypeError(f"example_inputs must be a tuple of arguments, got {type(example_inputs).__name__}")
+    if any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves(example_inputs)):
+        raise ValueError("example_inputs must hold values, got a tensor on the meta device")
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    meta = next((name for name, t in tensors if t.is_meta), None)
+    if meta is not None:
+        raise ValueError(f"model must hold values, but {meta} is on the meta device")
     for bits in weight_bits.values() if isinstance(weight_bits, Mapping) else [weight_bits]:
         check_weight_bits(bits)
     training = next((name for name, module in model.named_modules() if module.training), None)
@@ -112,12 +120,20 @@ def _check(model: nn.Module, example_inputs: tuple, weight_bits: int | Mapping[s
 def _exported(model: nn.Module, example_inputs: tuple) -> torch.fx.GraphModule:
     """The graph of the model in ATen ops, with the first dimension of its inputs dynamic."""
     inputs, dynamic = _batched(example_inputs)
-    try:
-        with torch.no_grad():
+    with torch.no_grad():
+        with _refusal("model must run on example_inputs"):  # export would let some inputs pass that it cannot run on
+            model(*example_inputs)
+        with _refusal("model cannot be exported by torch.export"):
             return torch.export.export(model, inputs, dynamic_shapes=dynamic, strict=False).module()
+
+
+@contextlib.contextmanager
+def _refusal(what: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"model cannot be exported by torch.export: {type(error).__name__}: {reason}") from error
+        raise ValueError(f"{what}: {type(error).__name__}: {reason}") from error
 
 
 def _batched(example_inputs: tuple) -> tuple[tuple, tuple]:

@@ -47,7 +47,7 @@ class Rewriting:
 
     def _check_names(self, names: list[str]) -> None:
         if isinstance(self._weight_bits, Mapping) and (unknown := set(self._weight_bits) - set(names)):
-            raise ValueError(f"weight_bits must name layers of {sorted(set(names))}, got {sorted(unknown)}")
+            raise ValueError(f"weight_bits must name layers of {sorted(set(names))}, got {sorted(unknown, key=str)}")
 
     def _bits_of(self, layer: Node) -> int:
         if isinstance(self._weight_bits, Mapping):
