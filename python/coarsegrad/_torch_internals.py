@@ -34,6 +34,7 @@ __all__ = [
     "dispatch_key",
     "functorch_active",
     "has_hooks",
+    "has_kernel",
     "has_tangent",
     "in_functorch_kernel",
     "make_contiguous_strides_for",
@@ -62,6 +63,11 @@ __all__ = [
 def dispatch_key(device_type: str) -> str:
     """The dispatch key of the kernels of a device type, such as "CUDA" for "cuda"."""
     return torch._C._dispatch_key_for_device(device_type)
+
+
+def has_kernel(op: str, device_type: str) -> bool:
+    """Whether an op of coarsegrad has a kernel of its own for a device type, besides its default one."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"coarsegrad::{op}", dispatch_key(device_type))
 
 
 def unregister(library: torch.library.Library) -> None:

@@ -244,6 +244,11 @@ def _slow_reasons() -> list[str]:
     return reasons
 
 
+def _integer_kernels(device: str) -> str:
+    kernels = integer.integer_kernels(device)
+    return "plain torch, slower than floats" if kernels == "reference" else f"{kernels} kernels"
+
+
 def info() -> str:
     """Versions, the native library, threads, the backend of each device, and what is slow here, as text."""
     from . import __version__
@@ -264,6 +269,7 @@ def info() -> str:
         for fact, value in _ops.build_facts.items():
             text = ", ".join(value) if isinstance(value, list) else str(value)
             lines.append((f"  built: {fact.replace('_', ' ')}", text))
+    lines += [("integer layers", f"on {device}: {_integer_kernels(device)}") for device in _device_types()]
     width = max(len(name) for name, _ in lines)
     text = "\n".join(f"{name.ljust(width)}  {value}" for name, value in lines) + f"\n\n{backends()!r}"
     if reasons := _slow_reasons():

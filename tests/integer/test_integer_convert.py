@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import coarsegrad as cg
+from coarsegrad.backends import info
 from coarsegrad.experiments.models import lenet5, resnet14
+from coarsegrad.integer import ops as integer_ops
 from coarsegrad.integer import round_weights
 
 WEIGHT_BITS = (8, 4, 2, 1)
@@ -252,6 +255,38 @@ def test_report(small):
     ]
     assert report.integer_bytes == 6 * 64 + 3 * 32 + 9 * 2 * 4
     assert report.float_bytes == 4 * (6 * 36 + 6 + 3 * 6 + 3)
+
+
+def test_the_report_says_which_kernels_run(small, monkeypatch):
+    report = small[2].report
+    for kernels, words in (
+        ("native", "On cpu they run on native kernels."),
+        (None, "On cpu they run in plain torch: "),
+    ):
+        monkeypatch.setattr(integer_ops, "serving", {"cpu": kernels} if kernels else {})
+        assert str(report).splitlines()[-1].startswith(words)
+        assert (kernels or "plain torch") in next(row for row in info().splitlines() if "integer" in row)
+    assert integer_ops.integer_kernels("meta") == "reference"
+
+
+def test_the_first_conversion_without_compiled_kernels_warns(small, monkeypatch):
+    x, model, _ = small
+    monkeypatch.setattr(integer_ops._ops, "native_switched_off", False)
+    monkeypatch.setattr(integer_ops, "_warned_devices", set())
+    monkeypatch.setattr(integer_ops, "serving", {"cpu": "native"})
+
+    def caught(net):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            cg.convert(net, (x,))
+        return [str(w.message) for w in found if "integer layers" in str(w.message)]
+
+    assert caught(model) == []
+    monkeypatch.setattr(integer_ops, "serving", {})
+    assert caught(nn.Sequential(*model[:3], nn.Flatten()).eval()) == []  # no integer layer
+    (message,) = caught(model)
+    assert message.startswith("on cpu integer layers run in plain torch, which is exact but slower than floats; ")
+    assert caught(model) == []
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's own, as it copies the specification of a graph's inputs

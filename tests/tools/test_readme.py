@@ -9,6 +9,7 @@ import pytest
 from paths import ROOT
 
 import coarsegrad as cg
+from coarsegrad.integer import ops as integer_ops
 
 PAGES = {path.name: path.read_text() for path in (*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md")))}
 # A block, and the indented lines that it prints, where the page shows them.
@@ -25,6 +26,7 @@ def test_the_blocks_of_a_page_run_and_print_what_it_shows(page, monkeypatch, req
     """One after the other, as somebody would who follows the page."""
     namespace, register = {}, cg.register_ste
     monkeypatch.setattr(cg, "register_ste", lambda *args: request.addfinalizer(register(*args).close))
+    monkeypatch.setitem(integer_ops.serving, "cpu", "native")  # pages show what is printed where all is built
     monkeypatch.chdir(tmp_path)
     for match in BLOCK.finditer(PAGES[page]):
         line = PAGES[page].count("\n", 0, match.start())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._torch_internals import set_preserved, tree_leaves, tree_map, without_tracer
 from .checks import check_weight_bits
+from .ops import warn_if_slow
 from .rewriting import Rewriting
 
 _INTEGER_OP = "coarsegrad.integer_"
@@ -38,7 +39,8 @@ def convert(
         layer's module, 8 for those not named. Each output channel has a scale. 8 bits are nearly lossless by rounding
         alone; 2 and 1 are for networks whose weights were trained for it.
 
-    Returns a GraphModule in evaluation mode. Its `report` lists what became integer, and what stays float and why.
+    Returns a GraphModule in evaluation mode. Its `report` lists what became integer, and what stays float and why. The
+    first time that there are no compiled kernels for its integer layers on their device, a warning says so.
 
     Raises TypeError or ValueError for a wrong argument, a model in training mode, without a QReLU, or converted before;
     and ValueError, with the reason, where the model does not run on example_inputs or torch.export cannot export it.
@@ -58,6 +60,8 @@ def convert(
     converted = torch.fx.GraphModule(graph_module, without_tracer(graph_module.graph), type(model).__name__)
     _own_tensors(converted)
     set_preserved(converted, "report", rewriting.report)
+    if rewriting.report.converted:
+        warn_if_slow(rewriting.report.device)
     return converted.eval()
 
 

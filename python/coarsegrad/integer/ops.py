@@ -8,11 +8,13 @@ scale and offset are not read.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from .. import _ops
 from .._checks import check_arguments
-from .._torch_internals import suggest_memory_format
+from .._torch_internals import has_kernel, suggest_memory_format
 from .._types import Rounding, parse
 from . import reference
 from .checks import check_conv2d, check_linear
@@ -72,3 +74,29 @@ def _(codes, weight, bits, weight_bits, scale, offset, thresholds, levels, *wind
 @_fake("integer_conv2d_float")
 def _(codes, weight, bits, weight_bits, scale, offset, *window):
     return _new_images(codes, check_conv2d(codes, weight, bits, weight_bits, scale, offset, window), torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------- who runs them
+
+# Device type -> the backend with compiled kernels for these ops; others are added as they are registered.
+serving = {device: "native" for device in ("cpu", "cuda") if all(has_kernel(name, device) for name in KERNELS)}
+_warned_devices: set[str] = set()
+
+
+def integer_kernels(device: str) -> str:
+    """The backend that runs the ops of integer layers on a device type, outside `use_backend`: "native", "triton", or
+    "reference", which is plain torch."""
+    return serving.get(device, "reference")
+
+
+def warn_if_slow(device: str) -> None:
+    """The first time that integer layers are to run on the reference of a device type, a warning that says why."""
+    if integer_kernels(device) != "reference" or _ops.native_switched_off or device in _warned_devices:
+        return
+    _warned_devices.add(device)
+    why_not = _ops.why_not_native(device) or "has no kernels for them"
+    warnings.warn(
+        f"on {device} integer layers run in plain torch, which is exact but slower than floats; coarsegrad's native"
+        f" library: {why_not}. See `python -m coarsegrad info`.",
+        stacklevel=3,
+    )

@@ -268,6 +268,7 @@ class Rewriting:
         how = [f"with {_name(norm)}"] if norm else []
         how += ["by thresholds"] if integer.thresholds is not None else []
         report.converted.append(Converted(_name(layer), what, self._bits_of(layer), output, "; ".join(how)))
+        report.device = integer.weight.device.type
         report.integer_bytes += sum(t.nbytes for t in vars(integer).values() if t is not None)
         report.float_bytes += sum(t.nbytes for t in tensors if t is not None)
 
