@@ -6,6 +6,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.fx import Node
 from .._checks import checked_values
 from .._ops import ops
 from .layers import CannotConvert
-from .moves import arguments, aten, hinted, is_move, moved_steps
+from .moves import arguments, aten, first_input, hinted, is_move, moved_steps, target
 from .sums import ADDITIONS, AVERAGES, MOST, average, averaged_step, common_step
 
 QRELUS = {ops.qrelu.default, ops.qrelu_custom.default}
@@ -48,14 +49,14 @@ def normalize(graph: torch.fx.Graph) -> None:
     no later node sees it."""
     for node in list(graph.nodes):
         if node.target in _INPLACE and _is_last_use(node):
-            node.target = _INPLACE[node.target]
+            node.target = _INPLACE[target(node)]
         elif node.target in _FUSED:
             _split(graph, node)
 
 
 def _is_last_use(node: Node) -> bool:
     """Whether nothing but the node and what comes from it can see that it overwrites its input."""
-    x = node.args[0]
+    x = first_input(node)
     if x.op != "call_function" or _may_be_view(x) or any(_may_be_view(user) for user in x.users if user is not node):
         return False
     later = node
@@ -77,7 +78,7 @@ def _split(graph: torch.fx.Graph, node: Node) -> None:
     with graph.inserting_before(node):
         y = graph.call_function(ops.qrelu.default, tuple(given[name] for name in activation))
         y.meta = {**node.meta, "val": given["x"].meta["val"]}
-        layer = graph.call_function(_FUSED[node.target], (y, given["weight"], given["bias"], *window))
+        layer = graph.call_function(_FUSED[target(node)], (y, given["weight"], given["bias"], *window))
         layer.meta = dict(node.meta)
     node.replace_all_uses_with(layer)
     graph.erase_node(node)
@@ -108,13 +109,13 @@ class CodeFlow:
 
     def _evaluated(self, node: Node) -> Tensor | None:
         if node.op == "get_attr":
-            return operator.attrgetter(node.target)(self._module)
+            return operator.attrgetter(target(node))(self._module)
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         if node.op != "call_function" or random or any(self.constant(n) is None for n in node.all_input_nodes):
             return None
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self.constant)
         with torch.no_grad():
-            return node.target(*args, **kwargs)
+            return target(node)(*args, **kwargs)
 
     def _found(self, node: Node) -> Codes | None:
         if node.target in QRELUS:
@@ -143,39 +144,49 @@ class CodeFlow:
         if not inputs or not all(n in self.codes for n in inputs):
             return None
         codes = [self.codes[n] for n in inputs]
+        step: Fraction | Tensor | Sequence[Tensor] | None
         first = codes[0].step
         if all(isinstance(c.step, Fraction) and c.step == first for c in codes):
             step = first
         elif isinstance(first, list):
-            step = first[node.args[1]] if node.target is operator.getitem else None
+            index: Any = node.args[1]
+            step = first[index] if node.target is operator.getitem else None
         else:
-            step = moved_steps(node, {n: _of_each_element(self.codes[n].step, _example_shape(n)) for n in inputs})
+            step = moved_steps(node, {n: _of_each_element(self.step(n), _example_shape(n)) for n in inputs})
         if step is None:
             return None
-        return Codes(max(c.levels for c in codes), list(step) if isinstance(step, tuple) else step)
+        return Codes(max(c.levels for c in codes), list(step) if isinstance(step, (tuple, list)) else step)
 
-    def terms(self, node: Node) -> list[Node] | None:
-        """The inputs of an average or a sum, if they are codes."""
-        inputs = list(node.args[: 2 if node.target in ADDITIONS else 1])
-        plain = node.target in AVERAGES or arguments(node)["alpha"] == 1
-        return inputs if plain and all(n in self.codes for n in inputs) else None
+    def step(self, node: Node) -> Fraction | Tensor:
+        """The step of a node whose value is a tensor."""
+        step = self.codes[node].step
+        assert not isinstance(step, list)
+        return step
+
+    def terms(self, node: Node) -> list[Node]:
+        """The inputs of an average or a sum, if all are codes; else none."""
+        inputs = [
+            n for n in node.args[: 2 if node.target in ADDITIONS else 1] if isinstance(n, Node) and n in self.codes
+        ]
+        plain = node.target in AVERAGES or (len(inputs) == 2 and arguments(node)["alpha"] == 1)
+        return inputs if plain else []
 
     def factors(self, node: Node) -> Sequence[int]:
         """What a sum of two branches multiplies their codes by."""
-        return common_step(*(self.codes[n].step for n in self.terms(node)))[1]
+        first, second = self.terms(node)
+        return common_step(self.step(first), self.step(second))[1]
 
     def _of_sum(self, node: Node) -> Codes | None:
         terms = self.terms(node)
-        if terms is None:
+        if not terms:
             return None
-        codes = [self.codes[n] for n in terms]
         try:
             if node.target in AVERAGES:
                 over = average(node)
-                step, levels = averaged_step(over, codes[0].step), over.count * codes[0].levels
+                step, levels = averaged_step(over, self.step(terms[0])), over.count * self.codes[terms[0]].levels
             else:
-                step, factors = common_step(*(c.step for c in codes))
-                levels = sum(factor * c.levels for factor, c in zip(factors, codes))
+                step, factors = common_step(self.step(terms[0]), self.step(terms[1]))
+                levels = sum(factor * self.codes[n].levels for factor, n in zip(factors, terms))
             if levels > MOST:
                 raise CannotConvert(f"whose sums of codes reach {levels}, above {MOST}")
         except CannotConvert as why:

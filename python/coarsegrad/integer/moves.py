@@ -58,9 +58,21 @@ _REARRANGEMENTS = {
 }
 
 
+def target(node: Node) -> Any:
+    """What a node calls or gets; torch gives it a type that nothing can be done with."""
+    return node.target
+
+
+def first_input(node: Node) -> Node:
+    """The first argument, of nodes that have a node there."""
+    x = node.args[0]
+    assert isinstance(x, Node)
+    return x
+
+
 def arguments(node: Node) -> dict[str, Any]:
     """The arguments of a call of an op by name, defaults included."""
-    schema = node.target._schema.arguments
+    schema = target(node)._schema.arguments
     given = {argument.name: argument.default_value for argument in schema}
     return given | dict(zip([argument.name for argument in schema], node.args)) | node.kwargs
 
@@ -102,12 +114,12 @@ def moved_steps(node: Node, steps: dict[Node, Tensor]) -> Tensor | list[Tensor] 
     A step of 0 is that of padding, whose code is 0 whatever the step.
     """
 
-    def run(of: dict[Node, Tensor]) -> Tensor | list[Tensor]:
+    def run(of: dict[Node, Tensor]) -> Any:
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: of.get(n, hinted(n)))
-        return node.target(*args, **kwargs)
+        return target(node)(*args, **kwargs)
 
     if is_identity(node):
-        return steps[node.args[0]]
+        return steps[first_input(node)]
     high = run(steps)
     if node.target in MAX_POOLS:
         low = -run({n: torch.where(step > 0, -step, -torch.inf) for n, step in steps.items()})

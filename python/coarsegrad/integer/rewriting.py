@@ -5,8 +5,9 @@ Codes are uint8 in the layout of the float tensor. What replaces a node is put r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from .._ops import ops
 from .._types import Rounding, wide_dtype
 from .flow import CONVOLUTIONS, CONVOLUTIONS_1D, LAYERS, QRELUS, CodeFlow, normalize
 from .layers import CannotConvert, IntegerLayer, Norm, Staircase, integer_layer
-from .moves import arguments, aten, each, is_identity, is_move, per_input
+from .moves import arguments, aten, each, first_input, is_identity, is_move, per_input, target
 from .report import Converted, ConvertReport, Stayed
 from .sums import AVERAGES, average, weighted_sum
 
@@ -70,7 +71,7 @@ class Rewriting:
             with self._graph.inserting_before(qrelu):
                 codes = self._emit(layer, integer, 2 ** arguments(qrelu)["bits"] - 1)
                 for move in between:
-                    codes = self._moved(move, {move.args[0]: codes})
+                    codes = self._moved(move, {first_input(move): codes})
             self._code_nodes[qrelu] = codes
         else:
             last = norm or layer
@@ -104,36 +105,43 @@ class Rewriting:
         return constant and not given["training"] and _channel_dim(layer) == 1
 
     def _integer_layer(self, layer: Node, norm: Node | None, qrelu: Node | None) -> IntegerLayer:
-        given, codes = arguments(layer), self._flow.codes[layer.args[0]]
+        given, x = arguments(layer), first_input(layer)
         weight, bias = self._flow.constant(given["weight"]), self._flow.constant(given["bias"])
         if weight is None or (bias is None and given["bias"] is not None):
             raise CannotConvert("its weight is not constant")
-        if layer.target in CONVOLUTIONS and layer.args[0].meta["val"].dim() != weight.dim():
+        if layer.target in CONVOLUTIONS and x.meta["val"].dim() != weight.dim():
             raise CannotConvert("its input has no batch dimension")
-        step = codes.step if isinstance(codes.step, Fraction) else _row_steps(layer, weight, codes.step)
+        step = self._flow.step(x)
+        if isinstance(step, Tensor):
+            step = _row_steps(layer, weight, step)
         rows = _rows(layer, weight)
         return integer_layer(
-            rows, bias, step, codes.levels, self._bits_of(layer), self._norm(norm), self._staircase(qrelu)
+            rows, bias, step, self._flow.codes[x].levels, self._bits_of(layer), self._norm(norm), self._staircase(qrelu)
         )
 
     def _norm(self, norm: Node | None) -> Norm | None:
         if norm is None:
             return None
         given = arguments(norm)
-        mean, var, weight, bias = (
-            self._flow.constant(given[name]) for name in ("running_mean", "running_var", "weight", "bias")
-        )
+        mean, var = (self._known(given[name]) for name in ("running_mean", "running_var"))
+        weight, bias = (self._flow.constant(given[name]) for name in ("weight", "bias"))
         return Norm(mean, var, given["eps"], weight, bias)
 
     def _staircase(self, qrelu: Node | None) -> Staircase | None:
         if qrelu is None:
             return None
         given = arguments(qrelu)
-        return Staircase(self._flow.constant(given["alpha"]), given["bits"], given["rounding"])
+        return Staircase(self._known(given["alpha"]), given["bits"], given["rounding"])
+
+    def _known(self, node: Node) -> Tensor:
+        """The value of what is known to be a constant."""
+        value = self._flow.constant(node)
+        assert value is not None
+        return value
 
     # ----------------------------------------------------------------------------------------- nodes
 
-    def _call(self, op: object, *args: object) -> Node:
+    def _call(self, op: Callable[..., Any], *args: Any) -> Node:
         return self._graph.call_function(op, args)
 
     def _to(self, node: Node, dtype: torch.dtype, wanted: torch.dtype) -> Node:
@@ -142,9 +150,11 @@ class Rewriting:
     def _emit(self, layer: Node, integer: IntegerLayer, levels: int | None) -> Node:
         """The op of an integer layer; levels: of its output codes, None for floats."""
         weight, scale, offset, thresholds = self._stored(_name(layer), integer)
-        codes, bits = self._code_node(layer.args[0]), self._flow.codes[layer.args[0]].bits
+        x = first_input(layer)
+        codes, bits = self._code_node(x), self._flow.codes[x].bits
         staircase = () if levels is None else (thresholds, levels)
-        name, window = "integer_linear", ()
+        window: tuple[list[int], ...] = ()
+        name = "integer_linear"
         if layer.target in CONVOLUTIONS:
             name = "integer_conv2d"
             codes, window = self._window(layer, codes)
@@ -172,7 +182,7 @@ class Rewriting:
         """(codes, the arguments of integer_conv2d after levels); padding that is not the same on both sides comes
         before it."""
         given = arguments(layer)
-        kernel = list(self._flow.constant(given["weight"]).shape[2:])
+        kernel = list(self._known(given["weight"]).shape[2:])
         stride, dilation = (each(given[name], len(kernel)) for name in ("stride", "dilation"))
         before, behind = _padding(given["padding"], kernel, dilation)
         if before != behind:
@@ -211,17 +221,18 @@ class Rewriting:
 
     def _moved(self, node: Node, codes: dict[Node, Node]) -> Node:
         """The move of a node, of codes."""
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: codes.get(n, n))
         if is_identity(node):
-            return args[0]
+            return codes[first_input(node)]
+        args: Any
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: codes.get(n, n))
         if node.target is aten.max_pool1d.default:  # torch has none for uint8
             window = [[first, *each(value, 1)] for first, value in zip((1, 1, 0, 1), args[1:5])]
             pooled = self._call(
                 aten.max_pool2d.default, self._call(aten.unsqueeze.default, args[0], -2), *window, *args[5:]
             )
             return self._call(aten.squeeze.dim, pooled, -2)
-        target = aten.reshape.default if node.target is aten.view.default else node.target
-        return self._graph.call_function(target, args, kwargs)
+        op = aten.reshape.default if node.target is aten.view.default else target(node)
+        return self._graph.call_function(op, args, kwargs)
 
     # ---------------------------------------------------------------------------------------- finish
 
@@ -254,8 +265,9 @@ class Rewriting:
 
     def _factor(self, node: Node, wide: torch.dtype) -> Node | float:
         """The step of a node, as it multiplies codes; of a QReLU's channels it is a tensor."""
-        if self._has_one_step(node):
-            return torch.tensor(float(self._flow.codes[node].step), dtype=torch.float64).to(wide).item()
+        step = self._flow.step(node)
+        if isinstance(step, Fraction):
+            return torch.tensor(float(step), dtype=torch.float64).to(wide).item()
         given = arguments(node)
         along = [1] * node.meta["val"].dim()
         along[given["channel_dim"]] = -1
@@ -263,14 +275,14 @@ class Rewriting:
 
     def _record(self, layer: Node, norm: Node | None, integer: IntegerLayer, codes: bool) -> None:
         given, report = arguments(layer), self.report
-        tensors = [self._flow.constant(given[name]) for name in ("weight", "bias")]
-        what, output = f"{_op(layer)} {list(tensors[0].shape)}", "codes" if codes else "float"
+        weight, bias = self._known(given["weight"]), self._flow.constant(given["bias"])
+        what, output = f"{_op(layer)} {list(weight.shape)}", "codes" if codes else "float"
         how = [f"with {_name(norm)}"] if norm else []
         how += ["by thresholds"] if integer.thresholds is not None else []
         report.converted.append(Converted(_name(layer), what, self._bits_of(layer), output, "; ".join(how)))
         report.device = integer.weight.device.type
         report.integer_bytes += sum(t.nbytes for t in vars(integer).values() if t is not None)
-        report.float_bytes += sum(t.nbytes for t in tensors if t is not None)
+        report.float_bytes += sum(t.nbytes for t in (weight, bias) if t is not None)
 
 
 def _only_user(node: Node) -> Node | None:
@@ -313,8 +325,8 @@ def _padding(padding: str | int | list[int], kernel: list[int], dilation: list[i
 def _name(node: Node) -> str:
     """The module that a node is of, by its weight's name where it has one."""
     weight = node.args[1] if node.target in LAYERS else None
-    if isinstance(weight, Node) and weight.op == "get_attr" and weight.target.endswith(".weight"):
-        return weight.target.removesuffix(".weight")
+    if isinstance(weight, Node) and weight.op == "get_attr" and target(weight).endswith(".weight"):
+        return target(weight).removesuffix(".weight")
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return stack[-1][0] if stack else node.name
 

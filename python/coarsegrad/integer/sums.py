@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .layers import CannotConvert
-from .moves import arguments, aten, each
+from .moves import arguments, aten, each, first_input, target
 
 MOST = 255  # codes are uint8
 ADDITIONS = {aten.add.Tensor}
@@ -80,24 +80,22 @@ class Reduction:
 
 def average(node: Node) -> Pool | Reduction:
     """The sums that one of AVERAGES divides by one number. Raises CannotConvert if there is no such number."""
-    given, x = arguments(node), node.args[0]
-    assert isinstance(x, Node)
-    shape = x.meta["val"].shape
-    if node.target in _REDUCTIONS:
+    given, op, shape = arguments(node), target(node), first_input(node).meta["val"].shape
+    if op in _REDUCTIONS:
         dims = [dim % len(shape) for dim in given["dim"] or range(len(shape))]
         sizes = _fixed([shape[dim] for dim in dims])
         count = math.prod(sizes)
-        return Reduction(dims, given["keepdim"], count, count if node.target is aten.mean.dim else 1)
-    if node.target in _ADAPTIVE:
-        outputs = each(given["output_size"], _ADAPTIVE[node.target])
+        return Reduction(dims, given["keepdim"], count, count if op is aten.mean.dim else 1)
+    if op in _ADAPTIVE:
+        outputs = each(given["output_size"], _ADAPTIVE[op])
         sizes = _fixed(shape[-len(outputs) :])
         if any(size % output for size, output in zip(sizes, outputs)):
             raise CannotConvert("whose windows are not all of one size")
         kernel = [size // output for size, output in zip(sizes, outputs)]
         return Pool(kernel, kernel, [0] * len(kernel), math.prod(kernel))
-    dims = _POOLS[node.target]
-    kernel, padding = each(given["kernel_size"], dims), each(given["padding"], dims)
-    stride = each(given["stride"], dims) if given["stride"] else kernel
+    rank = _POOLS[op]
+    kernel, padding = each(given["kernel_size"], rank), each(given["padding"], rank)
+    stride = each(given["stride"], rank) if given["stride"] else kernel
     fixed = given.get("divisor_override")
     if given["ceil_mode"] or (fixed is None and any(padding) and not given["count_include_pad"]):
         raise CannotConvert("whose windows are not all of one size")
@@ -127,9 +125,9 @@ def common_step(a: Fraction | Tensor, b: Fraction | Tensor) -> tuple[Fraction | 
         step = Fraction(numerator, a.denominator * b.denominator)
         return step, (int(a / step), int(b / step))
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        a, b = torch.broadcast_tensors(a, b)
-        if torch.equal(a, b):
-            return a, (1, 1)
+        first, second = torch.broadcast_tensors(a, b)
+        if torch.equal(first, second):
+            return first, (1, 1)
     raise CannotConvert("whose terms have different steps in one channel")
 
 
