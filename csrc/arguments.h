@@ -76,4 +76,24 @@ struct BackwardFromSlopes {
   bool stream;
 };
 
+// A layer on codes. An image is [height, width, channels]; a weight row, one per output channel, is [kernel height,
+// kernel width, channels / groups] in blocks of 32 bytes (docs/spec.md). A Linear is a 1 x 1 convolution of images of
+// one pixel.
+struct IntegerLayer {
+  const uint8_t* codes;  // below 1 << bits
+  int bits;
+  int64_t images, channels, groups;
+  int64_t size[2], kernel[2], stride[2], padding[2], dilation[2], out_size[2];
+  const uint8_t* weight;
+  int weight_bits;
+  int64_t row_bytes, out_channels;
+  const float *scale, *offset;  // per output channel
+  const int32_t* thresholds;    // [out_channels, levels], or null: then scale and offset decide the code
+  int levels;
+  uint8_t* out_codes;  // [images, out_size, out_channels], or null
+  float* out;          // the same in float32, if out_codes is null
+  // How the work is cut. Sums are exact, so that no result depends on it.
+  int64_t rows_per_task, channels_per_task;
+};
+
 }  // namespace cg

@@ -87,7 +87,7 @@ inline Saved saved(Ste ste, Rounding rounding, AlphaGrad rule, bool need_grad_x,
 }
 
 inline void check_bits(int64_t bits) {
-  TORCH_CHECK_VALUE(bits >= 1 && bits <= 8, "bits must be an integer from 1 to 8, got ", bits);
+  TORCH_CHECK_VALUE(bits >= 1 && bits <= 8, "bits must be an int in 1..8, got ", bits);
 }
 
 // alpha_scale as a number. Compiled code passes infinity for "lsq", 1 / sqrt(n q) for n elements per sample, as it does

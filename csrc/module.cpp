@@ -20,6 +20,22 @@ std::vector<std::string> names(const cg::Named<E> (&known)[N]) {
   return all;
 }
 
+// The instruction sets of the kernels K.
+template <class K>
+void def_isa(pybind11::module_& m, const std::string& prefix) {
+  m.def((prefix + "isa").c_str(), [] { return std::string(cg::active_kernels<K>().isa); },
+        "The instruction set of the CPU kernels in use.");
+  m.def((prefix + "isas").c_str(),
+        [] {
+          std::vector<std::string> all;
+          for (const K* kernels : cg::usable_kernels<K>()) all.emplace_back(kernels->isa);
+          return all;
+        },
+        "The instruction sets this machine can use, best first.");
+  m.def(("set_" + prefix + "isa").c_str(), [](const std::string& name) { cg::use_isa<K>(name); },
+        "Use the kernels of one of them; for tests.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -29,22 +45,15 @@ PYBIND11_MODULE(_C, m) {
   // are then an ImportError instead of a crash. Either all are registered or none.
   std::vector<torch::Library> libraries;
   cg::register_cpu(libraries.emplace_back(MAKE_TORCH_LIBRARY_IMPL(coarsegrad, CPU)));
+  cg::register_integer_cpu(libraries.back());
 #ifdef CG_HAVE_CUDA
   cg::register_cuda(libraries.emplace_back(MAKE_TORCH_LIBRARY_IMPL(coarsegrad, CUDA)));
 #endif
   cg::register_autograd(libraries.emplace_back(MAKE_TORCH_LIBRARY_IMPL(coarsegrad, Autograd)));
   static const std::vector<torch::Library> registered = std::move(libraries);
 
-  m.def("isa", [] { return std::string(cg::active_kernels().isa); }, "The instruction set of the CPU kernels in use.");
-  m.def(
-      "isas",
-      [] {
-        std::vector<std::string> all;
-        for (const cg::Kernels* kernels : cg::usable_kernels()) all.emplace_back(kernels->isa);
-        return all;
-      },
-      "The instruction sets this machine can use, best first.");
-  m.def("set_isa", [](const std::string& name) { cg::use_isa(name); }, "Use the kernels of one of isas(); for tests.");
+  def_isa<cg::Kernels>(m, "");
+  def_isa<cg::IntegerKernels>(m, "integer_");
   m.def("qrelu", torch::wrap_pybind_function_no_gil(cg::dispatch_qrelu),
         "torch.ops.coarsegrad.qrelu in less time. Not for a compiler or arguments with a __torch_function__.");
   m.def("qrelu_", torch::wrap_pybind_function_no_gil(cg::dispatch_qrelu_), "The same for torch.ops.coarsegrad.qrelu_.");

@@ -14,7 +14,7 @@ import torch
 import coarsegrad as cg
 from coarsegrad import _ops
 from coarsegrad.backends import _BACKENDS
-from coarsegrad.testing import backend_ids, serving
+from coarsegrad.testing import backend_ids, integer_backend_ids, serving
 
 # torch caches compiled code under a key that ignores the schemas of the ops in it: a cache for each set of schemas.
 _SCHEMAS = hashlib.sha256(repr(_ops._SCHEMAS).encode()).hexdigest()[:16]
@@ -53,6 +53,9 @@ reference_or_native = pytest.fixture(
     _serve, scope="module", params=list(dict.fromkeys([*IDS[:2], *IDS[-1:]])) if "triton" in IDS else IDS[:2],
     name="reference_or_native",
 )  # fmt: skip
+# The same for the kernels of layers on codes.
+INTEGER_IDS = integer_backend_ids() if _ops.native is not None else [*integer_backend_ids(), "native"]
+integer_backend = pytest.fixture(_serve, scope="module", params=INTEGER_IDS, name="integer_backend")
 
 
 @pytest.fixture
@@ -86,8 +89,9 @@ def pytest_addoption(parser):
 
 def _is_fast(item):
     params = getattr(item, "callspec", None) and item.callspec.params or {}
-    backends = {params[name] for name in ("backend", "reference_or_native") if name in params}
-    return item.path.name not in _SLOW and backends <= {IDS[1]}
+    names = ("backend", "reference_or_native", "integer_backend")
+    backends = {params[name] for name in names if name in params}
+    return item.path.name not in _SLOW and backends <= {IDS[1], INTEGER_IDS[1]}
 
 
 def pytest_collection_modifyitems(config, items):

@@ -4,12 +4,17 @@
 #include <string_view>
 #include <vector>
 
+#include "integer.h"
 #include "kernels.h"
 
 namespace cg {
 
-const Kernels& active_kernels();
-std::vector<const Kernels*> usable_kernels();  // best first
-void use_isa(std::string_view name);           // for tests; throws if the machine lacks it
+// K: Kernels or IntegerKernels.
+template <class K>
+const K& active_kernels();
+template <class K>
+std::vector<const K*> usable_kernels();  // best first
+template <class K>
+void use_isa(std::string_view name);  // for tests; throws if the machine lacks it
 
 }  // namespace cg

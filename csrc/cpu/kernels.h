@@ -17,6 +17,14 @@ struct Copy {
   bool stream;
 };
 
+// Codes of `bits` bits to one per byte.
+struct UnpackCodes {
+  int bits;
+  int64_t count;
+  const uint8_t* packed;
+  uint8_t* codes;
+};
+
 // Each runs blocks [begin, end); with `partial`, whole chunks.
 struct Kernels {
   const char* isa;
@@ -24,6 +32,7 @@ struct Kernels {
   void (*backward)(const Backward&, int64_t begin, int64_t end);
   void (*dequantize)(const Dequantize&, int64_t begin, int64_t end);
   void (*backward_from_slopes)(const BackwardFromSlopes&, int64_t begin, int64_t end);
+  void (*unpack_codes)(const UnpackCodes&, int64_t begin, int64_t end);
   void (*copy)(const Copy&, int64_t begin, int64_t end);
 };
 

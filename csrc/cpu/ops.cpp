@@ -87,7 +87,9 @@ void with_alphas(const Tensor& dense, Dtype dtype, const Tensor& alpha, int bits
   else run(float{}, at::kFloat);
 }
 
-const Kernels& kernels_for(const Alphas& alphas) { return alphas.regular ? active_kernels() : kKernelsDefault; }
+const Kernels& kernels_for(const Alphas& alphas) {
+  return alphas.regular ? active_kernels<Kernels>() : kKernelsDefault;
+}
 
 struct Outputs {
   Tensor mask, codes;
@@ -140,6 +142,18 @@ Tensor qrelu_codes(const Tensor& x, const Tensor& alpha, int64_t bits, int64_t r
                    std::optional<int64_t> channel_dim) {
   const Tensor dense = x.contiguous(x.suggest_memory_format());
   return run_forward(dense, nullptr, false, alpha, bits, rounding, int64_t(MaskKind::nothing), true, channel_dim).codes;
+}
+
+Tensor integer_quantize(const Tensor& x, const Tensor& alpha, int64_t bits, int64_t rounding,
+                        std::optional<int64_t> channel_dim) {
+  const Tensor dense = x.contiguous(x.suggest_memory_format());
+  const Tensor packed = qrelu_codes(dense, alpha, bits, rounding, channel_dim);
+  Tensor codes = at::detail::empty_cpu(dense.sizes(), at::kByte, /*pin_memory=*/false, dense.suggest_memory_format());
+  const UnpackCodes a{static_cast<int>(bits), dense.numel(), packed.const_data_ptr<uint8_t>(),
+                      codes.mutable_data_ptr<uint8_t>()};
+  const auto run = active_kernels<Kernels>().unpack_codes;
+  at::parallel_for(0, block_total(a.count), kGrainBlocks, [&](int64_t begin, int64_t end) { run(a, begin, end); });
+  return codes;
 }
 
 std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const std::optional<Tensor>& alpha,
@@ -226,7 +240,7 @@ Tensor dequantize(const Tensor& codes, const Tensor& alpha, int64_t bits, at::In
   a.stream = streams(y);
   with_alphas(y, a.dtype, alpha, a.bits, Rounding::ceil, channel_dim, [&](const Alphas& alphas) {
     a.alphas = alphas;
-    const auto run = active_kernels().dequantize;
+    const auto run = active_kernels<Kernels>().dequantize;
     at::parallel_for(0, block_total(a.count), kGrainBlocks, [&](int64_t begin, int64_t end) { run(a, begin, end); });
   });
   return y;
@@ -247,7 +261,7 @@ Tensor backward_from_slopes(const Tensor& grad_y, const Tensor& codes, const Ten
   a.slopes = slopes.const_data_ptr();
   a.grad_x = grad_x.mutable_data_ptr();
   a.stream = streams(grad_x);
-  const auto run = active_kernels().backward_from_slopes;
+  const auto run = active_kernels<Kernels>().backward_from_slopes;
   at::parallel_for(0, block_total(a.count), kGrainBlocks, [&](int64_t begin, int64_t end) { run(a, begin, end); });
   return grad_x;
 }
@@ -264,7 +278,7 @@ void copy_cpu(const Tensor& to, const Tensor& from) {
                streams(to)};
   constexpr int64_t kBytes = kBlock * sizeof(float);
   const int64_t bytes = from.nbytes(), whole = bytes / kBytes;
-  const auto run = active_kernels().copy;
+  const auto run = active_kernels<Kernels>().copy;
   // As many bytes a thread as the others take in float32.
   at::parallel_for(0, whole, kGrainBlocks, [&](int64_t begin, int64_t end) { run(a, begin, end); });
   memcpy(a.to + whole * kBlock, a.from + whole * kBlock, bytes - whole * kBytes);
@@ -277,6 +291,7 @@ void register_cpu(torch::Library& library) {
   library.impl("qrelu_codes", qrelu_codes);
   library.impl("dequantize", dequantize);
   library.impl("backward_from_slopes", backward_from_slopes);
+  library.impl("integer_quantize", integer_quantize);
 }
 
 }  // namespace cg

@@ -32,6 +32,10 @@ _RULE = "int rounding, int alpha_grad, float alpha_scale, int? channel_dim, bool
 _OUTPUT = "int bits, SymInt[] shape, ScalarType dtype, int? channel_dim, MemoryFormat memory_format"
 _CONV = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 
+_INTEGER_LAYER = "Tensor codes, Tensor weight, int bits, int weight_bits, Tensor scale, Tensor offset"
+_STAIRCASE = "Tensor? thresholds, int levels"
+_WINDOW = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups"
+
 _SCHEMAS = (
     f"qrelu(Tensor x, Tensor alpha, {_QRELU}) -> Tensor",
     f"qrelu_(Tensor(a!) x, Tensor alpha, {_QRELU}) -> Tensor(a!)",
@@ -65,6 +69,12 @@ _SCHEMAS = (
     " bool[3] output_mask) -> (Tensor grad_y, Tensor grad_weight, Tensor grad_bias)",
     f"conv2d_backward_from_codes(Tensor grad_out, Tensor weight, Tensor? codes, Tensor alpha, {_OUTPUT},"
     f" bool[3] output_mask, {_CONV}) -> (Tensor grad_y, Tensor grad_weight, Tensor grad_bias)",
+    # Layers on codes: integer/ops.py.
+    "integer_quantize(Tensor x, Tensor alpha, int bits, int rounding, int? channel_dim) -> Tensor",
+    f"integer_linear({_INTEGER_LAYER}, {_STAIRCASE}) -> Tensor",
+    f"integer_linear_float({_INTEGER_LAYER}) -> Tensor",
+    f"integer_conv2d({_INTEGER_LAYER}, {_STAIRCASE}, {_WINDOW}) -> Tensor",
+    f"integer_conv2d_float({_INTEGER_LAYER}, {_WINDOW}) -> Tensor",
 )
 
 _library = torch.library.Library("coarsegrad", "DEF")

@@ -22,19 +22,26 @@ def backend_ids() -> list[str]:
     return ["reference", *native, *(["triton"] if _triton_why_not("cpu") is None else [])]
 
 
+def integer_backend_ids() -> list[str]:
+    """The same for layers on codes, whose kernels have more instruction sets."""
+    native = [] if _ops.native is None else [f"native-{isa}" for isa in _ops.native.integer_isas()]
+    return ["reference", *native]
+
+
 @contextlib.contextmanager
 def serving(backend_id: str) -> Iterator[None]:
-    """Have the backend with this id, one of `backend_ids()`, serve inside the block."""
+    """Have the backend with this id, one of `backend_ids()` or `integer_backend_ids()`, serve inside the block."""
     name, _, isa = backend_id.partition("-")
-    before = _ops.native.isa() if isa else None
-    with use_backend(name):
-        if isa:
+    with use_backend(name), contextlib.ExitStack() as stack:
+        if isa and isa not in {*_ops.native.isas(), *_ops.native.integer_isas()}:
+            raise ValueError(f"no backend {backend_id!r} on this machine")
+        if isa and isa in _ops.native.isas():
+            stack.callback(_ops.native.set_isa, _ops.native.isa())
             _ops.native.set_isa(isa)
-        try:
-            yield
-        finally:
-            if isa:
-                _ops.native.set_isa(before)
+        if isa and isa in _ops.native.integer_isas():
+            stack.callback(_ops.native.set_integer_isa, _ops.native.integer_isa())
+            _ops.native.set_integer_isa(isa)
+        yield
 
 
 @real_numbers()

@@ -19,8 +19,8 @@ FORMS = ("affine", "thresholds")
 
 
 @pytest.fixture(autouse=True)
-def _backend(reference_or_native):
-    return reference_or_native
+def _backend(integer_backend):
+    return integer_backend
 
 
 def generator(*seed):
@@ -114,10 +114,10 @@ def test_conv2d(case, weight_bits, form, memory_format):
     layer, window = (codes, packed, bits, weight_bits, scale, offset), (kernel, stride, padding, dilation, groups)
     got = ops.integer_conv2d(*layer, thresholds, levels, *window)
     check_codes(got, acc, scale, offset, thresholds, levels, 1)
-    assert got.is_contiguous(memory_format=memory_format if inputs > 1 else torch.contiguous_format)
+    assert got.is_contiguous(memory_format=torch.channels_last)
     got = ops.integer_conv2d_float(*layer, *window)
     check_floats(got, acc, scale, offset, 1)
-    assert got.is_contiguous(memory_format=memory_format if inputs > 1 else torch.contiguous_format)
+    assert got.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("weight_bits", WEIGHT_BITS)
@@ -209,7 +209,7 @@ ALPHAS = torch.tensor([0.3, 0.4, 0.5])
 
 
 @pytest.mark.parametrize("name", sorted(KERNELS))
-def test_opcheck(name, reference_or_native):
+def test_opcheck(name):
     for arguments in samples(name):
         torch.library.opcheck(getattr(ops, name).default, arguments)
 

@@ -1,17 +1,10 @@
 // What is particular to 256-bit registers, for x86/ and the headers of this folder.
 #pragma once
 
-#include <immintrin.h>
-
-#include "../../math/macros.h"
-
-#define CG_ISA avx2
-#define CG_MM(name) _mm256_##name
+#include "bytes.h"
 
 namespace cg::avx2 {
 
-using Register = __m256i;
-using HalfRegister = __m128i;
 CG_HD __m256 broadcast(float v) { return _mm256_set1_ps(v); }
 CG_HD __m256d broadcast(double v) { return _mm256_set1_pd(v); }
 template <class A>
@@ -47,15 +40,9 @@ CG_HD __m256 round_up(__m256 a) { return _mm256_ceil_ps(a); }
 CG_HD __m256d round_up(__m256d a) { return _mm256_ceil_pd(a); }
 CG_HD __m256 round_down(__m256 a) { return _mm256_floor_ps(a); }
 
-CG_HD Register load_register(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-CG_HD void store_register(void* p, Register v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 CG_HD void stream_register(void* p, Register v) { _mm256_stream_si256(static_cast<__m256i*>(p), v); }
-CG_HD HalfRegister load_half(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 CG_HD void store_half(void* p, HalfRegister v) { _mm_storeu_si128(static_cast<__m128i*>(p), v); }
 CG_HD void stream_half(void* p, HalfRegister v) { _mm_stream_si128(static_cast<__m128i*>(p), v); }
-CG_HD HalfRegister low_half(Register v) { return _mm256_castsi256_si128(v); }
-CG_HD HalfRegister high_half(Register v) { return _mm256_extracti128_si256(v, 1); }
-CG_HD Register join_halves(HalfRegister low, HalfRegister high) { return _mm256_setr_m128i(low, high); }
 
 // The low 16 bits of each 32-bit lane; the upper ones are zero.
 CG_HD HalfRegister narrow_lanes(Register v) { return _mm_packus_epi32(low_half(v), high_half(v)); }

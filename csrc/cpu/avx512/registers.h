@@ -1,19 +1,12 @@
 // What is particular to 512-bit registers, for x86/ and the headers of this folder.
 #pragma once
 
-#include <immintrin.h>
-
 #include <type_traits>
 
-#include "../../math/macros.h"
-
-#define CG_ISA avx512
-#define CG_MM(name) _mm512_##name
+#include "bytes.h"
 
 namespace cg::avx512 {
 
-using Register = __m512i;
-using HalfRegister = __m256i;
 CG_HD __m512 broadcast(float v) { return _mm512_set1_ps(v); }
 CG_HD __m512d broadcast(double v) { return _mm512_set1_pd(v); }
 template <class A>
@@ -43,17 +36,9 @@ CG_HD __m512 round_up(__m512 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_P
 CG_HD __m512d round_up(__m512d a) { return _mm512_roundscale_pd(a, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC); }
 CG_HD __m512 round_down(__m512 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 
-CG_HD Register load_register(const void* p) { return _mm512_loadu_si512(p); }
-CG_HD void store_register(void* p, Register v) { _mm512_storeu_si512(p, v); }
 CG_HD void stream_register(void* p, Register v) { _mm512_stream_si512(static_cast<__m512i*>(p), v); }
-CG_HD HalfRegister load_half(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 CG_HD void store_half(void* p, HalfRegister v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 CG_HD void stream_half(void* p, HalfRegister v) { _mm256_stream_si256(static_cast<__m256i*>(p), v); }
-CG_HD HalfRegister low_half(Register v) { return _mm512_castsi512_si256(v); }
-CG_HD HalfRegister high_half(Register v) { return _mm512_extracti64x4_epi64(v, 1); }
-CG_HD Register join_halves(HalfRegister low, HalfRegister high) {
-  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-}
 
 // The low 16 bits of each 32-bit lane.
 CG_HD HalfRegister narrow_lanes(Register v) { return _mm512_cvtepi32_epi16(v); }

@@ -7,11 +7,14 @@
 #include "dequantize.h"
 #include "forward.h"
 #include "slopes.h"
+#include "unpack_codes.h"
 
 namespace cg::CG_ISA {
 namespace {
 
-constexpr Kernels kernels(const char* isa) { return {isa, forward, backward, dequantize, backward_from_slopes, copy}; }
+constexpr Kernels kernels(const char* isa) {
+  return {isa, forward, backward, dequantize, backward_from_slopes, unpack_codes, copy};
+}
 
 }  // namespace
 }  // namespace cg::CG_ISA

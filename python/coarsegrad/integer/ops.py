@@ -1,6 +1,6 @@
-"""The integer ops: schemas, shapes and default kernels, the reference's. Codes are uint8, one per byte.
+"""The integer ops: shapes and default kernels, the reference's. Codes are uint8, one per byte.
 
-A layer's weight is what `pack_weights` made of its rows [C, K]; of a Conv2d a row is [kh, kw, C_in / groups]. `bits`
+A Conv2d's output is in channels_last. A layer's weight is what `pack_weights` made of its rows [C, K]; of a Conv2d a row is [kh, kw, C_in / groups]. `bits`
 bounds the codes, which are below 2**bits, and the weights of 8 bits are -127..127. No sum of |codes * w| reaches 2**31.
 scale and offset are [C] in float32. thresholds, int32 [C, levels], never decrease along a row; where they are given,
 scale and offset are not read.
@@ -19,25 +19,17 @@ from .._types import Rounding, parse
 from . import reference
 from .checks import check_conv2d, check_linear
 
-_LAYER = "Tensor codes, Tensor weight, int bits, int weight_bits, Tensor scale, Tensor offset"
-_STAIRCASE = "Tensor? thresholds, int levels"
-_WINDOW = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups"
-
-_SCHEMAS = (
-    "integer_quantize(Tensor x, Tensor alpha, int bits, int rounding, int? channel_dim) -> Tensor",
-    f"integer_linear({_LAYER}, {_STAIRCASE}) -> Tensor",
-    f"integer_linear_float({_LAYER}) -> Tensor",
-    f"integer_conv2d({_LAYER}, {_STAIRCASE}, {_WINDOW}) -> Tensor",
-    f"integer_conv2d_float({_LAYER}, {_WINDOW}) -> Tensor",
-)
+ops = _ops.ops
+KERNELS = {
+    name: getattr(reference, name)
+    for name in (
+        "integer_quantize", "integer_linear", "integer_linear_float", "integer_conv2d", "integer_conv2d_float",
+    )
+}  # fmt: skip
 
 _library = torch.library.Library("coarsegrad", "FRAGMENT")
-for _schema in _SCHEMAS:
-    _library.define(_schema, tags=torch.Tag.pt2_compliant_tag)
-    _name = _schema.partition("(")[0]
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-ops = _ops.ops
-KERNELS = {name: getattr(reference, name) for name in (schema.partition("(")[0] for schema in _SCHEMAS)}
+for _name, _kernel in KERNELS.items():
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
 
 
 def _fake(name: str):
@@ -62,7 +54,7 @@ def _(codes, *args):
 
 
 def _new_images(codes, shape, dtype):
-    return torch.empty(shape, dtype=dtype, device=codes.device, memory_format=suggest_memory_format(codes))
+    return torch.empty(shape, dtype=dtype, device=codes.device, memory_format=torch.channels_last)
 
 
 @_fake("integer_conv2d")

@@ -65,11 +65,11 @@ def integer_conv2d(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """The output codes of a Conv2d, uint8 [N, C, H, W] in the memory format of codes."""
+    """The output codes of a Conv2d, uint8 [N, C, H, W] in channels_last."""
     window = kernel_size, stride, padding, dilation, groups
     check_conv2d(codes, weight, bits, weight_bits, scale, offset, window, thresholds, levels)
     acc = _conv2d(codes, weight, weight_bits, *window)
-    return _like(codes, _output_codes(acc, scale, offset, thresholds, levels))
+    return _images(_output_codes(acc, scale, offset, thresholds, levels))
 
 
 def integer_conv2d_float(
@@ -85,10 +85,10 @@ def integer_conv2d_float(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """The output of a Conv2d, float32 [N, C, H, W] in the memory format of codes."""
+    """The output of a Conv2d, float32 [N, C, H, W] in channels_last."""
     window = kernel_size, stride, padding, dilation, groups
     check_conv2d(codes, weight, bits, weight_bits, scale, offset, window)
-    return _like(codes, affine(_conv2d(codes, weight, weight_bits, *window), scale, offset))
+    return _images(affine(_conv2d(codes, weight, weight_bits, *window), scale, offset))
 
 
 def affine(acc: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
@@ -122,6 +122,7 @@ def _conv2d(codes, weight, weight_bits, kernel_size, stride, padding, dilation, 
     return F.conv2d(codes.double(), filters, None, stride, padding, dilation, groups).permute(0, 2, 3, 1)
 
 
-def _like(codes: Tensor, output: Tensor) -> Tensor:
-    """output [N, H, W, C] as [N, C, H, W] in the memory format of codes."""
-    return output.permute(0, 3, 1, 2).contiguous(memory_format=suggest_memory_format(codes))
+def _images(output: Tensor) -> Tensor:
+    """output [N, H, W, C] as [N, C, H, W] in channels_last."""
+    images = output.permute(0, 3, 1, 2)
+    return torch.empty_like(images, memory_format=torch.channels_last).copy_(images)

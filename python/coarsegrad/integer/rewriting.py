@@ -76,7 +76,7 @@ class Rewriting:
         else:
             last = norm or layer
             with self._graph.inserting_before(last):
-                output = self._to(self._emit(layer, integer, None), torch.float32, last.meta["val"].dtype)
+                output = self._floats(self._emit(layer, integer, None), torch.float32, last)
             last.replace_all_uses_with(output)
         self._record(layer, norm, integer, qrelu is not None)
 
@@ -144,8 +144,14 @@ class Rewriting:
     def _call(self, op: Callable[..., Any], *args: Any) -> Node:
         return self._graph.call_function(op, args)
 
-    def _to(self, node: Node, dtype: torch.dtype, wanted: torch.dtype) -> Node:
-        return node if dtype == wanted else self._call(aten.to.dtype, node, wanted)
+    def _floats(self, node: Node, dtype: torch.dtype, like: Node) -> Node:
+        """node, of dtype, as the nodes that stay expect it: in the dtype of `like`, and contiguous if that is."""
+        wanted = like.meta["val"]
+        if dtype != wanted.dtype:
+            node = self._call(aten.to.dtype, node, wanted.dtype)
+        if wanted.dim() in (3, 4) and wanted.is_contiguous():  # what comes from an integer_conv2d is in channels_last
+            node = self._call(aten.contiguous.default, node)
+        return node
 
     def _emit(self, layer: Node, integer: IntegerLayer, levels: int | None) -> Node:
         """The op of an integer layer; levels: of its output codes, None for floats."""
@@ -255,11 +261,10 @@ class Rewriting:
 
     def _dequantize(self, node: Node) -> None:
         """Put step * code in the place of a node, as qrelu rounds it."""
-        dtype = node.meta["val"].dtype
-        wide = wide_dtype(dtype)
+        wide = wide_dtype(node.meta["val"].dtype)
         with self._graph.inserting_before(node):
             codes = self._call(aten.to.dtype, self._code_nodes[node], wide)
-            levels = self._to(self._call(aten.mul.Tensor, codes, self._factor(node, wide)), wide, dtype)
+            levels = self._floats(self._call(aten.mul.Tensor, codes, self._factor(node, wide)), wide, node)
         node.replace_all_uses_with(levels)
         self._graph.erase_node(node)
 

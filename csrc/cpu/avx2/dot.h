@@ -1,0 +1,5 @@
+#pragma once
+
+#include "bytes.h"
+
+#include "../x86/dot_pairs.h"

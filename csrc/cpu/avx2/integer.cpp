@@ -1,0 +1,7 @@
+#include "dot.h"
+
+#include "../generic/integer_layer.h"
+
+namespace cg {
+const IntegerKernels kIntegerKernelsAvx2 = {"avx2", avx2::integer_layer};
+}

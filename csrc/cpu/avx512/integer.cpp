@@ -1,0 +1,7 @@
+#include "dot.h"
+
+#include "../generic/integer_layer.h"
+
+namespace cg {
+const IntegerKernels kIntegerKernelsAvx512 = {"avx512", avx512::integer_layer};
+}

@@ -1,0 +1,17 @@
+#pragma once
+
+#include "../avx2/bytes.h"
+
+#define CG_DPBUSD _mm256_dpbusd_avx_epi32
+#include "../x86/dot_fours.h"
+
+namespace cg::CG_ISA {
+namespace {
+
+template <int kWeightBits>
+void dot_panel(const DotPanel& a) {
+  dot_panel_by<FourProducts, kWeightBits>(a);
+}
+
+}  // namespace
+}  // namespace cg::CG_ISA

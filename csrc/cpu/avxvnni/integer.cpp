@@ -1,0 +1,7 @@
+#include "dot.h"
+
+#include "../generic/integer_layer.h"
+
+namespace cg {
+const IntegerKernels kIntegerKernelsAvxVnni = {"avxvnni", avx2::integer_layer};
+}

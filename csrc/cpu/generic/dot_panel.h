@@ -1,0 +1,28 @@
+// What is multiplied at a time.
+#pragma once
+
+#include "../../dispatch.h"
+#include "../integer.h"
+
+namespace cg {
+
+// Bytes of codes in a panel of at most 32 rows, about: they stay in the L1 cache.
+constexpr int64_t kPanelBytes = 24 << 10;
+
+// acc[r, c] += the product of row r of codes and row c of weights, `blocks` blocks of each. No sum of |codes * weights|
+// times 128 reaches 2^31.
+struct DotPanel {
+  const uint8_t* codes;  // below 1 << bits
+  int64_t code_stride, rows;
+  int bits;
+  const uint8_t* weights;
+  int64_t weight_stride, channels, blocks;
+  int32_t* acc;
+  int64_t acc_stride;
+};
+
+// A block of packed weights has 32 in each of its 8 / kWeightBits planes.
+template <int kWeightBits>
+constexpr int kPlanes = 8 / kWeightBits;
+
+}  // namespace cg

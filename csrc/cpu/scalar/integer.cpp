@@ -1,0 +1,7 @@
+#include "dot.h"
+
+#include "../generic/integer_layer.h"
+
+namespace cg {
+const IntegerKernels kIntegerKernelsDefault = {"default", scalar::integer_layer};
+}

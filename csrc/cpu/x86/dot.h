@@ -1,0 +1,121 @@
+// Products of rows of codes and weights along the rows: a register of weights is unpacked once for each tile of rows. A
+// set's dot.h says how products of bytes are added up: its Products.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+
+#include "unpack_weights.h"
+
+namespace cg::CG_ISA {
+namespace {
+
+constexpr int kBlocks = sizeof(Register) / kWeightBlock;  // of weights in a register
+// Sums are kept in registers, of which there are 16, or 32 of the larger ones.
+constexpr int kTileRows = 4, kTileChannels = kBlocks == 1 ? 2 : 4;
+
+template <bool kWhole>
+CG_HD Register load_weights(const uint8_t* weights) {
+  if constexpr (kWhole) return load_register(weights);
+  else return load_lower_half(weights);
+}
+template <int kWeightBits, bool kWhole>
+CG_HD Register load_plane(const uint8_t* codes, int plane) {
+  constexpr int64_t kCodes = kWeightBlock * kPlanes<kWeightBits>;
+  codes += plane * kWeightBlock;
+  if constexpr (!kWhole) return load_lower_half(codes);
+  else if constexpr (kBlocks == 1 || kWeightBits == 8) return load_register(codes);
+  else return join_halves(load_half(codes), load_half(codes + kCodes));
+}
+
+// body(Constant<plane>{}) for each plane of a block.
+template <int kWeightBits, class Body>
+CG_HD void for_each_plane(const Body& body) {
+  const auto each = [&]<int... kPlane>(std::integer_sequence<int, kPlane...>)
+                        __attribute__((always_inline)) { (body(Constant<kPlane>{}), ...); };
+  each(std::make_integer_sequence<int, kPlanes<kWeightBits>>{});
+}
+
+// sums[r][c] += products of the registers at these places of kRows rows of codes and kChannels rows of weights.
+template <class Products, int kWeightBits, bool kWhole, int kRows, int kChannels>
+CG_HD void add_products(const DotPanel& a, const uint8_t* codes, const uint8_t* weights,
+                        Register (&sums)[kRows][kChannels]) {
+  Register packed[kChannels];
+  for (int c = 0; c < kChannels; ++c) packed[c] = load_weights<kWhole>(weights + c * a.weight_stride);
+  for_each_plane<kWeightBits>([&](auto plane) __attribute__((always_inline)) {
+    Register w[kChannels];
+    for (int c = 0; c < kChannels; ++c) w[c] = unpack_weights<kWeightBits, plane.value>(packed[c]);
+    for (int r = 0; r < kRows; ++r) {
+      const Register code = load_plane<kWeightBits, kWhole>(codes + r * a.code_stride, plane.value);
+      for (int c = 0; c < kChannels; ++c) sums[r][c] = Products::add(sums[r][c], code, w[c]);
+    }
+  });
+}
+
+template <class Products, int kWeightBits, int kRows, int kChannels>
+__attribute__((noinline)) void dot_tile(const DotPanel& a, const uint8_t* codes, const uint8_t* weights, int32_t* acc) {
+  constexpr int64_t kCodes = kWeightBlock * kPlanes<kWeightBits>;
+  const int64_t blocks = a.blocks / kBlocks * kBlocks;
+  const int64_t at_once = Products::blocks_at_once(kPlanes<kWeightBits>, a.bits, a.blocks);
+  Register sums[kRows][kChannels] = {};
+  const auto run = [&]<bool kWhole>(int64_t block, int64_t end) __attribute__((always_inline)) {
+    const auto add_to = [&](auto& to) __attribute__((always_inline)) {
+      for (; block < end; block += kBlocks) {
+        add_products<Products, kWeightBits, kWhole>(a, codes + block * kCodes, weights + block * kWeightBlock, to);
+      }
+    };
+    if constexpr (Products::kNarrow) {
+      Register narrow[kRows][kChannels] = {};
+      add_to(narrow);
+      for (int r = 0; r < kRows; ++r) {
+        for (int c = 0; c < kChannels; ++c) sums[r][c] = Products::widen(sums[r][c], narrow[r][c]);
+      }
+    } else {
+      add_to(sums);
+    }
+  };
+  for (int64_t block = 0; block < blocks; block += at_once) {
+    run.template operator()<true>(block, std::min(block + at_once, blocks));
+  }
+  if constexpr (kBlocks > 1) {
+    if (blocks < a.blocks) run.template operator()<false>(blocks, a.blocks);
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kChannels; ++c) acc[r * a.acc_stride + c] += sum_int32(sums[r][c]) >> kWeightShift<kWeightBits>;
+  }
+}
+
+template <class Products, int kWeightBits, int kChannels, int kRows>
+CG_HD void dot_rows(const DotPanel& a, int64_t channel) {
+  const uint8_t* weights = a.weights + channel * a.weight_stride;
+  int64_t row = 0;
+  for (; row + kRows <= a.rows; row += kRows) {
+    dot_tile<Products, kWeightBits, kRows, kChannels>(a, a.codes + row * a.code_stride, weights,
+                                                      a.acc + row * a.acc_stride + channel);
+  }
+  if constexpr (kRows > 1) {
+    if (row == a.rows) return;
+    DotPanel rest = a;
+    rest.codes += row * a.code_stride, rest.acc += row * a.acc_stride, rest.rows -= row;
+    dot_rows<Products, kWeightBits, kChannels, kRows / 2>(rest, channel);
+  }
+}
+
+// Few rows leave registers for more channels.
+template <class Products, int kWeightBits>
+void dot_panel_by(const DotPanel& a) {
+  int64_t channel = 0;
+  if (a.rows < kTileRows) {
+    constexpr int kMany = 2 * kTileChannels;
+    for (; channel + kMany <= a.channels; channel += kMany) {
+      dot_rows<Products, kWeightBits, kMany, kTileRows / 2>(a, channel);
+    }
+  }
+  for (; channel + kTileChannels <= a.channels; channel += kTileChannels) {
+    dot_rows<Products, kWeightBits, kTileChannels, kTileRows>(a, channel);
+  }
+  for (; channel < a.channels; ++channel) dot_rows<Products, kWeightBits, 1, kTileRows>(a, channel);
+}
+
+}  // namespace
+}  // namespace cg::CG_ISA

@@ -1,0 +1,53 @@
+// Products of bytes by vpmaddubsw, which adds two to a signed 16-bit number and saturates.
+#pragma once
+
+#include "dot.h"
+
+namespace cg::CG_ISA {
+namespace {
+
+// As many registers of products are added in 16 bits as cannot overflow.
+struct NarrowProducts {
+  static constexpr bool kNarrow = true;
+  static int64_t blocks_at_once(int planes, int bits, int64_t) {
+    return kBlocks * (32767 / (2 * ((1 << bits) - 1) * 128) / planes);
+  }
+  static CG_HD Register add(Register sums, Register codes, Register weights) {
+    return CG_MM(add_epi16)(sums, CG_MM(maddubs_epi16)(codes, weights));
+  }
+  static CG_HD Register widen(Register sums, Register narrow) {
+    return CG_MM(add_epi32)(sums, CG_MM(madd_epi16)(narrow, CG_MM(set1_epi16)(1)));
+  }
+};
+
+// Codes of up to 7 bits: two products fit.
+struct PairProducts {
+  static constexpr bool kNarrow = false;
+  static int64_t blocks_at_once(int, int, int64_t blocks) { return blocks; }
+  static CG_HD Register add(Register sums, Register codes, Register weights) {
+    return NarrowProducts::widen(sums, CG_MM(maddubs_epi16)(codes, weights));
+  }
+};
+
+// Codes of 8 bits: their upper bit by itself.
+struct SplitProducts {
+  static constexpr bool kNarrow = false;
+  static int64_t blocks_at_once(int, int, int64_t blocks) { return blocks; }
+  static CG_HD Register add(Register sums, Register codes, Register weights) {
+    const Register low = CG_MM(set1_epi8)(0x7f);
+    const Register upper = CG_MM(srli_epi16)(codes & ~low, 7);
+    sums = PairProducts::add(sums, codes & low, weights);
+    return CG_MM(add_epi32)(sums, CG_MM(madd_epi16)(CG_MM(maddubs_epi16)(upper, weights), CG_MM(set1_epi16)(128)));
+  }
+};
+
+template <int kWeightBits>
+void dot_panel(const DotPanel& a) {
+  if (a.bits == 8) dot_panel_by<SplitProducts, kWeightBits>(a);
+  else if (NarrowProducts::blocks_at_once(kPlanes<kWeightBits>, a.bits, a.blocks) == 0)
+    dot_panel_by<PairProducts, kWeightBits>(a);
+  else dot_panel_by<NarrowProducts, kWeightBits>(a);
+}
+
+}  // namespace
+}  // namespace cg::CG_ISA
