@@ -15,9 +15,11 @@ import coarsegrad as cg
 from coarsegrad.ste import ROUNDINGS
 
 from .activations import IMPLEMENTATIONS
+from .engines import ENGINES, OURS
 from .kernels import COPIES
 from .peers import PASSES
 from .sweep import DTYPES, size_label
+from .workloads import WORKLOADS
 
 Row = dict[str, str]
 
@@ -105,7 +107,8 @@ def peers_figure(rows: list[Row]) -> Figure:
         axes.axvline(1, color="black", linewidth=1, zorder=3)
         for row in rows:
             if row.items() >= case.items():
-                _speed_bar(axes, row, names.index(row["implementation"]))
+                color = _BLUE if row["implementation"].startswith("qrelu") else _GREY
+                _speed_bar(axes, row, names.index(row["implementation"]), "speed_over_relu", color)
         axes.set_title(f"{dtype}, {size_label(size)}" + (", default malloc" if is_default else ""), fontsize=9)
         axes.set_yticks(range(len(names)), [IMPLEMENTATIONS[name].label for name in names], fontsize=8)
         axes.grid(axis="x", color="0.9")
@@ -114,7 +117,7 @@ def peers_figure(rows: list[Row]) -> Figure:
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator([0.01, 0.1, 1, 10]))
-    axes.xaxis.set_major_formatter(lambda speed, _: f"{speed:g}x" if speed >= 1 else f"1/{1 / speed:g}")
+    axes.xaxis.set_major_formatter(_as_factor)
     figure.suptitle(
         "Speed relative to nn.ReLU (black line), forward and backward: medians, and 20% to 80% of the rounds\n"
         + _setting(rows[0]),
@@ -123,11 +126,50 @@ def peers_figure(rows: list[Row]) -> Figure:
     return figure
 
 
-def _speed_bar(axes: Axes, row: Row, place: int) -> None:
-    median, low, high = (float(row[f"speed_over_relu{q}"]) for q in ("", "_q20", "_q80"))
-    color = _BLUE if row["implementation"].startswith("qrelu") else _GREY
+def _speed_bar(axes: Axes, row: Row, place: int, column: str, color: str) -> None:
+    median, low, high = (float(row[f"{column}{q}"]) for q in ("", "_q20", "_q80"))
     axes.barh(place, median, 0.7, color=color)
     axes.plot([low, high], [place, place], color="black", linewidth=1.2)
+
+
+# ------------------------------------------------------------------------------ inference with integers
+
+
+def inference_figure(rows: list[Row]) -> Figure:
+    """The speed relative to torch in float32; one panel per network and batch."""
+    cases = list(dict.fromkeys((row["workload"], row["batch"]) for row in rows))
+    names = [name for name in ENGINES if any(row["engine"] == name for row in rows)]
+    columns = min(4, len(cases))
+    lines = -(-len(cases) // columns)
+    figure = Figure(figsize=(1.8 + 2.3 * columns, 0.8 + (0.4 + 0.17 * len(names)) * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    for axes in panels.flat[len(cases) :]:
+        axes.set_visible(False)
+    for (workload, batch), axes in zip(cases, panels.flat):
+        axes.axvline(1, color="black", linewidth=1, zorder=3)
+        for row in rows:
+            if (row["workload"], row["batch"]) == (workload, batch):
+                name = row["engine"]
+                _speed_bar(axes, row, names.index(name), "speed_over_float32", _BLUE if name in OURS else _GREY)
+        axes.set_title(f"{WORKLOADS[workload].label}, batch {batch}", fontsize=8)
+        axes.set_yticks(range(len(names)), [ENGINES[name].label for name in names], fontsize=7)
+        axes.grid(axis="x", color="0.9")
+        axes.set_axisbelow(True)
+    axes = panels[0, 0]
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator([1 / 64, 1 / 16, 1 / 4, 1, 4, 16, 64]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(_as_factor)
+    figure.suptitle(
+        "Speed relative to torch in float32 (black line): medians, and 20% to 80% of the rounds\n" + _setting(rows[0]),
+        fontsize=9,
+    )
+    return figure
+
+
+def _as_factor(speed: float, _: object) -> str:
+    return f"{speed:g}x" if speed >= 1 else f"1/{1 / speed:g}"
 
 
 # --------------------------------------------------------------------------------- training steps

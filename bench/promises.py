@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from .activations import IMPLEMENTATIONS
+from .engines import ENGINES, ours
 from .sweep import DTYPES, size_label
+from .workloads import WORKLOADS
 
 # The name of a table -> the rows of its CSV.
 Results = Mapping[str, list[Mapping[str, str]]]
@@ -17,14 +19,18 @@ class Promise:
     """That a time is at most `most` times another. time(results) -> the measured ratio, None if not measured.
 
     tried: what was tried if the promise is missed, or why it cannot be kept.
+    needs: the instruction set that the promise is about; none if empty.
     """
 
     claim: str
     most: float
     time: Callable[[Results], float | None]
     tried: str = ""
+    needs: str = ""
 
     def verdict(self, results: Results) -> str:
+        if not self.is_about(results):
+            return "not run on this machine"
         time = self.time(results)
         if time is None:
             return "not measured"
@@ -32,6 +38,11 @@ class Promise:
             return "met"
         excess = f"{time / self.most - 1:.0%}"
         return f"missed by {'less than 1%' if excess == '0%' else excess}"
+
+    def is_about(self, results: Results) -> bool:
+        """The machine of the results has what the promise needs."""
+        sets = (row["instruction_sets"].split() for row in results["inference"][:1])
+        return not self.needs or all(self.needs in found for found in sets)
 
 
 def _one(rows: list[Mapping[str, str]], **case: object) -> Mapping[str, str] | None:
@@ -126,4 +137,39 @@ PROMISES = (
         for theirs, most in (("relu", over_relu), ("compile", 1 / 1.4), ("eager", 1 / 5))
     ),
     *(_over(dtype, 2**26, "qrelu_inplace", "relu", 1 / 1.8, _PAGES, default_malloc=True) for dtype in DTYPES),
+)
+
+# ------------------------------------------------------------------------------------------- integers
+
+
+def _faster(workload: str, batch: int, weight_bits: int, peer: str, least: float, needs: str = "amx_int8") -> Promise:
+    """That the converted network is `least` times as fast as the peer."""
+    mine = ours(weight_bits)
+
+    def time(results: Results) -> float | None:
+        case = {"workload": workload, "batch": batch}
+        both = [_one(results["inference"], engine=name, **case) for name in (mine, peer)]
+        return float(both[0]["seconds_median"]) / float(both[1]["seconds_median"]) if all(both) else None
+
+    labels = ENGINES[mine].label, ENGINES[peer].label
+    claim = f"{WORKLOADS[workload].label}, batch {batch}: {labels[0]} vs. {labels[1]}"
+    return Promise(claim, 1 / least, time, needs=needs)
+
+
+INFERENCE_PROMISES = (
+    _faster("mlp", 128, 8, "float32", 3, needs="avx2"),
+    *(
+        _faster(workload, batch, weight_bits, peer, least)
+        for workload, batch, weight_bits, over in (
+            ("mlp", 1, 8, {"float32": 4, "bfloat16": 3.3, "onnxruntime": 1.1}),
+            ("mlp", 128, 8, {"float32": 15, "bfloat16": 3, "onednn": 1.2, "openvino": 1.4, "onnxruntime": 1.5}),
+            ("mlp", 1024, 8, {"onednn": 1.3}),
+            ("mlp", 1, 4, {"float32": 7.5, "bfloat16": 6, "onnxruntime": 2, "openvino": 2}),
+            ("mlp", 16, 4, {"float32": 20, "bfloat16": 5, "onnxruntime": 1.7, "openvino": 1.7}),
+            ("mlp", 1, 2, {"float32": 14, "bfloat16": 11, "onnxruntime": 3.5, "nbits2": 1.4}),
+            ("conv56", 1, 8, {"float32": 15, "bfloat16": 3.5, "onednn": 1.25}),
+            ("lenet", 64, 8, {"float32": 13, "openvino": 1.2}),
+        )
+        for peer, least in over.items()
+    ),
 )

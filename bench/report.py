@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -15,14 +15,16 @@ from coarsegrad.experiments.files import replacing
 
 from . import figures
 from .activations import IMPLEMENTATIONS
+from .engines import ENGINES, PEERS, ours
 from .kernels import COPIES
 from .peers import PASSES
-from .promises import PROMISES, Results
+from .promises import INFERENCE_PROMISES, PROMISES, Promise, Results
 from .sweep import DTYPES, of_gpu, size_label
+from .workloads import WORKLOADS
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"
-TABLES = ("kernels", "peers", "training", "memory")
+TABLES = ("kernels", "peers", "training", "memory", "inference")
 
 _INTRODUCTION = """\
 # Benchmarks
@@ -64,6 +66,28 @@ _TRAINING = """\
 "share" is the activation's part of a step: 1 - (time without activation) / (time with it), the median over the rounds.
 
 ![Time of a training step with each activation](../bench/results/training.png)
+"""
+_INFERENCE = """\
+## Inference with integers
+
+The forward of networks with 4-bit activations. W8A4 to W1A4 are converted by `coarsegrad.convert` with weights of 8 to
+1 bits; "QReLU in floats" is the network before that. The other engines run the same network, all from and to float32:
+those in int8 with the integers of W8A4, and their codes are the same; torch and MatMulNBits with `nn.ReLU`. BatchNorm
+is folded for all of them. oneDNN is a chain of `torch.ops.onednn.qlinear_pointwise` or `qconv2d_pointwise`. LeNet-5
+reads images of 7 bits as codes. `pip install -e .[engines]` installs the engines that torch does not bring along.
+
+![Speed over torch in float32 of each engine, by network and batch](../bench/results/inference.png)
+
+Milliseconds:
+"""
+_INFERENCE_SPEEDS = """\
+How many times as fast as each engine W8A4 is:
+"""
+_INFERENCE_BYTES = """\
+KiB of weights, as stored:
+"""
+_INFERENCE_PROMISES = """\
+What is promised, for the CPUs that have the instruction set: how many times as fast at least.
 """
 _SLOW = """\
 ## What is slow, and what to do about it
@@ -147,6 +171,8 @@ def _setting(rows: list[dict[str, str]]) -> str:
     machine = f"{row['cpu']}, {row['backend']}, caches {row['caches']}, {threads}, {row['malloc']}"
     if row["device"] != "cpu":
         machine = f"{row['device']}, {row['backend']}"
+    if "instruction_sets" in row:
+        machine += f", CPU with {row['instruction_sets']}, {row['versions']}"
     return f"{machine}, torch {row['torch']}, coarsegrad at {row['git'][:10]}, {row['date'][:10]}.\n"
 
 
@@ -158,8 +184,18 @@ def _promise_rows(results: Results) -> list[tuple[str, ...]]:
     return rows
 
 
-def _tried(results: Results) -> str:
-    missed = [promise for promise in PROMISES if promise.verdict(results).startswith("missed")]
+def _speed_rows(results: Results) -> list[tuple[str, ...]]:
+    """Of the promises about integers: speeds, where the others are times."""
+    rows = []
+    for promise in INFERENCE_PROMISES:
+        time = promise.time(results) if promise.is_about(results) else None
+        measured = "" if time is None else f"{1 / time:.3g}"
+        rows.append((promise.claim, promise.needs, f"{1 / promise.most:.3g}", measured, promise.verdict(results)))
+    return rows
+
+
+def _tried(results: Results, promises: Iterable[Promise] = PROMISES) -> str:
+    missed = [promise for promise in promises if promise.verdict(results).startswith("missed")]
     texts = dict.fromkeys(promise.tried for promise in missed if promise.tried)
     return "What was tried for those missed:\n\n" + "".join(f"- {text}\n" for text in texts) if texts else ""
 
@@ -218,6 +254,52 @@ def _memory_table(rows: list[dict[str, str]]) -> str:
     )  # fmt: skip
 
 
+def _inference_table(
+    rows: list[dict[str, str]],
+    engines: Iterable[str],
+    cell: Callable[[dict[str, dict[str, str]], str], str],
+    case: Callable[[dict[str, str]], tuple[str, ...]] = lambda row: (row["workload"], row["batch"]),
+) -> str:
+    """A line for each case, a column for each engine measured. cell(the case's rows by engine, engine); case(row)
+    begins with the workload."""
+    names = [name for name in engines if any(row["engine"] == name for row in rows)]
+    lines = []
+    for workload, *others in dict.fromkeys(map(case, rows)):
+        mine = {row["engine"]: row for row in rows if case(row) == (workload, *others)}
+        cells = (cell(mine, name) if name in mine else "" for name in names)
+        lines.append((WORKLOADS[workload].label, *others, *cells))
+    batch = ["batch"] if len(case(rows[0])) > 1 else []
+    return _markdown(("network", *batch, *(ENGINES[name].label for name in names)), lines)
+
+
+def _milliseconds(mine: dict[str, dict[str, str]], name: str) -> str:
+    value = 1e3 * float(mine[name]["seconds_median"])
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def _speed(mine: dict[str, dict[str, str]], name: str) -> str:
+    """Of W8A4 relative to an engine; empty if it was not measured."""
+    if ours(8) not in mine:
+        return ""
+    return _number(str(float(mine[name]["seconds_median"]) / float(mine[ours(8)]["seconds_median"])))
+
+
+def _kibibytes(mine: dict[str, dict[str, str]], name: str) -> str:
+    return f"{int(mine[name]['weight_bytes']) / 1024:,.0f}"
+
+
+def _inference_page(results: Results) -> list[str]:
+    rows = results["inference"]
+    stored = [name for name in ENGINES if "compile" not in name]
+    promises = _markdown(("", "instruction set", "promised", "measured", ""), _speed_rows(results))
+    return [
+        _INFERENCE, _inference_table(rows, ENGINES, _milliseconds),
+        _INFERENCE_SPEEDS, _inference_table(rows, PEERS, _speed),
+        _INFERENCE_BYTES, _inference_table(rows, stored, _kibibytes, lambda row: (row["workload"],)),
+        _INFERENCE_PROMISES, promises, _tried(results, INFERENCE_PROMISES), _setting(rows),
+    ]  # fmt: skip
+
+
 def gpu_page(results: Results) -> str:
     """docs/benchmarks-cuda.md; tables without results are omitted."""
     parts = [_GPU_INTRODUCTION]
@@ -240,6 +322,8 @@ def page(results: Results) -> str:
     ):  # fmt: skip
         if results[table]:
             parts += [text, make(results[table]), _setting(results[table])]
+    if results["inference"]:
+        parts += _inference_page(results)
     parts.append("For the memory and times of networks with packed activations, see [memory.md](memory.md).\n")
     parts.append(_SLOW)
     return "\n".join(part for part in parts if part)
@@ -250,7 +334,7 @@ def all_figures(results: Results) -> dict[str, Figure]:
     made = {}
     if results["kernels"]:
         made["roofline"] = figures.roofline_figure(results["kernels"], results["peers"])
-    for table in ("peers", "training", "memory"):
+    for table in ("peers", "training", "memory", "inference"):
         if results[table]:
             made[table] = getattr(figures, f"{table}_figure")(results[table])
     return made
@@ -312,6 +396,9 @@ def main(argv: list[str] | None = None) -> None:
         _write(args.page, page(results))
         print()
         print(format_table(("ratio of times", "upper bound", "measured", ""), _promise_rows(results)))
+        if results["inference"]:
+            print()
+            print(format_table(("speed", "needs", "promised", "measured", ""), _speed_rows(results)))
 
 
 if __name__ == "__main__":
