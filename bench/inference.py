@@ -105,7 +105,7 @@ def _measure(part: Part) -> list[Row]:
     names = [name for name in part.names if ENGINES[name].suits(network)]
     found: list[Row] = []
     with (
-        torch.inference_mode(),
+        torch.no_grad(),
         tqdm(total=len(part.batches) * (len(names) + part.rounds), disable=None, leave=False) as progress,
     ):
         for batch in part.batches:
