@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 from torch.fx import Node
 
 aten = torch.ops.aten
+Call = Callable[..., Node]  # puts a call of an op into a graph: call(op, *args)
 
-MAX_POOLS = {aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default}
+# By the dimensions of a window.
+MAX_POOLS = {aten.max_pool1d.default: 1, aten.max_pool2d.default: 2, aten.max_pool3d.default: 3}
 # In a float tensor of codes these change nothing; of codes themselves they are left out.
 _IDENTITIES = {
     aten.alias.default,
@@ -92,7 +95,9 @@ def is_move(node: Node) -> bool:
         return not arguments(node)["train"]
     if node.target in (aten.to.dtype, aten._to_copy.default):
         return node.meta["val"].is_floating_point()
-    return node.target in _REARRANGEMENTS | MAX_POOLS | _IDENTITIES
+    if node.target in MAX_POOLS:
+        return all(isinstance(size, int) for size in node.meta["val"].shape[-MAX_POOLS[target(node)] :])
+    return node.target in _REARRANGEMENTS | _IDENTITIES
 
 
 def each(value: int | list[int], dims: int) -> list[int]:

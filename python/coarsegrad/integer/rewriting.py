@@ -17,7 +17,8 @@ from .._ops import ops
 from .._types import Rounding, wide_dtype
 from .flow import CONVOLUTIONS, CONVOLUTIONS_1D, LAYERS, QRELUS, CodeFlow, normalize
 from .layers import CannotConvert, IntegerLayer, Norm, Staircase, integer_layer
-from .moves import arguments, aten, each, first_input, is_identity, is_move, per_input, target
+from .moves import MAX_POOLS, arguments, aten, each, first_input, is_identity, is_move, per_input, target
+from .pools import max_pool
 from .report import Converted, ConvertReport, Stayed
 from .sums import AVERAGES, average, weighted_sum
 
@@ -229,14 +230,10 @@ class Rewriting:
         """The move of a node, of codes."""
         if is_identity(node):
             return codes[first_input(node)]
+        if node.target in MAX_POOLS:
+            return max_pool(self._call, node, codes[first_input(node)])
         args: Any
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: codes.get(n, n))
-        if node.target is aten.max_pool1d.default:  # torch has none for uint8
-            window = [[first, *each(value, 1)] for first, value in zip((1, 1, 0, 1), args[1:5])]
-            pooled = self._call(
-                aten.max_pool2d.default, self._call(aten.unsqueeze.default, args[0], -2), *window, *args[5:]
-            )
-            return self._call(aten.squeeze.dim, pooled, -2)
         op = aten.reshape.default if node.target is aten.view.default else target(node)
         return self._graph.call_function(op, args, kwargs)
 

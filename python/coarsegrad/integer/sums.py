@@ -7,7 +7,7 @@ exact, and kept as long as it cannot exceed 255.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .layers import CannotConvert
-from .moves import arguments, aten, each, first_input, target
+from .moves import Call, arguments, aten, each, first_input, target
 
 MOST = 255  # codes are uint8
 ADDITIONS = {aten.add.Tensor}
@@ -27,8 +27,6 @@ _POOLS = {aten.avg_pool1d.default: 1, aten.avg_pool2d.default: 2}
 _ADAPTIVE = {aten.adaptive_avg_pool1d.default: 1, aten.adaptive_avg_pool2d.default: 2}
 _REDUCTIONS = {aten.mean.dim, aten.sum.dim_IntList}
 AVERAGES = _POOLS.keys() | _ADAPTIVE.keys() | _REDUCTIONS
-
-Call = Callable[..., Node]  # puts a call of an op into a graph: call(op, *args)
 
 
 @dataclass(frozen=True)
