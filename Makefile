@@ -42,11 +42,12 @@ bench: build  ## times kernels and peers on this machine in a few minutes; into 
 	python -m bench.peers --quick --out build/bench/peers.csv $(BENCH_ARGS)
 	python -m bench.report --results build/bench --page build/bench/benchmarks.md
 
-bench-full: build  ## all benchmarks, docs/benchmarks.md and its figures; needs a quiet machine
+bench-full: build  ## all benchmarks, docs/benchmarks.md and its figures; needs a quiet machine; peers if installed
 	python -m bench.kernels
 	python -m bench.peers
 	python -m bench.training
 	python -m bench.memory
+	python -m bench.inference
 	python -m bench.report
 
 bench-gpu: build  ## the benchmarks on a GPU and docs/benchmarks-cuda.md; brevitas and torchao if installed
