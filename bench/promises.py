@@ -41,8 +41,7 @@ class Promise:
 
     def is_about(self, results: Results) -> bool:
         """The machine of the results has what the promise needs."""
-        sets = (row["instruction_sets"].split() for row in results["inference"][:1])
-        return not self.needs or all(self.needs in found for found in sets)
+        return not self.needs or all(self.needs in row["instruction_sets"].split() for row in results["inference"][:1])
 
 
 def _one(rows: list[Mapping[str, str]], **case: object) -> Mapping[str, str] | None:
