@@ -145,6 +145,8 @@ def inference_figure(rows: list[Row]) -> Figure:
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for axes in panels.flat[len(cases) :]:
         axes.set_visible(False)
+    for axes in panels.flat[max(0, len(cases) - columns) : len(cases)]:
+        axes.tick_params(labelbottom=True)  # the lowest of each column
     for (workload, batch), axes in zip(cases, panels.flat):
         axes.axvline(1, color="black", linewidth=1, zorder=3)
         for row in rows:
