@@ -23,7 +23,8 @@ ORDER = {
     "coarsegrad.packing": "saved  records  function  hooks  blocks  __init__".split(),
     "coarsegrad.triton": "staircase  ste  kernels  qrelu  __init__".split(),
     "coarsegrad.integer": """
-        weights  checks  reference  ops  exact  layers  moves  pools  sums  flow  report  rewriting  conversion  __init__
+        weights  checks  reference  ops  exact  layers  moves  pools  sums  flow  report  rewriting  conversion
+        __init__
     """.split(),
     "coarsegrad.quantization": """
         relus  source  editing  rewriting  running  frames  recording  report  surgery  dynamic  quantize
