@@ -18,7 +18,7 @@ constexpr int64_t kPairRows = 2 * kTile;  // or channels: two tiles of each make
 // Fewer rows leave most of a tile empty.
 constexpr int64_t kMinRows = 8;
 
-constexpr int64_t kMaxPanelTiles = (kPanelBytes / kMinRows + kWeightBlock * 8) / kTileCodes + 1;
+constexpr int64_t kMaxPanelTiles = (kPanelBytes / kMinPanelRows + kWeightBlock * 8) / kTileCodes + 1;
 
 struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -166,7 +166,7 @@ void dot_panel(const DotPanel& a) {
   if (a.rows < kMinRows) return dot_panel_by<FourProducts, kWeightBits>(a);
   constexpr int64_t kCodes = kWeightBlock * kPlanes<kWeightBits>;
   const int64_t tiles = (a.blocks * kCodes + kTileCodes - 1) / kTileCodes;
-  alignas(64) uint8_t transposed[kMaxPanelTiles * 2 * kTileBytes];
+  alignas(64) uint8_t transposed[kMaxPanelTiles * 2 * kTileBytes];  // about 200 KB
   const ConfiguredTiles configured;
   for (int64_t row = 0; row < a.rows; row += kPairRows) {
     const int64_t rows = std::min(a.rows - row, kPairRows);

@@ -41,7 +41,6 @@ CG_HD __m256d round_up(__m256d a) { return _mm256_ceil_pd(a); }
 CG_HD __m256 round_down(__m256 a) { return _mm256_floor_ps(a); }
 
 CG_HD void stream_register(void* p, Register v) { _mm256_stream_si256(static_cast<__m256i*>(p), v); }
-CG_HD void store_half(void* p, HalfRegister v) { _mm_storeu_si128(static_cast<__m128i*>(p), v); }
 CG_HD void stream_half(void* p, HalfRegister v) { _mm_stream_si128(static_cast<__m128i*>(p), v); }
 
 // The low 16 bits of each 32-bit lane; the upper ones are zero.

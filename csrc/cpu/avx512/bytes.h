@@ -21,6 +21,9 @@ CG_HD Register join_halves(HalfRegister low, HalfRegister high) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 CG_HD Register load_lower_half(const void* p) { return _mm512_zextsi256_si512(load_half(p)); }
-CG_HD int32_t sum_int32(Register v) { return _mm512_reduce_add_epi32(v); }
+// The sum of the 32-bit lanes of each register.
+CG_HD void sum_int32(const Register* v, int count, int32_t* sums) {
+  for (int i = 0; i < count; ++i) sums[i] = _mm512_reduce_add_epi32(v[i]);
+}
 
 }  // namespace cg::avx512

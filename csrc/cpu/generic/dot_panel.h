@@ -6,8 +6,8 @@
 
 namespace cg {
 
-// Bytes of codes in a panel of at most 32 rows, about: they stay in the L1 cache.
-constexpr int64_t kPanelBytes = 24 << 10;
+// Codes of a panel stay in the L2 cache, and weights are read once for all of its rows.
+constexpr int64_t kPanelBytes = 96 << 10, kMinPanelRows = 16, kMaxPanelRows = 32;
 
 // acc[r, c] += the product of row r of codes and row c of weights, `blocks` blocks of each. No sum of |codes * weights|
 // times 128 reaches 2^31.

@@ -2,6 +2,7 @@
 // before, multiplies.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "dot_panel.h"
@@ -56,7 +57,8 @@ template <int kWeightBits>
 void multiply(DotPanel panel, int64_t codes) {
   constexpr int64_t kCodes = kWeightBlock * kPlanes<kWeightBits>;
   if (codes == 0) return;
-  const int64_t parts = IntegerShape::parts(codes * std::min<int64_t>(panel.rows, 32), kPanelBytes);
+  const int64_t rows = std::clamp(panel.rows, kMinPanelRows, kMaxPanelRows);
+  const int64_t parts = IntegerShape::parts(codes * rows, kPanelBytes);
   const int64_t blocks = std::min(kMaxPanelCodes, IntegerShape::parts(codes, parts) + kCodes - 1) / kCodes;
   for (int64_t left = codes / kCodes; left > 0; left -= blocks) {
     panel.blocks = std::min(left, blocks);

@@ -80,8 +80,12 @@ __attribute__((noinline)) void dot_tile(const DotPanel& a, const uint8_t* codes,
   if constexpr (kBlocks > 1) {
     if (blocks < a.blocks) run.template operator()<false>(blocks, a.blocks);
   }
+  int32_t each[kRows * kChannels];
+  sum_int32(sums[0], kRows * kChannels, each);
   for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kChannels; ++c) acc[r * a.acc_stride + c] += sum_int32(sums[r][c]) >> kWeightShift<kWeightBits>;
+    for (int c = 0; c < kChannels; ++c) {
+      acc[r * a.acc_stride + c] += each[r * kChannels + c] >> kWeightShift<kWeightBits>;
+    }
   }
 }
 

@@ -1,9 +1,9 @@
 """The integer ops: shapes and default kernels, the reference's. Codes are uint8, one per byte.
 
-A Conv2d's output is in channels_last. A layer's weight is what `pack_weights` made of its rows [C, K]; of a Conv2d a row is [kh, kw, C_in / groups]. `bits`
-bounds the codes, which are below 2**bits, and the weights of 8 bits are -127..127. No sum of |codes * w| reaches 2**31.
-scale and offset are [C] in float32. thresholds, int32 [C, levels], never decrease along a row; where they are given,
-scale and offset are not read.
+A Conv2d's output is in channels_last. A layer's weight is what `pack_weights` made of its rows [C, K]; of a Conv2d a
+row is [kh, kw, C_in / groups]. `bits` bounds the codes, which are below 2**bits, and the weights of 8 bits are
+-127..127. No sum of |codes * w| reaches 2**31. scale and offset are [C] in float32. thresholds, int32 [C, levels],
+never decrease along a row; where they are given, scale and offset are not read.
 """
 
 from __future__ import annotations
