@@ -246,7 +246,10 @@ def _slow_reasons() -> list[str]:
 
 def _integer_kernels(device: str) -> str:
     kernels = integer.integer_kernels(device)
-    return "plain torch, slower than floats" if kernels == "reference" else f"{kernels} kernels"
+    if kernels == "reference":
+        return "plain torch, slower than floats"
+    isa = f", instruction set {_ops.native.integer_isa()}" if (kernels, device) == ("native", "cpu") else ""
+    return f"{kernels} kernels{isa}"
 
 
 def info() -> str:

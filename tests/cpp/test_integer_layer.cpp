@@ -1,5 +1,6 @@
 // An instruction set's layers on codes against sums of products one by one. Built once for each set; those that need
-// AVX-512, VNNI or AMX run by avx512_host.h. Python tests hold the sets that this machine has to the oracle, op by op.
+// AVX-512, VNNI or AMX run by avx512_host.h. An argument is the number of random layers, for longer runs. Python tests
+// hold the sets that this machine has to the oracle, op by op.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -15,6 +16,8 @@ using namespace cg;
 
 std::mt19937 generator(1);
 int64_t draw(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+
+int64_t codes_checked = 0;
 
 struct Case {
   int bits, weight_bits;
@@ -111,6 +114,7 @@ bool matches(const Case& c) {
   run();
   a.out_codes = by_thresholds.data(), a.thresholds = thresholds.data();
   run();
+  codes_checked += 2 * static_cast<int64_t>(acc.size());
   for (size_t i = 0; i < acc.size(); ++i) {
     const size_t o = i % c.out_channels;
     const volatile float product = static_cast<float>(acc[i]) * scale[o];
@@ -156,6 +160,7 @@ int main(int argc, char** argv) {
     const Case c{8, weight_bits, 33, 33000, 3, 1, {1, 1}, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 33, 3, true};
     failures += !matches(c);
   }
-  if (failures == 0) std::printf("%s: %d random layers are exact\n", CG_KERNELS.isa, cases);
+  if (failures == 0)
+    std::printf("%s: %lld codes of %d random layers are exact\n", CG_KERNELS.isa, (long long)codes_checked, cases);
   return failures != 0;
 }

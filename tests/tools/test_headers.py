@@ -20,9 +20,12 @@ FOLDERS = {
     "cpu": (),
     "cpu/generic": (),
     "cpu/scalar": (),
-    "cpu/x86": AVX2,
+    "cpu/x86": (*AVX2, "-mavxvnni"),
     "cpu/avx2": AVX2,
+    "cpu/avxvnni": (*AVX2, "-mavxvnni"),
     "cpu/avx512": AVX512,
+    "cpu/avx512vnni": (*AVX512, "-mavx512vnni"),
+    "cpu/amx": (*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"),
     "cuda": ("-include", str(ROOT / "tests" / "cpp" / "cuda_host.h"), "-Wno-unknown-pragmas"),
 }
 TORCH = {CSRC / "checks.h", CSRC / "register.h", CSRC / "cuda" / "launch.cuh"}

@@ -4,7 +4,7 @@
 #include "dot.h"
 
 #if !defined(CG_DPBUSD)
-#include "../avxvnni/dot.h"
+#define CG_DPBUSD _mm256_dpbusd_avx_epi32
 #endif
 
 namespace cg::CG_ISA {
