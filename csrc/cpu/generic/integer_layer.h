@@ -17,30 +17,58 @@ namespace {
 // A sum of this many products of 8 bits, times 128, is below 2^31.
 constexpr int64_t kMaxPanelCodes = 1 << 15;
 
-// Row `row` of the codes that a group reads: zero where a window leaves the image, and from row_codes on.
-void gather_row(const IntegerLayer& a, const IntegerShape& shape, int64_t row, int64_t group, uint8_t* to) {
-  const int64_t x = row % a.out_size[1], y = row / a.out_size[1] % a.out_size[0];
-  const int64_t image = row / (a.out_size[0] * a.out_size[1]), count = a.channels / a.groups;
-  const uint8_t* const from = a.codes + image * a.size[0] * a.size[1] * a.channels + group * count;
+// memcpy of few bytes, without a call.
+CG_HD void copy_codes(uint8_t* to, const uint8_t* from, int64_t count) {
+  const auto ends = [&](auto number) __attribute__((always_inline)) {
+    memcpy(&number, from, sizeof(number));
+    decltype(number) last;
+    memcpy(&last, from + count - sizeof(last), sizeof(last));
+    memcpy(to, &number, sizeof(number));
+    memcpy(to + count - sizeof(last), &last, sizeof(last));
+  };
+  if (count > 16) memcpy(to, from, count);
+  else if (count >= 8) ends(uint64_t{});
+  else if (count >= 4) ends(uint32_t{});
+  else {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+  }
+}
+
+// The codes of a window: zero where it leaves the image. `image` starts at the first channel that is read.
+void gather_window(const IntegerLayer& a, const uint8_t* image, int64_t y, int64_t x, uint8_t* to) {
+  const int64_t count = a.channels / a.groups, line = a.kernel[1] * count;
   const int64_t first_x = x * a.stride[1] - a.padding[1];
   const bool one_run = a.groups == 1 && a.dilation[1] == 1 && first_x >= 0 && first_x + a.kernel[1] <= a.size[1];
-  memset(to + shape.row_codes, 0, shape.padded_codes - shape.row_codes);
-  for (int64_t i = 0; i < a.kernel[0]; ++i) {
+  for (int64_t i = 0; i < a.kernel[0]; ++i, to += line) {
     const int64_t at_y = y * a.stride[0] - a.padding[0] + i * a.dilation[0];
-    const uint8_t* line = from + at_y * a.size[1] * a.channels;
+    const uint8_t* from = image + at_y * a.size[1] * a.channels;
     if (at_y < 0 || at_y >= a.size[0]) {
-      memset(to, 0, a.kernel[1] * count);
-      to += a.kernel[1] * count;
+      memset(to, 0, line);
     } else if (one_run) {
-      memcpy(to, line + first_x * a.channels, a.kernel[1] * count);
-      to += a.kernel[1] * count;
+      copy_codes(to, from + first_x * a.channels, line);
     } else {
-      for (int64_t j = 0; j < a.kernel[1]; ++j, to += count) {
+      for (int64_t j = 0; j < a.kernel[1]; ++j) {
         const int64_t at_x = first_x + j * a.dilation[1];
-        if (at_x < 0 || at_x >= a.size[1]) memset(to, 0, count);
-        else memcpy(to, line + at_x * a.channels, count);
+        if (at_x < 0 || at_x >= a.size[1]) memset(to + j * count, 0, count);
+        else copy_codes(to + j * count, from + at_x * a.channels, count);
       }
     }
+  }
+}
+
+// Rows [first, first + rows) of the codes that a group reads. What follows row_codes in each is left as it is.
+void gather_rows(const IntegerLayer& a, const IntegerShape& shape, int64_t first, int64_t rows, int64_t group,
+                 uint8_t* to) {
+  int64_t x = first % a.out_size[1], y = first / a.out_size[1] % a.out_size[0];
+  const int64_t image_codes = a.size[0] * a.size[1] * a.channels;
+  const uint8_t* image =
+      a.codes + first / (a.out_size[0] * a.out_size[1]) * image_codes + group * (a.channels / a.groups);
+  for (int64_t r = 0; r < rows; ++r, to += shape.code_stride) {
+    gather_window(a, image, y, x, to);
+    if (++x < a.out_size[1]) continue;
+    x = 0;
+    if (++y < a.out_size[0]) continue;
+    y = 0, image += image_codes;
   }
 }
 
@@ -97,6 +125,9 @@ void integer_layer(const IntegerLayer& a, int64_t begin, int64_t end, uint8_t* s
   const bool in_place = rows_in_place(a, shape);
   uint8_t* const gathered = scratch;
   int32_t* const acc = reinterpret_cast<int32_t*>(scratch + a.rows_per_task * shape.code_stride);
+  for (int64_t r = 0; r < a.rows_per_task && !in_place; ++r) {
+    memset(gathered + r * shape.code_stride + shape.row_codes, 0, shape.padded_codes - shape.row_codes);
+  }
   for (int64_t task = begin; task < end; ++task) {
     // Tasks in turn read the same weights.
     const int64_t first_row = task % shape.row_tasks * a.rows_per_task, of_channels = task / shape.row_tasks;
@@ -104,9 +135,7 @@ void integer_layer(const IntegerLayer& a, int64_t begin, int64_t end, uint8_t* s
     const int64_t group = of_channels / shape.channel_tasks, channel = group * shape.group_channels + first;
     const int64_t rows = std::min(a.rows_per_task, shape.rows - first_row);
     const int64_t channels = std::min(a.channels_per_task, shape.group_channels - first);
-    if (!in_place) {
-      for (int64_t r = 0; r < rows; ++r) gather_row(a, shape, first_row + r, group, gathered + r * shape.code_stride);
-    }
+    if (!in_place) gather_rows(a, shape, first_row, rows, group, gathered);
     memset(acc, 0, rows * channels * sizeof(int32_t));
     const DotPanel panel{in_place ? a.codes + first_row * shape.row_codes : gathered,
                          in_place ? shape.padded_codes : shape.code_stride,

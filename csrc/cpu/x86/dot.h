@@ -52,11 +52,12 @@ CG_HD void add_products(const DotPanel& a, const uint8_t* codes, const uint8_t* 
   });
 }
 
+// at_once: the blocks whose products are added up before they are widened, if Products do that.
 template <class Products, int kWeightBits, int kRows, int kChannels>
-__attribute__((noinline)) void dot_tile(const DotPanel& a, const uint8_t* codes, const uint8_t* weights, int32_t* acc) {
+__attribute__((noinline)) void dot_tile(const DotPanel& a, int64_t at_once, const uint8_t* codes,
+                                        const uint8_t* weights, int32_t* acc) {
   constexpr int64_t kCodes = kWeightBlock * kPlanes<kWeightBits>;
   const int64_t blocks = a.blocks / kBlocks * kBlocks;
-  const int64_t at_once = Products::blocks_at_once(kPlanes<kWeightBits>, a.bits, a.blocks);
   Register sums[kRows][kChannels] = {};
   const auto run = [&]<bool kWhole>(int64_t block, int64_t end) __attribute__((always_inline)) {
     const auto add_to = [&](auto& to) __attribute__((always_inline)) {
@@ -90,35 +91,36 @@ __attribute__((noinline)) void dot_tile(const DotPanel& a, const uint8_t* codes,
 }
 
 template <class Products, int kWeightBits, int kChannels, int kRows>
-CG_HD void dot_rows(const DotPanel& a, int64_t channel) {
+CG_HD void dot_rows(const DotPanel& a, int64_t at_once, int64_t channel) {
   const uint8_t* weights = a.weights + channel * a.weight_stride;
   int64_t row = 0;
   for (; row + kRows <= a.rows; row += kRows) {
-    dot_tile<Products, kWeightBits, kRows, kChannels>(a, a.codes + row * a.code_stride, weights,
+    dot_tile<Products, kWeightBits, kRows, kChannels>(a, at_once, a.codes + row * a.code_stride, weights,
                                                       a.acc + row * a.acc_stride + channel);
   }
   if constexpr (kRows > 1) {
     if (row == a.rows) return;
     DotPanel rest = a;
     rest.codes += row * a.code_stride, rest.acc += row * a.acc_stride, rest.rows -= row;
-    dot_rows<Products, kWeightBits, kChannels, kRows / 2>(rest, channel);
+    dot_rows<Products, kWeightBits, kChannels, kRows / 2>(rest, at_once, channel);
   }
 }
 
 // Few rows leave registers for more channels.
 template <class Products, int kWeightBits>
 void dot_panel_by(const DotPanel& a) {
+  const int64_t at_once = Products::blocks_at_once(kPlanes<kWeightBits>, a.bits, a.blocks);
   int64_t channel = 0;
   if (a.rows < kTileRows) {
     constexpr int kMany = 2 * kTileChannels;
     for (; channel + kMany <= a.channels; channel += kMany) {
-      dot_rows<Products, kWeightBits, kMany, kTileRows / 2>(a, channel);
+      dot_rows<Products, kWeightBits, kMany, kTileRows / 2>(a, at_once, channel);
     }
   }
   for (; channel + kTileChannels <= a.channels; channel += kTileChannels) {
-    dot_rows<Products, kWeightBits, kTileChannels, kTileRows>(a, channel);
+    dot_rows<Products, kWeightBits, kTileChannels, kTileRows>(a, at_once, channel);
   }
-  for (; channel < a.channels; ++channel) dot_rows<Products, kWeightBits, 1, kTileRows>(a, channel);
+  for (; channel < a.channels; ++channel) dot_rows<Products, kWeightBits, 1, kTileRows>(a, at_once, channel);
 }
 
 }  // namespace
