@@ -14,10 +14,11 @@ import triton.language as tl
 from saved_for import saved_for
 
 import coarsegrad as cg
-from coarsegrad import reference
+from coarsegrad import integer, reference
 from coarsegrad._types import ALPHA_GRADS, BUILT_IN, DTYPES, ROUNDINGS, MaskKind
 from coarsegrad.testing import hard_inputs, triton_ulps_apart, ulps_apart
-from coarsegrad.triton import kernels, qrelu
+from coarsegrad.triton import kernels, layer_kernels, layers, qrelu
+from coarsegrad.triton.layer_kernels import _ceil_within
 from coarsegrad.triton.staircase import code_by_guess, divide, narrow, refined_quotient, widen
 from coarsegrad.triton.ste import exp_minus
 
@@ -414,8 +415,34 @@ def test_an_own_ste_without_a_triton_form_runs_on_the_reference():
             triton_ulps_apart("own")
 
 
+@triton.jit
+def _ceil_kernel(v_ptr, out_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, _ceil_within(tl.load(v_ptr + at), 15.0))
+
+
+def test_the_code_of_a_layer_is_the_ceiling_of_subnormals_too():
+    v = torch.tensor([-1e30, -1.0, -1e-45, -0.0, 0.0, 1e-45, 1e-38, 0.5, 1.0, 1.0000001, 14.0, 14.5, 15.0, 15.5, 1e30])
+    v = torch.cat([v, torch.tensor([float("inf")])])
+    out = torch.empty(16, dtype=torch.int32)
+    _ceil_kernel[(1,)](v, out, BLOCK=16)
+    assert out.tolist() == v.ceil().clamp(0, 15).int().tolist()
+
+
+def test_tiles_of_layers_larger_than_one():
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (130, 257), generator=g, dtype=torch.uint8)
+    weight = torch.randint(0, 256, (70, 160), generator=g, dtype=torch.uint8)
+    layer = (codes, weight, 8, 4, torch.rand(70, generator=g) - 0.5, torch.rand(70, generator=g))
+    assert same(layers.integer_linear_float(*layer), integer.KERNELS["integer_linear_float"](*layer))
+    images = codes[:, :256].reshape(2, 65, 16, 16)[:, :64]
+    layer = (images, weight[:, :32], 8, 1, *layer[4:], None, 255, [2, 2], [1, 2], [1, 0], [2, 1], 2)
+    assert same(layers.integer_conv2d(*layer), integer.KERNELS["integer_conv2d"](*layer))
+
+
 def test_every_kernel_is_used():
     """A kernel that no launch needs would be tested by nothing."""
-    source = open(qrelu.__file__).read()
-    for name in vars(kernels):
-        assert not name.endswith("_kernel") or f"kernels.{name}[" in source, name
+    for module, launcher in ((kernels, qrelu), (layer_kernels, layers)):
+        source = open(launcher.__file__).read()
+        for name in vars(module):
+            assert not name.endswith("_kernel") or f"kernels.{name}[" in source, name

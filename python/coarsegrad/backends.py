@@ -150,8 +150,8 @@ def _register_kernels() -> None:
     if backend is None or backend.kernels is None:
         return
     kernels = {op: getattr(backend.kernels(), name) for op, name in _ops.KERNELS.items()}
-    if backend.name == "reference":
-        kernels |= integer.KERNELS
+    for op, on_reference in integer.KERNELS.items():
+        kernels[op] = on_reference if backend.name == "reference" else getattr(backend.kernels(), op)
     _override = torch.library.Library("coarsegrad", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")  # intended
@@ -204,11 +204,31 @@ def _triton_kernel(op: str):
     return call
 
 
+def _triton_layer_kernel(op: str):
+    """The same for an op of integer layers."""
+
+    def call(*args):
+        triton = _load_triton()
+        if triton is not None:
+            return getattr(triton, op)(*args)
+        device = args[0].device.type
+        integer.serving.pop(device, None)
+        integer.warn_if_slow(device)
+        return integer.KERNELS[op](*args)
+
+    return call
+
+
 _triton_library = torch.library.Library("coarsegrad", "IMPL")
 for _device in _TRITON_DEVICES:
     for _op in _ops.KERNELS:
         if _ops.why_not_native(_device) is not None or _op == "qrelu_backward_custom":
             _triton_library.impl(_op, _triton_kernel(_op), dispatch_key(_device))
+    if _device not in integer.serving:
+        for _op in integer.KERNELS:
+            _triton_library.impl(_op, _triton_layer_kernel(_op), dispatch_key(_device))
+        if _no_triton is None:
+            integer.serving[_device] = "triton"
 
 
 def preloaded_malloc() -> str | None:

@@ -16,7 +16,7 @@ import torch
 from paths import ROOT, TESTS
 
 import coarsegrad as cg
-from coarsegrad import _ops
+from coarsegrad import _ops, integer
 from coarsegrad.backends import _serving
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -33,8 +33,12 @@ def run(*arguments, interpret=True, **environment):
 @needs_triton
 def test_in_the_interpreter():
     """triton_interpreted.py, and opcheck and the tests of an own STE with Triton serving."""
-    options = ["-q", "-p", "no:cacheprovider", "-k", "triton", "--no-header", "-rf"]
-    files = ("triton_interpreted.py", "ops/test_ops.py::test_opcheck", "ops/test_ste_registry.py")
+    # The largest sums are long, and of the interpreter's own arithmetic.
+    options = ["-q", "-p", "no:cacheprovider", "-k", "triton and not largest_sums", "--no-header", "-rf"]
+    files = (
+        "triton_interpreted.py", "ops/test_ops.py::test_opcheck", "ops/test_ste_registry.py",
+        "integer/test_integer_ops.py",
+    )  # fmt: skip
     done = run("-W", "ignore", "-m", "pytest", *options, *files)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert re.search(r"\d{3,} passed", done.stdout), done.stdout[-2000:]
@@ -48,8 +52,28 @@ def test_a_gpu_is_served_by_triton_where_there_is_nothing_native():
     else:
         assert table.backend == "triton"
     for device in ("CUDA", "XPU"):
-        for op in _ops.KERNELS:
+        for op in (*_ops.KERNELS, *integer.KERNELS):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"coarsegrad::{op}", device), (op, device)
+
+
+def test_a_gpu_without_triton_runs_integer_layers_on_the_reference_and_is_told(tmp_path):
+    code = """
+import warnings, torch
+from coarsegrad import integer
+from coarsegrad.backends import _triton_layer_kernel
+integer.serving["cpu"] = "triton"
+kernel = _triton_layer_kernel("integer_quantize")
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        codes = kernel(torch.tensor([0.3]), torch.tensor([0.5]), 1, "ceil", None)
+        print(codes.tolist(), integer.integer_kernels("cpu"))
+print(*[w.message for w in caught if "integer layers" in str(w.message)], sep="\\n")
+"""
+    done = broken_triton(tmp_path, "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[1] reference\n[1] reference\n")
+    assert done.stdout.count("integer layers run in plain torch") == 1
 
 
 @needs_triton

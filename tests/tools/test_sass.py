@@ -363,6 +363,37 @@ def test_triton_rounds_products_and_sums_apart(tmp_path):
         assert counts[0] < counts[1], arch
 
 
+LAYERS = (  # bits, weight_bits, output, channels of a convolution
+    (4, 8, "affine", None),
+    (8, 8, "float", None),
+    (2, 2, "affine", None),
+    (4, 4, "affine", 64),
+    (8, 1, "thresholds", 64),
+    (4, 8, "float", 3),
+)
+# Products of int8 on tensor cores.
+_PRODUCTS = {
+    "sm_80": r"mma\.sync\.aligned\.m16n8k32\S*\.s8\.s8",
+    "sm_90": r"wgmma\.mma_async\S*\.s8\.s8",
+    "sm_100": r"tcgen05\.mma\S*kind::i8",
+    "sm_120": r"mma\.sync\.aligned\.m16n8k32\S*\.s8\.s8",
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_layers_in_triton(tools, case, arch, tmp_path):
+    """Tensor cores, no stack, 16 bytes of aligned codes at a time; no fused or flushed step that moves a code."""
+    *_, channels = case
+    made = triton_kernels.compiled(triton_kernels.layer(str(case), *case), arch, tmp_path)
+    ptx = made.asm["ptx"]
+    assert re.search(_PRODUCTS[arch], ptx)
+    assert not re.search(r"fma\.rn|\.ftz", ptx)
+    assert triton_kernels.binary(made).stack == 0
+    assert bool(re.search(r"ld\.global\S*\.b8", ptx)) == (channels == 3)
+
+
 def test_the_command(tools, capsys):
     with pytest.raises(SystemExit) as done:
         main(["--arch", "sm_90", "--only", "backward, mask*", "--show"])

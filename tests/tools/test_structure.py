@@ -17,11 +17,11 @@ CSRC = ROOT / "csrc"
 ORDER = {
     "coarsegrad": """
         _text  _types  _torch_internals  ste  _checks  reference  _build  _C  _ops  _autograd  _fused
-        packing  triton  integer  backends  _dtensor  functional  nn
+        packing  integer  triton  backends  _dtensor  functional  nn
         quantization  optim  memory  experiments  testing  __init__  __main__
     """.split(),
     "coarsegrad.packing": "saved  records  function  hooks  blocks  __init__".split(),
-    "coarsegrad.triton": "staircase  ste  kernels  qrelu  __init__".split(),
+    "coarsegrad.triton": "staircase  ste  kernels  qrelu  layer_kernels  layers  __init__".split(),
     "coarsegrad.integer": """
         weights  checks  reference  ops  exact  layers  moves  pools  sums  flow  report  rewriting  conversion
         __init__

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 import torch
@@ -16,11 +17,17 @@ from coarsegrad._types import ALPHA_GRADS, BUILT_IN, CODE_WIDTH, MASK_WIDTH, ROU
 from coarsegrad.ste import get_ste, saved
 
 from .code import Data, SassError
-from .compiler import CACHE, read
+from .compiler import CACHE, Binary, read
 from .gate import DTYPES, Kernel, Report
 
 AMD = ("gfx90a", "gfx942", "gfx1100")
-_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8"}
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
 # How alphas lie in a tensor, and a shape with its channel_dim; "by octet" and "in octets" are multiples of 8 elements.
 _LAYOUTS = {
     "one": ((2**18,), None),
@@ -40,16 +47,26 @@ def installed() -> bool:
 
 @dataclass(frozen=True)
 class TritonKernel(Kernel):
-    """`expression` names the function in coarsegrad.triton.kernels. Pointers are to 16-byte boundaries."""
+    """`expression` names the function in coarsegrad.triton.kernels, or layer_kernels. Pointers are to 16-byte
+    boundaries. aligned: sizes are taken as multiples of 16 where they are some, as in a launch."""
 
     arguments: dict[str, object] = field(default_factory=dict)
+    aligned: bool = False
 
 
 def _launches(name: str, dtype: str, op: str, *of_op: object) -> list[TritonKernel]:
     """The kernels that an op of coarsegrad.triton.qrelu launches; nothing runs."""
     from coarsegrad.triton import kernels, qrelu
 
-    found = []
+    with _recorded(kernels, qrelu) as found:
+        getattr(qrelu, op)(*of_op)
+    return [_kernel(name, dtype, function, arguments) for function, arguments in found]
+
+
+@contextlib.contextmanager
+def _recorded(kernels: ModuleType, launcher: ModuleType) -> Iterator[list[tuple[str, dict[str, object]]]]:
+    """The kernels of one module that another launches inside, with their arguments; nothing runs."""
+    found: list[tuple[str, dict[str, object]]] = []
 
     class Recorder:
         def __init__(self, function: str) -> None:
@@ -60,9 +77,8 @@ def _launches(name: str, dtype: str, op: str, *of_op: object) -> list[TritonKern
             return lambda *args, **rest: found.append((self.function, dict(zip(names, args)) | rest))
 
     recorders = {each: Recorder(each) for each in vars(kernels) if each.endswith("_kernel")}
-    with mock.patch.object(qrelu, "kernels", SimpleNamespace(**recorders)):
-        getattr(qrelu, op)(*of_op)
-    return [_kernel(name, dtype, function, arguments) for function, arguments in found]
+    with mock.patch.object(launcher, kernels.__name__.rpartition(".")[2], SimpleNamespace(**recorders)):
+        yield found
 
 
 def _kernel(name: str, dtype: str, function: str, arguments: dict[str, object]) -> TritonKernel:
@@ -118,6 +134,26 @@ def dequantize(name: str, dtype: str, bits: int = 2, layout: str = "one") -> lis
 def backward_from_slopes(name: str, dtype: str, bits: int = 2) -> list[TritonKernel]:
     x = _tensors(dtype, "one")[0]
     return _launches(name, dtype, "backward_from_slopes", x, _bits(x, CODE_WIDTH[bits]), torch.ones(2**bits), bits)
+
+
+def layer(name: str, bits: int, weight_bits: int, output: str, channels: int | None = None) -> TritonKernel:
+    """A layer on codes. output: "float", "affine" or "thresholds"; channels: of a 3 x 3 convolution's input, None for a
+    Linear."""
+    from coarsegrad.triton import layer_kernels, layers
+
+    count = 512 if channels is None else 9 * channels
+    codes = torch.empty((256, count) if channels is None else (2, channels, 16, 16), dtype=torch.uint8)
+    weight = torch.empty(128, -(-count * weight_bits // 256) * 32, dtype=torch.uint8)
+    arguments = [codes, weight, bits, weight_bits, torch.empty(128), torch.empty(128)]
+    if output != "float":
+        arguments += [torch.empty(128, 15, dtype=torch.int32) if output == "thresholds" else None, 15]
+    if channels is not None:
+        arguments += [[3, 3], [1, 1], [1, 1], [1, 1], 1]
+    op = ("integer_linear" if channels is None else "integer_conv2d") + "_float" * (output == "float")
+    with _recorded(layer_kernels, layers) as found:
+        getattr(layers, op)(*arguments)
+    ((function, given),) = found
+    return TritonKernel(name, "uint8", function, Data(1, 1, 1, 0), wide=False, arguments=given, aligned=True)
 
 
 # --------------------------------------------------------------------------------------------- settings
@@ -191,11 +227,11 @@ def compiled(kernel: TritonKernel, arch: str, folder: Path = CACHE, **options: o
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from coarsegrad.triton import kernels
+    from coarsegrad.triton import kernels, layer_kernels
 
     if triton.knobs.runtime.interpret:
         raise SassError("with TRITON_INTERPRET=1 Triton compiles nothing; unset it")
-    function = getattr(kernels, kernel.expression)
+    function = getattr(kernels, kernel.expression, None) or getattr(layer_kernels, kernel.expression)
 
     def type_of(name: str, value: object) -> str:
         if isinstance(value, torch.Tensor):
@@ -207,7 +243,10 @@ def compiled(kernel: TritonKernel, arch: str, folder: Path = CACHE, **options: o
     types = {name: type_of(name, value) for name, value in arguments.items()}
     place = {name: (i,) for i, name in enumerate(arguments)}
     constants = {place[name]: value for name, value in arguments.items() if types[name] == "constexpr"}
-    aligned = {place[name]: [["tt.divisibility", 16]] for name, of in types.items() if of.startswith("*")}
+    sizes = {name for name, of in types.items() if kernel.aligned and of == "i32" and arguments[name] % 16 == 0}
+    aligned = {
+        place[name]: [["tt.divisibility", 16]] for name, of in types.items() if of.startswith("*") or name in sizes
+    }
     if arch.startswith("gfx"):
         target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
     else:
@@ -219,9 +258,13 @@ def compiled(kernel: TritonKernel, arch: str, folder: Path = CACHE, **options: o
 
 
 def report(kernel: TritonKernel, arch: str) -> Report:
-    made = compiled(kernel, arch)
+    return Report(kernel, arch, binary(compiled(kernel, arch)))
+
+
+def binary(made) -> Binary:
+    """The machine code for NVIDIA of what `compiled` returns."""
     CACHE.mkdir(parents=True, exist_ok=True)
     cubin = CACHE / f"triton-{made.hash[:16]}.cubin"
     cubin.write_bytes(made.asm["cubin"])
-    (binary,) = read(cubin).values()
-    return Report(kernel, arch, binary)
+    (found,) = read(cubin).values()
+    return found

@@ -1,7 +1,8 @@
 """Integer inference: layers that read codes and integer weights, and add exactly."""
 
+from .checks import check_conv2d, check_linear
 from .conversion import convert
-from .ops import KERNELS, integer_kernels
+from .ops import KERNELS, integer_kernels, serving, warn_if_slow
 from .report import Converted, ConvertReport, Stayed
 from .weights import WEIGHT_BITS, round_weights
 
@@ -11,7 +12,11 @@ __all__ = [
     "ConvertReport",
     "Converted",
     "Stayed",
+    "check_conv2d",
+    "check_linear",
     "convert",
     "integer_kernels",
     "round_weights",
+    "serving",
+    "warn_if_slow",
 ]

@@ -1,5 +1,18 @@
 """The ops in Triton, for GPUs that the native library does not serve. Only this package imports triton."""
 
+from .layers import integer_conv2d, integer_conv2d_float, integer_linear, integer_linear_float, integer_quantize
 from .qrelu import backward_from_slopes, dequantize, qrelu_backward, qrelu_codes, qrelu_forward, qrelu_forward_
 
-__all__ = ["dequantize", "qrelu_backward", "qrelu_codes", "qrelu_forward", "qrelu_forward_", "backward_from_slopes"]
+__all__ = [
+    "backward_from_slopes",
+    "dequantize",
+    "integer_conv2d",
+    "integer_conv2d_float",
+    "integer_linear",
+    "integer_linear_float",
+    "integer_quantize",
+    "qrelu_backward",
+    "qrelu_codes",
+    "qrelu_forward",
+    "qrelu_forward_",
+]

@@ -40,7 +40,7 @@ def backward_block(item: int, saves_x: bool) -> int:
     return BLOCK[item] // 2 if saves_x else BLOCK[item]
 
 
-def _on(t: Tensor):
+def on_device(t: Tensor):
     """Make t's device current, as Triton launches on the current device."""
     return contextlib.nullcontext() if t.device.type == "cpu" else torch.get_device_module(t.device).device(t.device)
 
@@ -70,19 +70,19 @@ def _packed(like: Tensor, count: int, width: int) -> Tensor | None:
 
 def _forward(
     dense: Tensor, y: Tensor | None, alpha: Tensor, bits: int, rounding: int, mask: int, codes: bool,
-    channel_dim: int | None,
+    channel_dim: int | None, width: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(mask, codes) of a dense x. Writes y unless it is None."""
+    """(mask, codes) of a dense x. Writes y unless it is None. width: bits of a packed code, if not the usual."""
     check_arguments(dense, alpha, bits, channel_dim)
     mode, kind = parse("rounding", rounding, Rounding), parse("mask", mask, MaskKind)
     alpha = _prepared(alpha, dense.dtype)
-    count, width = dense.numel(), CODE_WIDTH[bits]
+    count, width = dense.numel(), width or CODE_WIDTH[bits]
     packed_mask = _packed(dense, count, MASK_WIDTH[kind])
     packed_codes = _packed(dense, count, width if codes else 0)
     if count:
         channels, inner = _channels(dense, channel_dim)
         block = BLOCK[dense.element_size()]
-        with _on(dense):
+        with on_device(dense):
             kernels.qrelu_forward_kernel[(triton.cdiv(count, block),)](
                 dense, alpha, y, packed_mask, packed_codes, count, channels, inner,
                 BITS=bits, CODE_WIDTH=width, ROUNDING=mode.name, MASK=kind.name, ALPHAS=_alphas(channels, inner),
@@ -115,6 +115,12 @@ def qrelu_codes(x: Tensor, alpha: Tensor, bits: int, rounding: int, channel_dim:
     return _forward(dense, None, alpha, bits, rounding, MaskKind.nothing, True, channel_dim)[1]
 
 
+def byte_codes(dense: Tensor, alpha: Tensor, bits: int, rounding: int, channel_dim: int | None) -> Tensor:
+    """The codes of a dense x, one per byte, in its shape and strides."""
+    codes = _forward(dense, None, alpha, bits, rounding, MaskKind.nothing, True, channel_dim, 8)[1]
+    return codes.as_strided(dense.size(), dense.stride())
+
+
 def dequantize(
     codes: Tensor,
     alpha: Tensor,
@@ -133,7 +139,7 @@ def dequantize(
     if count:
         channels, inner = _channels(y, channel_dim)
         block = BLOCK[y.element_size()]
-        with _on(y):
+        with on_device(y):
             kernels.dequantize_kernel[(triton.cdiv(count, block),)](
                 codes.contiguous(), alpha, y, count, channels, inner,
                 CODE_WIDTH=width, ALPHAS=_alphas(channels, inner), BLOCK=block, **OPTIONS,
@@ -149,7 +155,7 @@ def backward_from_slopes(grad_y: Tensor, codes: Tensor, slopes: Tensor, bits: in
     count, width, block = dense.numel(), CODE_WIDTH[bits], BLOCK[dense.element_size()]
     check_packed(codes, "codes", count, width, dense.device)
     if count:
-        with _on(dense):
+        with on_device(dense):
             kernels.backward_from_slopes_kernel[(triton.cdiv(count, block),)](
                 dense, codes.contiguous(), slopes.contiguous(), dx, count,
                 BITS=bits, CODE_WIDTH=width, BLOCK=block, **OPTIONS,
@@ -227,7 +233,7 @@ def qrelu_backward(
         block = backward_block(dense.element_size(), saves_x)
         programs = triton.cdiv(count, block)
         partial = None
-        with _on(dense):
+        with on_device(dense):
             if wanted and channels > 1:
                 grid, tile = sum_channels(count, channels, inner, block)
                 partial = dense.new_empty(grid[1], channels, dtype=wide)
