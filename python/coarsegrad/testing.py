@@ -18,14 +18,16 @@ from .ste import get_ste, real_numbers
 def backend_ids() -> list[str]:
     """The ids of this machine's backends: "reference", "native-" plus each usable instruction set, best first, and
     "triton" if its interpreter is on."""
-    native = [] if _ops.native is None else [f"native-{isa}" for isa in _ops.native.isas()]
-    return ["reference", *native, *(["triton"] if _triton_why_not("cpu") is None else [])]
+    return _ids([] if _ops.native is None else _ops.native.isas())
 
 
 def integer_backend_ids() -> list[str]:
     """The same for layers on codes, whose kernels have more instruction sets."""
-    native = [] if _ops.native is None else [f"native-{isa}" for isa in _ops.native.integer_isas()]
-    return ["reference", *native]
+    return _ids([] if _ops.native is None else _ops.native.integer_isas())
+
+
+def _ids(isas: list[str]) -> list[str]:
+    return ["reference", *(f"native-{isa}" for isa in isas), *(["triton"] if _triton_why_not("cpu") is None else [])]
 
 
 @contextlib.contextmanager

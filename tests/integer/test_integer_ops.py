@@ -146,6 +146,21 @@ def test_affine_is_two_roundings_and_not_one():
     assert ops.integer_linear_float(codes, weight, 2, 8, scale, -torch.ones(1)).item() == 0
 
 
+@pytest.mark.parametrize("weight_bits", WEIGHT_BITS)
+def test_scales_below_zero(weight_bits):
+    """Codes fall as sums rise, after a BatchNorm with a negative gain."""
+    g = generator(weight_bits)
+    codes = random_codes((9, 70), 3, g)
+    weights = integer_oracle.random_weights((37, 70), weight_bits, g)
+    acc, packed = integer_oracle.linear(codes, weights), integer_oracle.packed(weights, weight_bits)
+    scale, offset, _ = epilogue([-value for value in flat(acc)], 37, 15, "affine", g)
+    layer = (codes, packed, 3, weight_bits, -scale, offset)
+    got = ops.integer_linear(*layer, None, 15)
+    check_codes(got, acc, -scale, offset, None, 15, -1)
+    assert len(got.unique()) > 4
+    check_floats(ops.integer_linear_float(*layer), acc, -scale, offset, -1)
+
+
 @pytest.mark.parametrize("shape", ((2, 3, 7), (7,), (2, 0, 7), (3, 1, 2, 7)), ids=str)
 def test_linear_takes_any_shape_and_strides(shape):
     g = generator(*shape)

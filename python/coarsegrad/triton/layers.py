@@ -66,13 +66,13 @@ def _linear(codes: Tensor, shape: list[int], weight: Tensor, bits: int, *layer) 
 def _conv2d(codes: Tensor, shape: list[int], weight: Tensor, bits: int, *layer) -> Tensor:
     *layer, ((kernel_h, kernel_w), stride, padding, dilation, groups) = layer
     images = codes.permute(0, 2, 3, 1).contiguous()
-    n, channels, out_height, out_width = shape
-    out = codes.new_empty([n, out_height, out_width, channels], dtype=_dtype(layer[-1]))
+    n, _, out_height, out_width = shape
+    out = torch.empty(shape, dtype=_dtype(layer[-1]), device=codes.device, memory_format=torch.channels_last)
     inputs = codes.size(1) // groups
     window = (*images.shape[1:], inputs, out_height, out_width, kernel_w, *stride, *padding, *dilation)
     rows = n * out_height * out_width
     _launch(images, weight, bits, *layer, out, rows, groups, inputs * kernel_h * kernel_w, window)
-    return out.permute(0, 3, 1, 2).contiguous(memory_format=suggest_memory_format(codes))
+    return out
 
 
 def _dtype(levels: int | None) -> torch.dtype:
