@@ -1,8 +1,10 @@
 // Runs CUDA kernels on the CPU, for tests: a fiber per thread, one block at a time, blocks and threads in an order
-// shuffled by a seed. It has what the kernels use and no more, and stops with a message where a GPU would hang or give
-// undefined results: see `Block::resolve`. It shows nothing of real concurrency, of approximate instructions, or speed.
+// shuffled by a seed. A fiber serves a thread of each block in turn, and is switched without a system call. This has
+// what the kernels use and no more, and stops with a message where a GPU would hang or give undefined results: see
+// `Block::resolve`. It shows nothing of real concurrency, of approximate instructions, or speed.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -46,7 +48,7 @@ constexpr size_t kStackBytes = 256 << 10;
 // Where a thread is. `site` names the call in the source.
 enum class At { runs, barrier, shuffle, end };
 struct Thread {
-  ucontext_t context;
+  jmp_buf state;  // to go on from; `stack` is null until the thread has started
   std::unique_ptr<char[]> stack;
   At at = At::runs;
   const char* site = nullptr;
@@ -57,9 +59,7 @@ struct Thread {
 
 class Block {
  public:
-  explicit Block(unsigned threads) : threads_(threads) {
-    for (Thread& thread : threads_) thread.stack.reset(new char[kStackBytes]);
-  }
+  explicit Block(unsigned threads) : threads_(threads) {}
 
   void run(const std::function<void()>& kernel, std::mt19937& random) {
     kernel_ = &kernel;
@@ -67,7 +67,7 @@ class Block {
     std::vector<unsigned> order(threads_.size());
     for (unsigned i = 0; i < order.size(); ++i) {
       order[i] = i;
-      start(threads_[i]);
+      threads_[i].at = At::runs;
     }
     for (;;) {
       std::shuffle(order.begin(), order.end(), random);
@@ -146,39 +146,56 @@ class Block {
     return std::all_of(threads_.begin(), threads_.end(), [&](const Thread& t) { return t.at == at; });
   }
 
-  void start(Thread& thread) {
-    thread.at = At::runs;
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
-    thread.context.uc_stack.ss_size = kStackBytes;
-    thread.context.uc_link = nullptr;
-    makecontext(&thread.context, &Block::entry, 0);
-  }
   void resume(unsigned i) {
     current_ = i;
     threadIdx.x = i;
-    switch_to(scheduler_, threads_[i].context, threads_[i].stack.get(), kStackBytes);
+    Thread& thread = threads_[i];
+    const bool starts = thread.stack == nullptr;
+    if (starts) thread.stack.reset(new char[kStackBytes]);
+    void* const fake = switches(thread.stack.get(), kStackBytes);
+    if (_setjmp(scheduler_) == 0) {
+      if (starts) start(thread.stack.get());
+      _longjmp(thread.state, 1);
+    }
+    switched(fake);
     if (!failure_.empty()) throw std::runtime_error(failure_);
   }
-  void leave(Thread& thread) { switch_to(thread.context, scheduler_, scheduler_stack_, scheduler_bytes_); }
+  void leave(Thread& thread) {
+    void* const fake = switches(scheduler_stack_, scheduler_bytes_);
+    if (_setjmp(thread.state) == 0) _longjmp(scheduler_, 1);
+    switched(fake);
+  }
 
+  [[noreturn]] static void start(char* stack) {
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = nullptr;
+    makecontext(&context, &Block::entry, 0);
+    setcontext(&context);
+    std::abort();
+  }
   static void entry();
 
-  void switch_to(ucontext_t& from, ucontext_t& to, [[maybe_unused]] const void* stack, [[maybe_unused]] size_t bytes) {
-#if defined(__SANITIZE_ADDRESS__)
+  // The address sanitizer is told of each switch, before and after it.
+  static void* switches([[maybe_unused]] const void* stack, [[maybe_unused]] size_t bytes) {
     void* fake = nullptr;
+#if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(&fake, stack, bytes);
-    swapcontext(&from, &to);
+#endif
+    return fake;
+  }
+  static void switched([[maybe_unused]] void* fake) {
+#if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-#else
-    swapcontext(&from, &to);
 #endif
   }
 
   std::vector<Thread> threads_;
   std::map<const void*, std::vector<char>> shared_;
   const std::function<void()>* kernel_ = nullptr;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_bytes_ = 0;
   unsigned current_ = 0;
@@ -193,9 +210,11 @@ inline void Block::entry() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &self.scheduler_stack_, &self.scheduler_bytes_);
 #endif
-  (*self.kernel_)();
-  self.threads_[self.current_].at = At::end;
-  self.leave(self.threads_[self.current_]);
+  for (Thread& thread = self.threads_[self.current_];;) {
+    (*self.kernel_)();
+    thread.at = At::end;
+    self.leave(thread);
+  }
 }
 
 }  // namespace cuda_host
@@ -233,7 +252,8 @@ namespace cg::cuda {
 
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 threads, size_t, cudaStream_t, const Args&... args) {
-  cuda_host::Block block(threads.x);
+  static std::map<unsigned, cuda_host::Block> made;  // by size: the stacks take longer than most kernels
+  cuda_host::Block& block = made.try_emplace(threads.x, threads.x).first->second;
   cuda_host::block = &block;
   gridDim = grid, blockDim = threads;
   std::vector<dim3> blocks;
