@@ -4,7 +4,6 @@
 // `Block::resolve`. It shows nothing of real concurrency, of approximate instructions, or speed.
 #pragma once
 
-#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -48,7 +47,7 @@ constexpr size_t kStackBytes = 256 << 10;
 // Where a thread is. `site` names the call in the source.
 enum class At { runs, barrier, shuffle, end };
 struct Thread {
-  jmp_buf state;  // to go on from; `stack` is null until the thread has started
+  void* state[5];  // of the compiler's setjmp, to go on from; `stack` is null until the thread has started
   std::unique_ptr<char[]> stack;
   At at = At::runs;
   const char* site = nullptr;
@@ -153,19 +152,23 @@ class Block {
     const bool starts = thread.stack == nullptr;
     if (starts) thread.stack.reset(new char[kStackBytes]);
     void* const fake = switches(thread.stack.get(), kStackBytes);
-    if (_setjmp(scheduler_) == 0) {
+    if (__builtin_setjmp(scheduler_) == 0) {
       if (starts) start(thread.stack.get());
-      _longjmp(thread.state, 1);
+      go_on(thread.state);
     }
     switched(fake);
     if (!failure_.empty()) throw std::runtime_error(failure_);
   }
   void leave(Thread& thread) {
     void* const fake = switches(scheduler_stack_, scheduler_bytes_);
-    if (_setjmp(thread.state) == 0) _longjmp(scheduler_, 1);
+    if (__builtin_setjmp(thread.state) == 0) go_on(scheduler_);
     switched(fake);
   }
 
+  // The compiler's longjmp: the C library's takes a system call under the address sanitizer.
+  [[noreturn, gnu::noinline, gnu::no_sanitize("address")]] static void go_on(void* (&state)[5]) {
+    __builtin_longjmp(state, 1);
+  }
   [[noreturn]] static void start(char* stack) {
     ucontext_t context;
     getcontext(&context);
@@ -195,7 +198,7 @@ class Block {
   std::vector<Thread> threads_;
   std::map<const void*, std::vector<char>> shared_;
   const std::function<void()>* kernel_ = nullptr;
-  jmp_buf scheduler_;
+  void* scheduler_[5];
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_bytes_ = 0;
   unsigned current_ = 0;
