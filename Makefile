@@ -26,10 +26,10 @@ build: setup  ## the native library and the C++ tests
 
 test: build  ## all tests, C++ and Python
 	ctest --test-dir build --output-on-failure
-	python -m pytest -n auto --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
+	python -m pytest -n auto $(TEST_ARGS)
 
 test-fast: build  ## the tests to run after each change: one backend, in under three minutes
-	python -m pytest --fast -n auto --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
+	python -m pytest --fast -n auto $(TEST_ARGS)
 
 test-zoo: build  ## converts every architecture of transformers that can be built small; takes minutes
 	python -m pytest tests/quantization/test_zoo.py -m "slow or not slow" -n auto $(TEST_ARGS)

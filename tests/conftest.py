@@ -71,11 +71,13 @@ def device(request):
 
 
 # Files with long tests: first, so that none is left for one process when all else is done.
-_FIRST = ("test_triton.py", "test_cuda_host.py", "test_sass.py")
-_ONE_BY_ONE = "test_cuda_mutants.py"
+_FIRST = ("test_triton.py", "test_sass.py", "test_cuda_host.py")
+# Files whose cases are long, which are dealt out one by one, last. What stands before a colon in a case's name keeps
+# cases together.
+_ONE_BY_ONE = ("test_cuda_mutants.py", "test_ops.py", "test_theory.py")
 # What --fast leaves out: files that compile, run an interpreter, start new processes, or train networks.
 _SLOW = (
-    *_FIRST, _ONE_BY_ONE, "test_backends.py", "test_bench_memory.py", "test_bench_times.py", "test_cifar.py",
+    *_FIRST, "test_cuda_mutants.py", "test_backends.py", "test_bench_memory.py", "test_bench_times.py", "test_cifar.py",
     "test_distributed.py", "test_dtensor.py", "test_experiments.py", "test_finetune.py", "test_graphs.py",
     "test_install.py", "test_integer_convert.py", "test_rounding.py", "test_table.py", "test_zoo.py",
 )  # fmt: skip
@@ -95,16 +97,28 @@ def _is_fast(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    """For `-n auto --dist loadgroup --no-loadscope-reorder`: each file runs in one process because of its fixtures. The
-    mutants, each of which is compiled, run last, one by one in whichever process is free."""
     if config.getoption("--fast"):
         config.hook.pytest_deselected(items=[item for item in items if not _is_fast(item)])
         items[:] = filter(_is_fast, items)
     if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if item.path.name != _ONE_BY_ONE:
-                item.add_marker(pytest.mark.xdist_group(item.path.name))
-        items.sort(key=lambda item: (item.path.name not in _FIRST, item.path.name == _ONE_BY_ONE))
+        items.sort(key=lambda item: (item.path.name not in _FIRST, item.path.name in _ONE_BY_ONE))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With -n: a file runs in one process because of its fixtures, but for those in _ONE_BY_ONE."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path, _, case = nodeid.partition("::")
+            if path.rpartition("/")[2] not in _ONE_BY_ONE:
+                return path
+            together, colon, _ = case.partition("[")[2].partition(": ")
+            return f"{path}: {together}" if colon else nodeid
+
+    config.option.loadscopereorder = False  # in the order above
+    return Scheduling(config, log)
 
 
 def pytest_terminal_summary(terminalreporter):

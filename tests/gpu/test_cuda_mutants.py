@@ -217,12 +217,13 @@ def copies(tmp_path_factory):
     return copy_for
 
 
-@pytest.mark.parametrize("name", COPIES)
+# tests/conftest.py runs those of a copy in one process, which makes the copy once.
+@pytest.mark.parametrize("name", COPIES, ids=lambda name: f"{name}: no mistake")
 def test_a_small_grid_is_no_mistake(copies, name):
     assert copies(name).fails() is None
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", sorted(MUTANTS, key=copy_of), ids=lambda name: f"{copy_of(name)}: {name}")
 def test_mutant_is_caught(copies, name):
     copy = copies(copy_of(name))
     path, text = copy.replace(*MUTANTS[name])
