@@ -5,6 +5,7 @@ An op carries its derivative in its Autograd kernel, because torch.export keeps 
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,20 @@ def refuse_forward_mode(*tensors: Tensor) -> None:
         raise NotImplementedError("qrelu has no forward-mode derivative (jvp); use reverse mode (backward)")
 
 
+# Cached, as enums are slow to look up beside a kernel on a small tensor.
+_saved = functools.cache(saved)
+
+
+@functools.cache
+def _numbers(ste: str, rounding: str | int, alpha_grad: str | int) -> tuple[int | str, int, int]:
+    """The options as `Settings` has them."""
+    return (
+        Ste[ste].value if ste in BUILT_IN else ste,
+        parse("rounding", rounding, Rounding).value,
+        parse("alpha_grad", alpha_grad, AlphaGrad).value,
+    )
+
+
 class Settings(NamedTuple):
     """What a call of qrelu computes and which gradients it needs: the last arguments of `qrelu_backward`.
 
@@ -56,20 +71,11 @@ class Settings(NamedTuple):
         cls, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim, need_grad_x=False, need_grad_alpha=False
     ) -> Settings:
         """From the arguments of an op, with options by name or number."""
-        name = ste_of(ste).name
-        return cls(
-            bits,
-            Ste[name].value if name in BUILT_IN else name,
-            parse("rounding", rounding, Rounding).value,
-            parse("alpha_grad", alpha_grad, AlphaGrad).value,
-            alpha_scale,
-            channel_dim,
-            need_grad_x,
-            need_grad_alpha,
-        )
+        numbers = _numbers(ste_of(ste).name, rounding, alpha_grad)
+        return cls(bits, *numbers, alpha_scale, channel_dim, need_grad_x, need_grad_alpha)
 
     def saved(self) -> Saved:
-        return saved(ste_of(self.ste), self.rounding, self.alpha_grad, self.need_grad_x, self.need_grad_alpha)
+        return _saved(ste_of(self.ste).needs, self.rounding, self.alpha_grad, self.need_grad_x, self.need_grad_alpha)
 
     def reading_codes(self) -> Settings:
         """Settings under which the backward reads the gate from the codes: "exact". Its grad_alpha is unused."""

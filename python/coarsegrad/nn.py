@@ -187,7 +187,7 @@ class QReLU(torch.nn.Module):
 
     def _with_dropout(self, x: Tensor, alpha: Tensor) -> Tensor:
         # The output of dropout has no other user: overwrite it unless the backward saves it.
-        options = get_ste(self.ste), Rounding[self.rounding], AlphaGrad[self.alpha_grad]
+        options = get_ste(self.ste).needs, Rounding[self.rounding], AlphaGrad[self.alpha_grad]
         inplace = not saved(*options, need_grad_x=True, need_grad_alpha="alpha" not in self._buffers).x
         return _dropped_qrelu(x, alpha, *self._dropout(), self.bits, **self.settings(), inplace=inplace)
 

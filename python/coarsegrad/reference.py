@@ -231,7 +231,7 @@ def qrelu_backward(
     """
     row, q = ste_of(ste), 2**bits - 1
     rounding, rule = parse("rounding", rounding, Rounding), parse("alpha_grad", alpha_grad, AlphaGrad)
-    mask_kind = saved(row, rounding, rule, need_grad_x, need_grad_alpha).mask
+    mask_kind = saved(row.needs, rounding, rule, need_grad_x, need_grad_alpha).mask
     dy = grad_y.to(wide_dtype(grad_y.dtype))
     memory_format = memory_format or suggest_memory_format(grad_y)
 

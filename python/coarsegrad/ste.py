@@ -399,9 +399,9 @@ def codes_give(mask: int, rounding: int) -> bool:
     return mask == MaskKind.positive and rounding != Rounding.nearest
 
 
-def saved(ste: STE, rounding: int, alpha_grad: int, need_grad_x: bool, need_grad_alpha: bool) -> Saved:
-    """The least that these gradients can be computed from."""
-    gate = ste.needs if need_grad_x else "nothing"
+def saved(needs: Needs, rounding: int, alpha_grad: int, need_grad_x: bool, need_grad_alpha: bool) -> Saved:
+    """The least that these gradients can be computed from. needs: of the STE."""
+    gate = needs if need_grad_x else "nothing"
     if gate == "x" or (need_grad_alpha and alpha_grad == AlphaGrad.chain):
         return Saved(MaskKind.nothing.value, False, True)
     mask = MaskKind["nothing" if gate == "codes" else gate].value
@@ -417,6 +417,6 @@ def check_inplace(
 ) -> None:
     """A ValueError if x must not be overwritten because it is saved for backward."""
     rule = parse("alpha_grad", alpha_grad, AlphaGrad)
-    if saved(get_ste(ste), parse("rounding", rounding, Rounding), rule, need_grad_x, need_grad_alpha).x:
+    if saved(get_ste(ste).needs, parse("rounding", rounding, Rounding), rule, need_grad_x, need_grad_alpha).x:
         because = f"alpha_grad={alpha_grad!r}" if need_grad_alpha and rule == AlphaGrad.chain else f"ste={ste!r}"
         raise ValueError(f"inplace=True would overwrite x, which the backward needs for {because}; use inplace=False")

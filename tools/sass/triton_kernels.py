@@ -118,7 +118,7 @@ def backward(name: str, dtype: str, ste: str, rule: str | None, bits: int = 2, r
              layout: str = "one") -> list[TritonKernel]:  # fmt: skip
     """The kernels for dx and, with a rule, for the gradient of alpha."""
     x, alpha, channel_dim = _tensors(dtype, layout)
-    options = get_ste(ste), Rounding[rounding], AlphaGrad[rule or "exact"]
+    options = get_ste(ste).needs, Rounding[rounding], AlphaGrad[rule or "exact"]
     mask, saves_codes, _ = saved(*options, need_grad_x=True, need_grad_alpha=rule is not None)
     packed = _bits(x, MASK_WIDTH[mask]), _bits(x, CODE_WIDTH[bits] if saves_codes else 0)
     settings = bits, ste, rounding, rule or "exact", 1.0, channel_dim, True, rule is not None

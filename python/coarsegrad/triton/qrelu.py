@@ -197,7 +197,7 @@ def qrelu_backward(
     gprime = mirror.STES[row.name] if row.name in BUILT_IN else row.triton
     if gprime is None:
         raise ValueError(f"ste {row.name!r} has no Triton form")
-    mask_kind, saves_codes, saves_x = saved(row, mode, rule, need_grad_x, need_grad_alpha)
+    mask_kind, saves_codes, saves_x = saved(row.needs, mode, rule, need_grad_x, need_grad_alpha)
     dense = grad_y.contiguous(memory_format=memory_format)
     count, width = dense.numel(), CODE_WIDTH[bits]
     channels, inner = _channels(dense, channel_dim)
