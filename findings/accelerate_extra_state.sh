@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# accelerate 1.15.0 with torch 2.13.0: load_checkpoint_and_dispatch with a device_map refuses a file that holds the extra state
-# of a module (get_extra_state, part of every state_dict), which it loads without a map.
+# accelerate 1.15.0 with torch 2.13.0: load_checkpoint_and_dispatch with a device_map rejects a file with the extra state of a
+# module (get_extra_state, part of every state_dict), although it loads that file without a device_map.
 # Seen: ValueError: M(...) does not have a parameter or a buffer named _extra_state.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# torch 2.13.0: a deep copy of nn.TransformerDecoderLayer whose activation is a module computes with F.relu instead, without a
-# word, and nn.TransformerDecoder, which copies its layer, is such a copy. Its __setstate__ looks for "activation" among the
-# plain attributes, and a module is not there. nn.TransformerEncoderLayer keeps its activation.
+# torch 2.13.0: a deep copy of an nn.TransformerDecoderLayer whose activation is a module silently uses F.relu instead, and so
+# does nn.TransformerDecoder, which copies its layer. __setstate__ looks for "activation" among the plain attributes, which do
+# not contain modules. nn.TransformerEncoderLayer keeps its activation.
 # Seen: the decoder layer's copy has <function relu>; its output differs, the encoder layer's does not.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# torch 2.13.0: FlopCounterMode around torch.inference_mode counts a module whose input requires no grad, and raises for one
-# that does; under no_grad it counts both.
+# torch 2.13.0: FlopCounterMode around torch.inference_mode counts a module whose input does not require grad, but raises an
+# error if the input does; under no_grad it counts both.
 # Seen: AttributeError: 'NoneType' object has no attribute 'next_functions'.
 set -euo pipefail
 folder=$(mktemp -d)
