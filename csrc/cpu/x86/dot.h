@@ -90,19 +90,27 @@ __attribute__((noinline)) void dot_tile(const DotPanel& a, int64_t at_once, cons
   }
 }
 
+// Part `part` of `parts` of these bytes. Rows of weights are too short for the hardware to prefetch the next ones.
+CG_HD void prefetch_part(const uint8_t* from, int64_t bytes, int64_t part, int64_t parts) {
+  constexpr int64_t kLine = 64;
+  const int64_t each = (bytes + parts * kLine - 1) / (parts * kLine) * kLine;
+  for (int64_t i = part * each; i < std::min((part + 1) * each, bytes); i += kLine) __builtin_prefetch(from + i);
+}
+
+// Rows [row, a.rows) times kChannels channels; the weights of the next ones are prefetched meanwhile.
 template <class Products, int kWeightBits, int kChannels, int kRows>
-CG_HD void dot_rows(const DotPanel& a, int64_t at_once, int64_t channel) {
+CG_HD void dot_rows(const DotPanel& a, int64_t at_once, int64_t channel, int64_t row = 0) {
   const uint8_t* weights = a.weights + channel * a.weight_stride;
-  int64_t row = 0;
+  const int64_t next = std::min<int64_t>(kChannels, a.channels - channel - kChannels), parts = (a.rows + 3) / 4;
   for (; row + kRows <= a.rows; row += kRows) {
+    for (int64_t c = 0; c < next; ++c) {
+      prefetch_part(weights + (kChannels + c) * a.weight_stride, a.blocks * kWeightBlock, row / 4, parts);
+    }
     dot_tile<Products, kWeightBits, kRows, kChannels>(a, at_once, a.codes + row * a.code_stride, weights,
                                                       a.acc + row * a.acc_stride + channel);
   }
   if constexpr (kRows > 1) {
-    if (row == a.rows) return;
-    DotPanel rest = a;
-    rest.codes += row * a.code_stride, rest.acc += row * a.acc_stride, rest.rows -= row;
-    dot_rows<Products, kWeightBits, kChannels, kRows / 2>(rest, at_once, channel);
+    if (row < a.rows) dot_rows<Products, kWeightBits, kChannels, kRows / 2>(a, at_once, channel, row);
   }
 }
 
