@@ -46,7 +46,8 @@ CG_HD void add_products(const DotPanel& a, const uint8_t* codes, const uint8_t* 
     Register w[kChannels];
     for (int c = 0; c < kChannels; ++c) w[c] = unpack_weights<kWeightBits, plane.value>(packed[c]);
     for (int r = 0; r < kRows; ++r) {
-      const Register code = load_plane<kWeightBits, kWhole>(codes + r * a.code_stride, plane.value);
+      Register code = load_plane<kWeightBits, kWhole>(codes + r * a.code_stride, plane.value);
+      if constexpr (kBlocks == 1) asm("" : "+x"(code));  // g++ would load it again for each product
       for (int c = 0; c < kChannels; ++c) sums[r][c] = Products::add(sums[r][c], code, w[c]);
     }
   });
