@@ -71,7 +71,7 @@ struct Layer {
     args.scale = this->scale.const_data_ptr<float>(), args.offset = this->offset.const_data_ptr<float>();
   }
 
-  // The output of this shape, in the memory format of codes.
+  // The output, of this shape and memory format.
   Tensor run(at::IntArrayRef shape, at::MemoryFormat format) {
     const bool to_codes = args.levels > 0;
     out = at::detail::empty_cpu(shape, to_codes ? at::kByte : at::kFloat, /*pin_memory=*/false, format);

@@ -21,26 +21,37 @@ constexpr int64_t kMinRows = 8;
 constexpr int64_t kMaxPanelTiles = (kPanelBytes / kMinPanelRows + kWeightBlock * 8) / kTileCodes + 1;
 
 struct TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
 };
+
+// g++'s tile instructions do not say which memory they read and write: stores must be done before, loads come after.
+CG_HD void memory_barrier() { asm volatile("" ::: "memory"); }
 
 // Others, such as oneDNN, rely on the configuration that they left.
 class ConfiguredTiles {
  public:
   ConfiguredTiles() {
     _tile_storeconfig(&before_);
-    const TileConfig config;
-    _tile_loadconfig(&config);
+    memory_barrier();
+    TileConfig config{};
+    config.palette = 1;
+    for (int i = 0; i < 8; ++i) config.row_bytes[i] = kTileCodes, config.rows[i] = kTile;
+    load(config);
   }
   ~ConfiguredTiles() {
-    if (before_.palette) _tile_loadconfig(&before_);
+    if (before_.palette) load(before_);
     else _tile_release();
   }
   ConfiguredTiles(const ConfiguredTiles&) = delete;
 
  private:
+  static CG_HD void load(const TileConfig& config) {
+    asm volatile("" ::"r"(&config) : "memory");  // all of it, of which _tile_loadconfig names 8 bytes
+    _tile_loadconfig(&config);
+  }
+
   alignas(64) TileConfig before_;
 };
 
@@ -126,6 +137,7 @@ void dot_tiles(const DotPanel& a, const uint8_t* codes, int64_t tiles, int64_t r
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
+  memory_barrier();
   const bool as_they_lie = kWeightBits == 8 && channels >= kPairRows;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     if (as_they_lie && 2 * tile + 2 <= a.blocks) {
@@ -135,6 +147,7 @@ void dot_tiles(const DotPanel& a, const uint8_t* codes, int64_t tiles, int64_t r
     } else {
       unpack_tile<kWeightBits>(a, weights, channels, tile, unpacked);
       unpack_tile<kWeightBits>(a, weights + kTile * a.weight_stride, channels - kTile, tile, unpacked + kTileBytes);
+      memory_barrier();
       _tile_loadd(4, unpacked, kTileCodes);
       _tile_loadd(5, unpacked + kTileBytes, kTileCodes);
     }
