@@ -18,7 +18,7 @@ constexpr int64_t kPairRows = 2 * kTile;  // or channels: two tiles of each make
 // Fewer rows leave most of a tile empty.
 constexpr int64_t kMinRows = 8;
 
-constexpr int64_t kMaxPanelTiles = (kPanelBytes / kMinPanelRows + kWeightBlock * 8) / kTileCodes + 1;
+constexpr int64_t kMaxPanelTiles = kMaxPanelCodes / kTileCodes + 1;
 
 struct TileConfig {
   uint8_t palette, start_row, reserved[14];

@@ -8,6 +8,8 @@ namespace cg {
 
 // Codes of a panel stay in the L2 cache, and weights are read once for all of its rows.
 constexpr int64_t kPanelBytes = 96 << 10, kMinPanelRows = 16, kMaxPanelRows = 32;
+constexpr int64_t kMaxPanelCodes = kPanelBytes / kMinPanelRows + 8 * kWeightBlock;  // in a row
+static_assert(kMaxPanelCodes * 255 * 128 < int64_t{1} << 31);
 
 // acc[r, c] += the product of row r of codes and row c of weights, `blocks` blocks of each. No sum of |codes * weights|
 // times 128 reaches 2^31.

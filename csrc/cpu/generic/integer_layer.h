@@ -14,9 +14,6 @@
 namespace cg::CG_ISA {
 namespace {
 
-// A sum of this many products of 8 bits, times 128, is below 2^31.
-constexpr int64_t kMaxPanelCodes = 1 << 15;
-
 // memcpy of few bytes, without a call.
 CG_HD void copy_codes(uint8_t* to, const uint8_t* from, int64_t count) {
   const auto ends = [&](auto number) __attribute__((always_inline)) {
@@ -87,7 +84,7 @@ void multiply(DotPanel panel, int64_t codes) {
   if (codes == 0) return;
   const int64_t rows = std::clamp(panel.rows, kMinPanelRows, kMaxPanelRows);
   const int64_t parts = IntegerShape::parts(codes * rows, kPanelBytes);
-  const int64_t blocks = std::min(kMaxPanelCodes, IntegerShape::parts(codes, parts) + kCodes - 1) / kCodes;
+  const int64_t blocks = IntegerShape::parts(IntegerShape::parts(codes, parts), kCodes);
   for (int64_t left = codes / kCodes; left > 0; left -= blocks) {
     panel.blocks = std::min(left, blocks);
     dot_panel<kWeightBits>(panel);
