@@ -28,7 +28,7 @@ test: build  ## all tests, C++ and Python
 	ctest --test-dir build --output-on-failure
 	python -m pytest -n auto $(TEST_ARGS)
 
-test-fast: build  ## the tests to run after each change: one backend, in under three minutes
+test-fast: build  ## the tests to run after each change: one backend for each property
 	python -m pytest --fast -n auto $(TEST_ARGS)
 
 test-zoo: build  ## converts every architecture of transformers that can be built small; takes minutes
