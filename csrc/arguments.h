@@ -94,6 +94,7 @@ struct IntegerLayer {
   float* out;          // the same in float32, if out_codes is null
   // How the work is cut. Sums are exact, so that no result depends on it.
   int64_t rows_per_task, channels_per_task;
+  bool by_columns;  // across channels, which not all instruction sets can (IntegerKernels)
 };
 
 }  // namespace cg

@@ -1,6 +1,8 @@
 // The kernels of layers on codes. They have more instruction sets than the others: products of bytes came later.
 #pragma once
 
+#include <algorithm>
+
 #include "../arguments.h"
 
 namespace cg {
@@ -22,15 +24,55 @@ struct IntegerShape {
         channel_tasks(parts(group_channels, a.channels_per_task)) {}
 
   int64_t tasks(const IntegerLayer& a) const { return row_tasks * a.groups * channel_tasks; }
-  // Bytes that a thread needs: rows of codes, and their accumulators.
-  int64_t scratch(const IntegerLayer& a) const {
-    return a.rows_per_task * (code_stride + a.channels_per_task * static_cast<int64_t>(sizeof(int32_t)));
-  }
+  // Bytes that a thread needs.
+  int64_t scratch(const IntegerLayer& a) const;
+
   static int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+  static int64_t rounded(int64_t count, int64_t to) { return parts(count, to) * to; }
 };
+
+// What is multiplied across channels. The window of an output pixel is in pieces of codes, each of them as they lie in
+// the image or a copy of some of its lines, and multiplied four at a time.
+struct ColumnShape : IntegerShape {
+  bool in_place, in_lines;  // or windows are copied one by one
+  int64_t pieces, piece_codes, quads, line_pixels, copied_lines, piece_stride, channels, unpacked_stride;
+  // Where in a thread's scratch.
+  int64_t weights, unpacked, acc, copies, bytes;
+
+  static constexpr int64_t kAlignment = 64, kMaxChannels = 32;  // that a set multiplies at a time
+
+  explicit ColumnShape(const IntegerLayer& a) : IntegerShape(a) {
+    const int64_t pixel = a.channels / a.groups, line = a.kernel[1] * pixel;
+    in_lines = a.kernel[1] == 1 || a.dilation[1] == 1;
+    pieces = in_lines ? a.kernel[0] : 1;
+    piece_codes = in_lines ? line : row_codes;
+    quads = parts(piece_codes, 4);
+    in_place = in_lines && a.padding[0] == 0 && a.padding[1] == 0 && piece_codes % 4 == 0 &&
+               (a.groups == 1 || a.kernel[1] == 1);
+    // Of each line of the output that a task has a part of, the lines of the image that are needed.
+    line_pixels = (std::min(a.rows_per_task, a.out_size[1]) - 1) * a.stride[1] + a.kernel[1];
+    copied_lines = a.rows_per_task / std::max<int64_t>(a.out_size[1], 1) + 2;
+    piece_stride = in_place   ? a.dilation[0] * a.size[1] * a.channels
+                   : in_lines ? rounded(line_pixels * pixel, kAlignment) + kAlignment
+                              : code_stride;
+    channels = rounded(a.channels_per_task, kMaxChannels);
+    unpacked_stride = padded_codes + kAlignment;
+    weights = rounded(a.rows_per_task * static_cast<int64_t>(sizeof(uint8_t*)), kAlignment);
+    unpacked = weights + channels * pieces * quads * 4;
+    acc = unpacked + kMaxChannels * unpacked_stride;
+    copies = acc + a.rows_per_task * channels * static_cast<int64_t>(sizeof(int32_t));
+    bytes = copies + (in_place ? 0 : in_lines ? copied_lines * pieces * piece_stride : a.rows_per_task * piece_stride);
+  }
+};
+
+inline int64_t IntegerShape::scratch(const IntegerLayer& a) const {
+  if (a.by_columns) return ColumnShape(a).bytes;
+  return a.rows_per_task * (code_stride + a.channels_per_task * static_cast<int64_t>(sizeof(int32_t)));
+}
 
 struct IntegerKernels {
   const char* isa;
+  bool columns;  // can multiply by columns
   // Runs tasks [begin, end); scratch is aligned to 64 bytes.
   void (*layer)(const IntegerLayer&, int64_t begin, int64_t end, uint8_t* scratch);
 };

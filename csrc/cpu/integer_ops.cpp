@@ -21,6 +21,8 @@ using at::Tensor;
 
 // Rows that share what is loaded of the weights, and bytes of weights that stay in the L2 cache for all rows.
 constexpr int64_t kRowsPerTask = 32, kWeightBytesPerTask = 256 << 10;
+// The same across channels, for which fewer rows do not pay.
+constexpr int64_t kColumnRowsPerTask = 64, kMinColumnRows = 48;
 // Products of a byte each that a thread takes at least.
 constexpr int64_t kGrain = int64_t{1} << 20;
 
@@ -79,23 +81,37 @@ struct Layer {
     args.codes = codes.const_data_ptr<uint8_t>();
     if (to_codes) args.out_codes = out.mutable_data_ptr<uint8_t>();
     else args.out = out.mutable_data_ptr<float>();
-    const int64_t rows = args.images * args.out_size[0] * args.out_size[1];
+    const IntegerKernels& kernels = active_kernels<IntegerKernels>();
+    cut(kernels.columns);
+    const IntegerShape shape_of(args);
+    const int64_t task = 1 + args.rows_per_task * args.channels_per_task * shape_of.padded_codes;
+    at::parallel_for(0, shape_of.tasks(args), std::max<int64_t>(1, kGrain / task), [&](int64_t begin, int64_t end) {
+      const Tensor scratch = at::detail::empty_cpu({shape_of.scratch(args)}, at::kByte);
+      kernels.layer(args, begin, end, scratch.mutable_data_ptr<uint8_t>());
+    });
+    return out;
+  }
+
+  // Into tasks.
+  void cut(bool columns) {
+    const int64_t rows = args.images * args.out_size[0] * args.out_size[1], line = args.out_size[1];
     const int64_t channels = args.out_channels / args.groups;
+    args.by_columns = columns && rows >= kMinColumnRows;
     args.rows_per_task = std::min(rows, kRowsPerTask);
+    int64_t row_bytes = args.row_bytes, unit = 16;  // what channels are a multiple of
+    if (args.by_columns) {
+      // Whole lines of the output, or an even part of one.
+      args.rows_per_task = line <= kColumnRowsPerTask
+                               ? std::min(rows, kColumnRowsPerTask / line * line)
+                               : IntegerShape::parts(line, IntegerShape::parts(line, kColumnRowsPerTask));
+      row_bytes = IntegerShape(args).row_codes, unit = ColumnShape::kMaxChannels;
+    }
     // Channels are divided where there are too few rows for all threads.
     const int64_t parts =
         IntegerShape::parts(4 * at::get_num_threads(), IntegerShape::parts(rows, args.rows_per_task) * args.groups);
-    const int64_t even = (IntegerShape::parts(channels, parts) + 15) / 16 * 16;
-    const int64_t cached = std::max<int64_t>(16, kWeightBytesPerTask / std::max<int64_t>(args.row_bytes, 1) / 16 * 16);
-    args.channels_per_task = std::min({channels, even, cached});
-    const IntegerShape shape_of(args);
-    const int64_t task = 1 + args.rows_per_task * args.channels_per_task * shape_of.padded_codes;
-    const auto layer = active_kernels<IntegerKernels>().layer;
-    at::parallel_for(0, shape_of.tasks(args), std::max<int64_t>(1, kGrain / task), [&](int64_t begin, int64_t end) {
-      const Tensor scratch = at::detail::empty_cpu({shape_of.scratch(args)}, at::kByte);
-      layer(args, begin, end, scratch.mutable_data_ptr<uint8_t>());
-    });
-    return out;
+    const int64_t even = IntegerShape::rounded(IntegerShape::parts(channels, parts), unit);
+    const int64_t cached = kWeightBytesPerTask / std::max<int64_t>(row_bytes, 1) / unit * unit;
+    args.channels_per_task = std::min({channels, even, std::max(unit, cached)});
   }
 };
 

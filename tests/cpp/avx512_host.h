@@ -134,6 +134,7 @@ inline int32_t host_sum(R512 v) {
 #define _mm512_inserti64x4(v, high, one) host_join(host_half(v, 0), high)
 #define _mm512_set1_epi8(n) each<int8_t, R512>([](int) { return static_cast<int8_t>(n); })
 #define _mm512_set1_epi16(n) each<int16_t, R512>([](int) { return static_cast<int16_t>(n); })
+#define _mm512_set1_epi32(n) each<int32_t, R512>([&](int) { return n; })
 #define _mm512_slli_epi16(v, n) host_map<uint16_t>(v, [&](uint16_t each) { return each << (n); })
 #define _mm512_srli_epi16(v, n) host_map<uint16_t>(v, [&](uint16_t each) { return each >> (n); })
 #define _mm512_srai_epi32(v, n) host_map<int32_t>(v, [&](int32_t each) { return each >> (n); })

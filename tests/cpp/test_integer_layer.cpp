@@ -25,6 +25,7 @@ struct Case {
   int64_t size[2], kernel[2], stride[2], padding[2], dilation[2];
   int64_t rows_per_task, channels_per_task;
   bool extremes;  // only the largest codes and weights
+  bool by_columns;
 };
 
 int top_weight(int bits) { return bits == 1 ? 1 : bits == 8 ? 127 : (1 << (bits - 1)) - 1; }
@@ -61,6 +62,7 @@ bool matches(const Case& c) {
   a.row_bytes = (row_codes * c.weight_bits + 255) / 256 * 32;
   const int64_t rows = c.images * a.out_size[0] * a.out_size[1], top = (1 << c.bits) - 1;
   a.rows_per_task = c.rows_per_task, a.channels_per_task = c.channels_per_task;
+  a.by_columns = c.by_columns && CG_KERNELS.columns;
 
   // Vectors of the exact size: a sanitizer then sees what is read past their ends.
   std::vector<uint8_t> codes(c.images * c.size[0] * c.size[1] * c.channels);
@@ -145,7 +147,7 @@ Case random_case() {
     c.size[i] = linear ? 1 : draw(1, 8), c.kernel[i] = linear ? 1 : draw(1, 3), c.stride[i] = linear ? 1 : draw(1, 2);
     c.padding[i] = linear ? 0 : draw(0, 2), c.dilation[i] = linear ? 1 : draw(1, 2);
   }
-  c.rows_per_task = draw(1, 70), c.channels_per_task = draw(1, 70);
+  c.rows_per_task = draw(1, 70), c.channels_per_task = draw(1, 70), c.by_columns = draw(0, 1);
   return c;
 }
 
@@ -157,8 +159,10 @@ int main(int argc, char** argv) {
   for (int i = 0; i < cases && failures < 5; ++i) failures += !matches(random_case());
   // Rows so long that they are multiplied in parts.
   for (int weight_bits : {8, 4, 2, 1}) {
-    const Case c{8, weight_bits, 33, 33000, 3, 1, {1, 1}, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 33, 3, true};
-    failures += !matches(c);
+    for (bool by_columns : {false, true}) {
+      const Case c{8, weight_bits, 33, 33000, 3, 1, {1, 1}, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 33, 3, true, by_columns};
+      failures += !matches(c);
+    }
   }
   if (failures == 0)
     std::printf("%s: %lld codes of %d random layers are exact\n", CG_KERNELS.isa, (long long)codes_checked, cases);

@@ -55,34 +55,6 @@ class ConfiguredTiles {
   alignas(64) TileConfig before_;
 };
 
-// A 16 x 16 matrix of 32-bit numbers, transposed.
-CG_HD void transpose(Register (&v)[16]) {
-  Register t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  // v[4 i + j] now has column 4 k + j of rows 4 i ... 4 i + 3 in its k-th quarter.
-  for (int j = 0; j < 4; ++j) {
-    t[j] = _mm512_shuffle_i32x4(v[j], v[j + 4], 0x88);
-    t[j + 4] = _mm512_shuffle_i32x4(v[j], v[j + 4], 0xdd);
-    t[j + 8] = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0x88);
-    t[j + 12] = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0xdd);
-  }
-  for (int j = 0; j < 4; ++j) {
-    v[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
-    v[j + 4] = _mm512_shuffle_i32x4(t[j + 4], t[j + 12], 0x88);
-    v[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
-    v[j + 12] = _mm512_shuffle_i32x4(t[j + 4], t[j + 12], 0xdd);
-  }
-}
-
 // 64 codes of up to 16 rows; the last 32 are zero if there are no more.
 void transpose_codes(const uint8_t* codes, int64_t stride, int64_t rows, bool whole, uint8_t* tile) {
   Register v[16];
@@ -195,6 +167,8 @@ void dot_panel(const DotPanel& a) {
     }
   }
 }
+
+using Columns = NoColumns;
 
 }  // namespace
 }  // namespace cg::CG_ISA

@@ -32,5 +32,25 @@ CG_HD void sum_int32(const Register* v, int count, int32_t* sums) {
     sums[i] = _mm_cvtsi128_si32(_mm_hadd_epi32(two, two));
   }
 }
+// An 8 x 8 matrix of 32-bit numbers, transposed.
+CG_HD void transpose(Register (&v)[8]) {
+  Register t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  // In its two halves, v[i + j] then has columns j and j + 4 of rows i ... i + 3.
+  for (int i = 0; i < 8; i += 4) {
+    v[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+    v[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+    v[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+    v[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int j = 0; j < 4; ++j) {
+    t[j] = _mm256_permute2x128_si256(v[j], v[j + 4], 0x20);
+    t[j + 4] = _mm256_permute2x128_si256(v[j], v[j + 4], 0x31);
+  }
+  for (int i = 0; i < 8; ++i) v[i] = t[i];
+}
 
 }  // namespace cg::avx2

@@ -25,5 +25,32 @@ CG_HD Register load_lower_half(const void* p) { return _mm512_zextsi256_si512(lo
 CG_HD void sum_int32(const Register* v, int count, int32_t* sums) {
   for (int i = 0; i < count; ++i) sums[i] = _mm512_reduce_add_epi32(v[i]);
 }
+// A 16 x 16 matrix of 32-bit numbers, transposed.
+CG_HD void transpose(Register (&v)[16]) {
+  Register t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  // v[4 i + j] now has column 4 k + j of rows 4 i ... 4 i + 3 in its k-th quarter.
+  for (int j = 0; j < 4; ++j) {
+    t[j] = _mm512_shuffle_i32x4(v[j], v[j + 4], 0x88);
+    t[j + 4] = _mm512_shuffle_i32x4(v[j], v[j + 4], 0xdd);
+    t[j + 8] = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0x88);
+    t[j + 12] = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0xdd);
+  }
+  for (int j = 0; j < 4; ++j) {
+    v[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
+    v[j + 4] = _mm512_shuffle_i32x4(t[j + 4], t[j + 12], 0x88);
+    v[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
+    v[j + 12] = _mm512_shuffle_i32x4(t[j + 4], t[j + 12], 0xdd);
+  }
+}
 
 }  // namespace cg::avx512

@@ -23,6 +23,22 @@ struct DotPanel {
   int64_t acc_stride;
 };
 
+// acc[r, c] += the same of rows in pieces, by weights in the order of x86/dot_columns.h.
+struct ColumnPanel {
+  const uint8_t* const* row;  // the first code of each
+  int64_t rows, pieces, piece_stride, quads;
+  int bits, weight_bits;
+  const uint8_t* weights;
+  int64_t channels;
+  int32_t* acc;
+  int64_t acc_stride;  // a multiple of what channels are rounded up to
+};
+
+// A set that cannot multiply across channels.
+struct NoColumns {
+  static constexpr int64_t kChannels = 0;
+};
+
 // A block of packed weights has 32 in each of its 8 / kWeightBits planes.
 template <int kWeightBits>
 constexpr int kPlanes = 8 / kWeightBits;

@@ -31,25 +31,31 @@ CG_HD void copy_codes(uint8_t* to, const uint8_t* from, int64_t count) {
   }
 }
 
-// The codes of a window: zero where it leaves the image. `image` starts at the first channel that is read.
+// `pixels` of an image's line, from x on: zero outside the image, which starts at the first channel that is read.
+void copy_line(const IntegerLayer& a, const uint8_t* image, int64_t y, int64_t x, int64_t pixels, uint8_t* to) {
+  const int64_t count = a.channels / a.groups, width = a.size[1];
+  if (y < 0 || y >= a.size[0]) {
+    memset(to, 0, pixels * count);
+    return;
+  }
+  const int64_t begin = std::clamp<int64_t>(-x, 0, pixels), end = std::clamp(width - x, begin, pixels);
+  const uint8_t* from = image + (y * width + x + begin) * a.channels;
+  if (begin > 0) memset(to, 0, begin * count);
+  if (a.groups == 1) {
+    copy_codes(to + begin * count, from, (end - begin) * count);
+  } else {
+    for (int64_t i = begin; i < end; ++i, from += a.channels) copy_codes(to + i * count, from, count);
+  }
+  if (end < pixels) memset(to + end * count, 0, (pixels - end) * count);
+}
+
+// The codes of a window: zero where it leaves the image.
 void gather_window(const IntegerLayer& a, const uint8_t* image, int64_t y, int64_t x, uint8_t* to) {
-  const int64_t count = a.channels / a.groups, line = a.kernel[1] * count;
-  const int64_t first_x = x * a.stride[1] - a.padding[1];
-  const bool one_run = a.groups == 1 && a.dilation[1] == 1 && first_x >= 0 && first_x + a.kernel[1] <= a.size[1];
-  for (int64_t i = 0; i < a.kernel[0]; ++i, to += line) {
+  const int64_t runs = a.dilation[1] == 1 ? 1 : a.kernel[1], pixels = a.kernel[1] / runs;
+  const int64_t run = pixels * (a.channels / a.groups), first_x = x * a.stride[1] - a.padding[1];
+  for (int64_t i = 0; i < a.kernel[0]; ++i) {
     const int64_t at_y = y * a.stride[0] - a.padding[0] + i * a.dilation[0];
-    const uint8_t* from = image + at_y * a.size[1] * a.channels;
-    if (at_y < 0 || at_y >= a.size[0]) {
-      memset(to, 0, line);
-    } else if (one_run) {
-      copy_codes(to, from + first_x * a.channels, line);
-    } else {
-      for (int64_t j = 0; j < a.kernel[1]; ++j) {
-        const int64_t at_x = first_x + j * a.dilation[1];
-        if (at_x < 0 || at_x >= a.size[1]) memset(to + j * count, 0, count);
-        else copy_codes(to + j * count, from + at_x * a.channels, count);
-      }
-    }
+    for (int64_t j = 0; j < runs; ++j, to += run) copy_line(a, image, at_y, first_x + j * a.dilation[1], pixels, to);
   }
 }
 
@@ -117,7 +123,29 @@ void store_codes_by_thresholds(const IntegerLayer& a, const int32_t* acc, int64_
   }
 }
 
-void integer_layer(const IntegerLayer& a, int64_t begin, int64_t end, uint8_t* scratch) {
+// The outputs of rows [row, row + rows) and some channels, from their sums.
+void store_rows(const IntegerLayer& a, const int32_t* acc, int64_t stride, int64_t row, int64_t rows, int64_t channel,
+                int64_t channels) {
+  for (int64_t r = 0; r < rows; ++r, acc += stride) {
+    const int64_t at = (row + r) * a.out_channels + channel;
+    if (!a.out_codes) store_floats(a, acc, channel, channels, a.out + at);
+    else if (a.thresholds) store_codes_by_thresholds(a, acc, channel, channels, a.out_codes + at);
+    else store_codes(a, acc, channel, channels, a.out_codes + at);
+  }
+}
+
+// body(row, rows, group, channel, channels, block) for each task; those in turn have the same channels, the block-th.
+template <class Body>
+void for_each_task(const IntegerLayer& a, const IntegerShape& shape, int64_t begin, int64_t end, const Body& body) {
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t row = task % shape.row_tasks * a.rows_per_task, block = task / shape.row_tasks;
+    const int64_t first = block % shape.channel_tasks * a.channels_per_task, group = block / shape.channel_tasks;
+    body(row, std::min(a.rows_per_task, shape.rows - row), group, group * shape.group_channels + first,
+         std::min(a.channels_per_task, shape.group_channels - first), block);
+  }
+}
+
+void layer_by_rows(const IntegerLayer& a, int64_t begin, int64_t end, uint8_t* scratch) {
   const IntegerShape shape(a);
   const bool in_place = rows_in_place(a, shape);
   uint8_t* const gathered = scratch;
@@ -125,34 +153,81 @@ void integer_layer(const IntegerLayer& a, int64_t begin, int64_t end, uint8_t* s
   for (int64_t r = 0; r < a.rows_per_task && !in_place; ++r) {
     memset(gathered + r * shape.code_stride + shape.row_codes, 0, shape.padded_codes - shape.row_codes);
   }
-  for (int64_t task = begin; task < end; ++task) {
-    // Tasks in turn read the same weights.
-    const int64_t first_row = task % shape.row_tasks * a.rows_per_task, of_channels = task / shape.row_tasks;
-    const int64_t first = of_channels % shape.channel_tasks * a.channels_per_task;
-    const int64_t group = of_channels / shape.channel_tasks, channel = group * shape.group_channels + first;
-    const int64_t rows = std::min(a.rows_per_task, shape.rows - first_row);
-    const int64_t channels = std::min(a.channels_per_task, shape.group_channels - first);
-    if (!in_place) gather_rows(a, shape, first_row, rows, group, gathered);
-    memset(acc, 0, rows * channels * sizeof(int32_t));
-    const DotPanel panel{in_place ? a.codes + first_row * shape.row_codes : gathered,
-                         in_place ? shape.padded_codes : shape.code_stride,
-                         rows,
-                         a.bits,
-                         a.weight + channel * a.row_bytes,
-                         a.row_bytes,
-                         channels,
-                         0,
-                         acc,
-                         channels};
-    with_width(a.weight_bits, [&](auto bits) { multiply<bits.value>(panel, shape.padded_codes); });
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = (first_row + r) * a.out_channels + channel;
-      const int32_t* sums = acc + r * channels;
-      if (!a.out_codes) store_floats(a, sums, channel, channels, a.out + at);
-      else if (a.thresholds) store_codes_by_thresholds(a, sums, channel, channels, a.out_codes + at);
-      else store_codes(a, sums, channel, channels, a.out_codes + at);
-    }
+  for_each_task(a, shape, begin, end,
+                [&](int64_t row, int64_t rows, int64_t group, int64_t channel, int64_t channels, int64_t) {
+                  if (!in_place) gather_rows(a, shape, row, rows, group, gathered);
+                  memset(acc, 0, rows * channels * sizeof(int32_t));
+                  const DotPanel panel{in_place ? a.codes + row * shape.row_codes : gathered,
+                                       in_place ? shape.padded_codes : shape.code_stride,
+                                       rows,
+                                       a.bits,
+                                       a.weight + channel * a.row_bytes,
+                                       a.row_bytes,
+                                       channels,
+                                       0,
+                                       acc,
+                                       channels};
+                  with_width(a.weight_bits, [&](auto bits) { multiply<bits.value>(panel, shape.padded_codes); });
+                  store_rows(a, acc, channels, row, rows, channel, channels);
+                });
+}
+
+// Where the windows of rows [first, first + rows) start: in the image, or in a copy of the lines that they are in.
+void point_rows(const IntegerLayer& a, const ColumnShape& shape, int64_t first, int64_t rows, int64_t group,
+                uint8_t* copies, const uint8_t** to) {
+  const int64_t pixel = a.channels / a.groups, height = a.out_size[0], width = a.out_size[1];
+  if (!shape.in_lines) {
+    gather_rows(a, shape, first, rows, group, copies);
+    for (int64_t r = 0; r < rows; ++r) to[r] = copies + r * shape.code_stride;
+    return;
   }
+  while (rows > 0) {
+    const int64_t x = first % width, y = first / width % height, count = std::min(rows, width - x);
+    const uint8_t* image = a.codes + first / (width * height) * (a.size[0] * a.size[1] * a.channels) + group * pixel;
+    const uint8_t* window = copies;
+    int64_t step = a.stride[1] * pixel;
+    if (shape.in_place) {
+      window = image + (y * a.stride[0] * a.size[1] + x * a.stride[1]) * a.channels;
+      step = a.stride[1] * a.channels;
+    } else {
+      const int64_t pixels = (count - 1) * a.stride[1] + a.kernel[1];
+      for (int64_t i = 0; i < a.kernel[0]; ++i, copies += shape.piece_stride) {
+        copy_line(a, image, y * a.stride[0] - a.padding[0] + i * a.dilation[0], x * a.stride[1] - a.padding[1], pixels,
+                  copies);
+      }
+    }
+    for (int64_t i = 0; i < count; ++i, window += step) *to++ = window;
+    first += count, rows -= count;
+  }
+}
+
+template <class Set>
+void layer_by_columns(const IntegerLayer& a, int64_t begin, int64_t end, uint8_t* scratch) {
+  const ColumnShape shape(a);
+  const uint8_t** const row_codes = reinterpret_cast<const uint8_t**>(scratch);
+  int32_t* const acc = reinterpret_cast<int32_t*>(scratch + shape.acc);
+  int64_t ordered = -1;  // the block of channels whose weights are
+  for_each_task(a, shape, begin, end,
+                [&](int64_t row, int64_t rows, int64_t group, int64_t channel, int64_t channels, int64_t block) {
+                  if (block != ordered) {
+                    Set::order(a, shape, a.weight + channel * a.row_bytes, channels, scratch + shape.unpacked,
+                               scratch + shape.weights);
+                    ordered = block;
+                  }
+                  point_rows(a, shape, row, rows, group, scratch + shape.copies, row_codes);
+                  const int64_t stride = IntegerShape::rounded(channels, Set::kChannels);
+                  memset(acc, 0, rows * stride * sizeof(int32_t));
+                  Set::dot({row_codes, rows, shape.pieces, shape.piece_stride, shape.quads, a.bits, a.weight_bits,
+                            scratch + shape.weights, stride, acc, stride});
+                  store_rows(a, acc, stride, row, rows, channel, channels);
+                });
+}
+
+void integer_layer(const IntegerLayer& a, int64_t begin, int64_t end, uint8_t* scratch) {
+  if constexpr (Columns::kChannels > 0) {
+    if (a.by_columns) return layer_by_columns<Columns>(a, begin, end, scratch);
+  }
+  layer_by_rows(a, begin, end, scratch);
 }
 
 }  // namespace

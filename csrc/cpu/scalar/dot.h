@@ -37,5 +37,7 @@ void dot_panel(const DotPanel& a) {
   }
 }
 
+using Columns = NoColumns;
+
 }  // namespace
 }  // namespace cg::scalar

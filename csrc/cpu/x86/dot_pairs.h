@@ -2,6 +2,7 @@
 #pragma once
 
 #include "dot.h"
+#include "dot_columns.h"
 
 namespace cg::CG_ISA {
 namespace {
@@ -18,6 +19,13 @@ struct NarrowProducts {
   static CG_HD Register widen(Register sums, Register narrow) {
     return CG_MM(add_epi32)(sums, CG_MM(madd_epi16)(narrow, CG_MM(set1_epi16)(1)));
   }
+};
+
+// Across channels: a number of them that the compiler knows.
+template <int kCount>
+struct SomeNarrowProducts : NarrowProducts {
+  static constexpr int kAtOnce = kCount;
+  static CG_HD Register multiply(Register codes, Register weights) { return CG_MM(maddubs_epi16)(codes, weights); }
 };
 
 // Codes of up to 7 bits: two products fit.
@@ -47,6 +55,15 @@ void dot_panel(const DotPanel& a) {
   else if (NarrowProducts::blocks_at_once(kPlanes<kWeightBits>, a.bits, a.blocks) == 0)
     dot_panel_by<PairProducts, kWeightBits>(a);
   else dot_panel_by<NarrowProducts, kWeightBits>(a);
+}
+
+void dot_columns(const ColumnPanel& a) {
+  const int at_once = 32767 / (2 * ((1 << a.bits) - 1) * (1 << (a.weight_bits - 1)));
+  if (at_once >= 8) dot_columns_by<SomeNarrowProducts<8>>(a);
+  else if (at_once >= 4) dot_columns_by<SomeNarrowProducts<4>>(a);
+  else if (at_once >= 2) dot_columns_by<SomeNarrowProducts<2>>(a);
+  else if (at_once == 1) dot_columns_by<PairProducts>(a);
+  else dot_columns_by<SplitProducts>(a);
 }
 
 }  // namespace
