@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "../arguments.h"
+#include "../math/macros.h"
 
 namespace cg {
 
@@ -16,7 +17,7 @@ struct IntegerShape {
 
   explicit IntegerShape(const IntegerLayer& a)
       : rows(a.images * a.out_size[0] * a.out_size[1]),
-        row_codes(a.channels / a.groups * a.kernel[0] * a.kernel[1]),
+        row_codes((a.depthwise ? 1 : a.channels / a.groups) * a.kernel[0] * a.kernel[1]),
         padded_codes(a.row_bytes * 8 / a.weight_bits),
         code_stride(padded_codes + 64),
         group_channels(a.out_channels / a.groups),
@@ -35,30 +36,34 @@ struct IntegerShape {
 // the image or a copy of some of its lines, and multiplied four at a time.
 struct ColumnShape : IntegerShape {
   bool in_place, in_lines;  // or windows are copied one by one
-  int64_t pieces, piece_codes, quads, line_pixels, copied_lines, piece_stride, channels, unpacked_stride;
+  int64_t pieces, piece_codes, quads, reach, piece_stride, channels, unpacked_stride;
   // Where in a thread's scratch.
   int64_t weights, unpacked, acc, copies, bytes;
+  int64_t offset_bytes;  // of where pixels of a window are, before depthwise weights
 
   static constexpr int64_t kAlignment = 64, kMaxChannels = 32;  // that a set multiplies at a time
 
-  explicit ColumnShape(const IntegerLayer& a) : IntegerShape(a) {
+  CG_HD explicit ColumnShape(const IntegerLayer& a) : IntegerShape(a) {
     const int64_t pixel = a.channels / a.groups, line = a.kernel[1] * pixel;
-    in_lines = a.kernel[1] == 1 || a.dilation[1] == 1;
+    in_lines = a.depthwise || a.kernel[1] == 1 || a.dilation[1] == 1;
     pieces = in_lines ? a.kernel[0] : 1;
     piece_codes = in_lines ? line : row_codes;
     quads = parts(piece_codes, 4);
-    in_place = in_lines && a.padding[0] == 0 && a.padding[1] == 0 && piece_codes % 4 == 0 &&
-               (a.groups == 1 || a.kernel[1] == 1);
+    in_place = in_lines && a.padding[0] == 0 && a.padding[1] == 0 &&
+               (a.depthwise ? pixel % kMaxChannels == 0 : piece_codes % 4 == 0 && (a.groups == 1 || a.kernel[1] == 1));
     // Of each line of the output that a task has a part of, the lines of the image that are needed.
-    line_pixels = (std::min(a.rows_per_task, a.out_size[1]) - 1) * a.stride[1] + a.kernel[1];
-    copied_lines = a.rows_per_task / std::max<int64_t>(a.out_size[1], 1) + 2;
+    reach = a.dilation[1] * (a.kernel[1] - 1) + 1;
+    const int64_t line_pixels = (std::min(a.rows_per_task, a.out_size[1]) - 1) * a.stride[1] + reach;
+    const int64_t copied_lines = a.rows_per_task / std::max<int64_t>(a.out_size[1], 1) + 2;
     piece_stride = in_place   ? a.dilation[0] * a.size[1] * a.channels
                    : in_lines ? rounded(line_pixels * pixel, kAlignment) + kAlignment
                               : code_stride;
     channels = rounded(a.channels_per_task, kMaxChannels);
     unpacked_stride = padded_codes + kAlignment;
     weights = rounded(a.rows_per_task * static_cast<int64_t>(sizeof(uint8_t*)), kAlignment);
-    unpacked = weights + channels * pieces * quads * 4;
+    const int64_t window = a.kernel[0] * a.kernel[1];
+    offset_bytes = a.depthwise ? rounded(2 * window * static_cast<int64_t>(sizeof(int64_t)), kAlignment) : 0;
+    unpacked = weights + offset_bytes + channels * (a.depthwise ? 2 * window : pieces * quads * 4);
     acc = unpacked + kMaxChannels * unpacked_stride;
     copies = acc + a.rows_per_task * channels * static_cast<int64_t>(sizeof(int32_t));
     bytes = copies + (in_place ? 0 : in_lines ? copied_lines * pieces * piece_stride : a.rows_per_task * piece_stride);
@@ -66,13 +71,13 @@ struct ColumnShape : IntegerShape {
 };
 
 inline int64_t IntegerShape::scratch(const IntegerLayer& a) const {
-  if (a.by_columns) return ColumnShape(a).bytes;
+  if (a.by_columns || a.depthwise) return ColumnShape(a).bytes;
   return a.rows_per_task * (code_stride + a.channels_per_task * static_cast<int64_t>(sizeof(int32_t)));
 }
 
 struct IntegerKernels {
   const char* isa;
-  bool columns;  // can multiply by columns
+  bool by_columns, depthwise;  // can compute so
   // Runs tasks [begin, end); scratch is aligned to 64 bytes.
   void (*layer)(const IntegerLayer&, int64_t begin, int64_t end, uint8_t* scratch);
 };

@@ -23,6 +23,8 @@ using at::Tensor;
 constexpr int64_t kRowsPerTask = 32, kWeightBytesPerTask = 256 << 10;
 // The same across channels, for which fewer rows do not pay.
 constexpr int64_t kColumnRowsPerTask = 64, kMinColumnRows = 48;
+// Sums of a depthwise layer that stay in the L2 cache.
+constexpr int64_t kDepthwiseSumsPerTask = 16 << 10;
 // Products of a byte each that a thread takes at least.
 constexpr int64_t kGrain = int64_t{1} << 20;
 
@@ -82,7 +84,7 @@ struct Layer {
     if (to_codes) args.out_codes = out.mutable_data_ptr<uint8_t>();
     else args.out = out.mutable_data_ptr<float>();
     const IntegerKernels& kernels = active_kernels<IntegerKernels>();
-    cut(kernels.columns);
+    cut(kernels);
     const IntegerShape shape_of(args);
     const int64_t task = 1 + args.rows_per_task * args.channels_per_task * shape_of.padded_codes;
     at::parallel_for(0, shape_of.tasks(args), std::max<int64_t>(1, kGrain / task), [&](int64_t begin, int64_t end) {
@@ -93,10 +95,17 @@ struct Layer {
   }
 
   // Into tasks.
-  void cut(bool columns) {
+  void cut(const IntegerKernels& kernels) {
     const int64_t rows = args.images * args.out_size[0] * args.out_size[1], line = args.out_size[1];
+    args.depthwise =
+        kernels.depthwise && args.groups > 1 && args.groups == args.channels && args.groups == args.out_channels;
+    if (args.depthwise) {
+      args.groups = 1, args.channels_per_task = args.channels;
+      args.rows_per_task = std::clamp<int64_t>(kDepthwiseSumsPerTask / args.channels, 1, std::min(rows, line));
+      return;
+    }
     const int64_t channels = args.out_channels / args.groups;
-    args.by_columns = columns && rows >= kMinColumnRows;
+    args.by_columns = kernels.by_columns && rows >= kMinColumnRows;
     args.rows_per_task = std::min(rows, kRowsPerTask);
     int64_t row_bytes = args.row_bytes, unit = 16;  // what channels are a multiple of
     if (args.by_columns) {

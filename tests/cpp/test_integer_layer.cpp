@@ -62,7 +62,9 @@ bool matches(const Case& c) {
   a.row_bytes = (row_codes * c.weight_bits + 255) / 256 * 32;
   const int64_t rows = c.images * a.out_size[0] * a.out_size[1], top = (1 << c.bits) - 1;
   a.rows_per_task = c.rows_per_task, a.channels_per_task = c.channels_per_task;
-  a.by_columns = c.by_columns && CG_KERNELS.columns;
+  a.by_columns = c.by_columns && CG_KERNELS.by_columns;
+  a.depthwise = c.groups == c.channels && c.groups == c.out_channels && CG_KERNELS.depthwise;
+  if (a.depthwise) a.groups = 1, a.channels_per_task = c.channels;
 
   // Vectors of the exact size: a sanitizer then sees what is read past their ends.
   std::vector<uint8_t> codes(c.images * c.size[0] * c.size[1] * c.channels);
@@ -140,8 +142,10 @@ Case random_case() {
   c.bits = static_cast<int>(draw(1, 8)), c.weight_bits = 1 << draw(0, 3);
   c.extremes = draw(0, 3) == 0;
   const bool linear = draw(0, 1);
-  c.groups = linear ? 1 : draw(0, 2) ? 1 : draw(2, 5);
-  c.channels = c.groups * draw(1, linear ? 700 : 40), c.out_channels = c.groups * draw(1, linear ? 70 : 20);
+  const bool depthwise = !linear && draw(0, 4) == 0;
+  c.groups = linear ? 1 : depthwise ? draw(2, 70) : draw(0, 2) ? 1 : draw(2, 5);
+  c.channels = c.groups * (depthwise ? 1 : draw(1, linear ? 700 : 40));
+  c.out_channels = c.groups * (depthwise ? 1 : draw(1, linear ? 70 : 20));
   c.images = linear ? draw(0, 70) : draw(1, 2);
   for (int i = 0; i < 2; ++i) {
     c.size[i] = linear ? 1 : draw(1, 8), c.kernel[i] = linear ? 1 : draw(1, 3), c.stride[i] = linear ? 1 : draw(1, 2);

@@ -190,7 +190,7 @@ void point_rows(const IntegerLayer& a, const ColumnShape& shape, int64_t first, 
       window = image + (y * a.stride[0] * a.size[1] + x * a.stride[1]) * a.channels;
       step = a.stride[1] * a.channels;
     } else {
-      const int64_t pixels = (count - 1) * a.stride[1] + a.kernel[1];
+      const int64_t pixels = (count - 1) * a.stride[1] + shape.reach;
       for (int64_t i = 0; i < a.kernel[0]; ++i, copies += shape.piece_stride) {
         copy_line(a, image, y * a.stride[0] - a.padding[0] + i * a.dilation[0], x * a.stride[1] - a.padding[1], pixels,
                   copies);
@@ -217,13 +217,15 @@ void layer_by_columns(const IntegerLayer& a, int64_t begin, int64_t end, uint8_t
                   point_rows(a, shape, row, rows, group, scratch + shape.copies, row_codes);
                   const int64_t stride = IntegerShape::rounded(channels, Set::kChannels);
                   memset(acc, 0, rows * stride * sizeof(int32_t));
-                  Set::dot({row_codes, rows, shape.pieces, shape.piece_stride, shape.quads, a.bits, a.weight_bits,
-                            scratch + shape.weights, stride, acc, stride});
+                  Set::dot(a, shape, row_codes, rows, scratch + shape.weights, stride, acc);
                   store_rows(a, acc, stride, row, rows, channel, channels);
                 });
 }
 
 void integer_layer(const IntegerLayer& a, int64_t begin, int64_t end, uint8_t* scratch) {
+  if constexpr (Depthwise::kChannels > 0) {
+    if (a.depthwise) return layer_by_columns<Depthwise>(a, begin, end, scratch);
+  }
   if constexpr (Columns::kChannels > 0) {
     if (a.by_columns) return layer_by_columns<Columns>(a, begin, end, scratch);
   }

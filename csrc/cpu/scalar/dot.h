@@ -38,6 +38,7 @@ void dot_panel(const DotPanel& a) {
 }
 
 using Columns = NoColumns;
+using Depthwise = NoColumns;
 
 }  // namespace
 }  // namespace cg::scalar

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "depthwise.h"
 #include "unpack_weights.h"
 
 namespace cg::CG_ISA {

@@ -111,20 +111,6 @@ void dot_columns_by(const ColumnPanel& a) {
   }
 }
 
-// A row of weights, one in a byte.
-void unpack_row(const uint8_t* packed, int64_t bytes, int bits, uint8_t* to) {
-  const __m256i field = _mm256_set1_epi8(static_cast<char>((1 << bits) - 1));
-  const __m256i top = _mm256_set1_epi8(static_cast<char>(1 << (bits - 1)));
-  for (int64_t at = 0; at < bytes; at += kWeightBlock) {
-    const __m256i block = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed + at));
-    for (int up = 0; up < 8; up += bits, to += kWeightBlock) {
-      __m256i w = _mm256_srl_epi16(block, _mm_cvtsi32_si128(up)) & field;
-      w = bits == 1 ? _mm256_sub_epi8(_mm256_add_epi8(w, w), top) : _mm256_sub_epi8(w ^ top, top);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), w);
-    }
-  }
-}
-
 // Weights of kColumnChannels channels in the order of dot_columns_tile, from rows of them one in a byte. What is left
 // of the four at the end of a piece is zero.
 void order_columns(const uint8_t* unpacked, int64_t stride, int64_t pieces, int64_t piece_codes, uint8_t* to) {
@@ -162,7 +148,11 @@ struct Columns {
       order_columns(unpacked, shape.unpacked_stride, shape.pieces, shape.piece_codes, to);
     }
   }
-  static void dot(const ColumnPanel& a) { dot_columns(a); }
+  static void dot(const IntegerLayer& a, const ColumnShape& shape, const uint8_t* const* row, int64_t rows,
+                  const uint8_t* weights, int64_t channels, int32_t* acc) {
+    dot_columns({row, rows, shape.pieces, shape.piece_stride, shape.quads, a.bits, a.weight_bits, weights, channels,
+                 acc, channels});
+  }
 };
 
 }  // namespace
