@@ -48,13 +48,13 @@ struct Depthwise {
   }
 
   static void dot(const IntegerLayer& a, const ColumnShape& shape, const uint8_t* const* row, int64_t rows,
-                  const uint8_t* weights, int64_t channels, int32_t* acc) {
+                  const uint8_t* weights, int64_t channels, int32_t* acc, int64_t acc_stride) {
     const int64_t* const offsets = reinterpret_cast<const int64_t*>(weights);
     const int64_t pair_count = pairs(a), together = std::max<int64_t>(1, at_once(a));
     weights += shape.offset_bytes;
     for (int64_t channel = 0; channel < channels; channel += kChannels, weights += pair_count * 64) {
       for (int64_t r = 0; r < rows; ++r) {
-        dot_window(row[r] + channel, offsets, weights, pair_count, together, acc + r * channels + channel);
+        dot_window(row[r] + channel, offsets, weights, pair_count, together, acc + r * acc_stride + channel);
       }
     }
   }

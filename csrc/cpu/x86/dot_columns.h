@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kLanes = sizeof(Register) / sizeof(int32_t);
 // Sums are kept in registers, of which there are 16, or 32 of the larger ones.
-constexpr int kColumnRegisters = 2, kColumnRows = 4 * kBlocks;
+constexpr int kColumnRegisters = 2, kColumnSums = 8 * kBlocks;
 constexpr int kColumnChannels = kColumnRegisters * kLanes;
 constexpr int64_t kQuadBytes = 4 * kColumnChannels;  // the weights that meet four codes of a row
 
@@ -25,16 +25,16 @@ CG_HD Register in_register(Register v) {
 }
 
 // to[r][c] = or += the products of four codes of each row.
-template <class Products, bool kFirst>
-CG_HD void add_quad(const uint8_t* const (&rows)[kColumnRows], int64_t at, const uint8_t* weights,
-                    Register (&to)[kColumnRows][kColumnRegisters]) {
-  Register w[kColumnRegisters];
-  for (int c = 0; c < kColumnRegisters; ++c) w[c] = in_register(load_register(weights + c * sizeof(Register)));
-  for (int r = 0; r < kColumnRows; ++r) {
+template <class Products, bool kFirst, int kRows, int kRegisters>
+CG_HD void add_quad(const uint8_t* const (&rows)[kRows], int64_t at, const uint8_t* weights,
+                    Register (&to)[kRows][kRegisters]) {
+  Register w[kRegisters];
+  for (int c = 0; c < kRegisters; ++c) w[c] = in_register(load_register(weights + c * sizeof(Register)));
+  for (int r = 0; r < kRows; ++r) {
     int32_t four;
     memcpy(&four, rows[r] + at, sizeof(four));
     const Register code = in_register(CG_MM(set1_epi32)(four));
-    for (int c = 0; c < kColumnRegisters; ++c) {
+    for (int c = 0; c < kRegisters; ++c) {
       if constexpr (kFirst) to[r][c] = in_register(Products::multiply(code, w[c]));
       else to[r][c] = in_register(Products::add(to[r][c], code, w[c]));
     }
@@ -42,19 +42,19 @@ CG_HD void add_quad(const uint8_t* const (&rows)[kColumnRows], int64_t at, const
 }
 
 // sums += the products of 4 * kCount codes of each row.
-template <class Products, int kCount>
-CG_HD void add_quads(const uint8_t* const (&rows)[kColumnRows], int64_t at, const uint8_t* weights,
-                     Register (&sums)[kColumnRows][kColumnRegisters]) {
+template <class Products, int kCount, int kRows, int kRegisters>
+CG_HD void add_quads(const uint8_t* const (&rows)[kRows], int64_t at, const uint8_t* weights,
+                     Register (&sums)[kRows][kRegisters]) {
   if constexpr (Products::kNarrow) {
     constexpr int kAtOnce = std::min(kCount, Products::kAtOnce);
-    Register narrow[kColumnRows][kColumnRegisters];
+    Register narrow[kRows][kRegisters];
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i, at += 4, weights += kQuadBytes) {
       if (i % kAtOnce == 0) add_quad<Products, true>(rows, at, weights, narrow);
       else add_quad<Products, false>(rows, at, weights, narrow);
       if ((i + 1) % kAtOnce != 0) continue;
-      for (int r = 0; r < kColumnRows; ++r) {
-        for (int c = 0; c < kColumnRegisters; ++c) sums[r][c] = Products::widen(sums[r][c], narrow[r][c]);
+      for (int r = 0; r < kRows; ++r) {
+        for (int c = 0; c < kRegisters; ++c) sums[r][c] = Products::widen(sums[r][c], narrow[r][c]);
       }
     }
   } else {
@@ -63,13 +63,14 @@ CG_HD void add_quads(const uint8_t* const (&rows)[kColumnRows], int64_t at, cons
   }
 }
 
-// kColumnRows rows, of which the first `count` are wanted, times kColumnChannels channels.
-template <class Products>
+// As many rows as leave sums for so many registers of channels; the first `count` are wanted.
+template <class Products, int kRegisters>
 __attribute__((noinline)) void dot_columns_tile(const ColumnPanel& a, const uint8_t* const* from, int64_t count,
                                                 int64_t first_code, const uint8_t* weights, int32_t* acc) {
-  const uint8_t* rows[kColumnRows];
-  for (int r = 0; r < kColumnRows; ++r) rows[r] = from[std::min<int64_t>(r, count - 1)] + first_code;
-  Register sums[kColumnRows][kColumnRegisters] = {};
+  constexpr int kRows = kColumnSums / kRegisters;
+  const uint8_t* rows[kRows];
+  for (int r = 0; r < kRows; ++r) rows[r] = from[std::min<int64_t>(r, count - 1)] + first_code;
+  Register sums[kRows][kRegisters] = {};
   for (int64_t piece = 0; piece < a.pieces; ++piece) {
     int64_t quad = 0;
     const auto add = [&](auto quads) __attribute__((always_inline)) {
@@ -81,8 +82,8 @@ __attribute__((noinline)) void dot_columns_tile(const ColumnPanel& a, const uint
     while (quad < a.quads) add(Constant<1>{});
     for (const uint8_t*& row : rows) row += a.piece_stride;
   }
-  for (int64_t r = 0; r < std::min<int64_t>(kColumnRows, count); ++r, acc += a.acc_stride) {
-    for (int c = 0; c < kColumnRegisters; ++c) {
+  for (int64_t r = 0; r < std::min<int64_t>(kRows, count); ++r, acc += a.acc_stride) {
+    for (int c = 0; c < kRegisters; ++c) {
       int32_t* to = acc + c * kLanes;
       store_register(to, CG_MM(add_epi32)(load_register(to), sums[r][c]));
     }
@@ -101,10 +102,15 @@ void dot_columns_by(const ColumnPanel& a) {
       part.pieces = std::min(pieces, a.pieces - piece);
       for (int64_t quad = 0; quad < a.quads; quad += quads) {
         part.quads = std::min(quads, a.quads - quad);
-        for (int64_t row = 0; row < a.rows; row += kColumnRows) {
-          dot_columns_tile<Products>(part, a.row + row, a.rows - row, piece * a.piece_stride + 4 * quad, weights,
-                                     a.acc + row * a.acc_stride + channel);
-        }
+        const auto multiply = [&](auto registers) {
+          for (int64_t row = 0; row < a.rows; row += kColumnSums / registers.value) {
+            dot_columns_tile<Products, registers.value>(part, a.row + row, a.rows - row,
+                                                        piece * a.piece_stride + 4 * quad, weights,
+                                                        a.acc + row * a.acc_stride + channel);
+          }
+        };
+        if (a.channels - channel > kLanes) multiply(Constant<kColumnRegisters>{});
+        else multiply(Constant<1>{});
         weights += part.pieces * part.quads * kQuadBytes;
       }
     }
@@ -149,9 +155,9 @@ struct Columns {
     }
   }
   static void dot(const IntegerLayer& a, const ColumnShape& shape, const uint8_t* const* row, int64_t rows,
-                  const uint8_t* weights, int64_t channels, int32_t* acc) {
+                  const uint8_t* weights, int64_t channels, int32_t* acc, int64_t acc_stride) {
     dot_columns({row, rows, shape.pieces, shape.piece_stride, shape.quads, a.bits, a.weight_bits, weights, channels,
-                 acc, channels});
+                 acc, acc_stride});
   }
 };
 
