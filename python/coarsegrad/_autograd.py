@@ -88,18 +88,19 @@ class Settings(NamedTuple):
         return ops.qrelu_backward.default if isinstance(self.ste, int) else ops.qrelu_backward_custom.default
 
 
-def _qrelu_autograd(x, alpha, *options):
+def qrelu_with_derivative(x, alpha, *options, forward=ops.qrelu_forward.default):
+    """The Autograd kernel of qrelu. forward: the op that computes what is saved."""
     settings = Settings.of(*options, *needs_grad(x, alpha))
     refuse_forward_mode(x, alpha)
     if settings.need_grad_x or settings.need_grad_alpha:
-        return apply_in_kernel(_QReLU, x, alpha, settings, options)
+        return apply_in_kernel(_QReLU, x, alpha, settings, options, forward)
     if in_functorch_kernel():
         return below_autograd_with_derivatives(ops.qrelu_custom.default, x, alpha, *options)
     return _qrelu_without_grad(x, alpha, *options)
 
 
-def _qrelu_autograd_(x, alpha, bits, ste, rounding, alpha_grad, *rest):
-    """If there is a derivative, torch's copy_ writes: it knows which tensors must not be written to."""
+def qrelu_with_derivative_(x, alpha, bits, ste, rounding, alpha_grad, *rest, forward=ops.qrelu_forward.default):
+    """The Autograd kernel of qrelu_. With a derivative torch's copy_ writes: it knows what must not be written to."""
     need_grad_x, need_grad_alpha = needs_grad(x, alpha)
     options = (bits, ste, rounding, alpha_grad, *rest)
     if need_grad_x or need_grad_alpha:
@@ -107,16 +108,16 @@ def _qrelu_autograd_(x, alpha, bits, ste, rounding, alpha_grad, *rest):
     elif not in_functorch_kernel():
         refuse_forward_mode(x, alpha)
         return _qrelu_without_grad_(x, alpha, *options)
-    return x.copy_(_qrelu_autograd(x, alpha, *options))
+    return x.copy_(qrelu_with_derivative(x, alpha, *options, forward=forward))
 
 
 class _QReLU(torch.autograd.Function):
     """options: the arguments of the op from which `settings` was parsed."""
 
     @staticmethod
-    def forward(ctx, x, alpha, settings, options):
+    def forward(ctx, x, alpha, settings, options, forward):
         kind, need_codes, need_x = settings.saved()
-        y, mask, codes = ops.qrelu_forward.default(
+        y, mask, codes = forward(
             x, alpha, settings.bits, settings.rounding, kind, need_codes, settings.channel_dim
         )
         if in_functorch_kernel():  # outer transforms need a y with a derivative
@@ -134,8 +135,8 @@ class _QReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         if grad_y is None:
-            return (None,) * 4
-        return *backward_from_saved(grad_y, *ctx.saved_tensors, ctx.settings, ctx.memory_format), None, None
+            return (None,) * 5
+        return *backward_from_saved(grad_y, *ctx.saved_tensors, ctx.settings, ctx.memory_format), *(None,) * 3
 
 
 def backward_from_saved(
@@ -219,8 +220,8 @@ class _QReLUBackward(torch.autograd.Function):
         return grad_grad_y, *(None,) * 5
 
 
-_library.impl("qrelu_custom", _qrelu_autograd, "Autograd")
-_library.impl("qrelu_custom_", _qrelu_autograd_, "Autograd")
+_library.impl("qrelu_custom", qrelu_with_derivative, "Autograd")
+_library.impl("qrelu_custom_", qrelu_with_derivative_, "Autograd")
 _library.impl("qrelu_backward_custom", _backward_autograd, "Autograd")
 for _name in set(KERNELS) - {"qrelu_backward", "qrelu_backward_custom"} | {"qrelu_backward_from_codes"}:
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
@@ -255,11 +256,11 @@ def _vmap(op):
     return call
 
 
-for _name in ("qrelu", "qrelu_", "qrelu_custom", "qrelu_custom_"):
+for _name in ("qrelu", "qrelu_", "qrelu_custom", "qrelu_custom_", "qrelu_packed", "qrelu_packed_"):
     torch.library.register_vmap(f"coarsegrad::{_name}", _vmap(getattr(ops, _name).default), lib=_library)
 
 
 if native is None:
-    _library.impl("qrelu", _qrelu_autograd, "Autograd")
-    _library.impl("qrelu_", _qrelu_autograd_, "Autograd")
+    _library.impl("qrelu", qrelu_with_derivative, "Autograd")
+    _library.impl("qrelu_", qrelu_with_derivative_, "Autograd")
     _library.impl("qrelu_backward", _backward_autograd, "Autograd")

@@ -42,11 +42,16 @@ _SCHEMAS = (
     # For an STE that is not compiled into the native library.
     f"qrelu_custom(Tensor x, Tensor alpha, {_QRELU}) -> Tensor",
     f"qrelu_custom_(Tensor(a!) x, Tensor alpha, {_QRELU}) -> Tensor(a!)",
+    # Inside `packed_activations`, in the graphs of torch.compile: packing/graphs.py.
+    f"qrelu_packed(Tensor x, Tensor alpha, {_QRELU}) -> Tensor",
+    f"qrelu_packed_(Tensor(a!) x, Tensor alpha, {_QRELU}) -> Tensor(a!)",
     # A Linear or Conv2d on the output of a qrelu, which is first converted to dtype.
     f"qrelu_linear(Tensor x, Tensor alpha, Tensor weight, Tensor? bias, {_QRELU}, ScalarType dtype) -> Tensor",
     f"qrelu_conv2d(Tensor x, Tensor alpha, Tensor weight, Tensor? bias, {_QRELU}, ScalarType dtype, {_CONV}) -> Tensor",
     # mask: the kind of bits to return; codes: whether to return them.
     "qrelu_forward(Tensor x, Tensor alpha, int bits, int rounding, int mask, bool codes, int? channel_dim)"
+    " -> (Tensor y, Tensor mask, Tensor codes)",
+    "qrelu_forward_packed(Tensor x, Tensor alpha, int bits, int rounding, int mask, bool codes, int? channel_dim)"
     " -> (Tensor y, Tensor mask, Tensor codes)",
     "qrelu_forward_(Tensor(a!) x, Tensor alpha, int bits, int rounding, int mask, bool codes, int? channel_dim)"
     " -> (Tensor mask, Tensor codes)",
@@ -112,6 +117,7 @@ def _new_y(x: Tensor) -> Tensor:
 
 @_fake("qrelu")
 @_fake("qrelu_custom")
+@_fake("qrelu_packed")
 def _(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
     parse("rounding", rounding, Rounding)
     check_arguments(x, alpha, bits, channel_dim)
@@ -120,6 +126,7 @@ def _(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
 
 @_fake("qrelu_")
 @_fake("qrelu_custom_")
+@_fake("qrelu_packed_")
 def _(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
     parse("rounding", rounding, Rounding)
     check_arguments(x, alpha, bits, channel_dim)
@@ -127,6 +134,7 @@ def _(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
 
 
 @_fake("qrelu_forward")
+@_fake("qrelu_forward_packed")
 def _(x, alpha, bits, rounding, mask, codes, channel_dim):
     parse("rounding", rounding, Rounding)
     check_arguments(x, alpha, bits, channel_dim)
@@ -245,7 +253,7 @@ def _qrelu_without_grad_(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale,
     return x
 
 
-for _name in ("qrelu", "qrelu_custom"):
+for _name in ("qrelu", "qrelu_custom", "qrelu_packed"):
     _library.impl(_name, _qrelu_without_grad, "CompositeExplicitAutograd")
     _library.impl(f"{_name}_", _qrelu_without_grad_, "CompositeExplicitAutograd")
 

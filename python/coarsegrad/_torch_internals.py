@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverload
 from torch._prims_common import make_contiguous_strides_for, suggest_memory_format
@@ -20,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.utils._python_dispatch import _disable_current_modes as no_dispatch_modes
 from torch.utils._pytree import SUPPORTED_NODES, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
     "MODULE_CALL_CODES",
@@ -37,6 +39,10 @@ __all__ = [
     "has_kernel",
     "has_tangent",
     "in_functorch_kernel",
+    "install_joint_graph_pass",
+    "is_recomputed",
+    "is_tangent",
+    "keep_in_backward",
     "make_contiguous_strides_for",
     "metadata_of",
     "nested_like",
@@ -162,6 +168,37 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 # --------------------------------------------------------------------------------------- graphs
+
+JointGraphPass = Callable[..., torch.fx.GraphModule]
+
+
+def install_joint_graph_pass(own: JointGraphPass) -> None:
+    """Have AOTAutograd call a pass on each joint graph of forward and backward, after the user's own pass, if any."""
+    installed = getattr(functorch_config, "joint_custom_pass", own)  # if this torch has no such option, there is none
+    if installed is own or getattr(installed, "_coarsegrad", None) is own:
+        return
+
+    def both(module: torch.fx.GraphModule, *args: object) -> torch.fx.GraphModule:
+        return own(installed(module, *args) if callable(installed) else module, *args)
+
+    both._coarsegrad = own  # type: ignore[attr-defined]
+    functorch_config.joint_custom_pass = both
+
+
+def is_tangent(node: torch.fx.Node) -> bool:
+    """Whether a node of a joint graph is a gradient that the backward is given."""
+    return node.op == "placeholder" and "tangents" in str(node.target)
+
+
+def is_recomputed(node: torch.fx.Node) -> bool:
+    """Whether a checkpoint has the backward compute a node of a joint graph again."""
+    return node.meta.get("recompute") in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+def keep_in_backward(node: torch.fx.Node) -> None:
+    """Forbid the cut of a joint graph to place a node in the forward and to save it."""
+    node.meta["partitioner_tag"] = "must_be_in_backward"
+
 
 
 def without_tracer(graph: torch.fx.Graph) -> torch.fx.Graph:

@@ -41,7 +41,7 @@ from ._types import (
     packed_bytes,
     wide_dtype,
 )
-from .packing import active_packing
+from .packing import active_packing, packs_graph
 from .reference import lsq_scale
 from .ste import check_inplace, get_ste
 
@@ -53,6 +53,8 @@ _qrelu = _ops.ops.qrelu.default
 _qrelu_ = _ops.ops.qrelu_.default
 _qrelu_custom = _ops.ops.qrelu_custom.default
 _qrelu_custom_ = _ops.ops.qrelu_custom_.default
+_qrelu_packed = _ops.ops.qrelu_packed.default
+_qrelu_packed_ = _ops.ops.qrelu_packed_.default
 _qrelu_codes = _ops.ops.qrelu_codes.default
 _dequantize = _ops.ops.dequantize.default
 if _ops.native is not None:  # the same ops; torch.ops parses arguments for as long as the kernel of a small tensor runs
@@ -191,7 +193,9 @@ def qrelu(
             alpha_scale=alpha_scale, channel_dim=channel_dim, inplace=inplace,
         )  # fmt: skip
     alpha, options = _checked(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
-    if ste not in BUILT_IN:
+    if torch.compiler.is_compiling() and packs_graph():
+        plain, in_place = _qrelu_packed, _qrelu_packed_
+    elif ste not in BUILT_IN:
         plain, in_place = _qrelu_custom, _qrelu_custom_
     elif _ops.native is None or torch.compiler.is_compiling():
         plain, in_place = _qrelu, _qrelu_
@@ -261,9 +265,9 @@ def _plain_qrelu(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel
     )  # fmt: skip
 
 
-for _op in (_qrelu, _qrelu_custom):
+for _op in (_qrelu, _qrelu_custom, _qrelu_packed):
     _ops._library.impl(_op, _nested_qrelu, "CompositeImplicitAutogradNestedTensor")
-for _op in (_qrelu_, _qrelu_custom_):
+for _op in (_qrelu_, _qrelu_custom_, _qrelu_packed_):
     _ops._library.impl(_op, _nested_qrelu_, "CompositeImplicitAutogradNestedTensor")
 
 

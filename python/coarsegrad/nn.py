@@ -154,7 +154,7 @@ class QReLU(torch.nn.Module):
         self.alpha_scale = alpha_scale
         self.channel_dim = None if num_channels is None else channel_dim
         self.inplace = inplace
-        self.dropout = float(dropout)
+        self.dropout = float(dropout) if dropout else 0  # an int: dynamic=True makes a module's floats inputs of a graph
         self.squared = squared
         alpha = half_gaussian_alpha(bits, rounding) if alpha is None else alpha
         made = _initial_alpha(alpha, num_channels or 1)
@@ -172,16 +172,17 @@ class QReLU(torch.nn.Module):
         self._set_alpha(alpha, channel_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        alpha = self._buffers.get("alpha")  # nn.Module's lookup takes a tenth of a small tensor's forward
+        # What is read here is what torch.compile guards on: not `training` without dropout, nor an unused scale.
+        alpha, alpha_scale = self._buffers.get("alpha"), 1.0  # nn.Module's lookup takes a tenth of a small forward
         if alpha is None:
-            alpha = self.alpha
-        if self.training and self.dropout:
+            alpha, alpha_scale = self.alpha, self.alpha_scale
+        if self.dropout and self.training:
             y = self._with_dropout(x, alpha)
         else:
             # The same as `settings`, whose dict would take a tenth of a small tensor's forward.
             y = qrelu(
                 x, alpha, self.bits, ste=self.ste, rounding=self.rounding, alpha_grad=self.alpha_grad,
-                alpha_scale=self.alpha_scale, channel_dim=self.channel_dim, inplace=self.inplace,
+                alpha_scale=alpha_scale, channel_dim=self.channel_dim, inplace=self.inplace,
             )  # fmt: skip
         return square(y) if self.squared else y
 

@@ -6,6 +6,7 @@ bit. Every view of y shares that storage, and the record is freed with it.
 """
 
 from .blocks import pack_activations_, packed_activations
+from .graphs import packs_graph
 from .hooks import Packing, active_packing, packing_of, square
 
-__all__ = ["Packing", "active_packing", "pack_activations_", "packed_activations", "packing_of", "square"]
+__all__ = ["Packing", "active_packing", "pack_activations_", "packed_activations", "packing_of", "packs_graph", "square"]

@@ -11,6 +11,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from .._torch_internals import functorch_active, saved_tensor_hooks
+from .graphs import open_blocks
 from .hooks import Packing, packing_of
 
 
@@ -42,16 +43,20 @@ def packed_activations() -> Iterator[None]:
 
     Source of the levels and the coarse gradients: see `qrelu`.
     """
-    if torch.compiler.is_compiling() or functorch_active():
-        yield
-        return
-    hooks = saved_tensor_hooks()
-    if packing_of(hooks) is not None:
-        yield
-        return
+    open_blocks.count += 1
+    try:
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else _hooks():
+            yield
+    finally:
+        open_blocks.count -= 1
+
+
+def _hooks() -> contextlib.AbstractContextManager:
+    """The saved-tensor hooks of a block; nothing if a block around it has them."""
+    if functorch_active() or packing_of(hooks := saved_tensor_hooks()) is not None:
+        return contextlib.nullcontext()
     packing = Packing(hooks)
-    with saved_tensors_hooks(packing.save, packing.load):
-        yield
+    return saved_tensors_hooks(packing.save, packing.load)
 
 
 _opened = threading.local()  # .stack: (module, its open block), innermost last
@@ -59,6 +64,7 @@ _opened = threading.local()  # .stack: (module, its open block), innermost last
 
 def _open(module: nn.Module, args: tuple) -> None:
     if torch.compiler.is_compiling():
+        open_blocks.count += 1
         return
     block = packed_activations()
     block.__enter__()
@@ -67,6 +73,7 @@ def _open(module: nn.Module, args: tuple) -> None:
 
 def _close(module: nn.Module, args: tuple, output: object) -> None:
     if torch.compiler.is_compiling():
+        open_blocks.count -= 1
         return
     stack = _opened.__dict__.get("stack")
     if stack and stack[-1][0] is module:  # not if a hook before `_open` failed
