@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -133,9 +134,16 @@ def _(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
     return x
 
 
+def _teach_inductor() -> None:
+    """Register the lowering of qrelu_forward, unless it is registered, or Inductor is not in use: its import is slow."""
+    if "torch._inductor.lowering" in sys.modules:
+        importlib.import_module(f"{__package__}._inductor")
+
+
 @_fake("qrelu_forward")
 @_fake("qrelu_forward_packed")
 def _(x, alpha, bits, rounding, mask, codes, channel_dim):
+    _teach_inductor()
     parse("rounding", rounding, Rounding)
     check_arguments(x, alpha, bits, channel_dim)
     return _new_y(x), *_new_saved(x, bits, mask, codes)

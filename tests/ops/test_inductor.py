@@ -1,0 +1,91 @@
+"""The code that Inductor makes of a qrelu of which nothing is saved: no call of the op, and the oracle's bits."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from torch import nn
+
+import coarsegrad as cg
+
+inductor = pytest.importorskip("torch._inductor.utils")
+ROUNDINGS = ("ceil", "nearest", "hwgq")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+def same(got, want):
+    return torch.equal(got.nan_to_num(-1.0), want.nan_to_num(-1.0)) and torch.equal(got.isnan(), want.isnan())
+
+
+def every_number(dtype, alpha, bits):
+    """All numbers of a 16-bit dtype; of a wider one the levels, the middles, what is next to them, and the extremes."""
+    if dtype.itemsize == 2:
+        return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    infinity = torch.tensor(float("inf"), dtype=dtype)
+    levels = torch.arange(2**bits + 1, dtype=dtype) * alpha.to(dtype)
+    edges = torch.cat([levels, (levels[1:] + levels[:-1]) / 2])
+    tiny = torch.finfo(dtype).smallest_normal
+    extremes = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), tiny, tiny / 4, -tiny], dtype=dtype)
+    return torch.cat([edges, edges.nextafter(infinity), edges.nextafter(-infinity), -edges, extremes])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_bits(dtype, bits):
+    """Also if the output never leaves the kernel: its consumer gets the rounded number."""
+
+    def function(x, alpha):
+        ys = [cg.qrelu(x * 1, alpha, bits, rounding=rounding) for rounding in ROUNDINGS]
+        return *ys, *(y == y.to(torch.float64).to(dtype) for y in ys), *(y.to(torch.float64) * 3 for y in ys)
+
+    for i, value in enumerate((0.3, 0.1, 1.7e-3)):
+        alpha = torch.tensor([value])
+        x = every_number(dtype, alpha, bits)
+        if i == 0:
+            run = torch.compile(function, fullgraph=True)
+            (*got,), code = inductor.run_and_get_code(run, x, alpha)
+            assert "coarsegrad.qrelu" not in "".join(code)
+        else:
+            got = run(x, alpha)
+        for rounding, y, tripled in zip(ROUNDINGS, got[:3], got[6:]):
+            want = oracle.output(x, alpha, bits, rounding)
+            assert same(y, want) and same(tripled, want.to(torch.float64) * 3)
+
+
+def test_per_channel_and_any_batch():
+    alpha = torch.tensor([0.1, 0.3, 0.7])
+    run = torch.compile(lambda x: cg.qrelu(x, alpha, 2, channel_dim=1) + 1, fullgraph=True, dynamic=True)
+    for batch in (2, 5):
+        x = torch.randn(batch, 3, 4, 4).to(memory_format=torch.channels_last)
+        assert torch.equal(run(x), cg.qrelu(x, alpha, 2, channel_dim=1) + 1)
+
+
+def test_more_bits_call_the_op():
+    x = torch.randn(64)
+    y, code = inductor.run_and_get_code(torch.compile(lambda x: cg.qrelu(x + 1, 0.1, 5)), x)
+    assert "coarsegrad.qrelu_forward" in "".join(code)
+    assert torch.equal(y, cg.qrelu(x + 1, 0.1, 5))
+
+
+def test_what_is_saved_is_made_by_the_op():
+    model = nn.Sequential(nn.Linear(8, 8), cg.QReLU(2, alpha=0.25), nn.Linear(8, 8))
+    x = torch.randn(4, 8)
+    run = torch.compile(model, fullgraph=True)
+    with torch.enable_grad():
+        _, code = inductor.run_and_get_code(lambda: run(x).sum().backward())
+    assert "coarsegrad.qrelu_forward" in code[0] and "coarsegrad.qrelu_backward" in code[1]
+    torch.testing.assert_close(run(x), model(x))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_an_illegal_alpha_gives_nan(value):
+    run = torch.compile(lambda x, alpha: cg.qrelu(x, alpha, 2), fullgraph=True)
+    assert run(torch.randn(16), torch.tensor([value])).isnan().all()
