@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import torch
@@ -178,24 +179,28 @@ def _as_factor(speed: float, _: object) -> str:
 
 
 def training_figure(rows: list[Row]) -> Figure:
-    """ms per step with each activation; one panel per network."""
+    """The time relative to nn.ReLU in the same mode, of steps and of inference; one panel per network."""
     cases = list(dict.fromkeys((row["network"], row["dtype"]) for row in rows))
-    figure = Figure(figsize=(1.5 + 2.5 * len(cases), 2.2), layout="constrained")
+    bars = list(dict.fromkeys((row["pass"], row["mode"], row["activation"]) for row in rows))
+    bars = sorted((bar for bar in bars if bar[2] != "relu"), key=lambda bar: bar[:2], reverse=True)
+    figure = Figure(figsize=(2.5 + 2.1 * len(cases), 3.2), layout="constrained")
     panels = figure.subplots(1, len(cases), squeeze=False)[0]
     for (network, dtype), axes in zip(cases, panels):
-        mine = [row for row in rows if (row["network"], row["dtype"]) == (network, dtype)]
-        places = range(len(mine))
-        axes.barh(
-            places,
-            [1e3 * float(row["seconds_median"]) for row in mine],
-            0.7,
-            color=[_BLUE if "qrelu" in row["activation"] else _GREY for row in mine],
-        )
-        axes.set_yticks(places, [row["activation"] for row in mine] if axes is panels[0] else [], fontsize=8)
+        ratios = {
+            (row["pass"], row["mode"], row["activation"]): float(row["time_over_relu_median"])
+            for row in rows
+            if (row["network"], row["dtype"]) == (network, dtype)
+        }
+        colors = [_GREY if activation == "none" else _BLUE for *_, activation in bars]
+        axes.barh(range(len(bars)), [ratios.get(bar, math.nan) for bar in bars], 0.7, color=colors)
+        axes.axvline(1.0, color="black", linewidth=1)
+        axes.set_yticks(range(len(bars)), [", ".join(bar) for bar in bars] if axes is panels[0] else [], fontsize=8)
         axes.invert_yaxis()
-        axes.set_title(f"{network}, {dtype}: ms a step", fontsize=9)
+        axes.set_xlim(0.5, 1.5)
+        axes.set_title(f"{network}, {dtype}", fontsize=9)
         axes.grid(axis="x", color="0.9")
         axes.set_axisbelow(True)
+    figure.supxlabel("time over that with nn.ReLU, same mode", fontsize=8)
     figure.suptitle(_setting(rows[0]), fontsize=8)
     return figure
 

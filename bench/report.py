@@ -61,11 +61,11 @@ their fastest comparable settings (see bench/activations.py) and round to the ne
 ![Speed over nn.ReLU of each implementation, by dtype and size](../bench/results/peers.png)
 """
 _TRAINING = """\
-## Whole training steps
+## Whole training steps and inference, eager and compiled
 
-"share" is the activation's part of a step: 1 - (time without activation) / (time with it), the median over the rounds.
+QReLU has 2 bits and clipped_relu; "over nn.ReLU" is the median ratio to the time with nn.ReLU in the same mode.
 
-![Time of a training step with each activation](../bench/results/training.png)
+![Time of steps and of inference with each activation, relative to nn.ReLU](../bench/results/training.png)
 """
 _INFERENCE = """\
 ## Inference with integers
@@ -226,16 +226,17 @@ def _peer_table(rows: list[dict[str, str]]) -> str:
 
 
 def _training_table(rows: list[dict[str, str]]) -> str:
-    return _markdown(
-        ("network", "dtype", "activation", "ms a step", "over nn.ReLU", "share"),
-        (
-            (
-                row["network"], row["dtype"], row["activation"], f"{1e3 * float(row['seconds_median']):.1f}",
-                f"{float(row['time_over_relu_median']):.3f}", f"{float(row['share_of_activation_median']):.1%}",
-            )
-            for row in rows
-        ),
-    )  # fmt: skip
+    """A line per network, pass and activation; eager and compiled side by side."""
+    found = {(row["network"], row["dtype"], row["pass"], row["activation"], row["mode"]): row for row in rows}
+    lines = []
+    for case in dict.fromkeys(key[:-1] for key in sorted(found, key=lambda key: key[:3])):
+        cells = [
+            (f"{1e3 * float(row['seconds_median']):.2f}", f"{float(row['time_over_relu_median']):.3f}")
+            for row in (found[(*case, mode)] for mode in ("eager", "compiled"))
+        ]
+        lines.append((*case, *(cell for pair in cells for cell in pair)))
+    header = ("network", "dtype", "pass", "activation", "eager, ms", "over nn.ReLU", "compiled, ms", "over nn.ReLU")
+    return _markdown(header, lines)
 
 
 def _memory_table(rows: list[dict[str, str]]) -> str:

@@ -1,37 +1,48 @@
-"""`python -m bench.training`: the time of whole training steps, and the activation's share of it."""
+"""`python -m bench.training`: the time of whole training steps and of inference, eager and compiled."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import coarsegrad as cg
 from coarsegrad._text import format_table
+from coarsegrad.experiments.models import resnet20
 
-from .memory import NETWORKS, network_options
+from . import memory
+from .memory import Network, network_options
 from .sweep import DTYPES
 from .timing import BenchError, CpuTimer, Times, facts, in_new_process, interleaved, quantiles, write_csv
 
 RESULTS = Path(__file__).parent / "results" / "training.csv"
 
 _DESCRIPTION = """
-Times training steps (forward, backward, SGD) of an MLP, LeNet-5, and OPT- and
-T5-like transformers: with nn.ReLU, with QReLU (2 bits, clipped_relu), with QReLU
-whose outputs are saved as packed codes, and without activations.
+Times training steps (forward, backward, SGD) and the forward in inference of an
+MLP, LeNet-5, OPT- and T5-like transformers, and ResNet-20: with nn.ReLU, with
+QReLU (2 bits, clipped_relu), with QReLU whose outputs are saved as packed codes,
+and without activations; each in eager mode and compiled by torch.compile.
 """
 _EPILOG = """
 A time is the median over rounds in which all take turns in one process, with the
-20% and 80% quantiles. "share" is the activation's part of a step: the median of
-1 - (step without activations) / (this step), round by round; with packed outputs
-it includes rebuilding them. Before anything is timed, the gradients of QReLU are
-compared with those of the reference backend, bit for bit; if one differs, nothing
-is reported.
+20% and 80% quantiles. "over relu" is the median ratio to nn.ReLU in the same mode.
+"share" is the activation's part of the time: the median of 1 - (time without
+activations) / (this time), round by round; with packed outputs it includes
+rebuilding them. Before anything is timed, the gradients of QReLU are compared, bit
+for bit: in eager mode with those of the reference backend, compiled with packed
+outputs with those without. If one differs, nothing is reported. Compilation takes
+minutes and is not timed.
 """
+
+NETWORKS = memory.NETWORKS | {
+    "resnet": Network(lambda activation, _: resnet20(activation), lambda: torch.randn(64, 3, 32, 32))
+}
 
 
 def _qrelu() -> nn.Module:
@@ -45,6 +56,8 @@ ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "qrelu": (_qrelu, False),
     "qrelu, packed": (_qrelu, True),
 }
+MODES = ("eager", "compiled")
+Run = Callable[[Tensor], Tensor]
 
 
 def _set_up(network: str, activation: str, dtype: str) -> tuple[nn.Module, Tensor]:
@@ -58,43 +71,66 @@ def _set_up(network: str, activation: str, dtype: str) -> tuple[nn.Module, Tenso
     return model, x.to(DTYPES[dtype]) if x.is_floating_point() else x
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+def _run(model: nn.Module, mode: str) -> Run:
+    """The model as a function. Each is compiled on its own, with a limit of its own on recompilations."""
+    if mode == "eager":
+        return model
+    namespace = {"model": model}
+    exec("def run(x): return model(x)", namespace)
+    return torch.compile(namespace["run"], fullgraph=True)
+
+
+def _step(run: Run, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
     optimizer.zero_grad()
-    model(x).float().square().mean().backward()
+    run(x).float().square().mean().backward()
     optimizer.step()
 
 
-def _gradients(network: str, activation: str, dtype: str) -> list[Tensor]:
-    model, x = _set_up(network, activation, dtype)
-    model(x).float().square().mean().backward()
-    return [p.grad for p in model.parameters() if p.grad is not None]
+def _gradients(model: nn.Module, run: Run, x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    run(x).float().square().mean().backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def _measure(network: str, dtype: str, threads: int, rounds: int) -> dict[str, Times]:
+def _compare(network: str, dtype: str, activation: str, got: list[Tensor], wanted: list[Tensor], of: str) -> None:
+    if len(got) != len(wanted) or not all(map(torch.equal, got, wanted)):
+        raise BenchError(f"a gradient of {network} in {dtype} with {activation} differs from {of}")
+
+
+def _measure(network: str, dtype: str, threads: int, rounds: int) -> dict[tuple[str, str, str], Times]:
+    """The times of each (pass, mode, activation)."""
     torch.set_num_threads(threads)
     with cg.use_backend("reference"):
-        wanted = _gradients(network, "qrelu", dtype)
-    for activation in ("qrelu", "qrelu, packed"):
-        if not all(map(torch.equal, _gradients(network, activation, dtype), wanted)):
-            raise BenchError(f"a gradient of {network} in {dtype} with {activation} differs from the reference's")
+        model, x = _set_up(network, "qrelu", dtype)
+        wanted = {"eager": _gradients(model, model, x)}
     jobs = {}
-    for activation in ACTIVATIONS:
+    cases = list(product(MODES, ACTIVATIONS))
+    for mode, activation in tqdm(cases, desc=f"{network}, {dtype}: set up", leave=False):
         model, x = _set_up(network, activation, dtype)
+        run = _run(model, mode)
+        if "qrelu" in activation:
+            got = _gradients(model, run, x)
+            of = "the reference's" if mode == "eager" else "that without packing, compiled"
+            _compare(network, dtype, f"{activation}, {mode},", got, wanted.setdefault(mode, got), of)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
-        jobs[activation] = lambda model=model, optimizer=optimizer, x=x: _step(model, optimizer, x)
+        jobs["step", mode, activation] = lambda run=run, optimizer=optimizer, x=x: _step(run, optimizer, x)
+        if activation != "qrelu, packed":  # which saves nothing in inference
+            jobs["inference", mode, activation] = lambda run=run, x=x: torch.no_grad()(run)(x)
     return interleaved(jobs, CpuTimer(), rounds, lambda: None)
 
 
-def _rows(network: str, dtype: str, times: dict[str, Times]) -> list[dict[str, object]]:
+def _rows(network: str, dtype: str, times: dict[tuple[str, str, str], Times]) -> list[dict[str, object]]:
     rows = []
-    for activation, own in times.items():
+    for (what, mode, activation), own in times.items():
         low, median, high = quantiles(own.seconds)
-        over_relu = quantiles([1 / speed for speed in own.speeds_over(times["relu"])])[1]
-        share = quantiles([1 - without / mine for without, mine in zip(times["none"].seconds, own.seconds)])[1]
+        relu, none = times[what, mode, "relu"], times[what, mode, "none"]
+        over_relu = quantiles([1 / speed for speed in own.speeds_over(relu)])[1]
+        share = quantiles([1 - without / mine for without, mine in zip(none.seconds, own.seconds)])[1]
         rows.append({
-            "network": network, "dtype": dtype, "activation": activation, "seconds_median": f"{median:.6g}",
-            "seconds_q20": f"{low:.6g}", "seconds_q80": f"{high:.6g}", "time_over_relu_median": f"{over_relu:.4g}",
-            "share_of_activation_median": f"{share:.4f}", "rounds": len(own.seconds),
+            "network": network, "dtype": dtype, "pass": what, "mode": mode, "activation": activation,
+            "seconds_median": f"{median:.6g}", "seconds_q20": f"{low:.6g}", "seconds_q80": f"{high:.6g}",
+            "time_over_relu_median": f"{over_relu:.4g}", "share_of_activation_median": f"{share:.4f}",
+            "rounds": len(own.seconds),
         })  # fmt: skip
     return rows
 
@@ -121,6 +157,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"\n{network}, {dtype}, {args.threads} threads\n")
                 table = [
                     (
+                        row["pass"],
+                        row["mode"],
                         row["activation"],
                         f"{float(row['seconds_median']) * 1e3:.2f}",
                         f"{float(row['time_over_relu_median']):.3f}",
@@ -128,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
                     )
                     for row in found
                 ]
-                print(format_table(("activation", "step, ms", "over relu", "share"), table), flush=True)
+                print(format_table(("pass", "mode", "activation", "ms", "over relu", "share"), table), flush=True)
     except BenchError as error:
         raise SystemExit(f"bench.training: {error}") from error
     except KeyboardInterrupt:

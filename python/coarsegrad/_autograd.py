@@ -117,9 +117,7 @@ class _QReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, alpha, settings, options, forward):
         kind, need_codes, need_x = settings.saved()
-        y, mask, codes = forward(
-            x, alpha, settings.bits, settings.rounding, kind, need_codes, settings.channel_dim
-        )
+        y, mask, codes = forward(x, alpha, settings.bits, settings.rounding, kind, need_codes, settings.channel_dim)
         if in_functorch_kernel():  # outer transforms need a y with a derivative
             y = below_autograd_with_derivatives(ops.qrelu_custom.default, x, alpha, *options)
         ctx.settings, ctx.memory_format = settings, suggest_memory_format(x)

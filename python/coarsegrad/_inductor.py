@@ -20,12 +20,9 @@ from torch._inductor import lowering
 from torch._inductor.ir import Pointwise, TensorBox
 from torch._inductor.virtualized import V, ops
 
-from ._types import MaskKind, Rounding, wide_dtype
+from ._types import INDUCTOR_BITS, MaskKind, Rounding, wide_dtype
 
 _FORWARD = torch.ops.coarsegrad.qrelu_forward.default
-
-# A comparison and a select for each level: with more of them a call of the op is faster.
-MAX_BITS = 4
 
 
 def _levels(alpha: TensorBox, bits: int, dtype: torch.dtype) -> TensorBox:
@@ -55,7 +52,8 @@ def _middles(levels: TensorBox, dtype: torch.dtype) -> TensorBox:
 
 def _stored(rows: TensorBox, dtype: torch.dtype, inner, columns: int) -> TensorBox:
     """A buffer with as many rows as the given one."""
-    table = Pointwise.create(device=rows.get_device(), dtype=dtype, inner_fn=inner, ranges=[rows.get_size()[0], columns])
+    ranges = [rows.get_size()[0], columns]
+    table = Pointwise.create(device=rows.get_device(), dtype=dtype, inner_fn=inner, ranges=ranges)
     table.realize()
     return table
 
@@ -81,7 +79,7 @@ def _staircase(x: TensorBox, alpha: TensorBox, bits: int, rounding: int, channel
 
 @lowering.register_lowering(_FORWARD, type_promotion_kind=None)
 def _forward(x, alpha, bits, rounding, mask, codes, channel_dim):
-    if mask != MaskKind.nothing or codes or bits > MAX_BITS:
+    if mask != MaskKind.nothing or codes or bits > INDUCTOR_BITS:
         return _call(x, alpha, bits, rounding, mask, codes, channel_dim)
     nothing = (lowering.full([0], 0, dtype=torch.uint8, device=x.get_device()) for _ in range(2))
     return _staircase(x, alpha, bits, rounding, channel_dim), *nothing

@@ -135,7 +135,7 @@ def _(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
 
 
 def _teach_inductor() -> None:
-    """Register the lowering of qrelu_forward, unless it is registered, or Inductor is not in use: its import is slow."""
+    """Register the lowering of qrelu_forward once Inductor is in use: its import is slow."""
     if "torch._inductor.lowering" in sys.modules:
         importlib.import_module(f"{__package__}._inductor")
 

@@ -52,6 +52,7 @@ __all__ = [
     "saved_scalar",
     "saved_tensor_hooks",
     "set_preserved",
+    "set_traced_inputs",
     "storage_id",
     "suggest_memory_format",
     "tree_flatten",
@@ -200,7 +201,6 @@ def keep_in_backward(node: torch.fx.Node) -> None:
     node.meta["partitioner_tag"] = "must_be_in_backward"
 
 
-
 def without_tracer(graph: torch.fx.Graph) -> torch.fx.Graph:
     """The graph without the tracer of torch.export, which cannot trace it again as it is unpickled."""
     graph._tracer_cls = None
@@ -211,6 +211,13 @@ def set_preserved(module: torch.fx.GraphModule, name: str, value: object) -> Non
     """Set an attribute that copies of the module keep."""
     setattr(module, name, value)
     module.meta.setdefault("_user_preserved_attributes", {})[name] = value
+
+
+def set_traced_inputs(node: torch.fx.Node) -> None:
+    """Record a call's new arguments as those that it was traced with: Inductor calls an op with their strides."""
+    if "eager_input_vals" in node.meta:
+        values = tuple(a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in node.args)
+        node.meta["eager_input_vals"] = (values, {})
 
 
 # --------------------------------------------------------------------------------------- tensors

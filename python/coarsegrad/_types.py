@@ -92,6 +92,9 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+# The most bits for which Inductor fuses a qrelu of which nothing is saved: a comparison and a select for each level.
+INDUCTOR_BITS = 4
+
 # Bits of one packed code: a power of two, so that no code straddles two bytes.
 CODE_WIDTH = {1: 1, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 MASK_WIDTH: dict[int, int] = {MaskKind.nothing: 0, MaskKind.positive: 1, MaskKind.inside: 1, MaskKind.state: 2}

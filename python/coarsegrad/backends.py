@@ -22,6 +22,7 @@ import torch
 from . import _ops, integer, reference
 from ._text import format_table, one_of
 from ._torch_internals import dispatch_key, unregister
+from ._types import INDUCTOR_BITS
 
 
 @dataclass(frozen=True)
@@ -293,6 +294,7 @@ def info() -> str:
             text = ", ".join(value) if isinstance(value, list) else str(value)
             lines.append((f"  built: {fact.replace('_', ' ')}", text))
     lines += [("integer layers", f"on {device}: {_integer_kernels(device)}") for device in _device_types()]
+    lines.append(("torch.compile", f"fused by Inductor up to {INDUCTOR_BITS} bits if nothing is saved, else a call"))
     width = max(len(name) for name, _ in lines)
     text = "\n".join(f"{name.ljust(width)}  {value}" for name, value in lines) + f"\n\n{backends()!r}"
     if reasons := _slow_reasons():

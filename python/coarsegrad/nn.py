@@ -154,7 +154,8 @@ class QReLU(torch.nn.Module):
         self.alpha_scale = alpha_scale
         self.channel_dim = None if num_channels is None else channel_dim
         self.inplace = inplace
-        self.dropout = float(dropout) if dropout else 0  # an int: dynamic=True makes a module's floats inputs of a graph
+        # Without dropout an int: torch.compile(dynamic=True) makes the floats that a module reads inputs of its graph.
+        self.dropout = float(dropout) if dropout else 0
         self.squared = squared
         alpha = half_gaussian_alpha(bits, rounding) if alpha is None else alpha
         made = _initial_alpha(alpha, num_channels or 1)
@@ -173,7 +174,8 @@ class QReLU(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # What is read here is what torch.compile guards on: not `training` without dropout, nor an unused scale.
-        alpha, alpha_scale = self._buffers.get("alpha"), 1.0  # nn.Module's lookup takes a tenth of a small forward
+        alpha_scale: AlphaScale = 1.0
+        alpha = self._buffers.get("alpha")  # nn.Module's lookup takes a tenth of a small forward
         if alpha is None:
             alpha, alpha_scale = self.alpha, self.alpha_scale
         if self.dropout and self.training:

@@ -31,29 +31,35 @@ def test_rows_and_table(tmp_path, capsys):
     training.main(["--networks", "mlp", "--rounds", "3", "--threads", "1", "--out", str(out)])
     with open(out, newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["activation"] for row in rows] == ["none", "relu", "qrelu", "qrelu, packed"]
+    steps = [(row["mode"], row["activation"]) for row in rows if row["pass"] == "step"]
+    assert steps == [(mode, a) for mode in ("eager", "compiled") for a in ("none", "relu", "qrelu", "qrelu, packed")]
+    assert [(row["mode"], row["activation"]) for row in rows if row["pass"] == "inference"] == [
+        step for step in steps if step[1] != "qrelu, packed"
+    ]
     assert {row["network"] for row in rows} == {"mlp"} and {row["dtype"] for row in rows} == {"float32"}
     assert all(float(row["seconds_q20"]) <= float(row["seconds_median"]) <= float(row["seconds_q80"]) for row in rows)
-    assert float(rows[0]["share_of_activation_median"]) == 0 and float(rows[1]["time_over_relu_median"]) == 1
+    assert all(float(row["share_of_activation_median"]) == 0 for row in rows if row["activation"] == "none")
+    assert all(float(row["time_over_relu_median"]) == 1 for row in rows if row["activation"] == "relu")
     assert all(row["git"] is not None and row["threads"] == "1" and row["rounds"] == "3" for row in rows)
     printed = capsys.readouterr().out
     assert "mlp, float32, 1 threads" in printed and "qrelu, packed" in printed and f"Written: {out}" in printed
 
 
-def test_no_report_where_a_gradient_is_wrong(tmp_path, monkeypatch):
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_no_report_where_a_gradient_is_wrong(tmp_path, monkeypatch, mode):
     class Wrong(nn.Module):
         def forward(self, x):
             return cg.qrelu(x, 0.5, 2) * 1.5
 
-    right = training._gradients
+    right = training._run
 
-    def gradients(network, activation, dtype):
-        if activation == "qrelu, packed":
-            monkeypatch.setitem(training.ACTIVATIONS, activation, (Wrong, False))
-        return right(network, activation, dtype)
+    def run(model, how):
+        if how == mode and any(isinstance(module, cg.QReLU) for module in model.modules()) and model._forward_hooks:
+            model[1] = Wrong()
+        return right(model, "eager")
 
-    monkeypatch.setattr(training, "_gradients", gradients)
+    monkeypatch.setattr(training, "_run", run)
     out = tmp_path / "training.csv"
-    with pytest.raises(SystemExit, match="a gradient of mlp in float32 with qrelu, packed differs"):
+    with pytest.raises(SystemExit, match=f"a gradient of mlp in float32 with qrelu, packed, {mode}, differs from "):
         training.main(["--networks", "mlp", "--rounds", "2", "--threads", "1", "--out", str(out)])
     assert not out.exists()

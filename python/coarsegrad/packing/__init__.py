@@ -9,4 +9,12 @@ from .blocks import pack_activations_, packed_activations
 from .graphs import packs_graph
 from .hooks import Packing, active_packing, packing_of, square
 
-__all__ = ["Packing", "active_packing", "pack_activations_", "packed_activations", "packing_of", "packs_graph", "square"]
+__all__ = [
+    "Packing",
+    "active_packing",
+    "pack_activations_",
+    "packed_activations",
+    "packing_of",
+    "packs_graph",
+    "square",
+]

@@ -29,9 +29,10 @@ def packed_activations() -> Iterator[None]:
     nothing under "exact", and replaces the mask by a 2-bit state under "two_valued" and "three_valued". A copy of alpha
     is saved as well, because its value may change before the backward.
 
-    The block applies to the thread that opened it and to eager code. It does nothing in a function compiled by
-    torch.compile (there `qrelu_linear` and `qrelu_conv2d` save memory too) or transformed by torch.func; around a
-    `torch.func.grad` torch refuses it, as it does all saved-tensor hooks. The square of y (`y * y`, `y ** 2`) is saved
+    The block applies to the thread that opened it. A function compiled by torch.compile is packed if the block is inside
+    it or around its call, which compiles it again; its graph saves no copy of alpha. A graph that is compiled without
+    AOTAutograd (backend="eager") is not packed, and warns. The block does nothing in a function transformed by
+    torch.func; around a `torch.func.grad` torch refuses it, as it does all saved-tensor hooks. The square of y (`y * y`, `y ** 2`) is saved
     as the same codes, and so is a copy in another dtype, such as autocast makes of a float32 y, if y is still alive
     when the copy is saved. Saved unpacked: y outside the block, y if it was written to in place before being saved, and
     everything inside a checkpointed function, which saves nothing anyway. Around checkpointed functions, and inside
@@ -103,7 +104,8 @@ class PackedModel:
 def pack_activations_(model: nn.Module) -> PackedModel:
     """Run every forward of `model` inside `packed_activations`, until the handle's `remove()`.
 
-    model: any module; its parameters, state_dict and outputs do not change. A copy of it is packed as well.
+    model: any module; its parameters, state_dict and outputs do not change. A copy of it is packed as well. To be
+        compiled it must be packed first: torch.compile ignores the hooks that a compiled module is given later.
 
     Returns a handle, which is also a context manager. Raises TypeError if model is not an nn.Module.
     """

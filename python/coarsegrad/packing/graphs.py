@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import threading
 import warnings
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -17,10 +18,12 @@ from torch import Tensor, fx
 from .. import _ops
 from .._autograd import Settings, qrelu_with_derivative, qrelu_with_derivative_
 from .._torch_internals import (
+    OpOverload,
     install_joint_graph_pass,
     is_recomputed,
     is_tangent,
     keep_in_backward,
+    set_traced_inputs,
     suggest_memory_format,
 )
 from .._types import CODE_WIDTH, MASK_WIDTH, MaskKind, packed_bytes
@@ -61,8 +64,9 @@ class _Output:
 
     def __init__(self, forward: fx.Node, position: dict[fx.Node, int], backward: set[fx.Node]) -> None:
         self._forward, self._position, self._backward = forward, position, backward
-        parts = {user.args[1]: user for user in forward.users if user.target is operator.getitem}
-        self._y, self._mask, self._codes = (parts.get(i) for i in range(3))
+        parts: dict[Any, Any] = {user.args[1]: user for user in forward.users if user.target is operator.getitem}
+        self._y: Any = parts.get(0)  # a node, or None, as the others
+        self._mask, self._codes = parts.get(1), parts.get(2)
         self._rebuilt: dict[fx.Node, fx.Node] = {}
 
     def pack(self) -> None:
@@ -78,6 +82,10 @@ class _Output:
         for reader, argument in sorted(readers, key=lambda pair: self._position[pair[0]]):
             reader.replace_input_with(argument, self._rebuild(argument, reader))
         self._drop_mask()
+
+    @property
+    def _arguments(self) -> tuple[Any, ...]:
+        return self._forward.args
 
     @property
     def _graph(self) -> fx.Graph:
@@ -117,7 +125,7 @@ class _Output:
                 with self._graph.inserting_before(reader):
                     again = self._dequantized()
             else:
-                source = _source(node)
+                source = cast(fx.Node, _source(node))
                 again = rebuilt = self._rebuild(source, reader)
                 if node.target is not _aten.copy.default:
                     with self._graph.inserting_before(reader):
@@ -128,7 +136,7 @@ class _Output:
 
     def _dequantized(self) -> fx.Node:
         y = self._y.meta["val"]
-        _, alpha, bits, *_, channel_dim = self._forward.args
+        _, alpha, bits, *_, channel_dim = self._arguments
         shape = [
             size if isinstance(size, int) else self._new(_aten.sym_size.int, (self._y, dim), size)
             for dim, size in enumerate(y.shape)
@@ -140,20 +148,21 @@ class _Output:
 
     def _drop_mask(self) -> None:
         """Let qrelu's own backward read the codes, if they determine the mask."""
-        rounding, kind = self._forward.args[3:5]
+        rounding, kind = self._arguments[3:5]
         users = list(self._mask.users) if self._mask is not None else []
         if not users or not codes_give(kind, rounding) or any(user.target not in _BACKWARDS for user in users):
             return
         for node in users:
-            grad_y, alpha, x, _, _, *rest = node.args
-            node.args = (grad_y, alpha, x, None, self._codes, *Settings(*rest).reading_codes())
+            tensors, settings = (*node.args[:3], None, self._codes), cast(Any, node.args[5:])
+            node.args = (*tensors, *Settings(*settings).reading_codes())
             grad_x, grad_alpha = node.meta["val"]
             node.meta["val"] = (grad_x, grad_alpha.new_empty(1))  # unused, but computed
+            set_traced_inputs(node)
         self._replace_saved(mask=MaskKind.nothing)
 
     def _replace_saved(self, mask: MaskKind | None = None, codes: bool = False) -> None:
         """Have the forward return a mask of another kind, or the codes."""
-        args, vals = list(self._forward.args), list(self._forward.meta["val"])
+        args, vals = list(self._arguments), list(self._forward.meta["val"])
         count = vals[0].numel()
         if mask is not None:
             args[4], vals[1] = mask.value, vals[1].new_empty(packed_bytes(count, MASK_WIDTH[mask]))
@@ -168,8 +177,8 @@ class _Output:
 def _source(node: fx.Node) -> fx.Node | None:
     """The node that this one is a view, a part, a copy, a multiple or the square of; None if it is something else."""
     if node.target is operator.getitem:
-        return node.args[0]
-    if not isinstance(node.target, torch._ops.OpOverload):
+        return cast(fx.Node, node.args[0])
+    if not isinstance(node.target, OpOverload):
         return None
     tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (Tensor, list, tuple))]
     if node.target is _aten.copy.default:  # an in-place qrelu writes its output over x
