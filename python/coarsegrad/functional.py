@@ -296,8 +296,9 @@ def qrelu_linear(
     `torch.nn.functional.linear` (up to rounding for x of one dimension).
 
     Saved for backward: if the weight requires grad, the packed codes, plus what `qrelu` saves unless the codes imply it
-    (they do for relu under "ceil" and "hwgq"); otherwise what `qrelu` saves. For a nested x or a DTensor, y is saved. There is no second derivative. Under a
-    transform of torch.func the call is `qrelu` followed by the layer, with what these save and their derivatives.
+    (they do for relu under "ceil" and "hwgq"); otherwise what `qrelu` saves. For a nested x or a DTensor, y is saved.
+    There is no second derivative. Under a transform of torch.func the call is `qrelu` followed by the layer, with what
+    these save and their derivatives.
 
     Raises TypeError or ValueError for an argument of `qrelu`, and what F.linear raises.
     """
