@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ def _small(activation, dropout):
 def small_and_here(monkeypatch):
     monkeypatch.setattr(training, "NETWORKS", {"mlp": Network(_small, lambda: torch.randn(16, 8))})
     monkeypatch.setattr(training, "in_new_process", lambda allocator, function, *arguments: function(*arguments))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -37,6 +39,7 @@ def test_rows_and_table(tmp_path, capsys):
         step for step in steps if step[1] != "qrelu, packed"
     ]
     assert {row["network"] for row in rows} == {"mlp"} and {row["dtype"] for row in rows} == {"float32"}
+    assert {(row["pass"], row["mode"]) for row in rows if row["seconds_to_compile"]} == {("step", "compiled")}
     assert all(float(row["seconds_q20"]) <= float(row["seconds_median"]) <= float(row["seconds_q80"]) for row in rows)
     assert all(float(row["share_of_activation_median"]) == 0 for row in rows if row["activation"] == "none")
     assert all(float(row["time_over_relu_median"]) == 1 for row in rows if row["activation"] == "relu")

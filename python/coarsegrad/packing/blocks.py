@@ -33,11 +33,11 @@ def packed_activations() -> Iterator[None]:
     inside it or around its call, which compiles it again; its graph saves no copy of alpha. A graph that is compiled
     without AOTAutograd (backend="eager") is not packed, and warns. The block does nothing in a function transformed by
     torch.func; around a `torch.func.grad` torch refuses it, as it does all saved-tensor hooks. The square of y
-    (`y * y`, `y ** 2`) is saved as the same codes, and so is a copy in another dtype, such as autocast makes of a float32 y,
-    if y is still alive when the copy is saved. Saved unpacked: y outside the block, y if it was written to in place
-    before being saved, and everything inside a checkpointed function, which saves nothing anyway. Around checkpointed
-    functions, and inside other saved-tensor hooks (`torch.autograd.graph.save_on_cpu`), it works: those hooks get the
-    codes.
+    (`y * y`, `y ** 2`) is saved as the same codes, and so is a copy in another dtype, such as autocast makes of a
+    float32 y, if y is still alive when the copy is saved. Saved unpacked: y outside the block, y if it was written to
+    in place before being saved, and everything inside a checkpointed function, which saves nothing anyway. Around
+    checkpointed functions, and inside other saved-tensor hooks (`torch.autograd.graph.save_on_cpu`), it works: those
+    hooks get the codes.
 
     Changing a saved tensor in place is an error in the backward, as usual, unless it is saved as codes: these keep the
     old value, and the gradient is right. Like torch, the block cannot see a write through `.data`. If x is NaN, so
