@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import importlib.util
 import os
 import tempfile
 
@@ -21,6 +22,17 @@ _SCHEMAS = hashlib.sha256(repr(_ops._SCHEMAS).encode()).hexdigest()[:16]
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/coarsegrad_{os.getuid()}_{_SCHEMAS}")
 
 IDS = backend_ids() if _ops.native is not None else [*backend_ids(), "native"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _a_gpus_arithmetic():
+    """In Triton's interpreter, whoever calls it."""
+    with contextlib.ExitStack() as stack:
+        if importlib.util.find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
+            import gpu_arithmetic
+
+            stack.enter_context(gpu_arithmetic.installed())
+        yield
 
 
 def _fill_new_memory(on):

@@ -1,4 +1,7 @@
-"""The gate on the kernels' machine code: it reads code correctly, notices what is spoiled, and passes the kernels."""
+"""The gate on the kernels' machine code: it reads code correctly, notices what is spoiled, and passes the kernels.
+
+And the list of the instructions in their PTX that may flush or approximate.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from tools.sass import triton_kernels
 from tools.sass.__main__ import main
 from tools.sass.code import Data, Path, SassError, bulk_path, parse
-from tools.sass.compiler import compile_cuda, instances, source_of, tool
-from tools.sass.gate import ARCHS, DTYPES, KERNELS, Kernel, Report, cuda_reports
+from tools.sass.compiler import FLAGS, compile_cuda, instances, source_of, tool
+from tools.sass.gate import ARCHS, DTYPES, KERNELS, Kernel, Report, cuda_cubin, cuda_reports
+from tools.sass.ptx import listed
 
 needs_triton = pytest.mark.skipif(not triton_kernels.installed(), reason="triton is not installed")
 
@@ -311,12 +316,17 @@ def test_pairwise():
     assert len(settings) <= 14 < 24
 
 
+@pytest.fixture(scope="module")
+def every_pair():
+    """(architecture, kernel, what is compiled), in settings in which any two options meet."""
+    return [(arch, kernel, triton_kernels.compiled(kernel, arch)) for arch, kernel in triton_kernels.covering(ARCHS)]
+
+
 @needs_triton
-def test_triton_with_every_pair_of_options(tools):
-    """No stack, 128-bit accesses, in settings in which any two options meet."""
-    pairs = triton_kernels.covering(ARCHS)
-    assert {arch for arch, _ in pairs} == set(ARCHS)
-    found = (triton_kernels.report(kernel, arch) for arch, kernel in pairs)
+def test_triton_with_every_pair_of_options(tools, every_pair):
+    """No stack, 128-bit accesses."""
+    assert {arch for arch, *_ in every_pair} == set(ARCHS)
+    found = (Report(kernel, arch, triton_kernels.binary(made)) for arch, kernel, made in every_pair)
     assert not {report.row()[:3]: lines for report in found if (lines := list(report.broken()))}
 
 
@@ -336,6 +346,7 @@ def test_triton_for_amd(arch, tmp_path):
             keeps_x = all(kernel.arguments.get(name) is not None for name in ("x_ptr", "dy_ptr"))
             wide = "dwordx2|dwordx4|b128" if keeps_x else "dwordx4|b128"
             assert not kernel.wide or count == 0 or re.search(rf"_{access}_({wide})\b", code), (kernel.name, access)
+        assert re.findall(r"\.amdhsa_float_denorm_mode_\w+ (\d)", code) == ["3", "3"]  # subnormals are numbers
 
 
 def _example(name: str, dtype: str) -> Kernel:
@@ -389,9 +400,75 @@ def test_layers_in_triton(tools, case, arch, tmp_path):
     made = triton_kernels.compiled(triton_kernels.layer(str(case), *case), arch, tmp_path)
     ptx = made.asm["ptx"]
     assert re.search(_PRODUCTS[arch], ptx)
-    assert not re.search(r"fma\.rn|\.ftz", ptx)
+    assert not listed(ptx) and "fma.rn" not in ptx
     assert triton_kernels.binary(made).stack == 0
     assert bool(re.search(r"ld\.global\S*\.b8", ptx)) == (channels == 3)
+
+
+# ------------------------------------------------------------------------- what flushes or approximates
+
+_ROUNDED = "rounded once, and flushes nothing"
+_GUESS = "1 / alpha, where normal: the guess of a code, which comparisons with the thresholds correct by a stair"
+_REFINED = f"{_GUESS}; and 1 / m, 1 <= m < 2, whose last bits do not reach the rounded quotient made of it"
+_SLOPE = "a slope of reverse_exponential, which is promised in ulps"
+# (kernel, instruction): why no code, level, mask bit or exact gradient depends on how it rounds or on subnormals.
+TRITON_LISTED = {
+    ("qrelu_forward_kernel", "div.full.f32"): _GUESS,
+    ("qrelu_backward_kernel", "div.full.f32"): _REFINED,
+    ("grad_alpha_channels_kernel", "div.full.f32"): _REFINED,
+    ("qrelu_forward_kernel", "div.rn.f64"): _ROUNDED,
+    ("qrelu_backward_kernel", "div.rn.f64"): _ROUNDED,
+    ("grad_alpha_channels_kernel", "div.rn.f64"): _ROUNDED,
+}
+CUDA_LISTED = {
+    ("qrelu_forward_kernel", "rcp.rn.f32"): _ROUNDED,
+    ("qrelu_forward_channels_kernel", "rcp.rn.f32"): _ROUNDED,
+    ("qrelu_backward_x_kernel", "rcp.rn.f32"): _ROUNDED,
+    ("qrelu_backward_x_kernel", "div.rn.f32"): _ROUNDED,
+    ("qrelu_backward_x_kernel", "ex2.approx.f32"): _SLOPE,
+    ("qrelu_backward_x_kernel", "rcp.approx.ftz.f32"): "a slope of log_tailed_relu, 0 where its divisor exceeds 2**126",
+    ("qrelu_backward_x_channels_kernel", "rcp.rn.f32"): _ROUNDED,
+    ("qrelu_backward_x_channels_kernel", "div.rn.f32"): _ROUNDED,
+    ("qrelu_backward_x_channels_kernel", "ex2.approx.f32"): _SLOPE,
+}
+
+
+@needs_triton
+def test_what_flushes_or_approximates_in_triton(every_pair):
+    """That what these instructions may return changes nothing exact is tested in triton_interpreted.py."""
+    found = [made for *_, made in every_pair]
+    found += [triton_kernels.compiled(kernel, arch) for arch in ARCHS for kernel in triton_kernels.in_float64()]
+    assert set().union(*(listed(made.asm["ptx"]) for made in found)) == TRITON_LISTED.keys()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_what_flushes_or_approximates_in_cuda(tools, arch):
+    assert listed(cuda_cubin(arch).with_suffix(".ptx").read_text()) == CUDA_LISTED.keys()
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_gpus_arithmetic_of_the_interpreter_is_that_of_these_instructions(arch, tmp_path, monkeypatch):
+    import gpu_arithmetic
+
+    from coarsegrad.triton import kernels
+
+    monkeypatch.setattr(kernels, "every_operation", gpu_arithmetic.every_operation, raising=False)
+    pointers = {"x_ptr": torch.empty(128), "y_ptr": torch.empty(128), "out_ptr": torch.empty(1024)}
+    kernel = triton_kernels.TritonKernel("", "float32", "every_operation", FLOATS, arguments=pointers)
+    ptx = triton_kernels.compiled(kernel, arch, tmp_path, enable_fp_fusion=False).asm["ptx"]
+    modelled = itertools.chain(*(model.instructions for model in gpu_arithmetic.MODELS.values()))
+    assert sorted(instruction for _, instruction in listed(ptx)) == sorted(modelled)
+
+
+def test_a_flag_that_flushes_is_noticed(folder):
+    source = folder / "flushed.cu"
+    source.write_text("__global__ void my_kernel(float* y, float x) { y[0] = ceilf(x); y[1] = y[2] / x; }\n")
+    for flag, found in (("-ftz=false", {"div.rn.f32"}), ("-ftz=true", {"cvt.rpi.ftz.f32.f32", "div.rn.ftz.f32"})):
+        ptx = compile_cuda(source, "sm_90", folder, (*FLAGS, flag)).with_suffix(".ptx")
+        assert listed(ptx.read_text()) == {("my_kernel", each) for each in found}
+    with pytest.raises(ValueError, match="no function of PTX"):
+        listed("")
 
 
 def test_the_command(tools, capsys):

@@ -61,10 +61,10 @@ def read(cubin: Path) -> dict[str, Binary]:
 
 
 def compile_cuda(source: Path, arch: str, folder: Path, flags: Iterable[str] = FLAGS) -> Path:
-    """The cubin of a .cu file. It stays in `folder` and is compiled again when the source, a header below a folder
-    given by -I, the compiler or a flag changes."""
+    """The cubin of a .cu file, with its PTX beside it (".ptx"). Both stay in `folder`, and are compiled again when the
+    source, a header below a folder given by -I, the compiler or a flag changes."""
     nvcc = tool("nvcc")
-    command = [nvcc, "-cubin", f"-arch={arch}", *flags]
+    command = [nvcc, "-ptx", f"-arch={arch}", *flags]
     headers = [path for flag in flags if flag.startswith("-I") for path in sorted(Path(flag[2:]).rglob("*.*h"))]
     key = hashlib.sha256((run(nvcc, "--version") + repr(command)).encode())
     for path in [source, *headers]:
@@ -73,9 +73,11 @@ def compile_cuda(source: Path, arch: str, folder: Path, flags: Iterable[str] = F
     if not cubin.exists():
         print(f"compiling {source.name} for {arch} ...", end=" ", flush=True, file=sys.stderr)
         start = time.monotonic()
-        for stale in folder.glob(f"{source.stem}-{arch}-*.cubin"):
+        for stale in folder.glob(f"{source.stem}-{arch}-*"):
             stale.unlink()
-        run(*command, "-o", cubin, source)
+        ptx = cubin.with_suffix(".ptx")
+        run(*command, "-o", ptx, source)
+        run(nvcc, "-cubin", f"-arch={arch}", "-o", cubin, ptx)
         print(f"{time.monotonic() - start:.0f} s", file=sys.stderr)
     return cubin
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path as FilePath
 
 from .code import WIDE, Data, Path, SassError, bulk_path
 from .compiler import CACHE, Binary, compile_cuda, instances, source_of
@@ -161,9 +162,13 @@ class Report:
 HEADER = ("arch", "kernel", "dtype", "registers", "stack", "wide loads", "wide stores", "instructions/element")
 
 
-def cuda_reports(arch: str, kernels: Sequence[Kernel] = KERNELS) -> list[Report]:
+def cuda_cubin(arch: str, kernels: Sequence[Kernel] = KERNELS) -> FilePath:
     CACHE.mkdir(parents=True, exist_ok=True)
     source = CACHE / f"kernels-{len(kernels)}.cu"
     source.write_text(source_of([kernel.expression for kernel in kernels], PREAMBLE))
-    binaries = instances(compile_cuda(source, arch, CACHE))
+    return compile_cuda(source, arch, CACHE)
+
+
+def cuda_reports(arch: str, kernels: Sequence[Kernel] = KERNELS) -> list[Report]:
+    binaries = instances(cuda_cubin(arch, kernels))
     return [Report(kernel, arch, binary) for kernel, binary in zip(kernels, binaries, strict=True)]

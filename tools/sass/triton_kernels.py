@@ -25,6 +25,7 @@ _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
+    torch.float64: "fp64",
     torch.int32: "i32",
     torch.uint8: "u8",
 }
@@ -92,7 +93,7 @@ def _kernel(name: str, dtype: str, function: str, arguments: dict[str, object]) 
             reads.discard("x_ptr")
         width = MASK_WIDTH[MaskKind[arguments["MASK"]]] if "mask_ptr" in given else 0
         width += arguments["CODE_WIDTH"] if "codes_ptr" in given else 0
-        data = Data(DTYPES[dtype][1], len(reads), len(given & {"y_ptr", "dx_ptr"}), width)
+        data = Data(getattr(torch, dtype).itemsize, len(reads), len(given & {"y_ptr", "dx_ptr"}), width)
         wide = arguments.get("OCTETS", True)
     return TritonKernel(f"Triton {name}: {function}", dtype, function, data, wide=wide, arguments=arguments)
 
@@ -173,6 +174,15 @@ def examples() -> list[TritonKernel]:
         *backward("backward, x", "bfloat16", "reverse_exponential", None),
         *backward_from_slopes("backward, slopes", "bfloat16"),
         *dequantize("dequantize", "bfloat16"),
+    ]
+
+
+def in_float64() -> list[TritonKernel]:
+    """The kernels that divide, in the dtype that `covering` leaves out."""
+    return [
+        *forward("forward", "float64", "inside", 8),
+        *backward("backward", "float64", "log_tailed_relu", "chain"),
+        *backward("backward, channels", "float64", "reverse_exponential", "chain", layout="innermost"),
     ]
 
 

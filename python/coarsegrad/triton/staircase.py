@@ -52,7 +52,8 @@ def refined_quotient(a, b, inverse):
 def divide(a, b):
     """a / b rounded once, for tensors, b > 0. A subnormal quotient is rounded twice.
 
-    Triton's float32 division is approximate. Its rounded one calls a function in rare cases, which spills registers.
+    Triton's float32 division is approximate, and asked here for inverses of numbers in [1, 2) alone. Its rounded one
+    calls a function in rare cases, which spills registers.
     """
     if a.dtype == tl.float64:
         return a / b
@@ -69,7 +70,9 @@ def divide(a, b):
         quotient = refined_quotient(tl.where(small, a * 18446744073709551616.0, a), mantissa, 1.0 / mantissa)
         quotient = quotient * other * tl.where(small, pow2(one - 64), pow2(one))
         regular_below = tl.where(b < float("inf"), float("inf"), 0.0)
-        return tl.where(tl.abs(a) < regular_below, quotient, a * (1.0 / b))
+        # Where a or b is infinite or NaN, it matters only which of these b is. Its inverse might be subnormal.
+        like_inverse = tl.where(b < float("inf"), 1.0, tl.where(b == float("inf"), 0.0, b))
+        return tl.where(tl.abs(a) < regular_below, quotient, a * like_inverse)
 
 
 @triton.jit
