@@ -97,6 +97,28 @@ def test_backward_from_slopes(device, dtype):
         assert same(got, want), (x.shape, bits)
 
 
+def backward_arguments(x, alpha, dy, bits, ste, rounding, alpha_grad, channel_dim):
+    """Of the op, on the CPU; with alpha_grad=None only dx is asked for."""
+    mask_kind, saves_codes, saves_x = saved_for(ste, rounding, alpha_grad)
+    y, mask, codes = reference.qrelu_forward(x, alpha, bits, rounding, mask_kind, saves_codes, channel_dim)
+    memory_format = torch.channels_last if x.dim() == 4 and not y.is_contiguous() else torch.contiguous_format
+    tensors = (
+        dy.contiguous(memory_format=memory_format),
+        alpha if saves_x else None,
+        x if saves_x else None,
+        mask if mask_kind != MaskKind.nothing else None,
+        codes if saves_codes else None,
+    )
+    rule = AlphaGrad[alpha_grad or "exact"]
+    return (*tensors, bits, Ste[ste], Rounding[rounding], rule, 0.5, channel_dim, True, alpha_grad is not None)
+
+
+def slope_ulps(ste, dtype):
+    """How far dx may be from the reference's."""
+    exact = ste not in ("log_tailed_relu", "reverse_exponential")
+    return 0 if exact else 12 if dtype == torch.float64 else 6
+
+
 @any_device
 @by_dtype
 @pytest.mark.parametrize("ste", BUILT_IN)
@@ -107,30 +129,58 @@ def test_backward(device, dtype, ste):
         x = torch.where(x.abs() < 1e30, x, 1.0).to(dtype)
         dy = random(x.shape, dtype, 1)
         for alpha_grad in (None, *ALPHA_GRADS):
-            mask_kind, saves_codes, saves_x = saved_for(ste, rounding, alpha_grad)
-            y, mask, codes = reference.qrelu_forward(x, alpha, bits, rounding, mask_kind, saves_codes, channel_dim)
-            memory_format = torch.channels_last if x.dim() == 4 and not y.is_contiguous() else torch.contiguous_format
-            tensors = (
-                dy.contiguous(memory_format=memory_format),
-                alpha if saves_x else None,
-                x if saves_x else None,
-                mask if mask_kind != MaskKind.nothing else None,
-                codes if saves_codes else None,
-            )
-            rule = AlphaGrad[alpha_grad or "exact"]
-            settings = (bits, Ste[ste], Rounding[rounding], rule, 0.5, channel_dim, True, alpha_grad is not None)
-            want = reference.qrelu_backward(*tensors, *settings)
-            on = [None if t is None else t.to(device) for t in tensors]
-            got = _ops.ops.qrelu_backward(*on, *settings)
+            arguments = backward_arguments(x, alpha, dy, bits, ste, rounding, alpha_grad, channel_dim)
+            want = reference.qrelu_backward(*arguments)
+            on = [each.to(device) if isinstance(each, torch.Tensor) else each for each in arguments]
+            got = _ops.ops.qrelu_backward(*on)
             case = (x.shape, bits, rounding, alpha_grad)
             apart = ulps_apart(got[0].cpu(), want[0])
-            exact = ste not in ("log_tailed_relu", "reverse_exponential")
-            assert (apart <= (0 if exact else 12 if dtype == torch.float64 else 6)).all(), case
+            assert (apart <= slope_ulps(ste, dtype)).all(), case
             most = 2**bits + (x.double().abs().max() / 0.3 if x.numel() else 0)
             bound = dy.double().abs().sum() * most * (1e-14 if dtype == torch.float64 else 1e-6)
             assert ((got[1].cpu().double() - want[1].double()).abs() <= bound + 1e-300).all(), case
-            again = _ops.ops.qrelu_backward(*on, *settings)
+            again = _ops.ops.qrelu_backward(*on)
             assert torch.equal(got[1], again[1]), "the sums have a fixed order"
+
+
+def alphas_near_subnormals(dtype):
+    """With 0.3 and 2e4 subnormal x have quotients that are subnormal and 0; the others, around the smallest normal
+    number, make subnormal levels."""
+    tiny = torch.finfo(dtype).smallest_normal
+    return 0.3, 2e4, *(factor * tiny for factor in (torch.finfo(dtype).eps, 0.75, 1, 1.5, 200))
+
+
+@any_device
+@by_dtype
+def test_nothing_is_flushed(device, dtype):
+    """Where subnormals decide: every threshold, the smallest x, and gradients that are exact."""
+    for alpha, (bits, rounding) in itertools.product(
+        alphas_near_subnormals(dtype), zip((1, 2, 3, 8, 4), (*ROUNDINGS, "ceil", "nearest"))
+    ):
+        alpha = torch.tensor([alpha], dtype=reference.wide_dtype(dtype))
+        x = hard_inputs(alpha.item(), bits, rounding, dtype)
+        arguments = (bits, Rounding[rounding], MaskKind.state, True, None)
+        want = reference.qrelu_forward(x, alpha, *arguments)
+        case = alpha.item(), bits, rounding
+        assert all(map(same, _ops.ops.qrelu_forward(x.to(device), alpha.to(device), *arguments), want)), case
+        x = torch.where(x.abs() <= 2 * 2**bits * alpha, x, 0)
+        for ste in BUILT_IN:
+            # Sums of codes are exact in any order.
+            backward = backward_arguments(x, alpha, torch.ones_like(x), bits, ste, rounding, "exact", None)
+            want = reference.qrelu_backward(*backward)
+            on = [each.to(device) if isinstance(each, torch.Tensor) else each for each in backward]
+            got = [each.cpu() for each in _ops.ops.qrelu_backward(*on)]
+            assert (ulps_apart(got[0], want[0]) <= slope_ulps(ste, dtype)).all(), (case, ste)
+            assert torch.equal(got[1], want[1]), (case, ste)
+
+
+@any_device
+def test_the_code_of_a_layer_sees_subnormals(device):
+    """An affine output that is a subnormal below 0, 0, and a subnormal above."""
+    codes, weight = torch.arange(3, dtype=torch.uint8)[:, None], torch.ones(1, 32, dtype=torch.uint8)
+    arguments = (codes, weight, 2, 8, torch.tensor([1e-40]), torch.tensor([-1e-40]), None, 3)
+    on = [each.to(device) if isinstance(each, torch.Tensor) else each for each in arguments]
+    assert _ops.ops.integer_linear(*on).flatten().tolist() == [0, 0, 1]
 
 
 @gpu
