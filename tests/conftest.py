@@ -21,6 +21,10 @@ from coarsegrad.testing import backend_ids, integer_backend_ids, serving
 _SCHEMAS = hashlib.sha256(repr(_ops._SCHEMAS).encode()).hexdigest()[:16]
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/coarsegrad_{os.getuid()}_{_SCHEMAS}")
 
+# A new process imports the coarsegrad that is tested here, whichever its Python has installed.
+_IMPORTED_FROM = os.path.dirname(os.path.dirname(cg.__file__))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_IMPORTED_FROM, os.environ.get("PYTHONPATH")]))
+
 IDS = backend_ids() if _ops.native is not None else [*backend_ids(), "native"]
 
 

@@ -7,7 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -118,30 +117,31 @@ def test_ctrl_c_and_resume_give_the_same_bits(idx_folder, tmp_path, uninterrupte
     assert_same(outcome(tmp_path), outcome(uninterrupted))
 
 
-def test_kill_and_resume_give_the_same_bits(idx_folder, tmp_path):
-    long = ["--epochs", "40", "--learn-alpha", "exact"]
-    variant = f"{VARIANT}-exact_alpha"
-    command = [
-        sys.executable,
-        "-m",
-        "coarsegrad",
-        "mnist",
-        "--data",
-        str(idx_folder),
-        "--out",
-        str(tmp_path / "killed"),
-    ]
-    checkpoint = tmp_path / "killed" / variant / "checkpoint.pt"
-    process = subprocess.Popen([*command, *OPTIONS, *long], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while not checkpoint.exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
-    process.stderr.close()
-    assert len(torch.load(checkpoint, weights_only=True)["history"]) < 40
+# The command, killed while it writes over its checkpoint for the first time.
+KILLED = """
+import os, pathlib, signal
+import torch
+from coarsegrad.__main__ import main
+save = torch.save
+def save_and_die(state, file):
+    save(state, file)
+    if pathlib.Path(file.name).with_name("checkpoint.pt").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save_and_die
+main()
+"""
 
-    run(idx_folder, tmp_path / "killed", *long)
-    run(idx_folder, tmp_path / "whole", *long)
+
+def test_kill_and_resume_give_the_same_bits(idx_folder, tmp_path):
+    options = ["--learn-alpha", "exact"]
+    variant = f"{VARIANT}-exact_alpha"
+    command = [sys.executable, "-c", KILLED, "mnist", "--data", str(idx_folder), "--out", str(tmp_path / "killed")]
+    done = subprocess.run([*command, *OPTIONS, *options], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(torch.load(tmp_path / "killed" / variant / "checkpoint.pt", weights_only=True)["history"]) == 1
+
+    run(idx_folder, tmp_path / "killed", *options)
+    run(idx_folder, tmp_path / "whole", *options)
     assert_same(outcome(tmp_path / "killed", variant), outcome(tmp_path / "whole", variant))
     states = outcome(tmp_path / "whole", variant)[0]
     start = cg.QReLU(2).alpha

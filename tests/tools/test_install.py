@@ -159,8 +159,9 @@ def test_library_brings_no_second_thread_pool():
     show = "print(*sorted({line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line.rpartition('/')[2]}))"
 
     def loaded(modules):
-        command = [sys.executable, "-c", f"import {modules}; {show}"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        done = subprocess.run([sys.executable, "-c", f"import {modules}; {show}"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     assert "omp" in loaded("torch")
     assert loaded("torch, coarsegrad._C") == loaded("torch")
