@@ -355,7 +355,9 @@ def register_ste(
     formula, paper: text for the table of `stes`.
     triton: g' as a @triton.jit function (u, q), with u a float32 or float64 block and q a compile-time int. It is never
         called for a NaN. If needs is a bit, u is 0.5 or -0.5; if needs is "codes", u is the code. It is not compared
-        with gprime here; `coarsegrad.testing.triton_ulps_apart` does that in Triton's interpreter.
+        with gprime here; `coarsegrad.testing.triton_ulps_apart` does that in Triton's interpreter. In float32 on an
+        NVIDIA GPU, unlike there, `/` errs by 2 ulps, and somewhat more by a literal, and tl.ceil, tl.floor, tl.exp2,
+        tl.sqrt and tl.rsqrt take subnormals for 0.
 
     The forward kernel is the same for every STE. So is the backward kernel if needs is "codes", except for
     alpha_grad="chain": it looks up the slope of each code. Otherwise the backward is a Triton kernel if `triton` is
