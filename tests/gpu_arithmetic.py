@@ -39,11 +39,12 @@ def off(result: np.ndarray, most: int, *operands: np.ndarray) -> np.ndarray:
 
 
 def divided(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Within 2 ulps. A divisor known to the compiler, here any that a whole block shares, is replaced by such an
+    """Within 2 ulps. A divisor known to the compiler, here any that a whole block shares, may be replaced by such an
     inverse of it."""
-    if np.size(b) == 0 or np.any(b != np.ravel(b)[0]):
-        return off(np.divide(a, b, dtype=np.float64), 2, a, b)
-    return a * off(np.divide(1, b, dtype=np.float64), 2, b)
+    inverse = off(np.divide(1, b, dtype=np.float64), 2, b)
+    if np.size(b) and np.all(b == np.ravel(b)[0]) and TINY <= np.abs(inverse).max() <= MAX:
+        return a * inverse
+    return off(np.divide(a, b, dtype=np.float64), 2, a, b)
 
 
 def power_of_two(v: np.ndarray) -> np.ndarray:

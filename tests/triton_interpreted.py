@@ -505,6 +505,13 @@ def _log_kernel(x_ptr, BLOCK: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, BLOCK), tl.log(tl.load(x_ptr + tl.arange(0, BLOCK))))
 
 
+def test_the_errors_of_a_gpus_division_are_all_that_its_manual_allows():
+    a, b = (numbers_of_all_magnitudes(2**12, seed).nan_to_num(1.0) for seed in (0, 1))
+    got, want = torch.from_numpy(MODELS["fdiv"].function(a.numpy(), b.numpy())), a / b
+    normal = (want.abs() >= torch.finfo(torch.float32).tiny) & want.isfinite()
+    assert ulps_apart(got[normal], want[normal]).unique().tolist() == [0, 1, 2]
+
+
 def test_an_operation_that_is_not_described_is_refused():
     with pytest.raises(Exception, match="log has no entry in gpu_arithmetic.MODELS"):
         _log_kernel[(1,)](torch.ones(4), BLOCK=4)
