@@ -41,7 +41,7 @@ def load_cifar10(folder: Path | None) -> tuple[Split, Split, str]:
     records = [_records(folder / name) for name in wanted]
     digest = hashlib.sha256()
     for part in records:
-        digest.update(part)
+        digest.update(part.data)
     return _split(np.concatenate(records[:-1])), _split(records[-1]), digest.hexdigest()
 
 

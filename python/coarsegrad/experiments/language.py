@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
@@ -106,7 +107,8 @@ def load_pretrained(name: str) -> tuple[nn.Module, transformers.PreTrainedTokeni
 
 def without_cache(model: nn.Module) -> nn.Module:
     """The model, configured not to return keys and values for generation."""
-    model.config.use_cache = False
+    config: Any = model.config
+    config.use_cache = False
     return model
 
 
@@ -147,7 +149,7 @@ def batch_of(tokens: Tensor, step: int, batch_size: int, seed: int) -> Tensor:
     return tokens[torch.stack(chosen).to(tokens.device)]
 
 
-def make_optimizer(model: nn.Module, lr: float, alpha_lr: float | None = None) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, lr: float, alpha_lr: float | None = None) -> torch.optim.Optimizer:
     """AdamW, with learned alphas in a second group with rate `alpha_lr` and no weight decay."""
     groups = param_groups(model, lr, WEIGHT_DECAY, alpha_lr=alpha_lr)
     return keep_positive(torch.optim.AdamW(groups), model)

@@ -9,7 +9,7 @@ import platform
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from ..backends import backends
 
 
 def interleaved_times(
-    jobs: dict[str, Callable[[], object]], rounds: int, device: torch.device
+    jobs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Seconds of every call. The jobs take turns, so that a slow phase of the machine affects all of them equally.
 

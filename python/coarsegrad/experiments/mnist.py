@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -166,14 +168,15 @@ def _load(folder: Path | None, subset: int | None, device: torch.device) -> Mnis
 
 def _measure(models: dict[str, nn.Module], batch: Split, lr: float) -> dict[str, dict]:
     """For each model: bytes saved on `batch`, peak and time of a step, and alphas. The models do not change."""
-    results, steps = {}, {}
+    results: dict[str, dict] = {}
+    steps: dict[str, Callable[[], object]] = {}
     for name, trained in models.items():
         model = copy.deepcopy(trained).train()
         layers = {layer: m for layer, m in model.named_modules() if isinstance(m, QReLU)}
         activations = [layer for layer, m in model.named_modules() if isinstance(m, nn.ReLU)]
         memory = saved_memory(lambda m=model: F.cross_entropy(m(batch.x), batch.y))
         optimizer = make_optimizer(model, lr)
-        steps[name] = lambda m=model, o=optimizer: train_step(m, o, *batch)
+        steps[name] = functools.partial(train_step, model, optimizer, *batch)
         steps[name]()  # creates the optimizer's state
         optimizer.zero_grad()
         results[name] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from ..ste import ALPHA_GRADS
 from . import table
@@ -25,7 +26,7 @@ def _full(bits: int, *stes: str, seed: int = 0) -> list[Run]:
     return [Run("full", bits, ste, seed=seed) for ste in stes]
 
 
-def _short(bits: int, *stes: str, **alpha: object) -> list[Run]:
+def _short(bits: int, *stes: str, **alpha: Any) -> list[Run]:
     return [Run("short", bits, ste, seed=seed, **alpha) for ste, seed in product(stes, _SEEDS)]
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._types import RoundingName
 from ..nn import QReLU, half_gaussian_alpha
 
 
@@ -126,7 +128,7 @@ class _SumBlock(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(width)
         self.act2 = activation()
-        self.shortcut = nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
         if stride != 1:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(channels, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width)
@@ -140,7 +142,7 @@ def quantized(
     float_model: nn.Module,
     bits: int,
     ste: str = "clipped_relu",
-    rounding: str = "ceil",
+    rounding: RoundingName = "ceil",
     learn_alpha: str | None = None,
     per_channel: bool = False,
     range_bits: int | None = None,
@@ -152,7 +154,7 @@ def quantized(
     `per_channel`: one alpha per channel of the BatchNorm before the activation, instead of one per activation.
     `range_bits`: choose alpha so that the top level is that of the optimum at this number of bits instead of `bits`.
     """
-    learn = {} if learn_alpha is None else {"learn_alpha": True, "alpha_grad": learn_alpha}
+    learn: dict[str, Any] = {} if learn_alpha is None else {"learn_alpha": True, "alpha_grad": learn_alpha}
     alpha = None
     if range_bits is not None:
         alpha = half_gaussian_alpha(range_bits, rounding) * (2**range_bits - 1) / (2**bits - 1)

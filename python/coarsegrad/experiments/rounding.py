@@ -143,7 +143,7 @@ class Run:
 def runs(bits: list[int]) -> list[Run]:
     """Float runs, then runs with calibration only, then the fine-tunings, by increasing bits."""
     kinds = [(rounding, False) for rounding in ROUNDINGS] + [("ceil", True)]
-    before = [Run(*how, *kind) for how, kind in itertools.product(zip(sorted(bits)), kinds)]
+    before = [Run(width, *kind) for width, kind in itertools.product(sorted(bits), kinds)]
     tuned = [replace(run, ste=ste, tuned=True) for run, ste in itertools.product(before, STES)]
     return [Run(), Run(tuned=True), *before, *tuned]
 
@@ -186,7 +186,7 @@ class _Network:
 
     def _measure(self, task: Task, run: Run) -> dict[str, float]:
         result: dict[str, float] = {}
-        if run.bits is None:
+        if run.bits is None or run.rounding is None:
             model = copy.deepcopy(task.start)
         else:
             model = task.converted(run.bits, run.rounding, run.ste or STES[0], run.corrected)

@@ -64,7 +64,7 @@ def _table(runs: dict, decimals: int) -> str:
         return f"{run['score']:.{decimals}f}" if run else ""
 
     before, after = (_find(runs, bits=None, tuned=tuned) for tuned in (False, True))
-    rows = [("float", "", number(before), "", number(after), "", number(after), "")]
+    rows: list[tuple[str, ...]] = [("float", "", number(before), "", number(after), "", number(after), "")]
     for bits in sorted({run["bits"] for run in runs.values() if run["bits"]}, reverse=True):
         for rounding, corrected, _ in _KINDS:
             kind = {"bits": bits, "rounding": rounding, "corrected": corrected}

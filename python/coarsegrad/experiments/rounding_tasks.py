@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,8 @@ class Task(ABC):
         """A copy of `start` with QReLUs and calibrated alphas."""
         model = copy.deepcopy(self.start)
         quantize_(model, bits, rounding=rounding, ste=ste)
-        calibrate(model, self.calibration, forward=self.logits, progress=False)
+        forward: Any = self.logits  # of what `calibration` has
+        calibrate(model, self.calibration, forward=forward, progress=False)
         if corrected:
             correct_means_(model, self.start, lambda m: self.logits(m, torch.cat(self.calibration)))
         return model
@@ -76,7 +78,8 @@ class Task(ABC):
 def correct_means_(model: nn.Module, reference: nn.Module, run: Callable[[nn.Module], object]) -> None:
     """Change the biases of the Linears and convolutions of `model`, layer by layer, so that their channel means in
     `run(model)` are those in `run(reference)`. Nagel et al. 2019, arXiv 1906.04721, section 4.2."""
-    layers, wanted, handles = (nn.Linear, nn.Conv2d), {}, []
+    wanted: dict[str, Tensor] = {}
+    layers, handles = (nn.Linear, nn.Conv2d), []
 
     def mean(layer: nn.Module, y: Tensor) -> Tensor:
         return y.movedim(-1 if isinstance(layer, nn.Linear) else 1, -1).flatten(0, -2).mean(0)
@@ -85,7 +88,7 @@ def correct_means_(model: nn.Module, reference: nn.Module, run: Callable[[nn.Mod
         return lambda layer, args, y: wanted.__setitem__(name, mean(layer, y))
 
     def correct(name: str) -> Callable:
-        def hook(layer: nn.Module, args: tuple, y: Tensor) -> Tensor:
+        def hook(layer: nn.Linear | nn.Conv2d, args: tuple, y: Tensor) -> Tensor:
             shift = wanted[name] - mean(layer, y)
             layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift)
             return y + (shift if isinstance(layer, nn.Linear) else shift[:, None, None])

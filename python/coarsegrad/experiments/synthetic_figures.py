@@ -67,10 +67,15 @@ def _against(name: str, others: dict) -> Drawing:
         lift = 0.98 - 0.035 * int(style["color"][1:])
         axes.plot(failed, [lift] * len(failed), "x", color=style["color"], transform=axes.get_xaxis_transform())
         axes.set_yscale("log")
-        if axes.get_subplotspec().is_first_col():
+        if _is_first_column(axes):
             axes.set_ylabel("iterations (x: not all runs succeed)")
 
     return drawing
+
+
+def _is_first_column(axes: Axes) -> bool:
+    place = axes.get_subplotspec()
+    return place is not None and place.is_first_col()
 
 
 def _losses(hidden: int, angle: float) -> Drawing:
@@ -82,7 +87,7 @@ def _losses(hidden: int, angle: float) -> Drawing:
                 points = [(max(1, i * curve["stride"]), loss) for i, loss in enumerate(curve["loss"]) if loss > 0]
                 axes.plot(*zip(*points), **style)
         axes.set(xscale="log", yscale="log")
-        if axes.get_subplotspec().is_first_col():
+        if _is_first_column(axes):
             axes.set_ylabel("hinge loss")
 
     return drawing

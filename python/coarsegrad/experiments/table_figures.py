@@ -84,4 +84,5 @@ def _features(float_result: dict, results: list[tuple[Run, dict]], title: str) -
 def _scatter(axes: Axes, features: dict) -> None:
     axes.set_axis_on()
     axes.set(xticks=[], yticks=[])
-    axes.scatter(*zip(*features["points"]), c=features["classes"], cmap="tab10", vmin=0, vmax=9, s=4)
+    x, y = zip(*features["points"])
+    axes.scatter(x, y, c=features["classes"], cmap="tab10", vmin=0, vmax=9, s=4)

@@ -117,7 +117,7 @@ def write_csv(results: list[tuple[Run, dict]], path: Path) -> None:
     rows = []
     for run, result in results:
         history = result["history"]
-        best = max(history, key=lambda row: row["test_accuracy"], default={})
+        best: dict = max(history, key=lambda row: row["test_accuracy"], default={})
         rows.append(asdict(run) | {
             "epochs": len(history), "diverged": result["diverged"],
             "float_test_accuracy": result["start"]["test_accuracy"],

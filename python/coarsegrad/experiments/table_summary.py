@@ -48,7 +48,7 @@ def _schedule(schedule: Schedule) -> str:
 def _fixed_table(results: Results, schedule: Schedule, published: dict[tuple[int, str], float]) -> str:
     # If several epochs have the last rate, their spread shows how much of the last accuracy is chance.
     low = range(schedule.lr_drops[-1] + 1 if schedule.lr_drops else 1, schedule.epochs + 1)
-    header = ("bits", "ste", "in class", "seeds", "last epoch (%)", "best epoch (%)", "float (%)")
+    header: tuple[str, ...] = ("bits", "ste", "in class", "seeds", "last epoch (%)", "best epoch (%)", "float (%)")
     header += (f"epochs {low[0]} to {low[-1]} (%)",) if len(low) > 1 else ()
     header += ("published (%)",) if published else ()
     # Results of earlier versions of the command lack these fractions.

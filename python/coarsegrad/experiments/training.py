@@ -46,7 +46,7 @@ class Diverged(ExperimentError):
         self.history = history
 
 
-def make_optimizer(model: nn.Module, lr: float) -> torch.optim.SGD:
+def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """SGD with momentum 0.9 and rate `lr`; learned alphas have rate `ALPHA_LR * lr` and stay positive."""
     return keep_positive(torch.optim.SGD(param_groups(model, lr, alpha_lr=ALPHA_LR * lr), momentum=0.9), model)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,8 @@ class TransformerConfig:
 
     def resized(self, **sizes: int | float | None) -> TransformerConfig:
         """A copy with the sizes that are not None."""
-        return replace(self, **{name: size for name, size in sizes.items() if size is not None})
+        given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+        return replace(self, **given)
 
 
 # Zhang et al. 2022, arXiv 2205.01068, table 1; Raffel et al. 2020, arXiv 1910.10683, section 3.7.
