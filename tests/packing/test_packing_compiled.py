@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import coarsegrad as cg
 from coarsegrad.packing import graphs
 
-pytestmark = pytest.mark.usefixtures("reference_or_native", "fresh_compiler")
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 @pytest.fixture
