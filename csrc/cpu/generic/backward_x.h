@@ -156,14 +156,16 @@ void backward_x(const Backward& args, int64_t begin, int64_t end) {
   using A = compute_t<T>;
   const Backward a = args;
   const Vec<A> q(A((1 << a.bits) - 1));
+  constexpr bool kApproximate = sizeof(T) == 2;
   const auto dx_of = [&](const T* x, const T* grad_y, T* dx, int64_t count, bool stream, const auto& source) {
-    with_regular(a.alphas, [&](auto regular) {
-      if constexpr (CompareKey<T>::kSearchBits > 0 && SteT::kNeeds == Needs::x && regular.value &&
-                    std::is_same_v<std::decay_t<decltype(source)>, OneAlpha<A>>) {
-        if constexpr (kFastSlope<SteT, T>) return dx_fast<T, SteT>(a, x, grad_y, dx, count, stream, source);
+    if constexpr (CompareKey<T>::kSearchBits > 0 && SteT::kNeeds == Needs::x &&
+                  std::is_same_v<std::decay_t<decltype(source)>, OneAlpha<A>>) {
+      if constexpr (kFastSlope<SteT, T>) {
+        if (a.alphas.regular) return dx_fast<T, SteT>(a, x, grad_y, dx, count, stream, source);
       }
-      dx_run<T, SteT, sizeof(T) == 2 && regular.value>(x, grad_y, dx, count, stream, source, q);
-    });
+    }
+    if (a.alphas.regular) dx_run<T, SteT, kApproximate>(x, grad_y, dx, count, stream, source, q);
+    else dx_run<T, SteT, false>(x, grad_y, dx, count, stream, source, q);
   };
   ChannelSums<A> sums(a);
   for_each_range<A>(a.alphas, begin, end, [&](int64_t first, int64_t last, const auto& source) {

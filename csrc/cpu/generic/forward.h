@@ -37,15 +37,8 @@ void forward_range(const Forward& args, int64_t first, int64_t last, const Sourc
     }
     if (a.y && count < kBlock) memcpy(static_cast<T*>(a.y) + block * kBlock, y_copy, count * sizeof(T));
     if (a.mask) write_mask(a.mask, a.kind, block, count, positive & ~above, above);
-    if (kCodes && a.codes) write_codes(a.codes, block, count, packed_width(a.bits), codes);
+    if constexpr (kCodes) write_codes(a.codes, block, count, packed_width(a.bits), codes);
   }
-}
-
-// A block that the staircases leave: with a NaN in it, or short. Not inlined, as it is long and has many callers.
-template <class T, class Source>
-__attribute__((noinline)) void forward_exception(const Forward& a, int64_t block, const Source& source) {
-  with_rounding(a.rounding,
-                [&](auto rounding) { forward_range<T, rounding.value, true, true>(a, block, block + 1, source); });
 }
 
 template <class T, bool kCodes, class Staircase, class Source>
@@ -79,7 +72,7 @@ void forward_staircase(const Forward& args, int64_t first, int64_t last, const S
         any_nan = Key::any_nan(x);
       }
       if (any_nan) {
-        forward_exception<T>(args, block, source.of(block));
+        forward_range<T, Staircase::kRounding, true, kCodes>(args, block, block + 1, source.of(block));
         for (int first = 0; first < kBlock; first += kVecs * Key::kCount) staircase_at(first);  // keeps its turn
         continue;
       }
@@ -114,7 +107,7 @@ void forward_staircase(const Forward& args, int64_t first, int64_t last, const S
   };
   const float q = static_cast<float>((1 << a.bits) - 1);
   if constexpr (kOneAlpha) {
-    const Staircase staircase(a.rounding, static_cast<const float*>(a.alphas.values)[source.channel], q);
+    const Staircase staircase(static_cast<const float*>(a.alphas.values)[source.channel], q);
     const auto same = [&](int) -> const Staircase& { return staircase; };
     const auto run_known = [&](auto all_states) {
       if (stream) run(same, all_states, std::true_type{});
@@ -141,7 +134,7 @@ void forward_staircase(const Forward& args, int64_t first, int64_t last, const S
     const auto own = [&](int first) { return Staircase(source.alpha + first, source.inverse + first, q); };
     run(own, std::false_type{}, stream);
   }
-  if (whole < last) forward_exception<T>(args, whole, source.of(whole));
+  if (whole < last) forward_range<T, Staircase::kRounding, true, kCodes>(args, whole, last, source.of(whole));
 }
 
 // Builds all staircases once if each alpha recurs often and always in the same place of a group of vectors. Returns
@@ -178,7 +171,7 @@ void forward_regular(const Forward& a, int64_t first, int64_t last, const Source
       return forward_staircase<T, kCodes, CompareStaircase<T, R, kBits, kOneAlpha>>(a, first, last, source);
     } else {
       if (last - first >= 1 << kBits)
-        return forward_staircase<T, kCodes, SearchStaircase<T, R == Rounding::ceil, kBits>>(a, first, last, source);
+        return forward_staircase<T, kCodes, SearchStaircase<T, R, kBits>>(a, first, last, source);
     }
   }
   if constexpr (Key::kArithmetic)

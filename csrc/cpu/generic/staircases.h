@@ -13,11 +13,12 @@ struct CompareStaircase {
   using Key = CompareKey<T>;
   using F = decltype(Key().floats());
   static constexpr int kTop = (1 << kBits) - 1, kVecs = Key::kGroup, kStairs = kOneAlpha ? 1 : kVecs;
+  static constexpr Rounding kRounding = R;
   static constexpr bool kFewInstructions = true;
   using Found = typename Key::Mask[kBits][kVecs];  // the bits of the codes
   Key thresholds[kStairs][kTop], levels[kStairs][kTop];  // of codes 1 to kTop
 
-  CG_HD CompareStaircase(Rounding, float alpha, float) { make(F(alpha), 0); }
+  CG_HD CompareStaircase(float alpha, float) { make(F(alpha), 0); }
   CG_HD CompareStaircase(const float* alpha, const float*, float) {
     for (int i = 0; i < kVecs; ++i) make(Key::load_floats(alpha + i * Key::kCount), i);
   }
@@ -67,12 +68,13 @@ struct CompareStaircase {
 // A binary search in register-sized tables, for widths at which it beats arithmetic. Each of kBits comparisons halves
 // the codes that are left. The next threshold, and the final level, are looked up by the earlier outcomes: bit d of an
 // index is comparison d.
-template <class T, bool kCeil, int kBits>
+template <class T, Rounding R, int kBits>
 struct SearchStaircase {
   using Key = CompareKey<T>;
   using Element = typename Key::Element;
   using Index = typename Key::Index;
   static constexpr int kVecs = kBlock / Key::kCount;
+  static constexpr Rounding kRounding = R;
   static constexpr bool kFewInstructions = false;
   using Found = Index[kVecs];
   static constexpr int registers(int comparison) {
@@ -94,15 +96,13 @@ struct SearchStaircase {
     for (int i = 0; i < registers(comparison); ++i) to[i] = Key::load(entries + i * Key::kCount);
   }
 
-  CG_HD SearchStaircase(Rounding rounding, float alpha, float) {
-    constexpr Rounding kNearestOrCeil = kCeil ? Rounding::ceil : Rounding::nearest;
+  CG_HD SearchStaircase(float alpha, float) {
     Element all_codes[kTop + 1], all_thresholds[kTop + 1], all_levels[kTop + 1];
     for (int k = 0; k <= kTop; ++k) {
       all_codes[k] = static_cast<Element>(k);
-      all_thresholds[k] = compare_key_floor<T>(threshold<T, kNearestOrCeil>(float(k), alpha));
+      all_thresholds[k] = compare_key_floor<T>(threshold<T, R>(float(k), alpha));
       all_levels[k] = compare_key_floor<T>(level<T>(float(k), alpha));
     }
-    if (rounding == Rounding::hwgq) all_thresholds[1] = 0;
     for (int d = 0; d < kBits; ++d) fill(thresholds[d], d, all_thresholds + (1 << (kLast - d)));
     fill(codes, kLast, all_codes);
     fill(below, kLast, all_levels);
@@ -141,7 +141,7 @@ struct SearchStaircase {
       search<kCodes, kComparison + 1>(x, index, found, levels);
     } else {
       for (int i = 0; i < kVecs; ++i) {  // under ceil a threshold is the level below
-        const Key low = kCeil ? at[i] : Key::template look_up<kCount>(below, index[i]);
+        const Key low = R == Rounding::ceil ? at[i] : Key::template look_up<kCount>(below, index[i]);
         levels[i] = Key::select(greater[i], Key::template look_up<kCount>(above, index[i]), low);
         if constexpr (kCodes)
           found[i] = Key::raise(Key::whole(Key::template look_up<kCount>(codes, index[i])), greater[i], 1);
@@ -159,12 +159,13 @@ struct ArithmeticStaircase {
   using Key = CompareKey<T>;
   using F = decltype(Key().floats());
   static constexpr int kVecs = Key::kGroup, kStairs = kOneAlpha ? 1 : kVecs;
+  static constexpr Rounding kRounding = R;
   static constexpr bool kFewInstructions = false;
   using Found = typename Key::Index[kVecs];
   F alpha[kStairs], inverse[kStairs], q;
   Key highest[kStairs];
 
-  CG_HD ArithmeticStaircase(Rounding, float step, float top) : q(top) { make(F(step), F(reciprocal(step, R)), 0); }
+  CG_HD ArithmeticStaircase(float step, float top) : q(top) { make(F(step), F(reciprocal(step, R)), 0); }
   CG_HD ArithmeticStaircase(const float* alphas, const float* inverses, float top) : q(top) {
     for (int i = 0; i < kVecs; ++i) {
       const int at = i * Key::kCount;
