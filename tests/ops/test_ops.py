@@ -129,6 +129,9 @@ SAMPLES = {
     "qrelu_": lambda: qrelu_samples(inplace=True),
     "qrelu_custom": lambda: list(qrelu_samples())[::4],  # a built-in STE does as well
     "qrelu_custom_": lambda: list(qrelu_samples(inplace=True))[::4],
+    "qrelu_packed": lambda: list(qrelu_samples())[::4],
+    "qrelu_packed_": lambda: list(qrelu_samples(inplace=True))[::4],
+    "qrelu_forward_packed": lambda: list(saving_samples())[::4],
     "qrelu_linear": layer_samples,
     "qrelu_conv2d": lambda: layer_samples([2, 1], [1, 1], [1, 2], 2),
     "qrelu_forward": saving_samples,
@@ -154,6 +157,7 @@ def test_every_op_has_samples():
     assert defined - integer == set(SAMPLES)
 
 
+@pytest.mark.filterwarnings("ignore:packed_activations has no effect in a graph")  # where opcheck runs eager code
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(reference_or_native, name):
     op = getattr(torch.ops.coarsegrad, name).default
