@@ -52,7 +52,6 @@ __all__ = [
     "saved_scalar",
     "saved_tensor_hooks",
     "set_preserved",
-    "set_traced_inputs",
     "storage_id",
     "suggest_memory_format",
     "tree_flatten",
@@ -196,28 +195,21 @@ def is_recomputed(node: torch.fx.Node) -> bool:
     return node.meta.get("recompute") in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
 
 
-def keep_in_backward(node: torch.fx.Node) -> None:
-    """Forbid the cut of a joint graph to place a node in the forward and to save it."""
-    node.meta["partitioner_tag"] = "must_be_in_backward"
-
-
 def without_tracer(graph: torch.fx.Graph) -> torch.fx.Graph:
     """The graph without the tracer of torch.export, which cannot trace it again as it is unpickled."""
     graph._tracer_cls = None
     return graph
 
 
+def keep_in_backward(node: torch.fx.Node) -> None:
+    """Forbid the cut of a joint graph to place a node in the forward."""
+    node.meta["partitioner_tag"] = "must_be_in_backward"
+
+
 def set_preserved(module: torch.fx.GraphModule, name: str, value: object) -> None:
     """Set an attribute that copies of the module keep."""
     setattr(module, name, value)
     module.meta.setdefault("_user_preserved_attributes", {})[name] = value
-
-
-def set_traced_inputs(node: torch.fx.Node) -> None:
-    """Record a call's new arguments as those that it was traced with: Inductor calls an op with their strides."""
-    if "eager_input_vals" in node.meta:
-        values = tuple(a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in node.args)
-        node.meta["eager_input_vals"] = (values, {})
 
 
 # --------------------------------------------------------------------------------------- tensors

@@ -189,10 +189,24 @@ def test_frozen_layers_save_no_codes():
     assert kept_of(model, lambda: packed_forward(run, x)) == kept_of(model, lambda: run(x))
 
 
+def test_in_place_on_a_transposed_tensor():
+    """What was written to keeps its strides, which y has not: it is saved whole."""
+    x, weight = torch.randn(8, 6, requires_grad=True), torch.randn(48, requires_grad=True)
+
+    def function(x):
+        y = cg.qrelu((x * 1).t(), 0.3, 2, ste="relu", inplace=True)
+        return (y.t().view(-1) * weight).sum()
+
+    want = torch.autograd.grad(function(x), [x, weight])
+    with cg.packed_activations():
+        assert all(map(torch.equal, torch.autograd.grad(compiled(function)(x), [x, weight]), want))
+
+
 def test_checkpoint():
-    """What is computed again saves nothing."""
+    """What is computed again saves nothing, and is not rebuilt from codes on top of that."""
     model, x = build("mlp", ste="relu")
-    run = compiled(lambda x: checkpoint(model, x, use_reentrant=False))
+    recorded = torch._dynamo.testing.AotEagerAndRecordGraphs()
+    run = compiled(lambda x: checkpoint(model, x, use_reentrant=False), recorded)
     found = []
     for block in (None, cg.packed_activations()):
         model.zero_grad()
@@ -203,6 +217,8 @@ def test_checkpoint():
         found.append({name: p.grad.clone() for name, p in model.named_parameters()} | {"x": x.grad.clone()})
     assert_same(*found)
     assert kept_of(model, lambda: packed_forward(run, x)) == kept_of(model, lambda: run(x))
+    whole, packed = recorded.bw_graphs
+    assert "coarsegrad.dequantize" not in packed.code and "coarsegrad.qrelu_forward." in packed.code
 
 
 def test_output_of_the_graph():

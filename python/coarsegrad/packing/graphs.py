@@ -23,7 +23,6 @@ from .._torch_internals import (
     is_recomputed,
     is_tangent,
     keep_in_backward,
-    set_traced_inputs,
     suggest_memory_format,
 )
 from .._types import CODE_WIDTH, MASK_WIDTH, MaskKind, packed_bytes
@@ -157,7 +156,6 @@ class _Output:
             node.args = (*tensors, *Settings(*settings).reading_codes())
             grad_x, grad_alpha = node.meta["val"]
             node.meta["val"] = (grad_x, grad_alpha.new_empty(1))  # unused, but computed
-            set_traced_inputs(node)
         self._replace_saved(mask=MaskKind.nothing)
 
     def _replace_saved(self, mask: MaskKind | None = None, codes: bool = False) -> None:
