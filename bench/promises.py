@@ -143,8 +143,8 @@ PROMISES = (
 
 _AVX2 = (
     "W8A4 under AVX2, 128 rows: arithmetic is the limit. `vpmaddubsw` multiplies 32 codes by weights and adds pairs of"
-    " products in 16 bits, where sums stay for eight of them; weights are ordered so that a lane has one channel's, and"
-    " 22 instructions multiply 4 rows by 16 channels."
+    " products in 16 bits, where sums stay for up to eight of them; weights are ordered so that a lane has one"
+    " channel's."
 )
 
 
