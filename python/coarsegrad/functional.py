@@ -157,7 +157,7 @@ def qrelu(
         partial sums are added up first.
     alpha: the height and width of a stair, finite and > 0: a number, or a tensor of shape [1], or [C] with
         C = x.size(channel_dim), of any floating dtype, on x's device. An illegal value in a tensor is an error on a
-        CPU. On a GPU, where reading it would cost a sync, it makes the output NaN.
+        CPU. On a GPU, where reading it would cost a sync, and in code that Inductor fuses, it makes the output NaN.
     bits: 1..8.
     ste: the coarse gradient g', a name in `stes()`: "identity", "relu", "clipped_relu", "log_tailed_relu",
         "reverse_exponential", "reverse_exponential_step" (g' at the code instead of u: constant on each stair), or a
@@ -193,11 +193,12 @@ def qrelu(
             alpha_scale=alpha_scale, channel_dim=channel_dim, inplace=inplace,
         )  # fmt: skip
     alpha, options = _checked(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
-    if torch.compiler.is_compiling() and packs_graph():
+    compiling = torch.compiler.is_compiling()
+    if compiling and packs_graph():
         plain, in_place = _qrelu_packed, _qrelu_packed_
     elif ste not in BUILT_IN:
         plain, in_place = _qrelu_custom, _qrelu_custom_
-    elif _ops.native is None or torch.compiler.is_compiling():
+    elif compiling or _ops.native is None:
         plain, in_place = _qrelu, _qrelu_
     else:
         plain, in_place = _native_qrelu, _native_qrelu_
