@@ -89,3 +89,15 @@ def test_what_is_saved_is_made_by_the_op():
 def test_an_illegal_alpha_gives_nan(value):
     run = torch.compile(lambda x, alpha: cg.qrelu(x, alpha, 2), fullgraph=True)
     assert run(torch.randn(16), torch.tensor([value])).isnan().all()
+
+
+@pytest.mark.parametrize("integers", [False, True])
+def test_a_package_of_aotinductor(tmp_path, integers):
+    """2 bits are fused, 5 are a call of the op, and so are layers on codes."""
+    torch.manual_seed(0)
+    hidden = [part for bits in (2, 5) for part in (nn.Linear(16, 16), cg.QReLU(bits))]
+    model, x = nn.Sequential(*hidden, nn.Linear(16, 4)).eval(), torch.randn(8, 16)
+    model = cg.convert(model, (x,)) if integers else model
+    package = str(tmp_path / "model.pt2")
+    torch._inductor.aoti_compile_and_package(torch.export.export(model, (x,)), package_path=package)
+    torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), model(x))
