@@ -13,6 +13,9 @@ constexpr int64_t kWeightBlock = 32;  // bytes
 // An output pixel, or a row of a Linear's input, is a row of codes as long as a row of weights. Rows are cut into
 // groups of rows_per_task, and the channels of a group of the convolution into channels_per_task.
 struct IntegerShape {
+  static constexpr int64_t kStored = 16;  // channels whose outputs are computed at a time
+  static constexpr int64_t kMinOrderedRows = 8;
+
   int64_t rows, row_codes, padded_codes, code_stride, group_channels, row_tasks, channel_tasks;
 
   explicit IntegerShape(const IntegerLayer& a)
@@ -25,8 +28,13 @@ struct IntegerShape {
         channel_tasks(parts(group_channels, a.channels_per_task)) {}
 
   int64_t tasks(const IntegerLayer& a) const { return row_tasks * a.groups * channel_tasks; }
-  // Bytes that a thread needs.
+  // Bytes that a thread needs: thresholds first.
   int64_t scratch(const IntegerLayer& a) const;
+  // Of thresholds in the order in which channels are stored, if there are rows enough for it.
+  int64_t threshold_bytes(const IntegerLayer& a) const {
+    const bool ordered = a.thresholds && rows >= kMinOrderedRows;
+    return ordered ? a.levels * rounded(a.channels_per_task, kStored) * static_cast<int64_t>(sizeof(int32_t)) : 0;
+  }
 
   static int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
   static int64_t rounded(int64_t count, int64_t to) { return parts(count, to) * to; }
@@ -71,8 +79,9 @@ struct ColumnShape : IntegerShape {
 };
 
 inline int64_t IntegerShape::scratch(const IntegerLayer& a) const {
-  if (a.by_columns || a.depthwise) return ColumnShape(a).bytes;
-  return a.rows_per_task * (code_stride + a.channels_per_task * static_cast<int64_t>(sizeof(int32_t)));
+  if (a.by_columns || a.depthwise) return threshold_bytes(a) + ColumnShape(a).bytes;
+  const int64_t acc_stride = rounded(a.channels_per_task, kStored) * static_cast<int64_t>(sizeof(int32_t));
+  return threshold_bytes(a) + a.rows_per_task * (code_stride + acc_stride);
 }
 
 struct IntegerKernels {

@@ -114,6 +114,7 @@ void store_codes(const IntegerLayer& a, const int32_t* acc, int64_t first, int64
   }
 }
 
+// Of few rows, by thresholds as they lie.
 void store_codes_by_thresholds(const IntegerLayer& a, const int32_t* acc, int64_t first, int64_t count, uint8_t* out) {
   const int32_t* thresholds = a.thresholds + first * a.levels;
   for (int64_t i = 0; i < count; ++i, thresholds += a.levels) {
@@ -123,16 +124,53 @@ void store_codes_by_thresholds(const IntegerLayer& a, const int32_t* acc, int64_
   }
 }
 
-// The outputs of rows [row, row + rows) and some channels, from their sums.
-void store_rows(const IntegerLayer& a, const int32_t* acc, int64_t stride, int64_t row, int64_t rows, int64_t channel,
-                int64_t channels) {
-  for (int64_t r = 0; r < rows; ++r, acc += stride) {
-    const int64_t at = (row + r) * a.out_channels + channel;
-    if (!a.out_codes) store_floats(a, acc, channel, channels, a.out + at);
-    else if (a.thresholds) store_codes_by_thresholds(a, acc, channel, channels, a.out_codes + at);
-    else store_codes(a, acc, channel, channels, a.out_codes + at);
+// to[channels / kStored, levels, kStored]
+void order_thresholds(const IntegerLayer& a, int64_t first, int64_t channels, int32_t* to) {
+  constexpr int64_t kStored = IntegerShape::kStored;
+  for (int64_t c = 0; c < IntegerShape::rounded(channels, kStored); ++c) {
+    const int32_t* from = a.thresholds + (first + std::min(c, channels - 1)) * a.levels;
+    int32_t* column = to + c / kStored * kStored * a.levels + c % kStored;
+    for (int k = 0; k < a.levels; ++k) column[k * kStored] = from[k];
   }
 }
+
+// The sums after `count` are read as well, up to a multiple of kStored.
+void store_codes_by_ordered(const int32_t* thresholds, int levels, const int32_t* acc, int64_t count, uint8_t* out) {
+  constexpr int kStored = IntegerShape::kStored;
+  for (int64_t i = 0; i < count; i += kStored) {
+    int32_t code[kStored] = {};
+    for (int k = 0; k < levels; ++k, thresholds += kStored) {
+      for (int j = 0; j < kStored; ++j) code[j] += acc[i + j] >= thresholds[j];
+    }
+    uint8_t bytes[kStored];
+    for (int j = 0; j < kStored; ++j) bytes[j] = static_cast<uint8_t>(code[j]);
+    copy_codes(out + i, bytes, std::min<int64_t>(kStored, count - i));
+  }
+}
+
+// The outputs of a thread's tasks. room: for the thresholds of a task's channels.
+class Outputs {
+ public:
+  Outputs(const IntegerLayer& a, const IntegerShape& shape, uint8_t* room)
+      : a_(a), ordered_(shape.threshold_bytes(a) > 0 ? reinterpret_cast<int32_t*>(room) : nullptr) {}
+
+  // Of rows [row, row + rows) and some channels, from their sums; stride is a multiple of kStored.
+  void store(const int32_t* acc, int64_t stride, int64_t row, int64_t rows, int64_t channel, int64_t channels) {
+    if (ordered_ && channel != first_) order_thresholds(a_, first_ = channel, channels, ordered_);
+    for (int64_t r = 0; r < rows; ++r, acc += stride) {
+      const int64_t at = (row + r) * a_.out_channels + channel;
+      if (!a_.out_codes) store_floats(a_, acc, channel, channels, a_.out + at);
+      else if (ordered_) store_codes_by_ordered(ordered_, a_.levels, acc, channels, a_.out_codes + at);
+      else if (a_.thresholds) store_codes_by_thresholds(a_, acc, channel, channels, a_.out_codes + at);
+      else store_codes(a_, acc, channel, channels, a_.out_codes + at);
+    }
+  }
+
+ private:
+  const IntegerLayer& a_;
+  int32_t* const ordered_;
+  int64_t first_ = -1;  // the channel with which those in order begin
+};
 
 // body(row, rows, group, channel, channels, block) for each task; those in turn have the same channels, the block-th.
 template <class Body>
@@ -148,7 +186,8 @@ void for_each_task(const IntegerLayer& a, const IntegerShape& shape, int64_t beg
 void layer_by_rows(const IntegerLayer& a, int64_t begin, int64_t end, uint8_t* scratch) {
   const IntegerShape shape(a);
   const bool in_place = rows_in_place(a, shape);
-  uint8_t* const gathered = scratch;
+  Outputs outputs(a, shape, scratch);
+  uint8_t* const gathered = scratch += shape.threshold_bytes(a);
   int32_t* const acc = reinterpret_cast<int32_t*>(scratch + a.rows_per_task * shape.code_stride);
   for (int64_t r = 0; r < a.rows_per_task && !in_place; ++r) {
     memset(gathered + r * shape.code_stride + shape.row_codes, 0, shape.padded_codes - shape.row_codes);
@@ -156,7 +195,8 @@ void layer_by_rows(const IntegerLayer& a, int64_t begin, int64_t end, uint8_t* s
   for_each_task(a, shape, begin, end,
                 [&](int64_t row, int64_t rows, int64_t group, int64_t channel, int64_t channels, int64_t) {
                   if (!in_place) gather_rows(a, shape, row, rows, group, gathered);
-                  memset(acc, 0, rows * channels * sizeof(int32_t));
+                  const int64_t stride = IntegerShape::rounded(channels, IntegerShape::kStored);
+                  memset(acc, 0, rows * stride * sizeof(int32_t));
                   const DotPanel panel{in_place ? a.codes + row * shape.row_codes : gathered,
                                        in_place ? shape.padded_codes : shape.code_stride,
                                        rows,
@@ -166,9 +206,9 @@ void layer_by_rows(const IntegerLayer& a, int64_t begin, int64_t end, uint8_t* s
                                        channels,
                                        0,
                                        acc,
-                                       channels};
+                                       stride};
                   with_width(a.weight_bits, [&](auto bits) { multiply<bits.value>(panel, shape.padded_codes); });
-                  store_rows(a, acc, channels, row, rows, channel, channels);
+                  outputs.store(acc, stride, row, rows, channel, channels);
                 });
 }
 
@@ -204,6 +244,8 @@ void point_rows(const IntegerLayer& a, const ColumnShape& shape, int64_t first, 
 template <class Set>
 void layer_by_columns(const IntegerLayer& a, int64_t begin, int64_t end, uint8_t* scratch) {
   const ColumnShape shape(a);
+  Outputs outputs(a, shape, scratch);
+  scratch += shape.threshold_bytes(a);
   const uint8_t** const row_codes = reinterpret_cast<const uint8_t**>(scratch);
   int32_t* const acc = reinterpret_cast<int32_t*>(scratch + shape.acc);
   int64_t ordered = -1;  // the block of channels whose weights are
@@ -218,7 +260,7 @@ void layer_by_columns(const IntegerLayer& a, int64_t begin, int64_t end, uint8_t
                   const int64_t stride = IntegerShape::rounded(channels, Set::kChannels);
                   memset(acc, 0, rows * stride * sizeof(int32_t));
                   Set::dot(a, shape, row_codes, rows, scratch + shape.weights, channels, acc, stride);
-                  store_rows(a, acc, stride, row, rows, channel, channels);
+                  outputs.store(acc, stride, row, rows, channel, channels);
                 });
 }
 
