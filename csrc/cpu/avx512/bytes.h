@@ -23,7 +23,25 @@ CG_HD Register join_halves(HalfRegister low, HalfRegister high) {
 CG_HD Register load_lower_half(const void* p) { return _mm512_zextsi256_si512(load_half(p)); }
 // The sum of the 32-bit lanes of each register.
 CG_HD void sum_int32(const Register* v, int count, int32_t* sums) {
-  for (int i = 0; i < count; ++i) sums[i] = _mm512_reduce_add_epi32(v[i]);
+  const auto add = [](Register a, Register b) { return _mm512_add_epi32(a, b); };
+  const int fours = count / 4 * 4;
+  for (int i = 0; i < fours; i += 16) {  // up to 16 at a time: each step adds pairs of lanes
+    Register four[4] = {};
+    for (int j = 0; j < 4 && i + 4 * j < fours; ++j) {
+      Register two[2];
+      for (int k = 0; k < 2; ++k) {
+        const Register a = v[i + 4 * j + 2 * k], b = v[i + 4 * j + 2 * k + 1];
+        two[k] = add(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+      }
+      four[j] = add(_mm512_unpacklo_epi64(two[0], two[1]), _mm512_unpackhi_epi64(two[0], two[1]));
+    }
+    const auto halves = [&](Register a, Register b) {
+      return add(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+    };
+    const Register all = halves(halves(four[0], four[1]), halves(four[2], four[3]));
+    memcpy(sums + i, &all, (fours - i < 16 ? fours - i : 16) * sizeof(int32_t));
+  }
+  for (int i = fours; i < count; ++i) sums[i] = _mm512_reduce_add_epi32(v[i]);
 }
 // A 16 x 16 matrix of 32-bit numbers, transposed.
 CG_HD void transpose(Register (&v)[16]) {
