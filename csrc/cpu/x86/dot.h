@@ -54,16 +54,31 @@ CG_HD void add_products(const DotPanel& a, const uint8_t* codes, const uint8_t* 
   });
 }
 
+// Weights to prefetch while a tile is multiplied: of some rows, at each block a line or a part of one. The hardware
+// would not find the next rows, and asked for all at once they would keep codes waiting.
+struct Ahead {
+  const uint8_t* from;
+  int64_t rows, block_bytes;
+};
+
+CG_HD void prefetch(const Ahead& ahead, int64_t stride, int64_t block) {
+  constexpr int kToL2 = 2;
+  const uint8_t* from = ahead.from + block * ahead.block_bytes;
+  for (int64_t i = 0; i < ahead.rows; ++i, from += stride) __builtin_prefetch(from, 0, kToL2);
+}
+
 // at_once: the blocks whose products are added up before they are widened, if Products do that.
 template <class Products, int kWeightBits, int kRows, int kChannels>
 __attribute__((noinline)) void dot_tile(const DotPanel& a, int64_t at_once, const uint8_t* codes,
-                                        const uint8_t* weights, int32_t* acc) {
+                                        const uint8_t* weights, const Ahead& ahead, int32_t* acc) {
   constexpr int64_t kCodes = kWeightBlock * kPlanes<kWeightBits>;
   const int64_t blocks = a.blocks / kBlocks * kBlocks;
-  Register sums[kRows][kChannels] = {};
+  Register sums[kRows][kChannels];
+  for (auto& row : sums) std::fill(row, row + kChannels, Register{});  // "= {}" would be a slow rep stos
   const auto run = [&]<bool kWhole>(int64_t block, int64_t end) __attribute__((always_inline)) {
     const auto add_to = [&](auto& to) __attribute__((always_inline)) {
       for (; block < end; block += kBlocks) {
+        prefetch(ahead, a.weight_stride, block);
         add_products<Products, kWeightBits, kWhole>(a, codes + block * kCodes, weights + block * kWeightBlock, to);
       }
     };
@@ -92,23 +107,24 @@ __attribute__((noinline)) void dot_tile(const DotPanel& a, int64_t at_once, cons
   }
 }
 
-// Part `part` of `parts` of these bytes. Rows of weights are too short for the hardware to prefetch the next ones.
-CG_HD void prefetch_part(const uint8_t* from, int64_t bytes, int64_t part, int64_t parts) {
-  constexpr int64_t kLine = 64;
-  const int64_t each = (bytes + parts * kLine - 1) / (parts * kLine) * kLine;
-  for (int64_t i = part * each; i < std::min((part + 1) * each, bytes); i += kLine) __builtin_prefetch(from + i);
+// The part of the `next` rows of weights that tile `tile` of `tiles` prefetches.
+CG_HD Ahead part_ahead(const DotPanel& a, const uint8_t* weights, int64_t next, int64_t tile, int64_t tiles) {
+  const int64_t sharing = std::max<int64_t>(1, tiles / std::max<int64_t>(1, next)), rows = (next + tiles - 1) / tiles;
+  const int64_t first = tile / sharing * rows, block_bytes = kWeightBlock / sharing;
+  return {weights + first * a.weight_stride + tile % sharing * a.blocks * block_bytes,
+          std::clamp<int64_t>(next - first, 0, rows), block_bytes};
 }
 
-// Rows [row, a.rows) times kChannels channels; the weights of the next ones are prefetched meanwhile.
+// Rows [row, a.rows) times kChannels channels.
 template <class Products, int kWeightBits, int kChannels, int kRows>
 CG_HD void dot_rows(const DotPanel& a, int64_t at_once, int64_t channel, int64_t row = 0) {
-  const uint8_t* weights = a.weights + channel * a.weight_stride;
-  const int64_t next = std::min<int64_t>(kChannels, a.channels - channel - kChannels), parts = (a.rows + 3) / 4;
+  const uint8_t *const weights = a.weights + channel * a.weight_stride, *const end =
+                                                                            weights + kChannels * a.weight_stride;
+  const int64_t next = std::min<int64_t>(kChannels, a.channels - channel - kChannels);
+  const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows;
   for (; row + kRows <= a.rows; row += kRows) {
-    for (int64_t c = 0; c < next; ++c) {
-      prefetch_part(weights + (kChannels + c) * a.weight_stride, a.blocks * kWeightBlock, row / 4, parts);
-    }
     dot_tile<Products, kWeightBits, kRows, kChannels>(a, at_once, a.codes + row * a.code_stride, weights,
+                                                      part_ahead(a, end, next, row / kTileRows, tiles),
                                                       a.acc + row * a.acc_stride + channel);
   }
   if constexpr (kRows > 1) {
