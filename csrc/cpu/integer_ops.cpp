@@ -13,6 +13,7 @@
 #include "../register.h"
 #include "integer.h"
 #include "isa.h"
+#include "transpose_bytes.h"
 
 namespace cg {
 namespace {
@@ -27,6 +28,8 @@ constexpr int64_t kColumnRowsPerTask = 64, kMinColumnRows = 48;
 constexpr int64_t kDepthwiseSumsPerTask = 16 << 10;
 // Products of a byte each that a thread takes at least.
 constexpr int64_t kGrain = int64_t{1} << 20;
+// The same of codes that are copied or converted.
+constexpr int64_t kCopyGrain = int64_t{1} << 15;
 
 void check_dtype(const char* name, const Tensor& t, at::ScalarType dtype) {
   TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " must be torch.", c10::getDtypeNames(dtype).first, ", got torch.",
@@ -34,6 +37,26 @@ void check_dtype(const char* name, const Tensor& t, at::ScalarType dtype) {
 }
 void check_shape(const char* name, const Tensor& t, at::IntArrayRef shape) {
   TORCH_CHECK_VALUE(t.sizes() == shape, name, " must have shape ", shape, ", got ", t.sizes());
+}
+
+// codes in a memory format. Between channels first and last torch's own copy takes as long as a layer.
+Tensor in_format(const Tensor& codes, at::MemoryFormat format) {
+  const bool to_last = format == at::MemoryFormat::ChannelsLast;
+  const at::MemoryFormat other = to_last ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
+  if (codes.dim() != 4 || codes.is_contiguous(format) || !codes.is_contiguous(other)) return codes.contiguous(format);
+  const int64_t pixels = codes.size(2) * codes.size(3), rows = to_last ? codes.size(1) : pixels;
+  const int64_t columns = to_last ? pixels : codes.size(1), blocks = IntegerShape::parts(rows, kByteBlock);
+  Tensor out = at::detail::empty_cpu(codes.sizes(), at::kByte, /*pin_memory=*/false, format);
+  const uint8_t* from = codes.const_data_ptr<uint8_t>();
+  uint8_t* to = out.mutable_data_ptr<uint8_t>();
+  at::parallel_for(0, codes.size(0) * blocks, 1 + kCopyGrain / (kByteBlock * (columns + 1)),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t i = begin; i < end; ++i) {
+                       const int64_t image = i / blocks * rows * columns;
+                       transpose_rows(from + image, rows, columns, i % blocks * kByteBlock, to + image);
+                     }
+                   });
+  return out;
 }
 
 // What all layers are given. Fields of IntegerLayer that point into tensors point into those here, made contiguous.
@@ -113,7 +136,7 @@ struct Layer {
       args.rows_per_task = line <= kColumnRowsPerTask
                                ? std::min(rows, kColumnRowsPerTask / line * line)
                                : IntegerShape::parts(line, IntegerShape::parts(line, kColumnRowsPerTask));
-      row_bytes = IntegerShape(args).row_codes, unit = ColumnShape::kMaxChannels;
+      row_bytes = args.channels / args.groups * args.kernel[0] * args.kernel[1], unit = ColumnShape::kMaxChannels;
     }
     // Channels are divided where there are too few rows for all threads.
     const int64_t parts =
@@ -164,7 +187,7 @@ Tensor conv2d(const Tensor& codes, const Tensor& weight, int64_t bits, int64_t w
                         weight.size(0) % window.groups == 0,
                     "groups must divide the channels of codes, ", codes.size(1), ", and of weight, ",
                     weight.dim() == 2 ? weight.size(0) : 0, ", got ", window.groups);
-  layer.codes = codes.contiguous(at::MemoryFormat::ChannelsLast);
+  layer.codes = in_format(codes, at::MemoryFormat::ChannelsLast);
   a.images = codes.size(0), a.channels = codes.size(1), a.groups = window.groups;
   for (int i = 0; i < 2; ++i) {
     a.size[i] = codes.size(2 + i);
@@ -175,6 +198,20 @@ Tensor conv2d(const Tensor& codes, const Tensor& weight, int64_t bits, int64_t w
   TORCH_CHECK_VALUE(a.out_size[0] > 0 && a.out_size[1] > 0, "kernel_size must be at most the padded input, got ",
                     window.kernel_size, " for ", codes.sizes());
   return layer.run({a.images, weight.size(0), a.out_size[0], a.out_size[1]}, at::MemoryFormat::ChannelsLast);
+}
+
+Tensor integer_dequantize(const Tensor& codes, double step, bool contiguous) {
+  check_dtype("codes", codes, at::kByte);
+  const at::MemoryFormat format = contiguous ? at::MemoryFormat::Contiguous : codes.suggest_memory_format();
+  const Tensor dense = in_format(codes, format);
+  Tensor out = at::detail::empty_cpu(dense.sizes(), at::kFloat, /*pin_memory=*/false, format);
+  const uint8_t* from = dense.const_data_ptr<uint8_t>();
+  float* to = out.mutable_data_ptr<float>();
+  const float factor = static_cast<float>(step);
+  at::parallel_for(0, dense.numel(), kCopyGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) to[i] = static_cast<float>(from[i]) * factor;
+  });
+  return out;
 }
 
 Tensor integer_linear(const Tensor& codes, const Tensor& weight, int64_t bits, int64_t weight_bits, const Tensor& scale,
@@ -202,6 +239,7 @@ Tensor integer_conv2d_float(const Tensor& codes, const Tensor& weight, int64_t b
 }  // namespace
 
 void register_integer_cpu(torch::Library& library) {
+  library.impl("integer_dequantize", integer_dequantize);
   library.impl("integer_linear", integer_linear);
   library.impl("integer_linear_float", integer_linear_float);
   library.impl("integer_conv2d", integer_conv2d);

@@ -77,6 +77,8 @@ _SCHEMAS = (
     f" bool[3] output_mask, {_CONV}) -> (Tensor grad_y, Tensor grad_weight, Tensor grad_bias)",
     # Layers on codes: integer/ops.py.
     "integer_quantize(Tensor x, Tensor alpha, int bits, int rounding, int? channel_dim) -> Tensor",
+    # step * codes in float32; contiguous, or in the memory format of codes.
+    "integer_dequantize(Tensor codes, float step, bool contiguous) -> Tensor",
     f"integer_linear({_INTEGER_LAYER}, {_STAIRCASE}) -> Tensor",
     f"integer_linear_float({_INTEGER_LAYER}) -> Tensor",
     f"integer_conv2d({_INTEGER_LAYER}, {_STAIRCASE}, {_WINDOW}) -> Tensor",

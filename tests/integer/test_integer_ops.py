@@ -194,6 +194,25 @@ def test_quantize_has_the_memory_format_of_x():
         assert torch.equal(got.long(), oracle.codes(x, torch.tensor([0.4]), 3, "ceil"))
 
 
+# Sizes around the blocks in which bytes are transposed.
+@pytest.mark.parametrize(
+    "shape", ((2, 3, 4, 5), (2, 16, 4, 4), (1, 17, 5, 7), (3, 40, 9, 11), (2, 33, 1, 20), (0, 20, 5, 5))
+)
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last), ids=str)
+def test_layouts_of_codes(shape, memory_format):
+    g = generator(shape)
+    codes = random_codes(shape, 8, g).contiguous(memory_format=memory_format)
+    for view in (codes, codes.transpose(2, 3), codes[:, 1:]):
+        got = ops.integer_dequantize(view, 0.3, True)
+        assert got.is_contiguous() and torch.equal(got, view.float() * 0.3)
+        assert torch.equal(ops.integer_dequantize(view, 0.3, False), view.float() * 0.3)
+        weights = integer_oracle.random_weights((3, view.size(1), 1, 1), 8, g)
+        layer = integer_oracle.packed(weights, 8), 8, 8, torch.ones(3), torch.zeros(3)
+        got = ops.integer_conv2d_float(view, *layer, [1, 1], [1, 1], [0, 0], [1, 1], 1)
+        wanted = torch.einsum("nchw,oc->nohw", view.double(), weights.flatten(1).double())
+        assert torch.equal(got.double(), wanted)
+
+
 def samples(name):
     g = generator(name)
     scale, offset = torch.rand(6, generator=g), torch.rand(6, generator=g)
@@ -206,6 +225,11 @@ def samples(name):
             Rounding.ceil,
             1,
         )
+        return
+    if name == "integer_dequantize":
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            for contiguous in (False, True):
+                yield (random_codes((2, 4, 5, 6), 3, g).contiguous(memory_format=memory_format), 0.3, contiguous)
         return
     thresholds = torch.arange(18, dtype=torch.int32).view(6, 3)
     for weight_bits, staircase in ((8, (None, 3)), (2, (thresholds, 3))):

@@ -16,6 +16,10 @@ def check_weight_bits(weight_bits: int) -> None:
         raise ValueError(f"weight_bits must be one of {', '.join(map(str, WEIGHT_BITS))}, got {weight_bits!r}")
 
 
+def check_codes(codes: Tensor) -> None:
+    _check_tensor("codes", codes, torch.uint8)
+
+
 def check_linear(
     codes: Tensor,
     weight: Tensor,
@@ -79,7 +83,7 @@ def _check_layer(
 ) -> None:
     check_bits(bits)
     check_weight_bits(weight_bits)
-    _check_tensor("codes", codes, torch.uint8)
+    check_codes(codes)
     _check_tensor("weight", weight, torch.uint8)
     size = row_bytes(count, weight_bits)
     if weight.dim() != 2 or weight.size(1) != size:

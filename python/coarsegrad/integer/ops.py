@@ -17,13 +17,14 @@ from .._checks import check_arguments
 from .._torch_internals import has_kernel, suggest_memory_format
 from .._types import Rounding, parse
 from . import reference
-from .checks import check_conv2d, check_linear
+from .checks import check_codes, check_conv2d, check_linear
 
 ops = _ops.ops
 KERNELS = {
     name: getattr(reference, name)
     for name in (
-        "integer_quantize", "integer_linear", "integer_linear_float", "integer_conv2d", "integer_conv2d_float",
+        "integer_quantize", "integer_dequantize",
+        "integer_linear", "integer_linear_float", "integer_conv2d", "integer_conv2d_float",
     )
 }  # fmt: skip
 
@@ -41,6 +42,13 @@ def _(x, alpha, bits, rounding, channel_dim):
     parse("rounding", rounding, Rounding)
     check_arguments(x, alpha, bits, channel_dim)
     return torch.empty_like(x, dtype=torch.uint8, memory_format=suggest_memory_format(x))
+
+
+@_fake("integer_dequantize")
+def _(codes, step, contiguous):
+    check_codes(codes)
+    memory_format = torch.contiguous_format if contiguous else suggest_memory_format(codes)
+    return torch.empty_like(codes, dtype=torch.float32, memory_format=memory_format)
 
 
 @_fake("integer_linear")

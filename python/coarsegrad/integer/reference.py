@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import reference
 from .._torch_internals import suggest_memory_format
-from .checks import check_conv2d, check_linear
+from .checks import check_codes, check_conv2d, check_linear
 from .weights import unpack_weights
 
 
@@ -25,6 +25,13 @@ def integer_quantize(x: Tensor, alpha: Tensor, bits: int, rounding: int, channel
     alpha = reference.checked_values(alpha, reference.wide_dtype(x.dtype))
     out = torch.empty_like(x, dtype=torch.uint8, memory_format=suggest_memory_format(x))
     return out.copy_(reference._codes(x, alpha, bits, rounding, channel_dim))
+
+
+def integer_dequantize(codes: Tensor, step: float, contiguous: bool) -> Tensor:
+    """step * codes in float32, contiguous or in the memory format of codes."""
+    check_codes(codes)
+    memory_format = torch.contiguous_format if contiguous else suggest_memory_format(codes)
+    return (codes.to(torch.float32) * step).contiguous(memory_format=memory_format)
 
 
 def integer_linear(

@@ -258,10 +258,15 @@ class Rewriting:
 
     def _dequantize(self, node: Node) -> None:
         """Put step * code in the place of a node, as qrelu rounds it."""
-        wide = wide_dtype(node.meta["val"].dtype)
+        wanted = node.meta["val"]
+        wide = wide_dtype(wanted.dtype)
         with self._graph.inserting_before(node):
-            codes = self._call(aten.to.dtype, self._code_nodes[node], wide)
-            levels = self._floats(self._call(aten.mul.Tensor, codes, self._factor(node, wide)), wide, node)
+            codes, factor = self._code_nodes[node], self._factor(node, wide)
+            if wide == torch.float32 and isinstance(factor, float):
+                levels = self._call(ops.integer_dequantize.default, codes, factor, wanted.is_contiguous())
+            else:
+                levels = self._call(aten.mul.Tensor, self._call(aten.to.dtype, codes, wide), factor)
+            levels = self._floats(levels, wide, node)
         node.replace_all_uses_with(levels)
         self._graph.erase_node(node)
 

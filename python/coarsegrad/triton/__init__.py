@@ -1,6 +1,13 @@
 """The ops in Triton, for GPUs that the native library does not serve. Only this package imports triton."""
 
-from .layers import integer_conv2d, integer_conv2d_float, integer_linear, integer_linear_float, integer_quantize
+from .layers import (
+    integer_conv2d,
+    integer_conv2d_float,
+    integer_dequantize,
+    integer_linear,
+    integer_linear_float,
+    integer_quantize,
+)
 from .qrelu import backward_from_slopes, dequantize, qrelu_backward, qrelu_codes, qrelu_forward, qrelu_forward_
 
 __all__ = [
@@ -8,6 +15,7 @@ __all__ = [
     "dequantize",
     "integer_conv2d",
     "integer_conv2d_float",
+    "integer_dequantize",
     "integer_linear",
     "integer_linear_float",
     "integer_quantize",

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from .._torch_internals import suggest_memory_format
-from ..integer import check_conv2d, check_linear
+from ..integer import KERNELS, check_conv2d, check_linear
 from . import layer_kernels
 from .qrelu import OPTIONS, byte_codes, on_device
 
@@ -20,6 +20,10 @@ _LARGE_TILE, _SMALL_TILE = (128, 64, 64), (64, 64, 32)
 def integer_quantize(x: Tensor, alpha: Tensor, bits: int, rounding: int, channel_dim: int | None) -> Tensor:
     dense = x.contiguous(memory_format=suggest_memory_format(x))
     return byte_codes(dense, alpha, bits, rounding, channel_dim)
+
+
+def integer_dequantize(codes: Tensor, step: float, contiguous: bool) -> Tensor:
+    return KERNELS["integer_dequantize"](codes, step, contiguous)  # torch's own kernels are as fast
 
 
 def integer_linear(
