@@ -28,12 +28,13 @@ struct IntegerShape {
         channel_tasks(parts(group_channels, a.channels_per_task)) {}
 
   int64_t tasks(const IntegerLayer& a) const { return row_tasks * a.groups * channel_tasks; }
-  // Bytes that a thread needs: thresholds first.
+  // Bytes that a thread needs: for the numbers that its outputs take first.
   int64_t scratch(const IntegerLayer& a) const;
-  // Of thresholds in the order in which channels are stored, if there are rows enough for it.
-  int64_t threshold_bytes(const IntegerLayer& a) const {
-    const bool ordered = a.thresholds && rows >= kMinOrderedRows;
-    return ordered ? a.levels * rounded(a.channels_per_task, kStored) * static_cast<int64_t>(sizeof(int32_t)) : 0;
+  // Thresholds are put in the order in which channels are stored if there are rows enough for it.
+  bool orders_thresholds(const IntegerLayer& a) const { return a.thresholds && rows >= kMinOrderedRows; }
+  int64_t output_bytes(const IntegerLayer& a) const {
+    const int64_t numbers = orders_thresholds(a) ? a.levels : a.thresholds ? 0 : 2;
+    return numbers * rounded(a.channels_per_task, kStored) * static_cast<int64_t>(sizeof(int32_t));
   }
 
   static int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
@@ -79,9 +80,9 @@ struct ColumnShape : IntegerShape {
 };
 
 inline int64_t IntegerShape::scratch(const IntegerLayer& a) const {
-  if (a.by_columns || a.depthwise) return threshold_bytes(a) + ColumnShape(a).bytes;
+  if (a.by_columns || a.depthwise) return output_bytes(a) + ColumnShape(a).bytes;
   const int64_t acc_stride = rounded(a.channels_per_task, kStored) * static_cast<int64_t>(sizeof(int32_t));
-  return threshold_bytes(a) + a.rows_per_task * (code_stride + acc_stride);
+  return output_bytes(a) + a.rows_per_task * (code_stride + acc_stride);
 }
 
 struct IntegerKernels {

@@ -99,21 +99,6 @@ void multiply(DotPanel panel, int64_t codes) {
   }
 }
 
-// Compilers vectorize the loops below.
-void store_floats(const IntegerLayer& a, const int32_t* acc, int64_t first, int64_t count, float* out) {
-  const float *scale = a.scale + first, *offset = a.offset + first;
-  for (int64_t i = 0; i < count; ++i) out[i] = mul(static_cast<float>(acc[i]), scale[i]) + offset[i];
-}
-
-void store_codes(const IntegerLayer& a, const int32_t* acc, int64_t first, int64_t count, uint8_t* out) {
-  const float *scale = a.scale + first, *offset = a.offset + first;
-  const float levels = static_cast<float>(a.levels);
-  for (int64_t i = 0; i < count; ++i) {
-    const float code = ceil(mul(static_cast<float>(acc[i]), scale[i]) + offset[i]);
-    out[i] = static_cast<uint8_t>(static_cast<int32_t>(min_of(max_of(code, 0.0f), levels)));
-  }
-}
-
 // Of few rows, by thresholds as they lie.
 void store_codes_by_thresholds(const IntegerLayer& a, const int32_t* acc, int64_t first, int64_t count, uint8_t* out) {
   const int32_t* thresholds = a.thresholds + first * a.levels;
@@ -124,52 +109,88 @@ void store_codes_by_thresholds(const IntegerLayer& a, const int32_t* acc, int64_
   }
 }
 
-// to[channels / kStored, levels, kStored]
-void order_thresholds(const IntegerLayer& a, int64_t first, int64_t channels, int32_t* to) {
+// body(i, v) sets v to the outputs of kStored channels, the i-th and the next, in a loop that compilers vectorize.
+template <class T, class Body>
+CG_HD void store_outputs(int64_t count, T* out, const Body& body) {
   constexpr int64_t kStored = IntegerShape::kStored;
-  for (int64_t c = 0; c < IntegerShape::rounded(channels, kStored); ++c) {
-    const int32_t* from = a.thresholds + (first + std::min(c, channels - 1)) * a.levels;
-    int32_t* column = to + c / kStored * kStored * a.levels + c % kStored;
-    for (int k = 0; k < a.levels; ++k) column[k * kStored] = from[k];
-  }
-}
-
-// The sums after `count` are read as well, up to a multiple of kStored.
-void store_codes_by_ordered(const int32_t* thresholds, int levels, const int32_t* acc, int64_t count, uint8_t* out) {
-  constexpr int kStored = IntegerShape::kStored;
   for (int64_t i = 0; i < count; i += kStored) {
-    int32_t code[kStored] = {};
-    for (int k = 0; k < levels; ++k, thresholds += kStored) {
-      for (int j = 0; j < kStored; ++j) code[j] += acc[i + j] >= thresholds[j];
-    }
-    uint8_t bytes[kStored];
-    for (int j = 0; j < kStored; ++j) bytes[j] = static_cast<uint8_t>(code[j]);
-    copy_codes(out + i, bytes, std::min<int64_t>(kStored, count - i));
+    T v[kStored];
+    body(i, v);
+    copy_codes(reinterpret_cast<uint8_t*>(out + i), reinterpret_cast<const uint8_t*>(v),
+               std::min(kStored, count - i) * static_cast<int64_t>(sizeof(T)));
   }
 }
 
-// The outputs of a thread's tasks. room: for the thresholds of a task's channels.
+// The outputs of a thread's tasks, from sums. The numbers that they take are copied, so that all loops over channels
+// are equally long: room has output_bytes for them.
 class Outputs {
  public:
   Outputs(const IntegerLayer& a, const IntegerShape& shape, uint8_t* room)
-      : a_(a), ordered_(shape.threshold_bytes(a) > 0 ? reinterpret_cast<int32_t*>(room) : nullptr) {}
+      : a_(a),
+        ordered_(shape.orders_thresholds(a)),
+        thresholds_(reinterpret_cast<int32_t*>(room)),
+        scale_(reinterpret_cast<float*>(room)),
+        offset_(scale_ + IntegerShape::rounded(a.channels_per_task, kStored)) {}
 
-  // Of rows [row, row + rows) and some channels, from their sums; stride is a multiple of kStored.
+  // Of rows [row, row + rows) and some channels. Each row of acc has a multiple of kStored sums.
   void store(const int32_t* acc, int64_t stride, int64_t row, int64_t rows, int64_t channel, int64_t channels) {
-    if (ordered_ && channel != first_) order_thresholds(a_, first_ = channel, channels, ordered_);
+    if (channel != first_) order(first_ = channel, channels);
     for (int64_t r = 0; r < rows; ++r, acc += stride) {
       const int64_t at = (row + r) * a_.out_channels + channel;
-      if (!a_.out_codes) store_floats(a_, acc, channel, channels, a_.out + at);
-      else if (ordered_) store_codes_by_ordered(ordered_, a_.levels, acc, channels, a_.out_codes + at);
+      if (!a_.out_codes) floats(acc, channels, a_.out + at);
+      else if (ordered_) codes_by_thresholds(acc, channels, a_.out_codes + at);
       else if (a_.thresholds) store_codes_by_thresholds(a_, acc, channel, channels, a_.out_codes + at);
-      else store_codes(a_, acc, channel, channels, a_.out_codes + at);
+      else codes(acc, channels, a_.out_codes + at);
     }
   }
 
  private:
+  static constexpr int kStored = IntegerShape::kStored;
+
+  void order(int64_t first, int64_t channels) {
+    for (int64_t c = 0; c < IntegerShape::rounded(channels, kStored); ++c) {
+      const int64_t from = first + std::min(c, channels - 1);
+      if (ordered_) {  // [channels / kStored, levels, kStored]
+        int32_t* const to = thresholds_ + c / kStored * kStored * a_.levels + c % kStored;
+        for (int k = 0; k < a_.levels; ++k) to[k * kStored] = a_.thresholds[from * a_.levels + k];
+      } else if (!a_.thresholds) {
+        scale_[c] = a_.scale[from], offset_[c] = a_.offset[from];
+      }
+    }
+  }
+
+  float affine(const int32_t* acc, int64_t i) const { return mul(static_cast<float>(acc[i]), scale_[i]) + offset_[i]; }
+  void floats(const int32_t* acc, int64_t count, float* out) const {
+    store_outputs(count, out, [&](int64_t i, float (&v)[kStored]) __attribute__((always_inline)) {
+      for (int j = 0; j < kStored; ++j) v[j] = affine(acc, i + j);
+    });
+  }
+  void codes(const int32_t* acc, int64_t count, uint8_t* out) const {
+    const float levels = static_cast<float>(a_.levels);
+    store_outputs(count, out, [&](int64_t i, uint8_t (&v)[kStored]) __attribute__((always_inline)) {
+      int32_t code[kStored];
+      for (int j = 0; j < kStored; ++j) {
+        code[j] = static_cast<int32_t>(min_of(max_of(ceil(affine(acc, i + j)), 0.0f), levels));
+      }
+      for (int j = 0; j < kStored; ++j) v[j] = static_cast<uint8_t>(code[j]);
+    });
+  }
+  void codes_by_thresholds(const int32_t* acc, int64_t count, uint8_t* out) const {
+    const int32_t* thresholds = thresholds_;
+    store_outputs(count, out, [&](int64_t i, uint8_t (&v)[kStored]) __attribute__((always_inline)) {
+      int32_t code[kStored] = {};
+      for (int k = 0; k < a_.levels; ++k, thresholds += kStored) {
+        for (int j = 0; j < kStored; ++j) code[j] += acc[i + j] >= thresholds[j];
+      }
+      for (int j = 0; j < kStored; ++j) v[j] = static_cast<uint8_t>(code[j]);
+    });
+  }
+
   const IntegerLayer& a_;
-  int32_t* const ordered_;
-  int64_t first_ = -1;  // the channel with which those in order begin
+  const bool ordered_;
+  int32_t* const thresholds_;
+  float *const scale_, *const offset_;  // in the same room
+  int64_t first_ = -1;                  // the channel with which the numbers begin
 };
 
 // body(row, rows, group, channel, channels, block) for each task; those in turn have the same channels, the block-th.
@@ -187,7 +208,7 @@ void layer_by_rows(const IntegerLayer& a, int64_t begin, int64_t end, uint8_t* s
   const IntegerShape shape(a);
   const bool in_place = rows_in_place(a, shape);
   Outputs outputs(a, shape, scratch);
-  uint8_t* const gathered = scratch += shape.threshold_bytes(a);
+  uint8_t* const gathered = scratch += shape.output_bytes(a);
   int32_t* const acc = reinterpret_cast<int32_t*>(scratch + a.rows_per_task * shape.code_stride);
   for (int64_t r = 0; r < a.rows_per_task && !in_place; ++r) {
     memset(gathered + r * shape.code_stride + shape.row_codes, 0, shape.padded_codes - shape.row_codes);
@@ -245,7 +266,7 @@ template <class Set>
 void layer_by_columns(const IntegerLayer& a, int64_t begin, int64_t end, uint8_t* scratch) {
   const ColumnShape shape(a);
   Outputs outputs(a, shape, scratch);
-  scratch += shape.threshold_bytes(a);
+  scratch += shape.output_bytes(a);
   const uint8_t** const row_codes = reinterpret_cast<const uint8_t**>(scratch);
   int32_t* const acc = reinterpret_cast<int32_t*>(scratch + shape.acc);
   int64_t ordered = -1;  // the block of channels whose weights are
