@@ -148,14 +148,16 @@ class Outputs {
   static constexpr int kStored = IntegerShape::kStored;
 
   void order(int64_t first, int64_t channels) {
-    for (int64_t c = 0; c < IntegerShape::rounded(channels, kStored); ++c) {
-      const int64_t from = first + std::min(c, channels - 1);
-      if (ordered_) {  // [channels / kStored, levels, kStored]
-        int32_t* const to = thresholds_ + c / kStored * kStored * a_.levels + c % kStored;
-        for (int k = 0; k < a_.levels; ++k) to[k * kStored] = a_.thresholds[from * a_.levels + k];
-      } else if (!a_.thresholds) {
-        scale_[c] = a_.scale[from], offset_[c] = a_.offset[from];
-      }
+    const int64_t rounded = IntegerShape::rounded(channels, kStored);
+    const auto copy = [&](const float* from, float* to) {
+      memcpy(to, from + first, channels * sizeof(float));
+      std::fill(to + channels, to + rounded, 0.0f);
+    };
+    if (!a_.thresholds) copy(a_.scale, scale_), copy(a_.offset, offset_);
+    for (int64_t c = 0; c < rounded && ordered_; ++c) {  // [channels / kStored, levels, kStored]
+      const int32_t* from = a_.thresholds + (first + std::min(c, channels - 1)) * a_.levels;
+      int32_t* to = thresholds_ + c / kStored * kStored * a_.levels + c % kStored;
+      for (int k = 0; k < a_.levels; ++k) to[k * kStored] = from[k];
     }
   }
 

@@ -61,10 +61,19 @@ struct Ahead {
   int64_t rows, block_bytes;
 };
 
+template <int kChannels>
 CG_HD void prefetch(const Ahead& ahead, int64_t stride, int64_t block) {
-  constexpr int kToL2 = 2;
-  const uint8_t* from = ahead.from + block * ahead.block_bytes;
-  for (int64_t i = 0; i < ahead.rows; ++i, from += stride) __builtin_prefetch(from, 0, kToL2);
+  const uint8_t* const from = ahead.from + block * ahead.block_bytes;
+  const auto row = [&](int64_t i) __attribute__((always_inline)) {
+    constexpr int kToL2 = 2;
+    __builtin_prefetch(from + i * stride, 0, kToL2);
+  };
+  if (ahead.rows == kChannels) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kChannels; ++i) row(i);
+  } else {
+    for (int64_t i = 0; i < ahead.rows; ++i) row(i);
+  }
 }
 
 // at_once: the blocks whose products are added up before they are widened, if Products do that.
@@ -78,7 +87,7 @@ __attribute__((noinline)) void dot_tile(const DotPanel& a, int64_t at_once, cons
   const auto run = [&]<bool kWhole>(int64_t block, int64_t end) __attribute__((always_inline)) {
     const auto add_to = [&](auto& to) __attribute__((always_inline)) {
       for (; block < end; block += kBlocks) {
-        prefetch(ahead, a.weight_stride, block);
+        prefetch<kChannels>(ahead, a.weight_stride, block);
         add_products<Products, kWeightBits, kWhole>(a, codes + block * kCodes, weights + block * kWeightBlock, to);
       }
     };
@@ -115,17 +124,18 @@ CG_HD Ahead part_ahead(const DotPanel& a, const uint8_t* weights, int64_t next, 
           std::clamp<int64_t>(next - first, 0, rows), block_bytes};
 }
 
-// Rows [row, a.rows) times kChannels channels.
+// Rows [row, a.rows) times kChannels channels. In the time of one tile alone the next weights would not arrive: then
+// those after them are prefetched.
 template <class Products, int kWeightBits, int kChannels, int kRows>
 CG_HD void dot_rows(const DotPanel& a, int64_t at_once, int64_t channel, int64_t row = 0) {
-  const uint8_t *const weights = a.weights + channel * a.weight_stride, *const end =
-                                                                            weights + kChannels * a.weight_stride;
-  const int64_t next = std::min<int64_t>(kChannels, a.channels - channel - kChannels);
-  const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows;
+  const uint8_t* const weights = a.weights + channel * a.weight_stride;
+  const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows, distance = tiles == 1 ? 2 * kChannels : kChannels;
+  const int64_t next = std::clamp<int64_t>(a.channels - channel - distance, 0, kChannels);
   for (; row + kRows <= a.rows; row += kRows) {
-    dot_tile<Products, kWeightBits, kRows, kChannels>(a, at_once, a.codes + row * a.code_stride, weights,
-                                                      part_ahead(a, end, next, row / kTileRows, tiles),
-                                                      a.acc + row * a.acc_stride + channel);
+    dot_tile<Products, kWeightBits, kRows, kChannels>(
+        a, at_once, a.codes + row * a.code_stride, weights,
+        part_ahead(a, weights + distance * a.weight_stride, next, row / kTileRows, tiles),
+        a.acc + row * a.acc_stride + channel);
   }
   if constexpr (kRows > 1) {
     if (row < a.rows) dot_rows<Products, kWeightBits, kChannels, kRows / 2>(a, at_once, channel, row);
