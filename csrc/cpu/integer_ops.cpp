@@ -142,8 +142,11 @@ struct Layer {
     const int64_t parts =
         IntegerShape::parts(4 * at::get_num_threads(), IntegerShape::parts(rows, args.rows_per_task) * args.groups);
     const int64_t even = IntegerShape::rounded(IntegerShape::parts(channels, parts), unit);
-    const int64_t cached = kWeightBytesPerTask / std::max<int64_t>(row_bytes, 1) / unit * unit;
-    args.channels_per_task = std::min({channels, even, std::max(unit, cached)});
+    args.channels_per_task = std::min(channels, even);
+    if (args.by_columns || rows > args.rows_per_task) {  // weights are read again
+      const int64_t cached = kWeightBytesPerTask / std::max<int64_t>(row_bytes, 1) / unit * unit;
+      args.channels_per_task = std::min(args.channels_per_task, std::max(unit, cached));
+    }
   }
 };
 
