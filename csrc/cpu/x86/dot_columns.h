@@ -20,7 +20,11 @@ constexpr int64_t kColumnCodes = 1024;
 
 // g++ would load it again for each product, or add up in an order that takes more registers than there are.
 CG_HD Register in_register(Register v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#else
   if constexpr (kBlocks == 1) asm("" : "+x"(v));
+#endif
   return v;
 }
 
