@@ -16,11 +16,12 @@ CSRC = ROOT / "csrc"
 # fmt: off
 ORDER = {
     "coarsegrad": """
-        _text  _types  _inductor  _torch_internals  ste  _checks  reference  _build  _C  _ops  _autograd  _fused
+        _text  _types  _inductor  _torch_internals  ste  _checks  reference  _build  _C  _ops  _autograd  _signed  _fused
         packing  integer  triton  backends  _dtensor  functional  nn
         quantization  optim  memory  experiments  testing  __init__  __main__
     """.split(),
     "coarsegrad.packing": "saved  records  function  graphs  hooks  blocks  __init__".split(),
+    "coarsegrad.reference": "bits  staircase  signed  __init__".split(),
     "coarsegrad.triton": "staircase  ste  kernels  qrelu  layer_kernels  layers  __init__".split(),
     "coarsegrad.integer": """
         weights  checks  reference  ops  exact  layers  moves  pools  sums  flow  report  rewriting  conversion
