@@ -18,7 +18,7 @@ ORDER = {
     "coarsegrad": """
         _text  _types  _inductor  _torch_internals  ste  _checks  _alphas  reference
         _build  _C  _ops  _autograd  _signed  _fused
-        packing  integer  triton  backends  _dtensor  functional  nn  signed
+        packing  integer  triton  backends  _dtensor  functional  nn  signed  gated  norms
         quantization  optim  memory  experiments  testing  __init__  __main__
     """.split(),
     "coarsegrad.packing": "saved  records  function  graphs  hooks  blocks  __init__".split(),
