@@ -157,4 +157,21 @@ CG_D void for_each_chunk(int64_t count, bool vector, const Whole& whole, const R
   }
 }
 
+// Calls body(first, words, chunks) for each kUnroll chunks, first + u * kThreads, of an aligned tensor of whole chunks.
+// A chunk past the end, which `chunks` is, is zeros: all threads of a block make the same calls.
+template <class T, class Body>
+CG_D void for_each_whole_chunk(const void* from, int64_t count, const Body& body) {
+  constexpr int64_t kTile = kUnroll * kThreads;
+  const int64_t chunks = count / kChunk<T>;
+  for (int64_t tile = blockIdx.x * kTile; tile < chunks; tile += gridDim.x * kTile) {
+    const int64_t first = tile + threadIdx.x;
+    Chunk words[kUnroll] = {};
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (first + u * kThreads < chunks) words[u] = load_chunk<T>(from, first + u * kThreads);
+    }
+    body(first, words, chunks);
+  }
+}
+
 }  // namespace cg::cuda

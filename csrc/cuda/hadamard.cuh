@@ -5,51 +5,54 @@
 
 namespace cg::cuda {
 
-// Blocks of up to a warp's chunks: a thread has a chunk. First within chunks, then across lanes.
+// The stages of the butterfly within a chunk, for blocks of `size` elements.
+template <class T>
+CG_D void rotate_chunk(float (&v)[kChunk<T>], int size) {
+#pragma unroll
+  for (int half = 1; half < kChunk<T>; half *= 2) {
+    if (half < size) {
+#pragma unroll
+      for (int i = 0; i < kChunk<T>; ++i) {
+        if (i & half) continue;
+        const float low = v[i], high = v[i + half];
+        v[i] = low + high;
+        v[i + half] = low - high;
+      }
+    }
+  }
+}
+
+// Blocks of up to a warp's chunks, by the lanes that have them.
 template <class T>
 __global__ void __launch_bounds__(kThreads) hadamard_kernel(const Hadamard a) {
   const int size = static_cast<int>(a.size);
   const float scale = static_cast<float>(a.scale);
-  const auto rotate = [&](const Chunk& words) {
-    float v[kChunk<T>];
-    widen_chunk<T>(words, v);
+  for_each_whole_chunk<T>(a.x, a.count, [&](int64_t first, const Chunk(&words)[kUnroll], int64_t chunks) {
+    float v[kUnroll][kChunk<T>];
 #pragma unroll
-    for (int half = 1; half < kChunk<T>; half *= 2) {
-      if (half < size) {
-#pragma unroll
-        for (int i = 0; i < kChunk<T>; ++i) {
-          if (i & half) continue;
-          const float low = v[i], high = v[i + half];
-          v[i] = low + high;
-          v[i + half] = low - high;
-        }
-      }
+    for (int u = 0; u < kUnroll; ++u) {
+      widen_chunk<T>(words[u], v[u]);
+      rotate_chunk<T>(v[u], size);
     }
 #pragma unroll
     for (int apart = 1; apart < kWarp; apart *= 2) {
       if (apart * kChunk<T> < size) {
         const float sign = threadIdx.x & apart ? -1 : 1;  // the fma is a sum
 #pragma unroll
-        for (int i = 0; i < kChunk<T>; ++i) v[i] = __fmaf_rn(v[i], sign, __shfl_xor_sync(0xffffffffu, v[i], apart));
+        for (int i = 0; i < kUnroll * kChunk<T>; ++i) {
+          float& own = v[i / kChunk<T>][i % kChunk<T>];
+          own = __fmaf_rn(own, sign, __shfl_xor_sync(0xffffffffu, own, apart));
+        }
       }
     }
 #pragma unroll
-    for (int i = 0; i < kChunk<T>; ++i) v[i] = mul(v[i], scale);
-    return round_chunk<T>(v);
-  };
-  for_each_chunk<T>(
-      a.count, true,
-      [&](int64_t first) {
-        Chunk words[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) words[u] = load_chunk<T>(a.x, first + u * kThreads);
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) store_chunk<T>(a.y, first + u * kThreads, rotate(words[u]));
-      },
-      [&](int64_t chunk, int count) {
-        const Chunk words = rotate(count > 0 ? load_chunk<T>(a.x, chunk) : Chunk{});
-        if (count > 0) store_chunk<T>(a.y, chunk, words);
-      });
+      for (int i = 0; i < kChunk<T>; ++i) v[u][i] = mul(v[u][i], scale);
+      const int64_t chunk = first + u * kThreads;
+      if (chunk < chunks) store_chunk<T>(a.y, chunk, round_chunk<T>(v[u]));
+    }
+  });
 }
 
 // Any blocks, each by a thread block. all_sums has room for every element.

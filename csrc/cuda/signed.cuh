@@ -3,6 +3,7 @@
 
 #include "../math/signed.h"
 #include "forward.cuh"
+#include "reduce.cuh"
 
 namespace cg::cuda {
 
@@ -30,7 +31,8 @@ CG_D void quantize_signed_chunk(const float (&x)[kCount], const AlphaOf& alpha_o
   }
 }
 
-template <class T, class AlphaOf>
+// Where alpha is dynamic, no x is outside, and one that has stairs has no NaN.
+template <class T, bool kDynamic, class AlphaOf>
 CG_D SavedBits signed_chunk(const SignedForward& a, int64_t chunk, const Chunk& words, const AlphaOf& alpha_of,
                             float p) {
   float x[kChunk<T>], k[kChunk<T>], y[kChunk<T>];
@@ -38,13 +40,13 @@ CG_D SavedBits signed_chunk(const SignedForward& a, int64_t chunk, const Chunk& 
   quantize_signed_chunk<T>(x, alpha_of, p, k, y);
   store_chunk<T>(a.y, chunk, round_chunk<T>(y));
   SavedBits saved;
-  if (a.mask) {
+  if (!kDynamic && a.mask) {
 #pragma unroll
     for (int i = 0; i < kChunk<T>; ++i) saved.mask |= signed_outside<T>(x[i], alpha_of(i).value, p) ? 0 : 1u << i;
   }
   if (a.codes) {
 #pragma unroll
-    for (int i = 0; i < kChunk<T>; ++i) k[i] = k[i] == k[i] ? k[i] : 0;
+    for (int i = 0; i < kChunk<T>; ++i) k[i] = kDynamic || k[i] == k[i] ? k[i] : 0;
     saved.codes = bitpack_codes(k, p, packed_width(a.bits));
   }
   return saved;
@@ -113,10 +115,10 @@ __global__ void __launch_bounds__(kThreads) qsigned_forward_kernel(const SignedF
     const auto quantize = [&](int64_t chunk, const Chunk& words) {
       const auto quantized = [&](bool is_regular, const auto& alpha_of) {
         if (!is_regular) return one_by_one(chunk, kChunk<T>);
-        return signed_chunk<T>(a, chunk, words, alpha_of, p);
+        return signed_chunk<T, false>(a, chunk, words, alpha_of, p);
       };
       if constexpr (kLayout == AlphaLayout::one) {
-        return signed_chunk<T>(a, chunk, words, [&](int) { return only; }, p);
+        return signed_chunk<T, false>(a, chunk, words, [&](int) { return only; }, p);
       } else if constexpr (kLayout == AlphaLayout::by_chunk) {
         const Alpha<T> own(alpha_of_chunk<T>(a.alphas, chunk), Rounding::nearest);
         return quantized(own.is_regular(p), [&](int) { return own; });
@@ -150,10 +152,6 @@ CG_D compute_t<T> number_of(magnitude_t<T> bits) {
   return widen(bit_cast<T>(static_cast<bytes_t<sizeof(T)>>(bits)));
 }
 
-template <class Bits>
-CG_D Bits larger(Bits a, Bits b) {
-  return a > b ? a : b;
-}
 template <class T>
 CG_D uint32_t largest_of(const Chunk& words) {
   constexpr uint32_t kLow = sizeof(T) == 2 ? 0x7fffu : 0x7fffffffu, kHigh = sizeof(T) == 2 ? 0x7fff0000u : 0;
@@ -166,36 +164,21 @@ CG_D uint32_t largest_of(const Chunk& words) {
   return larger(low, high >> 16);
 }
 
-// The largest of each `lanes` neighbours in a warp, a power of two, for all of them.
-template <class Bits>
-CG_D Bits largest_of_lanes(Bits v, int lanes) {
-#pragma unroll
-  for (int apart = 1; apart < kWarp; apart *= 2) {
-    if (apart < lanes) v = larger(v, __shfl_xor_sync(0xffffffffu, v, apart));
-  }
-  return v;
-}
-// The largest of a block, for all of its threads.
-CG_D uint32_t largest_of_block(uint32_t v) {
-  CG_SHARED(uint32_t, of_warps, kWarp);
-  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-  v = largest_of_lanes(v, kWarp);
-  if (lane == 0) of_warps[threadIdx.x / kWarp] = v;
-  __syncthreads();
-  v = largest_of_lanes(lane < warps ? of_warps[lane] : 0, kWarp);
-  __syncthreads();  // before the next call writes
-  return v;
-}
-
 // The alpha to quantize with: see kAlphaOfZeros.
 CG_D float alpha_in_use(bf16 stored) { return stored.bits == 0 ? kAlphaOfZeros : to_float(stored); }
 
-// A chunk of a group with this dynamic alpha.
+// A chunk of a group with this dynamic alpha, to y and codes.
 template <class T>
-CG_D SavedBits signed_group_chunk(const SignedForward& a, int64_t chunk, const Chunk& words, const Alpha<T>& alpha,
-                                  float p) {
-  if (alpha.is_regular(p)) return signed_chunk<T>(a, chunk, words, [&](int) { return alpha; }, p);
-  return signed_one_by_one<T>(a, chunk, kChunk<T>, [&] { return alpha.value; });
+CG_D void signed_group_chunk(const SignedForward& a, int64_t chunk, const Chunk& words, const Alpha<T>& alpha,
+                             float p) {
+  SavedBits saved;
+  if (alpha.is_regular(p)) {
+    const auto alpha_of = [&](int) { return alpha; };
+    saved = signed_chunk<T, true>(a, chunk, words, alpha_of, p);
+  } else {
+    saved = signed_one_by_one<T>(a, chunk, kChunk<T>, [&] { return alpha.value; });
+  }
+  write_saved<T>(a, chunk, kChunk<T>, true, MaskKind::nothing, a.codes, saved);
 }
 
 // Dynamic alphas of groups of 2^shift chunks: those of as many neighbouring lanes.
@@ -203,21 +186,20 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) qsigned_groups_kernel(const SignedForward a, int shift) {
   const int lanes = 1 << shift;
   const float p = static_cast<float>(signed_top(a.bits));
-  const auto group_alpha = [&](int64_t chunk, bool exists, const Chunk& words) {
-    const bf16 stored = signed_alpha(number_of<T>(largest_of_lanes(largest_of<T>(words), lanes)), p);
-    if (exists && (threadIdx.x & (lanes - 1)) == 0) a.group_alphas[chunk >> shift] = stored;
-    return Alpha<T>(alpha_in_use(stored), Rounding::nearest);
-  };
-  signed_forward<T>(
-      a, true, true,
-      [&](int64_t chunk, const Chunk& words) {
-        return signed_group_chunk<T>(a, chunk, words, group_alpha(chunk, true, words), p);
-      },
-      [&](int64_t chunk, int count) {
-        const Chunk words = count > 0 ? load_chunk<T>(a.x, chunk) : Chunk{};
-        const Alpha<T> alpha = group_alpha(chunk, count > 0, words);
-        return count > 0 ? signed_group_chunk<T>(a, chunk, words, alpha, p) : SavedBits();
-      });
+  for_each_whole_chunk<T>(a.x, a.count, [&](int64_t first, const Chunk(&words)[kUnroll], int64_t chunks) {
+    uint32_t largest[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) largest[u] = largest_of<T>(words[u]);
+    largest_of_lanes(largest, lanes);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t chunk = first + u * kThreads;
+      if (chunk >= chunks) return;
+      const bf16 stored = signed_alpha(number_of<T>(largest[u]), p);
+      if ((threadIdx.x & (lanes - 1)) == 0) a.group_alphas[chunk >> shift] = stored;
+      signed_group_chunk<T>(a, chunk, words[u], Alpha<T>(alpha_in_use(stored), Rounding::nearest), p);
+    }
+  });
 }
 
 // Dynamic alphas of longer groups of whole chunks, each by a thread block. It reads them twice, the second time from a
@@ -237,8 +219,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) qsigned_rows_kernel(const Sign
     if (threadIdx.x == 0) a.group_alphas[row] = stored;
     const Alpha<T> alpha(alpha_in_use(stored), Rounding::nearest);
     for (int64_t chunk = first; chunk < end; chunk += blockDim.x) {
-      const SavedBits saved = signed_group_chunk<T>(a, chunk, load_chunk<T>(a.x, chunk), alpha, p);
-      write_saved<T>(a, chunk, kChunk<T>, true, MaskKind::nothing, a.codes, saved);
+      signed_group_chunk<T>(a, chunk, load_chunk<T>(a.x, chunk), alpha, p);
     }
   }
 }
@@ -255,7 +236,7 @@ __global__ void __launch_bounds__(kThreads) qsigned_alphas_kernel(const SignedFo
     for (int64_t i = group < groups ? lane : a.group; i < a.group; i += kWarp) {
       largest = larger(largest, magnitude(static_cast<const T*>(a.x)[group * a.group + i]));
     }
-    largest = largest_of_lanes(largest, kWarp);
+    largest = largest_of_warp(largest);
     if (lane == 0 && group < groups) {
       const bf16 stored = signed_alpha(number_of<T>(largest), static_cast<compute_t<T>>(signed_top(a.bits)));
       a.group_alphas[group] = stored;
