@@ -14,6 +14,7 @@ from .nn import QReLU
 from .optim import keep_positive, param_groups
 from .packing import pack_activations_, packed_activations
 from .quantization import calibrate, quantize_, stats
+from .signed import QSigned, hadamard, qsigned, qsigned_codes, rotate_weight_
 from .ste import check_ste, register_ste, stes
 
 try:
@@ -23,11 +24,13 @@ except importlib.metadata.PackageNotFoundError:  # run from the sources, not ins
 
 __all__ = [
     "QReLU",
+    "QSigned",
     "backends",
     "calibrate",
     "check_ste",
     "convert",
     "dequantize",
+    "hadamard",
     "keep_positive",
     "nn",
     "pack_activations_",
@@ -37,8 +40,11 @@ __all__ = [
     "qrelu_codes",
     "qrelu_conv2d",
     "qrelu_linear",
+    "qsigned",
+    "qsigned_codes",
     "quantize_",
     "register_ste",
+    "rotate_weight_",
     "saved_memory",
     "stats",
     "stes",

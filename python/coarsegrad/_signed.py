@@ -22,7 +22,7 @@ from ._torch_internals import (
     in_functorch_kernel,
     suggest_memory_format,
 )
-from ._types import AlphaGrad, Rounding, SIGNED_ALPHA_GRADS, SIGNED_STES, Ste
+from ._types import SIGNED_ALPHA_GRADS, SIGNED_STES, AlphaGrad, Rounding, Ste
 from .reference import signed_scale
 
 
@@ -138,7 +138,7 @@ def _select(grad_y: Tensor, mask: Tensor) -> Tensor:
 
 def _backward_autograd(grad_y, alpha, x, mask, codes, *options):
     if any(needs_grad(grad_y, alpha, x)):
-        raise NotImplementedError("qsigned has a second derivative only if alpha is fixed or dynamic, got a learned one")
+        raise NotImplementedError("qsigned has a second derivative only if alpha is not learned")
     with below_autograd():
         return ops.qsigned_backward.default(grad_y, alpha, x, mask, codes, *options)
 

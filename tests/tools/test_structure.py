@@ -16,8 +16,9 @@ CSRC = ROOT / "csrc"
 # fmt: off
 ORDER = {
     "coarsegrad": """
-        _text  _types  _inductor  _torch_internals  ste  _checks  reference  _build  _C  _ops  _autograd  _signed  _fused
-        packing  integer  triton  backends  _dtensor  functional  nn
+        _text  _types  _inductor  _torch_internals  ste  _checks  _alphas  reference
+        _build  _C  _ops  _autograd  _signed  _fused
+        packing  integer  triton  backends  _dtensor  functional  nn  signed
         quantization  optim  memory  experiments  testing  __init__  __main__
     """.split(),
     "coarsegrad.packing": "saved  records  function  graphs  hooks  blocks  __init__".split(),

@@ -1,8 +1,8 @@
 """Packing in the graphs of torch.compile: the backward rebuilds y from its codes.
 
 AOTAutograd traces forward and backward into one graph and cuts it in two; what crosses the cut is saved. A pass before
-the cut gives every node of the backward that reads the output y of a `qrelu_packed`, or a view, copy or square of it, a
-y rebuilt from the codes. So the codes cross the cut, and y does not.
+the cut gives every node of the backward that reads the output y of a `qrelu_packed` or `qsigned_packed`, or a view,
+copy or square of it, a y rebuilt from the codes. So the codes cross the cut, and y does not.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from .. import _ops
 from .._autograd import Settings, qrelu_with_derivative, qrelu_with_derivative_
+from .._signed import qsigned_with_derivative
 from .._torch_internals import (
     OpOverload,
     install_joint_graph_pass,
@@ -25,7 +26,7 @@ from .._torch_internals import (
     keep_in_backward,
     suggest_memory_format,
 )
-from .._types import CODE_WIDTH, MASK_WIDTH, MaskKind, packed_bytes
+from .._types import CODE_WIDTH, MaskKind, packed_bytes
 from ..ste import codes_give
 
 _aten = torch.ops.aten
@@ -58,26 +59,25 @@ def packs_graph() -> bool:
 
 
 class _Output:
-    """The output y of a `qrelu_forward_packed` in a joint graph. position: of each node of the graph; backward: the
-    nodes that depend on a tangent."""
+    """The output y of a forward op in a joint graph. position: of each node of the graph; backward: the nodes that
+    depend on a tangent."""
+
+    unpacked: OpOverload  # the op that takes the place of the `_packed` one
+    _CODES: int  # the position of the codes in its result; of y it is 0
 
     def __init__(self, forward: fx.Node, position: dict[fx.Node, int], backward: set[fx.Node]) -> None:
         self._forward, self._position, self._backward = forward, position, backward
-        parts: dict[Any, Any] = {user.args[1]: user for user in forward.users if user.target is operator.getitem}
-        self._y: Any = parts.get(0)  # a node, or None, as the others
-        self._mask, self._codes = parts.get(1), parts.get(2)
+        self._parts: dict[Any, Any] = {user.args[1]: user for user in forward.users if user.target is operator.getitem}
+        self._y: Any = self._parts.get(0)  # a node, or None
         self._rebuilt: dict[fx.Node, fx.Node] = {}
 
     def pack(self) -> None:
         """Let the backward read y from its codes."""
-        self._forward.target = _ops.ops.qrelu_forward.default
+        self._forward.target = self.unpacked
         readers = self._readers() if self._can_be_rebuilt() else []
         if not readers:
             return
-        self._replace_saved(codes=True)
-        if self._codes is None:
-            with self._graph.inserting_after(self._forward):
-                self._codes = self._new(operator.getitem, (self._forward, 2), self._forward.meta["val"][2])
+        self._return_codes()
         for reader, argument in sorted(readers, key=lambda pair: self._position[pair[0]]):
             reader.replace_input_with(argument, self._rebuild(argument, reader))
         self._drop_mask()
@@ -89,6 +89,14 @@ class _Output:
     @property
     def _graph(self) -> fx.Graph:
         return self._forward.graph
+
+    def _part(self, index: int) -> fx.Node:
+        """A part of the op's result."""
+        if index not in self._parts:
+            with self._graph.inserting_after(self._forward):
+                part = self._new(operator.getitem, (self._forward, index), self._forward.meta["val"][index])
+            self._parts[index] = part
+        return self._parts[index]
 
     def _new(self, target, args: tuple, val: object) -> fx.Node:
         node = self._graph.call_function(target, args)
@@ -134,42 +142,79 @@ class _Output:
         return self._rebuilt[node]
 
     def _dequantized(self) -> fx.Node:
-        y = self._y.meta["val"]
-        _, alpha, bits, *_, channel_dim = self._arguments
-        shape = [
+        """y, as a new node."""
+        raise NotImplementedError
+
+    def _shape(self) -> list:
+        """That of y, for an op's argument."""
+        return [
             size if isinstance(size, int) else self._new(_aten.sym_size.int, (self._y, dim), size)
-            for dim, size in enumerate(y.shape)
+            for dim, size in enumerate(self._y.meta["val"].shape)
         ]
-        output = (bits, shape, y.dtype, channel_dim, suggest_memory_format(y))
-        return self._new(_ops.ops.dequantize.default, (self._codes, alpha, *output), torch.empty_like(y))
 
     # ------------------------------------------------------------------------------------ what is saved with it
 
+    def _return_codes(self) -> None:
+        """Have the forward op return the codes. Both ops take `codes` as argument 5."""
+        args, vals = list(self._arguments), list(self._forward.meta["val"])
+        size = packed_bytes(vals[0].numel(), CODE_WIDTH[args[2]])
+        args[5], vals[self._CODES] = True, vals[self._CODES].new_empty(size)
+        self._set(args, vals)
+
+    def _set(self, args: list, vals: list) -> None:
+        self._forward.args, self._forward.meta["val"] = tuple(args), tuple(vals)
+        for index, part in self._parts.items():
+            part.meta["val"] = vals[index]
+
     def _drop_mask(self) -> None:
-        """Let qrelu's own backward read the codes, if they determine the mask."""
+        """Save no mask that the codes determine."""
+
+
+class _QReLUOutput(_Output):
+    unpacked = _ops.ops.qrelu_forward.default
+    _CODES = 2
+
+    def _dequantized(self) -> fx.Node:
+        y = self._y.meta["val"]
+        _, alpha, bits, *_, channel_dim = self._arguments
+        output = (bits, self._shape(), y.dtype, channel_dim, suggest_memory_format(y))
+        return self._new(_ops.ops.dequantize.default, (self._part(2), alpha, *output), torch.empty_like(y))
+
+    def _drop_mask(self) -> None:
+        """Let qrelu's own backward read the codes."""
         rounding, kind = self._arguments[3:5]
-        users = list(self._mask.users) if self._mask is not None else []
+        mask = self._parts.get(1)
+        users = list(mask.users) if mask is not None else []
         if not users or not codes_give(kind, rounding) or any(user.target not in _BACKWARDS for user in users):
             return
         for node in users:
-            tensors, settings = (*node.args[:3], None, self._codes), cast(Any, node.args[5:])
+            tensors, settings = (*node.args[:3], None, self._part(2)), cast(Any, node.args[5:])
             node.args = (*tensors, *Settings(*settings).reading_codes())
             grad_x, grad_alpha = node.meta["val"]
             node.meta["val"] = (grad_x, grad_alpha.new_empty(1))  # unused, but computed
-        self._replace_saved(mask=MaskKind.nothing)
-
-    def _replace_saved(self, mask: MaskKind | None = None, codes: bool = False) -> None:
-        """Have the forward return a mask of another kind, or the codes."""
         args, vals = list(self._arguments), list(self._forward.meta["val"])
-        count = vals[0].numel()
-        if mask is not None:
-            args[4], vals[1] = mask.value, vals[1].new_empty(packed_bytes(count, MASK_WIDTH[mask]))
-        if codes:
-            args[5], vals[2] = True, vals[2].new_empty(packed_bytes(count, CODE_WIDTH[args[2]]))
-        self._forward.args, self._forward.meta["val"] = tuple(args), tuple(vals)
-        for part, val in zip((self._mask, self._codes), vals[1:]):
-            if part is not None:
-                part.meta["val"] = val
+        args[4], vals[1] = MaskKind.nothing.value, vals[1].new_empty(0)
+        self._set(args, vals)
+
+
+class _QSignedOutput(_Output):
+    unpacked = _ops.ops.qsigned_forward.default
+    _CODES = 3
+
+    def _dequantized(self) -> fx.Node:
+        y = self._y.meta["val"]
+        _, alpha, bits, group, *_, channel_dim = self._arguments
+        memory_format = torch.contiguous_format if alpha is None else suggest_memory_format(y)
+        output = (bits, group, self._shape(), y.dtype, channel_dim, memory_format)
+        alpha = self._part(1) if alpha is None else alpha
+        return self._new(_ops.ops.qsigned_dequantize.default, (self._part(3), alpha, *output), torch.empty_like(y))
+
+
+# The ops in a traced graph, and what becomes of their outputs.
+_OUTPUTS: dict[OpOverload, type[_Output]] = {
+    _ops.ops.qrelu_forward_packed.default: _QReLUOutput,
+    _ops.ops.qsigned_forward_packed.default: _QSignedOutput,
+}
 
 
 def _source(node: fx.Node) -> fx.Node | None:
@@ -189,8 +234,8 @@ def _source(node: fx.Node) -> fx.Node | None:
 
 
 def pack_joint_graph(module: fx.GraphModule, *_: object) -> fx.GraphModule:
-    """The pass: packs the output of each `qrelu_forward_packed`, which becomes a `qrelu_forward`."""
-    forwards = module.graph.find_nodes(op="call_function", target=_ops.ops.qrelu_forward_packed.default)
+    """The pass: packs the output of each op in `_OUTPUTS`, which becomes the one without `_packed`."""
+    forwards = [node for op in _OUTPUTS for node in module.graph.find_nodes(op="call_function", target=op)]
     if forwards:
         position: dict[fx.Node, int] = {}
         backward: set[fx.Node] = set()
@@ -201,7 +246,7 @@ def pack_joint_graph(module: fx.GraphModule, *_: object) -> fx.GraphModule:
             if is_tangent(node) or not backward.isdisjoint(node.all_input_nodes):
                 backward.add(node)
         for forward in forwards:
-            _Output(forward, position, backward).pack()
+            _OUTPUTS[forward.target](forward, position, backward).pack()
         module.recompile()
     return module
 
@@ -211,28 +256,40 @@ def pack_joint_graph(module: fx.GraphModule, *_: object) -> fx.GraphModule:
 _warned = False
 
 
-def _autograd(kernel):
+def _autograd(kernel, forward: OpOverload):
+    """kernel, whose graph contains `forward`."""
+
     def call(*args):
         install_joint_graph_pass(pack_joint_graph)  # before the graph that this call is traced into is complete
-        return kernel(*args, forward=_ops.ops.qrelu_forward_packed.default)
+        return kernel(*args, forward=forward)
 
     return call
 
 
-def _unpacked(*args):
-    """The kernel of `qrelu_forward_packed`, which runs only if the pass has not replaced the op."""
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(
-            "packed_activations has no effect in a graph that was compiled without AOTAutograd's joint_custom_pass, as"
-            ' with backend="eager": the outputs of qrelu in it are saved whole.',
-            stacklevel=2,
-        )
-    return _ops.ops.qrelu_forward.default(*args)
+def _unpacked(op: OpOverload):
+    """The kernel of an op in `_OUTPUTS`, which runs only if the pass has not replaced it."""
+
+    def call(*args):
+        global _warned
+        if not _warned:
+            _warned = True
+            warnings.warn(
+                "packed_activations has no effect in a graph that was compiled without AOTAutograd's joint_custom_pass,"
+                ' as with backend="eager": the outputs of qrelu and qsigned in it are saved whole.',
+                stacklevel=2,
+            )
+        return op(*args)
+
+    return call
 
 
-_ops._library.impl("qrelu_packed", _autograd(qrelu_with_derivative), "Autograd")
-_ops._library.impl("qrelu_packed_", _autograd(qrelu_with_derivative_), "Autograd")
-_ops._library.impl("qrelu_forward_packed", _unpacked, "CompositeExplicitAutograd")
-_ops._library.impl("qrelu_forward_packed", torch.library.fallthrough_kernel, "Autograd")
+for _op, _derivative, _forward in (
+    ("qrelu_packed", qrelu_with_derivative, _ops.ops.qrelu_forward_packed.default),
+    ("qrelu_packed_", qrelu_with_derivative_, _ops.ops.qrelu_forward_packed.default),
+    ("qsigned_packed", qsigned_with_derivative, _ops.ops.qsigned_forward_packed.default),
+):
+    _ops._library.impl(_op, _autograd(_derivative, _forward), "Autograd")
+for _overload, _output in _OUTPUTS.items():
+    _name = _overload.name().removesuffix(".default")
+    _ops._library.impl(_name, _unpacked(_output.unpacked), "CompositeExplicitAutograd")
+    _ops._library.impl(_name, torch.library.fallthrough_kernel, "Autograd")

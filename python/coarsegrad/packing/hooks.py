@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from .._autograd import Settings, refuse_forward_mode
+from .._signed import SignedSettings
 from .._torch_internals import Hooks, functorch_active, saved_tensor_hooks, view_root
 from ..ste import check_inplace
-from .function import SAVE_AS, PackedQReLU
+from .function import SAVE_AS, PackedQReLU, PackedQSigned
 from .records import OutputRecord, SavedView, attached_record, record_of
 from .saved import SavedTensor, SharedMask
 
@@ -44,10 +45,20 @@ class Packing:
             if root.is_leaf and root.requires_grad:
                 raise RuntimeError("inplace=True would write to a leaf that requires grad; use inplace=False")
         settings = Settings.of(bits, ste, rounding, alpha_grad, alpha_scale, channel_dim, *needs)
-        y = PackedQReLU.apply(x, alpha, self.outer_hooks, inplace, settings)
-        if (record := attached_record(y)) is not None:
-            record.publish(y)
-        return y
+        return _published(PackedQReLU.apply(x, alpha, self.outer_hooks, inplace, settings))
+
+    @staticmethod
+    def qsigned(x, alpha, bits, group, ste, alpha_grad, alpha_scale, channel_dim) -> Tensor:
+        """qsigned with an output that can be saved as codes. group: a number if alpha is None, else None."""
+        refuse_forward_mode(x)
+        settings = SignedSettings.of(x, alpha, bits, ste, alpha_grad, alpha_scale, channel_dim)
+        return _published(PackedQSigned.apply(x, alpha, group, settings))
+
+
+def _published(y: Tensor) -> Tensor:
+    if (record := attached_record(y)) is not None:
+        record.publish(y)
+    return y
 
 
 def packing_of(hooks: Hooks | None) -> Packing | None:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _ops
-from .._torch_internals import Hooks
+from .._torch_internals import Hooks, OpOverload
 
 
 class SavedTensor:
@@ -61,9 +60,10 @@ class Decoder:
     """Rebuilds y, or an elementwise function of y, from its codes. Views that are alive at the same time share one
     storage."""
 
-    def __init__(self, y: Tensor, bits: int, channel_dim: int | None, memory_format: torch.memory_format) -> None:
+    def __init__(self, y: Tensor, op: OpOverload, *arguments: object) -> None:
+        """y is op(codes, alpha, *arguments)."""
         self.dtype, self._device = y.dtype, y.device
-        self._arguments = (bits, y.shape, y.dtype, channel_dim, memory_format)
+        self._op, self._arguments = op, arguments
         self._steps: tuple[Callable[[Tensor], Tensor], ...] = ()
         self._storage: weakref.ref[torch.UntypedStorage] | None = None
 
@@ -78,7 +78,7 @@ class Decoder:
     ) -> Tensor:
         storage = None if self._storage is None else self._storage()
         if storage is None:
-            y = _ops.ops.dequantize.default(codes.load(), alpha.load(), *self._arguments)
+            y = self._op(codes.load(), alpha.load(), *self._arguments)
             for step in self._steps:
                 y = step(y)
             storage = y.untyped_storage()
