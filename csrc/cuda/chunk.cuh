@@ -157,21 +157,26 @@ CG_D void for_each_chunk(int64_t count, bool vector, const Whole& whole, const R
   }
 }
 
-// Calls body(first, words, chunks) for each kUnroll chunks, first + u * kThreads, of an aligned tensor of whole chunks.
-// A chunk past the end, which `chunks` is, is zeros: all threads of a block make the same calls.
+// Whole aligned chunks [begin, end), kUnroll at a time: calls body(first, words) with those at first + u * apart, where
+// one from `end` on is zeros. A block has `apart` threads, which all make the same calls; the next is `step` on.
 template <class T, class Body>
-CG_D void for_each_whole_chunk(const void* from, int64_t count, const Body& body) {
-  constexpr int64_t kTile = kUnroll * kThreads;
-  const int64_t chunks = count / kChunk<T>;
-  for (int64_t tile = blockIdx.x * kTile; tile < chunks; tile += gridDim.x * kTile) {
+CG_D void for_each_whole_chunk(const void* from, int64_t begin, int64_t end, int apart, int64_t step,
+                               const Body& body) {
+  for (int64_t tile = begin; tile < end; tile += step) {
     const int64_t first = tile + threadIdx.x;
     Chunk words[kUnroll] = {};
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (first + u * kThreads < chunks) words[u] = load_chunk<T>(from, first + u * kThreads);
+      if (first + u * apart < end) words[u] = load_chunk<T>(from, first + u * apart);
     }
-    body(first, words, chunks);
+    body(first, words);
   }
+}
+// The same for a tensor, by a grid of blocks of kThreads.
+template <class T, class Body>
+CG_D void for_each_whole_chunk(const void* from, int64_t chunks, const Body& body) {
+  constexpr int64_t kTile = kUnroll * kThreads;
+  for_each_whole_chunk<T>(from, blockIdx.x * kTile, chunks, kThreads, gridDim.x * kTile, body);
 }
 
 }  // namespace cg::cuda

@@ -27,7 +27,8 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) hadamard_kernel(const Hadamard a) {
   const int size = static_cast<int>(a.size);
   const float scale = static_cast<float>(a.scale);
-  for_each_whole_chunk<T>(a.x, a.count, [&](int64_t first, const Chunk(&words)[kUnroll], int64_t chunks) {
+  const int64_t chunks = a.count / kChunk<T>;
+  for_each_whole_chunk<T>(a.x, chunks, [&](int64_t first, const Chunk(&words)[kUnroll]) {
     float v[kUnroll][kChunk<T>];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {

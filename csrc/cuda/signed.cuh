@@ -186,7 +186,8 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) qsigned_groups_kernel(const SignedForward a, int shift) {
   const int lanes = 1 << shift;
   const float p = static_cast<float>(signed_top(a.bits));
-  for_each_whole_chunk<T>(a.x, a.count, [&](int64_t first, const Chunk(&words)[kUnroll], int64_t chunks) {
+  const int64_t chunks = a.count / kChunk<T>;
+  for_each_whole_chunk<T>(a.x, chunks, [&](int64_t first, const Chunk(&words)[kUnroll]) {
     uint32_t largest[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) largest[u] = largest_of<T>(words[u]);
@@ -204,23 +205,29 @@ __global__ void __launch_bounds__(kThreads) qsigned_groups_kernel(const SignedFo
 
 // Dynamic alphas of longer groups of whole chunks, each by a thread block. It reads them twice, the second time from a
 // cache.
-constexpr int kMaxRowThreads = 512;
+constexpr int kMaxRowThreads = 256;
 template <class T>
 __global__ void __launch_bounds__(kMaxRowThreads) qsigned_rows_kernel(const SignedForward a) {
   const float p = static_cast<float>(signed_top(a.bits));
   const int64_t chunks = a.group / kChunk<T>;
   for (int64_t row = blockIdx.x; row * a.group < a.count; row += gridDim.x) {
-    const int64_t first = row * chunks + threadIdx.x, end = (row + 1) * chunks;
+    const int64_t begin = row * chunks, end = begin + chunks;
+    const int apart = blockDim.x;
     uint32_t largest = 0;
-    for (int64_t chunk = first; chunk < end; chunk += blockDim.x) {
-      largest = larger(largest, largest_of<T>(load_chunk<T>(a.x, chunk)));
-    }
+    for_each_whole_chunk<T>(a.x, begin, end, apart, kUnroll * apart, [&](int64_t, const Chunk(&words)[kUnroll]) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) largest = larger(largest, largest_of<T>(words[u]));
+    });
     const bf16 stored = signed_alpha(number_of<T>(largest_of_block(largest)), p);
     if (threadIdx.x == 0) a.group_alphas[row] = stored;
     const Alpha<T> alpha(alpha_in_use(stored), Rounding::nearest);
-    for (int64_t chunk = first; chunk < end; chunk += blockDim.x) {
-      signed_group_chunk<T>(a, chunk, load_chunk<T>(a.x, chunk), alpha, p);
-    }
+    for_each_whole_chunk<T>(a.x, begin, end, apart, kUnroll * apart, [&](int64_t first, const Chunk(&words)[kUnroll]) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t chunk = first + u * apart;
+        if (chunk < end) signed_group_chunk<T>(a, chunk, words[u], alpha, p);
+      }
+    });
   }
 }
 

@@ -430,6 +430,11 @@ CUDA_LISTED = {
     ("qrelu_backward_x_channels_kernel", "rcp.rn.f32"): _ROUNDED,
     ("qrelu_backward_x_channels_kernel", "div.rn.f32"): _ROUNDED,
     ("qrelu_backward_x_channels_kernel", "ex2.approx.f32"): _SLOPE,
+    ("qsigned_forward_kernel", "rcp.rn.f32"): _ROUNDED,
+    ("qsigned_groups_kernel", "div.rn.f32"): _ROUNDED,
+    ("qsigned_groups_kernel", "rcp.rn.f32"): _ROUNDED,
+    ("qsigned_rows_kernel", "div.rn.f32"): _ROUNDED,
+    ("qsigned_rows_kernel", "rcp.rn.f32"): _ROUNDED,
 }
 
 
