@@ -8,12 +8,14 @@ import importlib.metadata
 from . import nn
 from .backends import backends, use_backend
 from .functional import dequantize, qrelu, qrelu_codes, qrelu_conv2d, qrelu_linear
+from .gated import gated_product
 from .integer import convert
 from .memory import saved_memory
 from .nn import QReLU
 from .optim import keep_positive, param_groups
 from .packing import pack_activations_, packed_activations
 from .quantization import calibrate, quantize_, stats
+from .signed import QSigned, hadamard, qsigned, qsigned_codes, rotate_weight_
 from .ste import check_ste, register_ste, stes
 
 try:
@@ -23,11 +25,14 @@ except importlib.metadata.PackageNotFoundError:  # run from the sources, not ins
 
 __all__ = [
     "QReLU",
+    "QSigned",
     "backends",
     "calibrate",
     "check_ste",
     "convert",
     "dequantize",
+    "gated_product",
+    "hadamard",
     "keep_positive",
     "nn",
     "pack_activations_",
@@ -37,8 +42,11 @@ __all__ = [
     "qrelu_codes",
     "qrelu_conv2d",
     "qrelu_linear",
+    "qsigned",
+    "qsigned_codes",
     "quantize_",
     "register_ste",
+    "rotate_weight_",
     "saved_memory",
     "stats",
     "stes",

@@ -125,6 +125,27 @@ def check_signed(
     return None, group, None
 
 
+def check_signed_alpha(
+    alpha: Tensor | float, channel_dim: int | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, int | None, int | None]:
+    """(alpha as a tensor, group, channel_dim counted from the front) for the codes of an x of this shape. Alphas are
+    dynamic if they are bfloat16 with as many dimensions as x."""
+    given = not isinstance(alpha, Tensor) or alpha.dtype != torch.bfloat16 or alpha.dim() != len(shape)
+    if given or channel_dim is not None or not isinstance(alpha, Tensor) or not shape:
+        alpha, channel_dim = check_alpha(alpha, channel_dim, shape, dtype, device)
+        return alpha, None, channel_dim
+    groups, size = alpha.size(-1), shape[-1]
+    fits = size == 0 if groups == 0 else size > 0 and size % groups == 0
+    if alpha.shape[:-1] != torch.Size(shape[:-1]) or not fits:
+        raise ValueError(
+            f"alpha must have shape [{', '.join(map(str, [*shape[:-1], 'n / group']))}] with n = {size}, got"
+            f" {list(alpha.shape)}"
+        )
+    if alpha.device != device:
+        raise ValueError(f"alpha must be on the device of the codes, {device}, got {alpha.device}")
+    return alpha, size // groups if groups else 1, None
+
+
 def check_slopes(slopes: Tensor, grad_y: Tensor, bits: int) -> None:
     check_bits(bits)
     wide = wide_dtype(grad_y.dtype)

@@ -11,6 +11,7 @@ alpha 0, code p and output 0; one with an alpha that is not finite has alpha NaN
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def qsigned_forward(
     alpha, group, channel_dim = check_signed(x, alpha, bits, group, channel_dim)
     memory_format = torch.contiguous_format if alpha is None else suggest_memory_format(x)
     if alpha is None:
-        found = group_alphas(x, bits, group)
+        found = group_alphas(x, bits, cast(int, group))
         wide = found.to(wide_dtype(x.dtype))
     else:
         found = torch.empty(0, dtype=torch.bfloat16, device=x.device)
@@ -137,6 +138,9 @@ def qsigned_backward(
     rule, p = parse("alpha_grad", alpha_grad, AlphaGrad), top_level(bits)
     dy = grad_y.to(wide_dtype(grad_y.dtype))
     memory_format = suggest_memory_format(grad_y)
+    k: Any
+    u: Any
+    inside: Any
     k = u = inside = None
     if x is not None and alpha is not None:
         step = alpha.detach().to(dy.dtype)
@@ -179,4 +183,4 @@ def hadamard(x: Tensor, size: int) -> Tensor:
         low, high = v.view(-1, size // (2 * half), 2, half).unbind(2)
         v = torch.stack((low + high, low - high), 2).view(-1, size)
         half *= 2
-    return (v * size**-0.5).to(x.dtype).view(x.shape)
+    return (v * math.sqrt(1 / size)).to(x.dtype).view(x.shape)

@@ -1,8 +1,8 @@
 """The staircase ReLU.
 
-    levels      L[k] = round_to_dtype(k * alpha), k = 0..q, q = 2**bits - 1
-    thresholds  ceil: T[k] = L[k-1];  nearest: T[k] = (L[k-1] + L[k]) / 2;  hwgq: nearest, but T[1] = 0
-    code        c = #{k in 1..q : x > T[k]} = torch.bucketize(x, T[1:]);  output y = L[c], NaN for NaN
+levels      L[k] = round_to_dtype(k * alpha), k = 0..q, q = 2**bits - 1
+thresholds  ceil: T[k] = L[k-1];  nearest: T[k] = (L[k-1] + L[k]) / 2;  hwgq: nearest, but T[1] = 0
+code        c = #{k in 1..q : x > T[k]} = torch.bucketize(x, T[1:]);  output y = L[c], NaN for NaN
 """
 
 from __future__ import annotations
