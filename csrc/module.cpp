@@ -46,6 +46,7 @@ PYBIND11_MODULE(_C, m) {
   std::vector<torch::Library> libraries;
   cg::register_cpu(libraries.emplace_back(MAKE_TORCH_LIBRARY_IMPL(coarsegrad, CPU)));
   cg::register_integer_cpu(libraries.back());
+  cg::register_signed_cpu(libraries.back());
 #ifdef CG_HAVE_CUDA
   cg::register_cuda(libraries.emplace_back(MAKE_TORCH_LIBRARY_IMPL(coarsegrad, CUDA)));
 #endif

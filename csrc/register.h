@@ -33,6 +33,7 @@ using QReluInplaceOp = at::Tensor&(at::Tensor& x, const at::Tensor& alpha, int64
 
 void register_cpu(torch::Library& library);
 void register_integer_cpu(torch::Library& library);
+void register_signed_cpu(torch::Library& library);
 void register_cuda(torch::Library& library);  // in a build with csrc/cuda
 void register_autograd(torch::Library& library);
 

@@ -18,7 +18,7 @@ from saved_for import saved_for
 
 import coarsegrad as cg
 from coarsegrad import integer, reference
-from coarsegrad._types import ALPHA_GRADS, BUILT_IN, DTYPES, ROUNDINGS, MaskKind
+from coarsegrad._types import ALPHA_GRADS, BUILT_IN, DTYPES, ROUNDINGS, MaskKind, wide_dtype
 from coarsegrad.testing import hard_inputs, triton_ulps_apart, ulps_apart
 from coarsegrad.triton import kernels, layer_kernels, layers, qrelu
 from coarsegrad.triton.layer_kernels import _ceil_within
@@ -38,7 +38,7 @@ def same(a, b):
 
 def channels_of_hard_inputs(dtype, bits, rounding, alphas=ALPHAS):
     """alpha [C], x [C, m]."""
-    alpha = torch.tensor(alphas, dtype=reference.wide_dtype(dtype))
+    alpha = torch.tensor(alphas, dtype=wide_dtype(dtype))
     return alpha, torch.stack([hard_inputs(a, bits, rounding, dtype) for a in alpha.tolist()])
 
 
@@ -92,7 +92,7 @@ def test_backward_from_slopes(dtype, bits):
     x, dy = (ordinary(2, 3, 37, 11, dtype=dtype, seed=i).to(memory_format=torch.channels_last) for i in (0, 1))
     dy[:, 0, ::3] = float("inf")
     codes = reference.qrelu_codes(x, torch.tensor([0.3]), bits, "ceil", None)
-    slopes = ordinary(2**bits, dtype=reference.wide_dtype(dtype))
+    slopes = ordinary(2**bits, dtype=wide_dtype(dtype))
     slopes[0] = 0
     for given in (dy, dy[:0]):
         arguments = (given, codes if len(given) else codes[:0], slopes, bits)

@@ -8,6 +8,7 @@ import importlib.metadata
 from . import nn
 from .backends import backends, use_backend
 from .functional import dequantize, qrelu, qrelu_codes, qrelu_conv2d, qrelu_linear
+from .gated import gated_product
 from .integer import convert
 from .memory import saved_memory
 from .nn import QReLU
@@ -30,6 +31,7 @@ __all__ = [
     "check_ste",
     "convert",
     "dequantize",
+    "gated_product",
     "hadamard",
     "keep_positive",
     "nn",

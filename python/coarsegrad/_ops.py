@@ -85,6 +85,10 @@ _SCHEMAS = (
     # group: None if alpha is not dynamic.
     "qsigned_dequantize(Tensor codes, Tensor alpha, int bits, SymInt? group, SymInt[] shape, ScalarType dtype,"
     " int? channel_dim, MemoryFormat memory_format) -> Tensor",
+    # act(gate) * up: gated.py.
+    "gated_product(Tensor gate, Tensor up, str activation) -> Tensor",
+    "gated_product_backward(Tensor grad_out, Tensor gate, Tensor up, str activation)"
+    " -> (Tensor grad_gate, Tensor grad_up)",
     # Blocks of `size` elements of the last dimension, rotated by Hadamard's matrix over sqrt(size): its own inverse.
     "hadamard(Tensor x, SymInt size) -> Tensor",
     # The backward of a Linear or Conv2d whose input y is saved as codes; an unwanted grad is [0]. Opaque on purpose: a

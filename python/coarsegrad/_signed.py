@@ -136,11 +136,27 @@ def _select(grad_y: Tensor, mask: Tensor) -> Tensor:
     return ops.qrelu_backward.default(grad_y, None, None, mask, None, 1, Ste.clipped_relu.value, *rest)[0]
 
 
-def _backward_autograd(grad_y, alpha, x, mask, codes, *options):
-    if any(needs_grad(grad_y, alpha, x)):
-        raise NotImplementedError("qsigned has a second derivative only if alpha is not learned")
+def _backward_autograd(*arguments):
+    if any(needs_grad(*arguments[:3])):
+        return apply_in_kernel(_QSignedBackward, *arguments)
+    return _backward_below(*arguments)
+
+
+def _backward_below(*arguments):
+    if in_functorch_kernel():
+        return below_autograd_with_derivatives(ops.qsigned_backward.default, *arguments)
     with below_autograd():
-        return ops.qsigned_backward.default(grad_y, alpha, x, mask, codes, *options)
+        return ops.qsigned_backward.default(*arguments)
+
+
+class _QSignedBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        return _backward_below(*arguments)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError("qsigned has a second derivative only if alpha is not learned")
 
 
 _library.impl("qsigned", qsigned_with_derivative, "Autograd")

@@ -38,7 +38,7 @@ class PackedQReLU(torch.autograd.Function):
             replaced_mask = shared_mask if codes_give(kind, settings.rounding) else None
             output = (bits, y.shape, y.dtype, channel_dim, memory_format)
             decoder = Decoder(y, _ops.ops.dequantize.default, *output)
-            record = OutputRecord(y, codes.detach(), alpha_now, replaced_mask, decoder)
+            record = OutputRecord(y, (codes.detach(), alpha_now), replaced_mask, decoder)
             record.attach_to(y)
         ctx.settings = settings
         ctx.mask = shared_mask and weakref.ref(shared_mask)  # autograd holds it, and frees it after the backward
@@ -83,7 +83,7 @@ class PackedQSigned(torch.autograd.Function):
             decoder = Decoder(y, _ops.ops.qsigned_dequantize.default, *output)
             # A given alpha may be changed before the backward.
             alpha_now = dynamic if alpha is None else alpha.detach().clone()
-            OutputRecord(y, codes.detach(), alpha_now, None, decoder).attach_to(y)
+            OutputRecord(y, (codes.detach(), alpha_now), None, decoder).attach_to(y)
         _signed.save_for_backward(ctx, settings, x, alpha, mask, codes)
         return y
 

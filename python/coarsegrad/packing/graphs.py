@@ -59,28 +59,32 @@ def packs_graph() -> bool:
 
 
 class _Output:
-    """The output y of a forward op in a joint graph. position: of each node of the graph; backward: the nodes that
-    depend on a tangent."""
+    """The output y of a forward op in a joint graph."""
 
     unpacked: OpOverload  # the op that takes the place of the `_packed` one
     _CODES: int  # the position of the codes in its result; of y it is 0
 
-    def __init__(self, forward: fx.Node, position: dict[fx.Node, int], backward: set[fx.Node]) -> None:
-        self._forward, self._position, self._backward = forward, position, backward
+    def __init__(self, forward: fx.Node) -> None:
+        self._forward = forward
         self._parts: dict[Any, Any] = {user.args[1]: user for user in forward.users if user.target is operator.getitem}
-        self._y: Any = self._parts.get(0)  # a node, or None
-        self._rebuilt: dict[fx.Node, fx.Node] = {}
+        self.y: Any = self._parts.get(0)  # a node, or None
+        forward.target = self.unpacked
 
-    def pack(self) -> None:
-        """Let the backward read y from its codes."""
-        self._forward.target = self.unpacked
-        readers = self._readers() if self._can_be_rebuilt() else []
-        if not readers:
-            return
+    def can_be_rebuilt(self) -> bool:
+        """Not a y that is not dense, nor one that a checkpoint computes again in any case."""
+        if self.y is None or is_recomputed(self._forward):
+            return False
+        y = self.y.meta["val"]
+        return y.is_contiguous(memory_format=suggest_memory_format(y))
+
+    def rebuild(self, reader: fx.Node) -> fx.Node:
+        """y from its codes, before the reader."""
         self._return_codes()
-        for reader, argument in sorted(readers, key=lambda pair: self._position[pair[0]]):
-            reader.replace_input_with(argument, self._rebuild(argument, reader))
-        self._drop_mask()
+        with self._graph.inserting_before(reader):
+            return self._dequantized()
+
+    def drop_mask(self) -> None:
+        """Save no mask that the codes determine."""
 
     @property
     def _arguments(self) -> tuple[Any, ...]:
@@ -103,44 +107,6 @@ class _Output:
         node.meta["val"] = val
         return node
 
-    # ------------------------------------------------------------------------------------ who reads y
-
-    def _can_be_rebuilt(self) -> bool:
-        """Not a y that is not dense, nor one that a checkpoint computes again in any case."""
-        if self._y is None or is_recomputed(self._forward):
-            return False
-        y = self._y.meta["val"]
-        return y.is_contiguous(memory_format=suggest_memory_format(y))
-
-    def _readers(self) -> list[tuple[fx.Node, fx.Node]]:
-        """(node, argument): the nodes of the backward with an argument that is y or made from it."""
-        found, made = [], [self._y]
-        for source in made:
-            for user in source.users:
-                if user in self._backward:
-                    found.append((user, source))
-                elif _source(user) is source:
-                    made.append(user)
-        return found
-
-    # ------------------------------------------------------------------------------------ what it reads instead
-
-    def _rebuild(self, node: fx.Node, reader: fx.Node) -> fx.Node:
-        """The node, y or made from it, again, from the codes: before its first reader."""
-        if node not in self._rebuilt:
-            if node is self._y:
-                with self._graph.inserting_before(reader):
-                    again = self._dequantized()
-            else:
-                source = cast(fx.Node, _source(node))
-                again = rebuilt = self._rebuild(source, reader)
-                if node.target is not _aten.copy.default:
-                    with self._graph.inserting_before(reader):
-                        again = self._graph.node_copy(node, lambda n: rebuilt if n is source else n)
-            keep_in_backward(again)
-            self._rebuilt[node] = again
-        return self._rebuilt[node]
-
     def _dequantized(self) -> fx.Node:
         """y, as a new node."""
         raise NotImplementedError
@@ -148,11 +114,9 @@ class _Output:
     def _shape(self) -> list:
         """That of y, for an op's argument."""
         return [
-            size if isinstance(size, int) else self._new(_aten.sym_size.int, (self._y, dim), size)
-            for dim, size in enumerate(self._y.meta["val"].shape)
+            size if isinstance(size, int) else self._new(_aten.sym_size.int, (self.y, dim), size)
+            for dim, size in enumerate(self.y.meta["val"].shape)
         ]
-
-    # ------------------------------------------------------------------------------------ what is saved with it
 
     def _return_codes(self) -> None:
         """Have the forward op return the codes. Both ops take `codes` as argument 5."""
@@ -166,21 +130,18 @@ class _Output:
         for index, part in self._parts.items():
             part.meta["val"] = vals[index]
 
-    def _drop_mask(self) -> None:
-        """Save no mask that the codes determine."""
-
 
 class _QReLUOutput(_Output):
     unpacked = _ops.ops.qrelu_forward.default
     _CODES = 2
 
     def _dequantized(self) -> fx.Node:
-        y = self._y.meta["val"]
+        y = self.y.meta["val"]
         _, alpha, bits, *_, channel_dim = self._arguments
         output = (bits, self._shape(), y.dtype, channel_dim, suggest_memory_format(y))
         return self._new(_ops.ops.dequantize.default, (self._part(2), alpha, *output), torch.empty_like(y))
 
-    def _drop_mask(self) -> None:
+    def drop_mask(self) -> None:
         """Let qrelu's own backward read the codes."""
         rounding, kind = self._arguments[3:5]
         mask = self._parts.get(1)
@@ -202,7 +163,7 @@ class _QSignedOutput(_Output):
     _CODES = 3
 
     def _dequantized(self) -> fx.Node:
-        y = self._y.meta["val"]
+        y = self.y.meta["val"]
         _, alpha, bits, group, *_, channel_dim = self._arguments
         memory_format = torch.contiguous_format if alpha is None else suggest_memory_format(y)
         output = (bits, group, self._shape(), y.dtype, channel_dim, memory_format)
@@ -217,36 +178,76 @@ _OUTPUTS: dict[OpOverload, type[_Output]] = {
 }
 
 
-def _source(node: fx.Node) -> fx.Node | None:
-    """The node that this one is a view, a part, a copy, a multiple or the square of; None if it is something else."""
+class _JointGraph:
+    """A graph of forward and backward, in which the backward reads outputs from their codes."""
+
+    def __init__(self, graph: fx.Graph, forwards: list[fx.Node]) -> None:
+        outputs = [_OUTPUTS[cast(OpOverload, node.target)](node) for node in forwards]
+        self._outputs = {output.y: output for output in outputs if output.can_be_rebuilt()}
+        self._nodes = [node for node in graph.nodes if node.op != "output"]  # the output is of both
+        self._backward: set[fx.Node] = set()
+        # The outputs, and what is made from them in the forward, each with what it is made from.
+        self._made: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        for node in self._nodes:
+            if is_tangent(node) or not self._backward.isdisjoint(node.all_input_nodes):
+                self._backward.add(node)
+            elif node in self._outputs:
+                self._made[node] = ()
+            elif (sources := _sources(node)) and all(source in self._made for source in sources):
+                self._made[node] = sources
+        self._rebuilt: dict[fx.Node, fx.Node] = {}
+
+    def pack(self) -> None:
+        for reader in self._nodes:
+            if reader in self._backward:
+                for argument in reader.all_input_nodes:
+                    if argument in self._made:
+                        reader.replace_input_with(argument, self._rebuild(argument, reader))
+        for y, output in self._outputs.items():
+            if y in self._rebuilt:
+                output.drop_mask()
+
+    def _rebuild(self, node: fx.Node, reader: fx.Node) -> fx.Node:
+        """An output, or what is made from some, again, from the codes: before its first reader."""
+        if node not in self._rebuilt:
+            if node in self._outputs:
+                again = self._outputs[node].rebuild(reader)
+            else:
+                sources = {source: self._rebuild(source, reader) for source in self._made[node]}
+                if node.target is _aten.copy.default:
+                    (again,) = sources.values()
+                else:
+                    with node.graph.inserting_before(reader):
+                        again = node.graph.node_copy(node, lambda n: sources.get(n, n))
+            keep_in_backward(again)
+            self._rebuilt[node] = again
+        return self._rebuilt[node]
+
+
+def _sources(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The node that this one is a view, a part, a copy, a multiple or the square of, or the two that it is the gated
+    product of; () if it is something else."""
     if node.target is operator.getitem:
-        return cast(fx.Node, node.args[0])
+        return (cast(fx.Node, node.args[0]),)
     if not isinstance(node.target, OpOverload):
-        return None
-    tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (Tensor, list, tuple))]
+        return ()
+    tensors = tuple(n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (Tensor, list, tuple)))
     if node.target is _aten.copy.default:  # an in-place qrelu writes its output over x
         x, y = (n.meta["val"] for n in tensors)
         alike = (x.dtype, x.shape, x.stride()) == (y.dtype, y.shape, y.stride())
-        return tensors[1] if alike else None
+        return tensors[1:] if alike else ()
+    if node.target is _ops.ops.gated_product.default:
+        return tensors
     exact = node.target.is_view or node.target in _EXACT
     exact |= node.target is _aten.pow.Tensor_Scalar and node.args[1] in (1, 2)  # 1: of a square's derivative
-    return tensors[0] if exact and len(tensors) == 1 else None
+    return tensors if exact and len(tensors) == 1 else ()
 
 
 def pack_joint_graph(module: fx.GraphModule, *_: object) -> fx.GraphModule:
     """The pass: packs the output of each op in `_OUTPUTS`, which becomes the one without `_packed`."""
     forwards = [node for op in _OUTPUTS for node in module.graph.find_nodes(op="call_function", target=op)]
     if forwards:
-        position: dict[fx.Node, int] = {}
-        backward: set[fx.Node] = set()
-        for node in module.graph.nodes:
-            if node.op == "output":  # of both, forward and backward
-                continue
-            position[node] = len(position)
-            if is_tangent(node) or not backward.isdisjoint(node.all_input_nodes):
-                backward.add(node)
-        for forward in forwards:
-            _OUTPUTS[forward.target](forward, position, backward).pack()
+        _JointGraph(module.graph, forwards).pack()
         module.recompile()
     return module
 

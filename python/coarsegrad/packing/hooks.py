@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,19 @@ class Packing:
         refuse_forward_mode(x)
         settings = SignedSettings.of(x, alpha, bits, ste, alpha_grad, alpha_scale, channel_dim)
         return _published(PackedQSigned.apply(x, alpha, group, settings))
+
+
+def record_product(op: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, product: Tensor) -> None:
+    """Let product = op(a, b), elementwise, be saved as the codes of a and b, if both are outputs."""
+    if active_packing() is None:
+        return
+    records = attached_record(a), attached_record(b)
+    if records[0] is None or records[1] is None or not records[0].is_of(a) or not records[1].is_of(b):
+        return
+    if product.stride() == a.stride() == b.stride():
+        record = records[0].combined(records[1], op, product)
+        record.attach_to(product)
+        record.publish(product)
 
 
 def _published(y: Tensor) -> Tensor:

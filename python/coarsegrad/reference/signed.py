@@ -183,4 +183,4 @@ def hadamard(x: Tensor, size: int) -> Tensor:
         low, high = v.view(-1, size // (2 * half), 2, half).unbind(2)
         v = torch.stack((low + high, low - high), 2).view(-1, size)
         half *= 2
-    return (v * size**-0.5).to(x.dtype).view(x.shape)
+    return (v * math.sqrt(1 / size)).to(x.dtype).view(x.shape)
