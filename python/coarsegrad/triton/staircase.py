@@ -127,9 +127,11 @@ def threshold_above(k, alpha, DTYPE: tl.constexpr, ROUNDING: tl.constexpr):
 
 
 @triton.jit
-def _regular(alpha, DTYPE: tl.constexpr, BITS: tl.constexpr):
-    """Whether levels neither collapse nor overflow, sums of two do not overflow, and the reciprocal is normal."""
-    top = level(2.0**BITS - 1, alpha, DTYPE)
+def _regular(alpha, DTYPE: tl.constexpr, TOP: tl.constexpr):
+    """Whether levels neither collapse nor overflow, sums of two do not overflow, and the reciprocal is normal. TOP: the
+    largest k, as a float.
+    """
+    top = level(TOP, alpha, DTYPE)
     if DTYPE == tl.float64:
         return (alpha >= 2.2250738585072014e-308) & (top <= 4.49423283715579e307)
     elif DTYPE == tl.float16:
@@ -174,6 +176,20 @@ def code_by_guess(x, alpha, inverse, DTYPE: tl.constexpr, BITS: tl.constexpr, RO
 
 
 @triton.jit
+def code_by_search(x, alpha, LOWEST: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr, ROUNDING: tl.constexpr):
+    """The code for any alpha, of 2**BITS from LOWEST up: binary search from the highest bit down.
+
+    A loop of unknown length, so that it is not unrolled: this rare case must stay small.
+    """
+    code = tl.where(x == x, LOWEST, x)
+    step = 2.0 ** (BITS - 1) + _least(alpha) * 0
+    while step >= 1:
+        code = tl.where(x <= threshold_above(code + (step - 1), alpha, DTYPE, ROUNDING), code, code + step)
+        step *= 0.5
+    return code
+
+
+@triton.jit
 def code_of(x, alpha, DTYPE: tl.constexpr, BITS: tl.constexpr, ROUNDING: tl.constexpr):
     """c, as a number of x's dtype; NaN for NaN."""
     if BITS <= 2:
@@ -181,16 +197,10 @@ def code_of(x, alpha, DTYPE: tl.constexpr, BITS: tl.constexpr, ROUNDING: tl.cons
         for i in tl.static_range(2**BITS - 1):
             lower = 2.0**BITS - 2 - i
             code = tl.where(x <= threshold_above(lower, alpha, DTYPE, ROUNDING), lower, code)
-    elif _least(_regular(alpha, DTYPE, BITS).to(tl.int32)) != 0:
+    elif _least(_regular(alpha, DTYPE, 2.0**BITS - 1).to(tl.int32)) != 0:
         code = code_by_guess(x, alpha, 1.0 / alpha, DTYPE, BITS, ROUNDING)
     else:
-        # Any alpha: binary search from the highest bit down. A loop of unknown length, so that it is not unrolled: this
-        # rare case must stay small.
-        code = tl.where(x == x, 0.0, x)
-        step = 2.0 ** (BITS - 1) + _least(alpha) * 0
-        while step >= 1:
-            code = tl.where(x <= threshold_above(code + (step - 1), alpha, DTYPE, ROUNDING), code, code + step)
-            step *= 0.5
+        code = code_by_search(x, alpha, 0.0, DTYPE, BITS, ROUNDING)
     return code
 
 
