@@ -4,6 +4,8 @@
     thresholds  ceil: T[k] = L[k-1];  nearest: T[k] = (L[k-1] + L[k]) / 2;  hwgq: nearest, but T[1] = 0
     code        c = #{k in 1..q : x > T[k]}, output y = L[c]
 
+Of the signed staircase k = -p..p, p = 2**(bits - 1) - 1, and thresholds are "nearest".
+
 Computed in float32, or in float64 for float64 x.
 """
 
@@ -209,3 +211,32 @@ def state_of(x, alpha, DTYPE: tl.constexpr, BITS: tl.constexpr):
     """0 for x <= 0, 1 for 0 < x <= L[q] and for NaN, 2 for x > L[q]."""
     above = x > level(2.0**BITS - 1, alpha, DTYPE)
     return tl.where(x <= 0, 0, tl.where(above, 2, 1))
+
+
+@triton.jit
+def signed_code_by_guess(x, alpha, inverse, DTYPE: tl.constexpr, BITS: tl.constexpr):
+    """k = c - p for a regular alpha, from 1 / alpha with an error of a few ulps.
+
+    Rounding moves a level, and so a threshold, by at most 127/256 of a stair (bfloat16, 8 bits), so that T[k] is above
+    k - 1 stairs and below k. Hence one threshold is left to decide, whatever the quotient's last bits.
+    """
+    P: tl.constexpr = 2.0 ** (BITS - 1) - 1
+    below = round_to_integer(_clamp(x * inverse - 0.5, -P, P - 1))
+    return tl.where(x <= threshold_above(below, alpha, DTYPE, "nearest"), below, below + 1)
+
+
+@triton.jit
+def signed_code_of(x, alpha, DTYPE: tl.constexpr, BITS: tl.constexpr):
+    """k = c - p, as a number of x's dtype; 0 for NaN, and where alpha is 0 or NaN."""
+    P: tl.constexpr = 2.0 ** (BITS - 1) - 1
+    stairs = alpha > 0
+    alpha = tl.where(stairs, alpha, 1.0)
+    if BITS == 2:
+        k = tl.where(x > threshold_above(tl.zeros_like(x), alpha, DTYPE, "nearest"), 1.0, 0.0)
+        k = tl.where(x <= threshold_above(tl.full(x.shape, -1, x.dtype), alpha, DTYPE, "nearest"), -1.0, k)
+    elif _least(_regular(alpha, DTYPE, P).to(tl.int32)) != 0:
+        k = signed_code_by_guess(x, alpha, 1.0 / alpha, DTYPE, BITS)
+    else:
+        # One level more makes 2**BITS of them; its code is then taken back.
+        k = tl.maximum(code_by_search(x, alpha, -P - 1, DTYPE, BITS, "nearest"), -P)
+    return tl.where(x == x, tl.where(stairs, k, 0.0), 0.0)
