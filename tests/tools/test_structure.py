@@ -23,7 +23,9 @@ ORDER = {
     """.split(),
     "coarsegrad.packing": "saved  records  function  graphs  hooks  blocks  __init__".split(),
     "coarsegrad.reference": "bits  staircase  signed  __init__".split(),
-    "coarsegrad.triton": "staircase  ste  kernels  qrelu  layer_kernels  layers  __init__".split(),
+    "coarsegrad.triton": """
+        staircase  ste  kernels  qrelu  signed_kernels  signed  layer_kernels  layers  __init__
+    """.split(),
     "coarsegrad.integer": """
         weights  checks  reference  ops  exact  layers  moves  pools  sums  flow  report  rewriting  conversion
         __init__
