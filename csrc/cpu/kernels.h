@@ -28,10 +28,11 @@ struct UnpackCodes {
 // Hadamard's rotation is in tiles: one block, or as many small ones as make 64 elements.
 constexpr int64_t hadamard_tile(int64_t size) { return size < kBlock ? kBlock : size; }
 
-// The signed staircase, compiled in files of its own. Each runs blocks [begin, end).
+// The signed staircase, compiled in files of its own. Each runs blocks [begin, end). Groups are channels of `alphas`,
+// as many as x has, and are never 0 in the forward: kAlphaOfZeros.
 struct SignedKernels {
-  // Groups [begin, end): writes their alphas and, in the compute type and not 0, what Alphas have. Returns whether all
-  // are regular.
+  // Finds the alphas of groups [begin, end): as they are stored, and in the compute type as Alphas have them. Returns
+  // whether all are regular.
   bool (*alphas)(const SignedForward&, int64_t begin, int64_t end, void* values, void* inverses);
   void (*forward)(const SignedForward&, int64_t begin, int64_t end);
   void (*dequantize)(const SignedDequantize&, int64_t begin, int64_t end);

@@ -144,6 +144,7 @@ Tensor qsigned_dequantize(const Tensor& codes, const Tensor& alpha, int64_t bits
     with_alphas(y, a.dtype, alpha, signed_top(a.bits), Rounding::nearest, channel_dim, run);
   } else {
     check_group_alphas(alpha, y, *group);
+    a.group = *group;
     const Tensor wide = at::detail::empty_cpu({alpha.numel() + kBlock}, wide_dtype(a.dtype));
     wide.narrow(0, 0, alpha.numel()).copy_(alpha.flatten());
     run({wide.const_data_ptr(), alpha.numel(), *group, wide.const_data_ptr()});

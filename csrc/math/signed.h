@@ -50,7 +50,8 @@ CG_HD bf16 signed_alpha(double largest, double p) {
   return signed_alpha(single, 1.0f);
 }
 
-// What takes the place of a dynamic alpha of 0 in `quantize_signed`: 0 has code p and output 0 for any other alpha.
+// What takes the place of a dynamic alpha of 0 in `quantize_signed_of_group`: 0 has code p and output 0 for any other
+// alpha.
 constexpr float kAlphaOfZeros = 1.0f;
 
 // v + kToInteger - kToInteger is v rounded to an integer, and never -0.
@@ -62,12 +63,15 @@ constexpr double kToInteger<double> = 0x1.8p52;
 // A guess by one multiplication, settled by one comparison. Needs `regular` of alpha and p (staircase.h), and an x that
 // is no NaN. T[k] is less than alpha / 2 away from (k - 1/2) * alpha, so that a guess in units of alpha, and of 1/2
 // less than x, is right or one too low.
-template <class T, class F>
-CG_HD Quantized<F> quantize_signed_number(F x, F alpha, F inverse, F p) {
+template <class F>
+CG_HD F signed_guess(F x, F inverse) {
   const F to_integer(kToInteger<scalar_of<F>>);
-  const F nearest = ((mul(x, inverse) - F(0.5)) + to_integer) - to_integer;
-  const F guess = max_of(min_of(nearest, p - F(1)), F(0) - p), next = guess + F(1);
-  const F below = signed_level<T>(guess, alpha), above = signed_level<T>(next, alpha);
+  return (mul_add(x, inverse, F(-0.5)) + to_integer) - to_integer;
+}
+template <class T, class F>
+CG_HD Quantized<F> settle_signed(F guess, F x, F alpha, F p) {
+  const F next = guess + F(1);
+  const F below = round_regular<T>(mul(guess, alpha)), above = round_regular<T>(mul(next, alpha));
   const auto raised = x > mul(below + above, F(0.5));
   return {select(raised, next, guess) + p, select(raised, above, below)};
 }
@@ -75,8 +79,22 @@ CG_HD Quantized<F> quantize_signed_number(F x, F alpha, F inverse, F p) {
 // The same for any x.
 template <class T, class F>
 CG_HD Quantized<F> quantize_signed(F x, F alpha, F inverse, F p) {
-  const Quantized<F> number = quantize_signed_number<T>(x, alpha, inverse, p);
+  const F guess = max_of(min_of(signed_guess(x, inverse), p - F(1)), F(0) - p);
+  const Quantized<F> number = settle_signed<T>(guess, x, alpha, p);
   return {select(x != x, p, number.code), select(x != x, x, number.y)};
+}
+
+// The same for x of a group with a regular dynamic alpha: no NaN, and none above p * alpha. Of float32 and float64 no
+// level is rounded, as alpha has 8 bits.
+template <class T, class F>
+CG_HD Quantized<F> quantize_signed_of_group(F x, F alpha, F inverse, F p) {
+  const F guess = signed_guess(x, inverse);
+  if constexpr (sizeof(T) == 2) {
+    return settle_signed<T>(guess, x, alpha, p);
+  } else {
+    const F k = select(x > mul(guess + F(0.5), alpha), guess + F(1), guess);
+    return {k + p, mul(k, alpha)};
+  }
 }
 
 // Bisection over the thresholds: for any alpha, 0 and NaN included, one number at a time.
