@@ -18,9 +18,9 @@ from saved_for import saved_for
 
 import coarsegrad as cg
 from coarsegrad import integer, reference
-from coarsegrad._types import ALPHA_GRADS, BUILT_IN, DTYPES, ROUNDINGS, MaskKind
+from coarsegrad._types import ALPHA_GRADS, BUILT_IN, DTYPES, ROUNDINGS, MaskKind, wide_dtype
 from coarsegrad.testing import hard_inputs, triton_ulps_apart, ulps_apart
-from coarsegrad.triton import kernels, layer_kernels, layers, qrelu
+from coarsegrad.triton import kernels, layer_kernels, layers, qrelu, signed, signed_kernels
 from coarsegrad.triton.layer_kernels import _ceil_within
 from coarsegrad.triton.staircase import code_by_guess, divide, narrow, refined_quotient, widen
 from coarsegrad.triton.ste import exp_minus
@@ -38,7 +38,7 @@ def same(a, b):
 
 def channels_of_hard_inputs(dtype, bits, rounding, alphas=ALPHAS):
     """alpha [C], x [C, m]."""
-    alpha = torch.tensor(alphas, dtype=reference.wide_dtype(dtype))
+    alpha = torch.tensor(alphas, dtype=wide_dtype(dtype))
     return alpha, torch.stack([hard_inputs(a, bits, rounding, dtype) for a in alpha.tolist()])
 
 
@@ -92,7 +92,7 @@ def test_backward_from_slopes(dtype, bits):
     x, dy = (ordinary(2, 3, 37, 11, dtype=dtype, seed=i).to(memory_format=torch.channels_last) for i in (0, 1))
     dy[:, 0, ::3] = float("inf")
     codes = reference.qrelu_codes(x, torch.tensor([0.3]), bits, "ceil", None)
-    slopes = ordinary(2**bits, dtype=reference.wide_dtype(dtype))
+    slopes = ordinary(2**bits, dtype=wide_dtype(dtype))
     slopes[0] = 0
     for given in (dy, dy[:0]):
         arguments = (given, codes if len(given) else codes[:0], slopes, bits)
@@ -450,7 +450,7 @@ def test_tiles_of_layers_larger_than_one():
 
 def test_every_kernel_is_used():
     """A kernel that no launch needs would be tested by nothing."""
-    for module, launcher in ((kernels, qrelu), (layer_kernels, layers)):
+    for module, launcher in ((kernels, qrelu), (layer_kernels, layers), (signed_kernels, signed)):
         source = open(launcher.__file__).read()
         for name in vars(module):
             assert not name.endswith("_kernel") or f"kernels.{name}[" in source, name

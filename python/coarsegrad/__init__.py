@@ -8,12 +8,15 @@ import importlib.metadata
 from . import nn
 from .backends import backends, use_backend
 from .functional import dequantize, qrelu, qrelu_codes, qrelu_conv2d, qrelu_linear
+from .gated import gated_product
 from .integer import convert
 from .memory import saved_memory
 from .nn import QReLU
+from .norms import norm_staircase
 from .optim import keep_positive, param_groups
 from .packing import pack_activations_, packed_activations
 from .quantization import calibrate, quantize_, stats
+from .signed import QSigned, hadamard, qsigned, qsigned_codes, rotate_weight_
 from .ste import check_ste, register_ste, stes
 
 try:
@@ -23,13 +26,17 @@ except importlib.metadata.PackageNotFoundError:  # run from the sources, not ins
 
 __all__ = [
     "QReLU",
+    "QSigned",
     "backends",
     "calibrate",
     "check_ste",
     "convert",
     "dequantize",
+    "gated_product",
+    "hadamard",
     "keep_positive",
     "nn",
+    "norm_staircase",
     "pack_activations_",
     "packed_activations",
     "param_groups",
@@ -37,8 +44,11 @@ __all__ = [
     "qrelu_codes",
     "qrelu_conv2d",
     "qrelu_linear",
+    "qsigned",
+    "qsigned_codes",
     "quantize_",
     "register_ste",
+    "rotate_weight_",
     "saved_memory",
     "stats",
     "stes",

@@ -221,7 +221,7 @@ class _QReLUBackward(torch.autograd.Function):
 _library.impl("qrelu_custom", qrelu_with_derivative, "Autograd")
 _library.impl("qrelu_custom_", qrelu_with_derivative_, "Autograd")
 _library.impl("qrelu_backward_custom", _backward_autograd, "Autograd")
-for _name in set(KERNELS) - {"qrelu_backward", "qrelu_backward_custom"} | {"qrelu_backward_from_codes"}:
+for _name in set(KERNELS) - {"qrelu_backward", "qrelu_backward_custom", "hadamard"} | {"qrelu_backward_from_codes"}:
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 

@@ -66,8 +66,7 @@ def check_alpha(
     return alpha, channel_dim
 
 
-def check_arguments(x: Tensor, alpha: Tensor | float, bits: int, channel_dim: int | None) -> tuple[Tensor, int | None]:
-    """Check all that a forward can without reading alpha's values; returns what `check_alpha` does."""
+def check_x(x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
@@ -75,8 +74,76 @@ def check_arguments(x: Tensor, alpha: Tensor | float, bits: int, channel_dim: in
     if x.layout is not torch.strided or x.is_nested:
         got = "a nested one" if x.is_nested else f"one of layout {x.layout}"
         raise TypeError(f"x must be a dense Tensor, got {got}")
+
+
+def check_arguments(x: Tensor, alpha: Tensor | float, bits: int, channel_dim: int | None) -> tuple[Tensor, int | None]:
+    """Check all that a forward can without reading alpha's values; returns what `check_alpha` does."""
+    check_x(x)
     check_bits(bits)
     return check_alpha(alpha, channel_dim, x.shape, x.dtype, x.device)
+
+
+def check_group(argument: str, group: int, size: int) -> None:
+    """group: consecutive elements of a last dimension of this size."""
+    if not isinstance(group, (int, torch.SymInt)) or isinstance(group, bool):
+        raise TypeError(f"{argument} must be an int, got {group!r}")
+    if group < 1 or size % group:
+        raise ValueError(f"{argument} must be >= 1 and divide x's last dimension, {size}, got {group}")
+
+
+def check_hadamard(x: Tensor, size: int) -> None:
+    check_x(x)
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, got a 0-d tensor")
+    check_group("size", size, x.size(-1))
+    if size & (size - 1):
+        raise ValueError(f"size must be a power of two, got {size}")
+
+
+def check_signed(
+    x: Tensor, alpha: Tensor | float | None, bits: int, group: int | None, channel_dim: int | None
+) -> tuple[Tensor | None, int | None, int | None]:
+    """Check all that the signed staircase can without reading alpha's values. Returns (alpha as a tensor, group,
+    channel_dim counted from the front). A group is given, as a number, if alpha is not."""
+    check_x(x)
+    check_bits(bits)
+    if bits == 1:
+        raise ValueError("bits must be an int in 2..8 for the signed staircase, got 1")
+    if alpha is not None:
+        if group is not None:
+            raise ValueError(f"group must be None if alpha is given, got {group!r}")
+        alpha, channel_dim = check_alpha(alpha, channel_dim, x.shape, x.dtype, x.device)
+        return alpha, None, channel_dim
+    if channel_dim is not None:
+        raise ValueError(f"channel_dim must be None for a dynamic alpha, got {channel_dim!r}")
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension for a dynamic alpha, got a 0-d tensor")
+    group = x.size(-1) if group is None else group
+    if x.size(-1) == 0:
+        return None, 1, None
+    check_group("group", group, x.size(-1))
+    return None, group, None
+
+
+def check_signed_alpha(
+    alpha: Tensor | float, channel_dim: int | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, int | None, int | None]:
+    """(alpha as a tensor, group, channel_dim counted from the front) for the codes of an x of this shape. Alphas are
+    dynamic if they are bfloat16 with as many dimensions as x."""
+    given = not isinstance(alpha, Tensor) or alpha.dtype != torch.bfloat16 or alpha.dim() != len(shape)
+    if given or channel_dim is not None or not isinstance(alpha, Tensor) or not shape:
+        alpha, channel_dim = check_alpha(alpha, channel_dim, shape, dtype, device)
+        return alpha, None, channel_dim
+    groups, size = alpha.size(-1), shape[-1]
+    fits = size == 0 if groups == 0 else size > 0 and size % groups == 0
+    if alpha.shape[:-1] != torch.Size(shape[:-1]) or not fits:
+        raise ValueError(
+            f"alpha must have shape [{', '.join(map(str, [*shape[:-1], 'n / group']))}] with n = {size}, got"
+            f" {list(alpha.shape)}"
+        )
+    if alpha.device != device:
+        raise ValueError(f"alpha must be on the device of the codes, {device}, got {alpha.device}")
+    return alpha, size // groups if groups else 1, None
 
 
 def check_slopes(slopes: Tensor, grad_y: Tensor, bits: int) -> None:

@@ -10,19 +10,21 @@ numbers of `_types.py`, and a custom STE by name.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_arguments
-from ._torch_internals import suggest_memory_format
+from ._checks import check_arguments, check_hadamard, check_signed
+from ._torch_internals import suggest_memory_format, tag_compile_caches
 from ._types import CODE_WIDTH, MASK_WIDTH, MaskKind, Rounding, packed_bytes, parse, wide_dtype
 from .ste import GPrime, get_ste, real_numbers
 
@@ -31,6 +33,8 @@ _QRELU = "int bits, str ste, str rounding, str alpha_grad, float alpha_scale, in
 _RULE = "int rounding, int alpha_grad, float alpha_scale, int? channel_dim, bool need_grad_x, bool need_grad_alpha"
 # The output of a qrelu, to be rebuilt from its codes.
 _OUTPUT = "int bits, SymInt[] shape, ScalarType dtype, int? channel_dim, MemoryFormat memory_format"
+# alpha: None if it is dynamic, one for each `group` elements of the last dimension (None: all of it).
+_QSIGNED = "int bits, SymInt? group, str ste, str alpha_grad, float alpha_scale, int? channel_dim"
 _CONV = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 
 _INTEGER_LAYER = "Tensor codes, Tensor weight, int bits, int weight_bits, Tensor scale, Tensor offset"
@@ -69,6 +73,26 @@ _SCHEMAS = (
     "qrelu_backward_from_codes(Tensor grad_y, Tensor codes, int bits, str ste) -> Tensor",
     "qrelu_codes(Tensor x, Tensor alpha, int bits, int rounding, int? channel_dim) -> Tensor",
     f"dequantize(Tensor codes, Tensor alpha, {_OUTPUT}) -> Tensor",
+    # The signed staircase: _signed.py.
+    f"qsigned(Tensor x, Tensor? alpha, {_QSIGNED}) -> Tensor",
+    f"qsigned_packed(Tensor x, Tensor? alpha, {_QSIGNED}) -> Tensor",
+    # Returns dynamic alphas, bfloat16 of shape [..., n / group]; [0] if alpha is given.
+    "qsigned_forward(Tensor x, Tensor? alpha, int bits, SymInt? group, bool mask, bool codes, int? channel_dim)"
+    " -> (Tensor y, Tensor alpha, Tensor mask, Tensor codes)",
+    "qsigned_forward_packed(Tensor x, Tensor? alpha, int bits, SymInt? group, bool mask, bool codes, int? channel_dim)"
+    " -> (Tensor y, Tensor alpha, Tensor mask, Tensor codes)",
+    "qsigned_backward(Tensor grad_y, Tensor? alpha, Tensor? x, Tensor? mask, Tensor? codes, int bits, bool clipped,"
+    " int alpha_grad, float alpha_scale, int? channel_dim, bool need_grad_x, bool need_grad_alpha)"
+    " -> (Tensor grad_x, Tensor grad_alpha)",
+    # group: None if alpha is not dynamic.
+    "qsigned_dequantize(Tensor codes, Tensor alpha, int bits, SymInt? group, SymInt[] shape, ScalarType dtype,"
+    " int? channel_dim, MemoryFormat memory_format) -> Tensor",
+    # act(gate) * up: gated.py.
+    "gated_product(Tensor gate, Tensor up, str activation) -> Tensor",
+    "gated_product_backward(Tensor grad_out, Tensor gate, Tensor up, str activation)"
+    " -> (Tensor grad_gate, Tensor grad_up)",
+    # Blocks of `size` elements of the last dimension, rotated by Hadamard's matrix over sqrt(size): its own inverse.
+    "hadamard(Tensor x, SymInt size) -> Tensor",
     # The backward of a Linear or Conv2d whose input y is saved as codes; an unwanted grad is [0]. Opaque on purpose: a
     # compiler must not rebuild y in the forward, and save it.
     f"linear_backward_from_codes(Tensor grad_out, Tensor weight, Tensor? codes, Tensor alpha, {_OUTPUT},"
@@ -99,6 +123,9 @@ KERNELS = {
     "backward_from_slopes": "backward_from_slopes",
     "qrelu_codes": "qrelu_codes",
     "dequantize": "dequantize",
+    "qsigned_forward": "qsigned_forward",
+    "qsigned_dequantize": "qsigned_dequantize",
+    "hadamard": "hadamard",
 }
 
 # ---------------------------------------------------------------------------------------------- shapes
@@ -122,6 +149,7 @@ def _new_y(x: Tensor) -> Tensor:
 @_fake("qrelu_custom")
 @_fake("qrelu_packed")
 def _(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
+    _teach_inductor()
     parse("rounding", rounding, Rounding)
     check_arguments(x, alpha, bits, channel_dim)
     return _new_y(x)
@@ -131,13 +159,25 @@ def _(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
 @_fake("qrelu_custom_")
 @_fake("qrelu_packed_")
 def _(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
+    _teach_inductor()
     parse("rounding", rounding, Rounding)
     check_arguments(x, alpha, bits, channel_dim)
     return x
 
 
+@functools.cache
+def _compiled_form() -> str:
+    """A digest of what decides how these ops are compiled."""
+    folder = Path(__file__).parent
+    files = (folder / "_inductor.py", folder / "packing" / "graphs.py")
+    text = repr(_SCHEMAS).encode() + b"".join(file.read_bytes() for file in files)
+    return f"coarsegrad-{hashlib.sha256(text).hexdigest()[:16]}"
+
+
 def _teach_inductor() -> None:
     """Register the lowering of qrelu_forward once Inductor is in use: its import is slow."""
+    if "torch._dynamo" in sys.modules:  # before a key is made
+        tag_compile_caches(_compiled_form())
     if "torch._inductor.lowering" in sys.modules:
         importlib.import_module(f"{__package__}._inductor")
 
@@ -200,6 +240,52 @@ def _(codes, alpha, bits, shape, dtype, channel_dim, memory_format):
     return torch.empty(shape, dtype=dtype, device=codes.device, memory_format=memory_format)
 
 
+@_fake("qsigned")
+@_fake("qsigned_packed")
+def _(x, alpha, bits, group, ste, alpha_grad, alpha_scale, channel_dim):
+    _teach_inductor()
+    check_signed(x, alpha, bits, group, channel_dim)
+    return _new_signed(x, alpha)
+
+
+@_fake("qsigned_forward")
+@_fake("qsigned_forward_packed")
+def _(x, alpha, bits, group, mask, codes, channel_dim):
+    _, group, _ = check_signed(x, alpha, bits, group, channel_dim)
+    groups = [0] if group is None else [*x.shape[:-1], x.size(-1) // group]
+    return (
+        _new_signed(x, alpha),
+        x.new_empty(groups, dtype=torch.bfloat16),
+        x.new_empty(packed_bytes(x.numel(), mask), dtype=torch.uint8),
+        x.new_empty(packed_bytes(x.numel(), CODE_WIDTH[bits] if codes else 0), dtype=torch.uint8),
+    )
+
+
+def _new_signed(x: Tensor, alpha: Tensor | None) -> Tensor:
+    """Groups are those of the memory: their y is contiguous."""
+    return _new_y(x) if alpha is not None else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_fake("qsigned_backward")
+def _(grad_y, alpha, x, mask, codes, bits, clipped, alpha_grad, alpha_scale, channel_dim, need_grad_x, need_grad_alpha):
+    channels = 1 if channel_dim is None else grad_y.size(channel_dim)
+    return (
+        torch.empty_like(grad_y) if need_grad_x else grad_y.new_empty(0),
+        grad_y.new_empty(channels if need_grad_alpha else 0, dtype=wide_dtype(grad_y.dtype)),
+    )
+
+
+@_fake("qsigned_dequantize")
+def _(codes, alpha, bits, group, shape, dtype, channel_dim, memory_format):
+    return torch.empty(shape, dtype=dtype, device=codes.device, memory_format=memory_format)
+
+
+@_fake("hadamard")
+def _(x, size):
+    check_hadamard(x, size)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 # ------------------------------------------------------------------------------------- default kernels
 
 _warned_devices: set[str] = set()
@@ -231,6 +317,7 @@ for _name in KERNELS:
     # A custom STE is expected to run on the reference: no warning.
     _kernel = reference.qrelu_backward if _name == "qrelu_backward_custom" else reference_kernel(_name)
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+_library.impl("qsigned_backward", reference.qsigned_backward, "CompositeExplicitAutograd")
 
 
 @functools.lru_cache(maxsize=256)

@@ -7,7 +7,7 @@ Numbers are passed as plain ints: an op takes microseconds longer for an IntEnum
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Literal, TypeAlias, TypeVar
+from typing import Literal, TypeAlias, TypeVar, get_args
 
 import torch
 
@@ -67,11 +67,16 @@ SteName: TypeAlias = (
     ]
     | str
 )
+# Of the signed staircase.
+SignedSteName: TypeAlias = Literal["clipped", "identity"]
+SignedAlphaGradName: TypeAlias = Literal["exact", "chain"]
 AlphaScale: TypeAlias = float | Literal["lsq"]
 
 BUILT_IN = tuple(Ste.__members__)
 ROUNDINGS = tuple(Rounding.__members__)
 ALPHA_GRADS = tuple(AlphaGrad.__members__)
+SIGNED_STES = get_args(SignedSteName)
+SIGNED_ALPHA_GRADS = get_args(SignedAlphaGradName)
 
 _Option = TypeVar("_Option", bound=IntEnum)
 
@@ -98,6 +103,11 @@ INDUCTOR_BITS = 4
 # Bits of one packed code: a power of two, so that no code straddles two bytes.
 CODE_WIDTH = {1: 1, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 MASK_WIDTH: dict[int, int] = {MaskKind.nothing: 0, MaskKind.positive: 1, MaskKind.inside: 1, MaskKind.state: 2}
+
+
+def top_level(bits: int) -> int:
+    """p: the levels of the signed staircase are -p to p."""
+    return 2 ** (bits - 1) - 1
 
 
 def packed_bytes(count: int, width: int) -> int:

@@ -23,6 +23,7 @@ from ._checks import (
     check_arguments,
     check_bits,
     check_option,
+    check_signed_alpha,
     checked_values,
 )
 from ._dtensor import is_dtensor, on_shards
@@ -57,6 +58,7 @@ _qrelu_packed = _ops.ops.qrelu_packed.default
 _qrelu_packed_ = _ops.ops.qrelu_packed_.default
 _qrelu_codes = _ops.ops.qrelu_codes.default
 _dequantize = _ops.ops.dequantize.default
+_qsigned_dequantize = _ops.ops.qsigned_dequantize.default
 if _ops.native is not None:  # the same ops; torch.ops parses arguments for as long as the kernel of a small tensor runs
     _native_qrelu, _native_qrelu_ = _ops.native.qrelu, _ops.native.qrelu_
 
@@ -64,7 +66,7 @@ if _ops.native is not None:  # the same ops; torch.ops parses arguments for as l
 _P = ParamSpec("_P")
 
 
-def _overridable(function: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
+def overridable(function: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
     """Make a function honour `__torch_function__` of arguments and modes, like torch's own functions. A torch.fx proxy
     then records the call."""
 
@@ -187,7 +189,7 @@ def qrelu(
     al. 2020, arXiv 1902.08153 ("lsq", and "chain" with "nearest" and clipped_relu); Cai et al. 2017, arXiv 1702.00953
     ("hwgq").
     """
-    if has_torch_function_variadic(x, alpha):  # as `_overridable` does
+    if has_torch_function_variadic(x, alpha):  # as `overridable` does
         return handle_torch_function(
             qrelu, (x, alpha), x, alpha, bits, ste=ste, rounding=rounding, alpha_grad=alpha_grad,
             alpha_scale=alpha_scale, channel_dim=channel_dim, inplace=inplace,
@@ -272,7 +274,7 @@ for _op in (_qrelu_, _qrelu_custom_, _qrelu_packed_):
     _ops._library.impl(_op, _nested_qrelu_, "CompositeImplicitAutogradNestedTensor")
 
 
-@_overridable
+@overridable
 def qrelu_linear(
     x: Tensor,
     alpha: Tensor | float,
@@ -314,7 +316,7 @@ def qrelu_linear(
         raise
 
 
-@_overridable
+@overridable
 def qrelu_conv2d(
     x: Tensor,
     alpha: Tensor | float,
@@ -360,7 +362,7 @@ def qrelu_conv2d(
         raise
 
 
-@_overridable
+@overridable
 def qrelu_codes(
     x: Tensor, alpha: Tensor | float, bits: int = 4, *, rounding: RoundingName = "ceil", channel_dim: int | None = None
 ) -> Tensor:
@@ -377,7 +379,7 @@ def qrelu_codes(
     return _qrelu_codes(x, alpha, bits, ROUNDINGS.index(rounding), channel_dim)
 
 
-@_overridable
+@overridable
 def dequantize(
     codes: Tensor,
     alpha: Tensor | float,
@@ -385,18 +387,21 @@ def dequantize(
     shape: Sequence[int],
     dtype: torch.dtype,
     *,
+    signed: bool = False,
     channel_dim: int | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
     """Rebuild the output of `qrelu` from its packed codes, bit for bit: y = L[c] = round_to_dtype(c * alpha).
 
-    codes: the result of `qrelu_codes`, 1-d uint8.
-    alpha, bits, channel_dim: as passed to `qrelu_codes`. The rounding does not matter.
+    codes: the result of `qrelu_codes`, or of `qsigned_codes`, 1-d uint8.
+    alpha, bits, channel_dim: as passed to `qrelu_codes`. The rounding does not matter. alpha of `qsigned_codes` is the
+        one that it returned.
+    signed: whether the codes are of `qsigned`, y = round_to_dtype((c - p) * alpha).
     shape, dtype: those of x.
     memory_format: that of qrelu's output: torch.contiguous_format, channels_last or channels_last_3d.
 
-    Returns a tensor with this shape, dtype and format. A NaN in x comes back as L[q], as its code is q. There is no
-    gradient.
+    Returns a tensor with this shape, dtype and format. A NaN in x comes back as L[q], as its code is q; if
+    signed, as 0, or NaN with a dynamic alpha. There is no gradient.
 
     Raises TypeError or ValueError with the argument's name, what was got and what was wanted.
     """
@@ -421,5 +426,8 @@ def dequantize(
             "memory_format must be torch.contiguous_format, channels_last (4 dimensions) or channels_last_3d (5), "
             f"got {memory_format} for {len(shape)} dimensions"
         )
+    if signed:
+        alpha, group, channel_dim = check_signed_alpha(alpha, channel_dim, shape, dtype, codes.device)
+        return _qsigned_dequantize(codes, alpha, bits, group, shape, dtype, channel_dim, memory_format)
     alpha, channel_dim = check_alpha(alpha, channel_dim, shape, dtype, codes.device)
     return _dequantize(codes, alpha, bits, shape, dtype, channel_dim, memory_format)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import json
 import math
 import warnings
@@ -16,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
 
-from ._checks import check_alpha_scale, check_bits, check_number, check_option, checked_values
+from ._alphas import initial_alpha, keep_wide, readable, reshape_alpha
+from ._checks import check_alpha_scale, check_bits, check_option, checked_values
 from ._fused import register_flop_formulas
 from ._torch_internals import suggest_memory_format
 from ._types import (
@@ -28,7 +28,6 @@ from ._types import (
     Rounding,
     RoundingName,
     SteName,
-    wide_dtype,
 )
 from .functional import qrelu, qrelu_conv2d, qrelu_linear
 from .packing import packed_activations, square
@@ -158,7 +157,7 @@ class QReLU(torch.nn.Module):
         self.dropout = float(dropout) if dropout else 0
         self.squared = squared
         alpha = half_gaussian_alpha(bits, rounding) if alpha is None else alpha
-        made = _initial_alpha(alpha, num_channels or 1)
+        made = initial_alpha(alpha, num_channels or 1)
         self._initial = (made.clone() if isinstance(alpha, Tensor) else float(alpha)), self.channel_dim
         if learn_alpha:
             self.alpha = torch.nn.Parameter(made)
@@ -222,7 +221,7 @@ class QReLU(torch.nn.Module):
         A parametrized alpha is set through its right_inverse, so that `self.alpha` takes the given values.
         """
         if alpha.shape != self.alpha.shape:
-            _reshape(self._stored_alpha(), alpha)
+            reshape_alpha(self._stored_alpha(), alpha)
         if is_parametrized(self, "alpha"):
             self.alpha = alpha.to(self.alpha, copy=True)
         else:
@@ -236,7 +235,7 @@ class QReLU(torch.nn.Module):
     def _apply(self, fn, recurse=True):
         """Like nn.Module's, but alpha stays at least float32: in bfloat16 every level would move and small updates be
         lost, and in float16 a small alpha would be 0."""
-        return super()._apply(lambda t: _wide(fn(t), t), recurse)
+        return super()._apply(lambda t: keep_wide(fn(t), t), recurse)
 
     def get_extra_state(self) -> Tensor:
         """What alpha belongs to, as JSON in a uint8 tensor, which every file format and collective supports."""
@@ -249,7 +248,7 @@ class QReLU(torch.nn.Module):
 
     def _checked(self, state: Tensor) -> dict[str, Any]:
         """The contents of an extra state; empty if it cannot be read here."""
-        if not _readable(state):
+        if not readable(state):
             return {}
         try:
             said = json.loads(bytes(state.to(torch.uint8).tolist()))
@@ -274,10 +273,10 @@ class QReLU(torch.nn.Module):
             if isinstance(state.get(key), Tensor):
                 alpha = state[key].detach()
                 local = alpha.to_local() if hasattr(alpha, "to_local") else alpha
-                if not parametrized and _readable(local):
+                if not parametrized and readable(local):
                     checked_values(local.cpu(), self.alpha.dtype)
-                if _wide(alpha, alpha) is not alpha:
-                    state[key] = _wide(alpha, alpha)
+                if keep_wide(alpha, alpha) is not alpha:
+                    state[key] = keep_wide(alpha, alpha)
                 if "channel_dim" in said:
                     self._take_shape(alpha, said["channel_dim"])
         except ValueError as error:
@@ -292,7 +291,7 @@ class QReLU(torch.nn.Module):
         if alpha.dim() != 1 or (channel_dim is None and alpha.numel() != 1):
             return
         if alpha.shape != self._stored_alpha().shape:
-            _reshape(self._stored_alpha(), alpha)
+            reshape_alpha(self._stored_alpha(), alpha)
         self.channel_dim = channel_dim
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
@@ -302,7 +301,7 @@ class QReLU(torch.nn.Module):
         words = [f"bits={self.bits}", f"ste={self.ste!r}", f"rounding={self.rounding!r}"]
         if self.channel_dim is not None:
             words += [f"num_channels={self.alpha.numel()}", f"channel_dim={self.channel_dim}"]
-        elif _readable(self.alpha):
+        elif readable(self.alpha):
             with contextlib.suppress(RuntimeError, AssertionError):  # an empty shard; in a FakeTensorMode
                 words.append(f"alpha={self.alpha.item():.6g}")
         if isinstance(self.alpha, torch.nn.Parameter):
@@ -332,42 +331,6 @@ def _dropped_qrelu(x: Tensor, alpha: Tensor, p: float, divisor: float, bits: int
 # Otherwise torch.fx would bake the value of alpha / divisor into the graph.
 torch.fx.wrap("_dropped")
 torch.fx.wrap("_dropped_qrelu")
-
-
-def _readable(t: Tensor) -> bool:
-    """Whether all values of t can be read here: it is not meta, fake or a shard."""
-    return type(t) in (Tensor, torch.nn.Parameter) and t.device.type != "meta"
-
-
-def _wide(new: Tensor, old: Tensor) -> Tensor:
-    """new, or old in float32 on new's device if new has fewer than 32 bits."""
-    return old.to(new.device, torch.float32) if new.is_floating_point() and new.element_size() < 4 else new
-
-
-def _reshape(t: Tensor, alpha: Tensor) -> None:
-    """Give t the values and shape of alpha; a ValueError if an optimizer or shard would keep the old shape."""
-    change = f"alpha cannot change its shape from {list(t.shape)} to {list(alpha.shape)}"
-    if type(t) not in (Tensor, torch.nn.Parameter):
-        raise ValueError(f"{change} as a {type(t).__name__}; do it before sharding")
-    for holder in gc.get_referrers(t) if t.requires_grad else ():
-        state = holder.get(t) if isinstance(holder, dict) else None
-        if isinstance(state, dict) and any(isinstance(s, Tensor) and s.shape == t.shape for s in state.values()):
-            raise ValueError(f"{change}, as an optimizer has state for it; do it before the optimizer's first step")
-    t.data, t.grad = alpha.detach().to(t, copy=True), None
-
-
-def _initial_alpha(alpha: float | Tensor, size: int) -> Tensor:
-    """A new tensor of shape [size], checked."""
-    if not isinstance(alpha, Tensor):
-        check_number("alpha", alpha)
-        return torch.full((size,), float(alpha), dtype=torch.float32)
-    if not alpha.is_floating_point():
-        raise TypeError(f"alpha must be of a floating dtype, got {alpha.dtype}")
-    if alpha.shape != (size,):
-        raise ValueError(f"alpha must have shape [{size}], got {list(alpha.shape)}")
-    if _readable(alpha):
-        checked_values(alpha.cpu(), wide_dtype(alpha.dtype))
-    return alpha.detach().to(wide_dtype(alpha.dtype), copy=True)
 
 
 class _ActivationAndLayer(torch.nn.Module):

@@ -13,7 +13,7 @@ from paths import ROOT
 from saved_for import saved_for
 
 from coarsegrad import reference
-from coarsegrad._types import MaskKind
+from coarsegrad._types import MaskKind, wide_dtype
 from coarsegrad.testing import hard_inputs, ulps_apart
 
 pytestmark = pytest.mark.skipif(cuda_host.why_not() is not None, reason=str(cuda_host.why_not()))
@@ -63,7 +63,7 @@ def make_grad(dtype, count, seed):
 
 
 def alpha_tensor(values, dtype):
-    return torch.tensor(values, dtype=reference.wide_dtype(dtype))
+    return torch.tensor(values, dtype=wide_dtype(dtype))
 
 
 def forward_case(x, alpha, bits, rounding, mask, codes, *, y=True, in_place=False, shape=None, **settings):
@@ -213,7 +213,7 @@ def backward_from_slopes_cases(dtype, sizes=SIZES[:-1], all_bits=range(1, 9)):
     for n, (bits, size) in enumerate(itertools.product(all_bits, sizes)):
         x = make_x(dtype, 0.3, bits, "ceil", size, n)
         codes = reference.qrelu_codes(x, alpha_tensor([0.3], dtype), bits, "ceil", None)
-        slopes = make_grad(reference.wide_dtype(dtype), 2**bits, n)
+        slopes = make_grad(wide_dtype(dtype), 2**bits, n)
         slopes[n % 3 :: 3] = 0
         grad_y = make_grad(dtype, size, n + 1)
         grad_y[::7] = math.inf

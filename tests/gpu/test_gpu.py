@@ -17,7 +17,7 @@ from saved_for import saved_for
 
 import coarsegrad as cg
 from coarsegrad import _ops, reference
-from coarsegrad._types import ALPHA_GRADS, BUILT_IN, ROUNDINGS, AlphaGrad, MaskKind, Rounding, Ste
+from coarsegrad._types import ALPHA_GRADS, BUILT_IN, ROUNDINGS, AlphaGrad, MaskKind, Rounding, Ste, wide_dtype
 from coarsegrad.testing import hard_inputs, ulps_apart
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -157,7 +157,7 @@ def test_nothing_is_flushed(device, dtype):
     for alpha, (bits, rounding) in itertools.product(
         alphas_near_subnormals(dtype), zip((1, 2, 3, 8, 4), (*ROUNDINGS, "ceil", "nearest"))
     ):
-        alpha = torch.tensor([alpha], dtype=reference.wide_dtype(dtype))
+        alpha = torch.tensor([alpha], dtype=wide_dtype(dtype))
         x = hard_inputs(alpha.item(), bits, rounding, dtype)
         arguments = (bits, Rounding[rounding], MaskKind.state, True, None)
         want = reference.qrelu_forward(x, alpha, *arguments)

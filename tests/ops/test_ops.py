@@ -88,7 +88,7 @@ def slopes_samples(ste):
         for memory_format in FORMATS:
             dy, x = (sample(2, 3, 4, 5, dtype=dtype, seed=i).contiguous(memory_format=memory_format) for i in (0, 1))
             codes = cg.qrelu_codes(x, ALPHA, bits)
-            slopes = sample(2**bits, dtype=cg.reference.wide_dtype(dtype))
+            slopes = sample(2**bits, dtype=oracle.wide(dtype))
             yield (dy, codes, bits, ste) if ste else (dy, codes, slopes, bits)
 
 
@@ -124,6 +124,61 @@ def layer_samples(*settings):
         yield (x, alpha, weight, bias, 2, "relu", "ceil", "exact", 0.5, None, dtype, *settings)
 
 
+def signed_inputs():
+    """(x, alpha, bits, group, channel_dim)"""
+    yield sample(3, 64, dtype=torch.bfloat16), None, 4, 32, None
+    yield sample(2, 3, 6).transpose(1, 2), None, 8, None, None
+    yield sample(0, 8), None, 3, 4, None
+    yield sample(37), ALPHA, 2, None, None
+    yield sample(2, 3, 4, 5).contiguous(memory_format=torch.channels_last), CHANNEL_ALPHA, 5, None, 1
+
+
+def signed_samples():
+    for i, (x, alpha, bits, group, channel_dim) in enumerate(signed_inputs()):
+        for rule in ("exact", "chain") if alpha is not None else ("exact",):
+            given = None if alpha is None else alpha.clone().requires_grad_()
+            yield x.clone().requires_grad_(), given, bits, group, "clipped", rule, 0.5, channel_dim
+        if i < 2:
+            yield x, alpha, bits, group, "identity", "exact", 1.0, channel_dim
+
+
+def signed_forward_samples():
+    for x, alpha, bits, group, channel_dim in signed_inputs():
+        yield x, alpha, bits, group, alpha is not None, True, channel_dim
+
+
+def signed_backward_samples():
+    for x, alpha, bits, group, channel_dim in signed_inputs():
+        if alpha is not None:
+            _, _, mask, codes = torch.ops.coarsegrad.qsigned_forward(x, alpha, bits, group, True, True, channel_dim)
+            dy = torch.randn_like(x)
+            rest = (bits, True, int(AlphaGrad.exact), 0.5, channel_dim, True, True)
+            yield dy, None, None, mask, codes, *rest
+            yield dy, alpha, x, None, None, bits, False, int(AlphaGrad.chain), 1.0, channel_dim, False, True
+
+
+def signed_dequantize_samples():
+    for x, alpha, bits, group, channel_dim in signed_inputs():
+        _, dynamic, _, codes = torch.ops.coarsegrad.qsigned_forward(x, alpha, bits, group, False, True, channel_dim)
+        memory_format = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+        if alpha is None:
+            alpha, group = dynamic, group or x.size(-1)
+        yield codes, alpha, bits, group, list(x.shape), x.dtype, channel_dim, memory_format
+
+
+def gated_samples(with_gradient=False):
+    for activation, dtype in (("silu", torch.float32), ("gelu_tanh", torch.bfloat16), ("identity", torch.float64)):
+        tensors = [sample(3, 8, dtype=dtype, seed=seed) for seed in range(3 if with_gradient else 2)]
+        yield (*tensors, activation)
+        yield (*(t.clone().requires_grad_() for t in tensors), activation)
+
+
+def hadamard_samples():
+    yield sample(3, 64, dtype=torch.bfloat16), 32
+    yield sample(8, 6).t().requires_grad_(), 4
+    yield sample(0, 8), 8
+
+
 SAMPLES = {
     "qrelu": qrelu_samples,
     "qrelu_": lambda: qrelu_samples(inplace=True),
@@ -142,6 +197,15 @@ SAMPLES = {
     "qrelu_backward_from_codes": lambda: slopes_samples("reverse_exponential_step"),
     "qrelu_codes": lambda: forward_samples(lambda channel_dim: (int(Rounding.ceil), channel_dim)),
     "dequantize": dequantize_samples,
+    "qsigned": signed_samples,
+    "qsigned_packed": lambda: list(signed_samples())[::3],
+    "qsigned_forward": signed_forward_samples,
+    "qsigned_forward_packed": lambda: list(signed_forward_samples())[::2],
+    "qsigned_backward": signed_backward_samples,
+    "qsigned_dequantize": signed_dequantize_samples,
+    "hadamard": hadamard_samples,
+    "gated_product": gated_samples,
+    "gated_product_backward": lambda: gated_samples(with_gradient=True),
     "linear_backward_from_codes": layer_backward_samples,
     "conv2d_backward_from_codes": lambda: layer_backward_samples([2, 1], [1, 1], [1, 2], 2),
 }

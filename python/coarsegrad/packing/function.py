@@ -1,4 +1,4 @@
-"""qrelu as an autograd.Function whose output carries a record."""
+"""qrelu and qsigned as autograd.Functions whose outputs carry a record."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import weakref
 
 import torch
 
-from .. import _ops, reference
+from .. import _ops, _signed, reference
 from .._autograd import backward_from_saved
 from .._torch_internals import suggest_memory_format
 from .._types import CODE_WIDTH, MaskKind
@@ -36,8 +36,9 @@ class PackedQReLU(torch.autograd.Function):
         if y.is_contiguous(memory_format=memory_format):
             alpha_now = alpha.detach().clone()  # an optimizer may change it before the backward
             replaced_mask = shared_mask if codes_give(kind, settings.rounding) else None
-            decoder = Decoder(y, bits, channel_dim, memory_format)
-            record = OutputRecord(y, codes.detach(), alpha_now, replaced_mask, decoder)
+            output = (bits, y.shape, y.dtype, channel_dim, memory_format)
+            decoder = Decoder(y, _ops.ops.dequantize.default, *output)
+            record = OutputRecord(y, (codes.detach(), alpha_now), replaced_mask, decoder)
             record.attach_to(y)
         ctx.settings = settings
         ctx.mask = shared_mask and weakref.ref(shared_mask)  # autograd holds it, and frees it after the backward
@@ -65,3 +66,27 @@ class PackedQReLU(torch.autograd.Function):
                 mask, codes, settings = None, mask, settings.reading_codes()
         grad_x, grad_alpha = backward_from_saved(grad_y, alpha, x, mask, codes, settings, ctx.memory_format)
         return grad_x, grad_alpha if ctx.settings.need_grad_alpha else None, None, None, None
+
+
+class PackedQSigned(torch.autograd.Function):
+    """group: that of a dynamic alpha, None if alpha is given."""
+
+    @staticmethod
+    def forward(ctx, x, alpha, group, settings):
+        bits, channel_dim = settings.bits, settings.channel_dim
+        y, dynamic, mask, codes = _ops.ops.qsigned_forward.default(
+            x, alpha, bits, group, settings.saves_mask, True, channel_dim
+        )
+        memory_format = suggest_memory_format(y) if alpha is not None else torch.contiguous_format
+        if y.is_contiguous(memory_format=memory_format):
+            output = (bits, group, y.shape, y.dtype, channel_dim, memory_format)
+            decoder = Decoder(y, _ops.ops.qsigned_dequantize.default, *output)
+            # A given alpha may be changed before the backward.
+            alpha_now = dynamic if alpha is None else alpha.detach().clone()
+            OutputRecord(y, (codes.detach(), alpha_now), None, decoder).attach_to(y)
+        _signed.save_for_backward(ctx, settings, x, alpha, mask, codes)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        return *_signed.backward_from_saved(ctx, grad_y), None, None

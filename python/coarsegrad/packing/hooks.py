@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from .. import _ops
 from .._autograd import Settings, refuse_forward_mode
+from .._signed import SignedSettings
 from .._torch_internals import Hooks, functorch_active, saved_tensor_hooks, view_root
 from ..ste import check_inplace
-from .function import SAVE_AS, PackedQReLU
+from .function import SAVE_AS, PackedQReLU, PackedQSigned
 from .records import OutputRecord, SavedView, attached_record, record_of
-from .saved import SavedTensor, SharedMask
+from .saved import Decoder, SavedTensor, SharedMask
 
 Saved = SavedTensor | SharedMask | SavedView
 
@@ -44,10 +48,44 @@ class Packing:
             if root.is_leaf and root.requires_grad:
                 raise RuntimeError("inplace=True would write to a leaf that requires grad; use inplace=False")
         settings = Settings.of(bits, ste, rounding, alpha_grad, alpha_scale, channel_dim, *needs)
-        y = PackedQReLU.apply(x, alpha, self.outer_hooks, inplace, settings)
-        if (record := attached_record(y)) is not None:
-            record.publish(y)
-        return y
+        return _published(PackedQReLU.apply(x, alpha, self.outer_hooks, inplace, settings))
+
+    @staticmethod
+    def qsigned(x, alpha, bits, group, ste, alpha_grad, alpha_scale, channel_dim) -> Tensor:
+        """qsigned with an output that can be saved as codes. group: a number if alpha is None, else None."""
+        refuse_forward_mode(x)
+        settings = SignedSettings.of(x, alpha, bits, ste, alpha_grad, alpha_scale, channel_dim)
+        return _published(PackedQSigned.apply(x, alpha, group, settings))
+
+
+def record_codes(y: Tensor, codes: Tensor, alpha: Tensor, bits: int, group: int) -> None:
+    """Let y, a staircase with dynamic alphas, be saved as its codes. Compiled graphs find them by themselves."""
+    if active_packing() is None:
+        return
+    output = (bits, group, y.shape, y.dtype, None, torch.contiguous_format)
+    decoder = Decoder(y, _ops.ops.qsigned_dequantize.default, *output)
+    record = OutputRecord(y, (codes.detach(), alpha.detach()), None, decoder)
+    record.attach_to(y)
+    record.publish(y)
+
+
+def record_product(op: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, product: Tensor) -> None:
+    """Let product = op(a, b), elementwise, be saved as the codes of a and b, if both are outputs."""
+    if active_packing() is None:
+        return
+    records = attached_record(a), attached_record(b)
+    if records[0] is None or records[1] is None or not records[0].is_of(a) or not records[1].is_of(b):
+        return
+    if product.stride() == a.stride() == b.stride():
+        record = records[0].combined(records[1], op, product)
+        record.attach_to(product)
+        record.publish(product)
+
+
+def _published(y: Tensor) -> Tensor:
+    if (record := attached_record(y)) is not None:
+        record.publish(y)
+    return y
 
 
 def packing_of(hooks: Hooks | None) -> Packing | None:

@@ -23,14 +23,13 @@ class SavedView:
         self,
         record: Callable[[], OutputRecord | None],
         decoder: Decoder,
-        codes: SavedTensor,
-        alpha: SavedTensor,
+        sources: tuple[SavedTensor, ...],
         size: torch.Size,
         stride: tuple[int, ...],
         offset: int,
     ) -> None:
         self.record, self.size, self.stride, self.offset = record, size, stride, offset
-        self._decoder, self._codes, self._alpha = decoder, codes, alpha
+        self._decoder, self._sources = decoder, sources
 
     def same_as(self, other: object) -> bool:
         place = (self.size, self.stride, self.offset)
@@ -41,21 +40,22 @@ class SavedView:
         )
 
     def load(self) -> Tensor:
-        return self._decoder.view(self._codes, self._alpha, self.size, self.stride, self.offset)
+        return self._decoder.view(self._sources, self.size, self.stride, self.offset)
 
 
 class OutputRecord:
     """What is known of an output y. It lives as long as y's storage, so the codes of a y that nobody saves are freed.
 
+    sources: what the decoder rebuilds y from: codes and alpha; of a gated product those of both factors.
     mask: that of the node that made y, if the codes can replace it.
     version: y's own; a y written to since is another tensor. None until y is published.
     y: a weak reference to y, once published.
     """
 
-    def __init__(self, y: Tensor, codes: Tensor, alpha: Tensor, mask: SharedMask | None, decoder: Decoder) -> None:
+    def __init__(self, y: Tensor, sources: tuple[Tensor, ...], mask: SharedMask | None, decoder: Decoder) -> None:
         self.version: int | None = None
         self.y: Callable[[], Tensor | None] = lambda: None
-        self._codes, self._alpha, self._mask, self._decoder = codes, alpha, mask, decoder
+        self._sources, self._mask, self._decoder = sources, mask, decoder
         self._dtype, self._offset, self._count = y.dtype, y.storage_offset(), y.numel()
 
     def attach_to(self, t: Tensor) -> None:
@@ -89,9 +89,25 @@ class OutputRecord:
         return self._made_into(copy_of_y, functools.partial(Tensor.to, dtype=copy_of_y.dtype))
 
     def _made_into(self, t: Tensor, step: Callable[[Tensor], Tensor]) -> OutputRecord:
-        record = OutputRecord(t, self._codes, self._alpha, self._mask, self._decoder.then(step, t.dtype))
+        record = OutputRecord(t, self._sources, self._mask, self._decoder.then(step, t.dtype))
         record.version = 0  # that of a new tensor
         return record
+
+    def combined(self, other: OutputRecord, op: Callable[..., Tensor], z: Tensor) -> OutputRecord:
+        """The record of z = op(y, the other's y), elementwise."""
+        count = len(self._sources)
+        own, others = self._decoder, other._decoder
+
+        def rebuilt(*sources: Tensor) -> Tensor:
+            return op(own.decode(sources[:count]), others.decode(sources[count:]))
+
+        return OutputRecord(z, (*self._sources, *other._sources), None, Decoder(z, rebuilt))
+
+    def is_of(self, t: Tensor) -> bool:
+        """Whether t is all of y, as it was."""
+        y = self.y()
+        same = y is not None and t.data_ptr() == y.data_ptr() and (t.shape, t.stride()) == (y.shape, y.stride())
+        return same and t._version == self.version
 
     def replacement_for(self, t: Tensor, outer_hooks: Hooks | None) -> SavedView | None:
         """What to save in place of t, which shares y's storage; None if t itself must be saved."""
@@ -104,11 +120,11 @@ class OutputRecord:
             return None
         # Saved again for each view: outer hooks, such as a checkpoint's, may return what they were given only once.
         if self._mask is not None and not self._mask.is_codes:
-            self._mask.replace_by(SavedTensor(self._codes, outer_hooks))
-        codes, alpha = SavedTensor(self._codes, outer_hooks), SavedTensor(self._alpha, outer_hooks)
+            self._mask.replace_by(SavedTensor(self._sources[0], outer_hooks))
+        sources = tuple(SavedTensor(t, outer_hooks) for t in self._sources)
         # Outer hooks may have moved the codes elsewhere: a strong reference would keep the originals as well.
         record: Callable[[], OutputRecord | None] = weakref.ref(self) if outer_hooks else lambda: self
-        return SavedView(record, self._decoder, codes, alpha, t.size(), t.stride(), int(first))
+        return SavedView(record, self._decoder, sources, t.size(), t.stride(), int(first))
 
 
 def attached_record(t: Tensor) -> OutputRecord | None:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _ops
 from .._torch_internals import Hooks
 
 
@@ -61,9 +60,10 @@ class Decoder:
     """Rebuilds y, or an elementwise function of y, from its codes. Views that are alive at the same time share one
     storage."""
 
-    def __init__(self, y: Tensor, bits: int, channel_dim: int | None, memory_format: torch.memory_format) -> None:
+    def __init__(self, y: Tensor, op: Callable[..., Tensor], *arguments: object) -> None:
+        """y is op(*sources, *arguments)."""
         self.dtype, self._device = y.dtype, y.device
-        self._arguments = (bits, y.shape, y.dtype, channel_dim, memory_format)
+        self._op, self._arguments = op, arguments
         self._steps: tuple[Callable[[Tensor], Tensor], ...] = ()
         self._storage: weakref.ref[torch.UntypedStorage] | None = None
 
@@ -73,14 +73,15 @@ class Decoder:
         other.dtype, other._steps, other._storage = dtype, (*self._steps, step), None
         return other
 
-    def view(
-        self, codes: SavedTensor, alpha: SavedTensor, size: torch.Size, stride: tuple[int, ...], offset: int
-    ) -> Tensor:
+    def decode(self, sources: tuple[Tensor, ...]) -> Tensor:
+        y = self._op(*sources, *self._arguments)
+        for step in self._steps:
+            y = step(y)
+        return y
+
+    def view(self, sources: tuple[SavedTensor, ...], size: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
         storage = None if self._storage is None else self._storage()
         if storage is None:
-            y = _ops.ops.dequantize.default(codes.load(), alpha.load(), *self._arguments)
-            for step in self._steps:
-                y = step(y)
-            storage = y.untyped_storage()
+            storage = self.decode(tuple(source.load() for source in sources)).untyped_storage()
             self._storage = weakref.ref(storage)
         return torch.empty(0, dtype=self.dtype, device=self._device).set_(storage, offset, size, stride)

@@ -1,11 +1,8 @@
-"""All ops in plain torch, straight from the definition: the oracle of every backend, and the backend of last resort.
+"""The staircase ReLU.
 
-    levels      L[k] = round_to_dtype(k * alpha), k = 0..q, q = 2**bits - 1
-    thresholds  ceil: T[k] = L[k-1];  nearest: T[k] = (L[k-1] + L[k]) / 2;  hwgq: nearest, but T[1] = 0
-    code        c = #{k in 1..q : x > T[k]} = torch.bucketize(x, T[1:]);  output y = L[c], NaN for NaN
-
-Functions have the signatures of the ops of the same name (_ops.py); an option may also be given by name. Products,
-thresholds, quotients and sums are float32, or float64 if x is float64.
+levels      L[k] = round_to_dtype(k * alpha), k = 0..q, q = 2**bits - 1
+thresholds  ceil: T[k] = L[k-1];  nearest: T[k] = (L[k-1] + L[k]) / 2;  hwgq: nearest, but T[1] = 0
+code        c = #{k in 1..q : x > T[k]} = torch.bucketize(x, T[1:]);  output y = L[c], NaN for NaN
 """
 
 from __future__ import annotations
@@ -16,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_arguments, check_slopes, checked_values
-from ._torch_internals import suggest_memory_format
-from ._types import CODE_WIDTH, MASK_WIDTH, AlphaGrad, MaskKind, Rounding, parse, wide_dtype
-from .ste import saved, ste_of
+from .._checks import check_arguments, check_slopes, checked_values
+from .._torch_internals import suggest_memory_format
+from .._types import CODE_WIDTH, MASK_WIDTH, AlphaGrad, MaskKind, Rounding, parse, wide_dtype
+from ..ste import saved, ste_of
+from .bits import from_memory_order, pack, to_memory_order, unpack
 
 # Each row is summed in this many stripes, then the stripes: a fixed order, whatever the number of threads.
 _STRIPES = 256
@@ -44,40 +42,6 @@ def thresholds(alpha: Tensor, bits: int, dtype: torch.dtype, rounding: str | int
     return middle
 
 
-def pack(values: Tensor, width: int) -> Tensor:
-    """1-d uint8 values below 2**width, packed: element i in byte i*width // 8 at shift (i*width) % 8."""
-    if width == 0 or values.numel() == 0:
-        return values.new_empty(0)
-    per_byte = 8 // width
-    values = torch.nn.functional.pad(values, (0, -values.numel() % per_byte)).view(-1, per_byte)
-    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=values.device)
-    return (values << shifts).sum(1, dtype=torch.uint8)
-
-
-def unpack(packed: Tensor, width: int, count: int) -> Tensor:
-    """The first `count` packed values, 1-d uint8: the inverse of `pack`."""
-    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
-    return ((packed[:, None] >> shifts) & (2**width - 1)).reshape(-1)[:count]
-
-
-_CHANNELS_LAST = {torch.channels_last: (0, 2, 3, 1), torch.channels_last_3d: (0, 2, 3, 4, 1)}
-_CHANNELS_FIRST = {torch.channels_last: (0, 3, 1, 2), torch.channels_last_3d: (0, 4, 1, 2, 3)}
-
-
-def _to_memory_order(t: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """The elements of t, 1-d, in the memory order of a dense tensor of this format."""
-    order = _CHANNELS_LAST.get(memory_format)
-    return (t if order is None else t.permute(order)).reshape(-1)
-
-
-def _from_memory_order(flat: Tensor, shape, memory_format: torch.memory_format) -> Tensor:
-    """The inverse of `_to_memory_order`."""
-    order = _CHANNELS_LAST.get(memory_format)
-    if order is None:
-        return flat.view(shape)
-    return flat.view([shape[i] for i in order]).permute(_CHANNELS_FIRST[memory_format])
-
-
 def lsq_scale(x: Tensor, bits: int) -> float:
     """1 / sqrt(n q) for n elements of x per sample."""
     n = x.numel() // max(x.size(0), 1) if x.dim() > 0 else 1
@@ -89,7 +53,7 @@ def number_of_scale(alpha_scale: float, x: Tensor, bits: int) -> float:
     return lsq_scale(x, bits) if math.isinf(alpha_scale) else alpha_scale
 
 
-def _per_element(values: Tensor, x: Tensor, channel_dim: int | None) -> Tensor:
+def per_element(values: Tensor, x: Tensor, channel_dim: int | None) -> Tensor:
     """values, of shape [1] or [C], reshaped to broadcast against x."""
     if channel_dim is None:
         return values.reshape(())
@@ -98,7 +62,7 @@ def _per_element(values: Tensor, x: Tensor, channel_dim: int | None) -> Tensor:
     return values.reshape(shape)
 
 
-def _rows(t: Tensor, channels: int, channel_dim: int | None) -> Tensor:
+def rows_of(t: Tensor, channels: int, channel_dim: int | None) -> Tensor:
     """t as [C, n / C]: one row per alpha."""
     if channel_dim is not None:
         t = t.movedim(channel_dim, 0)
@@ -111,18 +75,18 @@ def _codes(x: Tensor, alpha: Tensor, bits: int, rounding: str | int, channel_dim
     x = x.to(edges.dtype)
     if channel_dim is None:
         return torch.bucketize(x.contiguous(), edges[0])
-    rows = _rows(x, alpha.numel(), channel_dim).contiguous()
+    rows = rows_of(x, alpha.numel(), channel_dim).contiguous()
     return torch.searchsorted(edges, rows).reshape(x.movedim(channel_dim, 0).shape).movedim(0, channel_dim)
 
 
 def _from_codes(codes: Tensor, alpha: Tensor, dtype: torch.dtype, channel_dim: int | None) -> Tensor:
     """L[c] in dtype: the same product as in `levels`, rounded once."""
-    return (codes.to(alpha.dtype) * _per_element(alpha, codes, channel_dim)).to(dtype)
+    return (codes.to(alpha.dtype) * per_element(alpha, codes, channel_dim)).to(dtype)
 
 
 def _state(x: Tensor, alpha: Tensor, bits: int, channel_dim: int | None) -> Tensor:
     """0 for x <= 0, 1 for 0 < x <= L[q] and for NaN, 2 for x > L[q]; uint8 of x's shape."""
-    top = _per_element(levels(alpha, bits, x.dtype)[:, -1], x, channel_dim)
+    top = per_element(levels(alpha, bits, x.dtype)[:, -1], x, channel_dim)
     return (~(x <= 0)).to(torch.uint8) + (x.to(top.dtype) > top)
 
 
@@ -143,9 +107,9 @@ def _forward(
     if kind != MaskKind.nothing:
         state = _state(x, alpha, bits, channel_dim)
         bit = state if kind == MaskKind.state else _BIT_OF_STATE[kind](state).to(torch.uint8)
-        packed_mask = pack(_to_memory_order(bit, memory_format), MASK_WIDTH[kind])
+        packed_mask = pack(to_memory_order(bit, memory_format), MASK_WIDTH[kind])
     if codes:
-        flat = _to_memory_order(code.to(torch.uint8), memory_format)
+        flat = to_memory_order(code.to(torch.uint8), memory_format)
         packed_codes = pack(flat, CODE_WIDTH[bits])
     return y, packed_mask, packed_codes
 
@@ -173,7 +137,7 @@ def qrelu_codes(x: Tensor, alpha: Tensor, bits: int, rounding: int, channel_dim:
     check_arguments(x, alpha, bits, channel_dim)
     alpha = checked_values(alpha, wide_dtype(x.dtype))
     code = _codes(x, alpha, bits, rounding, channel_dim).to(torch.uint8)
-    return pack(_to_memory_order(code, suggest_memory_format(x)), CODE_WIDTH[bits])
+    return pack(to_memory_order(code, suggest_memory_format(x)), CODE_WIDTH[bits])
 
 
 def dequantize(
@@ -188,7 +152,7 @@ def dequantize(
     """L[c] of the packed codes c, which are in the order of memory_format."""
     alpha = checked_values(alpha, wide_dtype(dtype))
     out = torch.empty(shape, dtype=dtype, device=codes.device, memory_format=memory_format)
-    code = _from_memory_order(unpack(codes, CODE_WIDTH[bits], out.numel()), out.shape, memory_format)
+    code = from_memory_order(unpack(codes, CODE_WIDTH[bits], out.numel()), out.shape, memory_format)
     return out.copy_(_from_codes(code, alpha, dtype, channel_dim))
 
 
@@ -198,12 +162,12 @@ def backward_from_slopes(grad_y: Tensor, codes: Tensor, slopes: Tensor, bits: in
     check_slopes(slopes, grad_y, bits)
     memory_format = suggest_memory_format(grad_y)
     flat = unpack(codes, CODE_WIDTH[bits], grad_y.numel())
-    slope = slopes[_from_memory_order(flat, grad_y.shape, memory_format).long()]
+    slope = slopes[from_memory_order(flat, grad_y.shape, memory_format).long()]
     grad_x = torch.empty_like(grad_y, memory_format=memory_format)
     return grad_x.copy_(torch.where(slope == 0, 0.0, grad_y.to(slope.dtype) * slope))
 
 
-def _sum_rows(rows: Tensor) -> Tensor:
+def sum_rows(rows: Tensor) -> Tensor:
     """The sum of each row of [C, n], in a fixed two-stage order."""
     rows = torch.nn.functional.pad(rows, (0, -rows.size(1) % _STRIPES))
     return rows.view(rows.size(0), _STRIPES, rows.size(1) // _STRIPES).sum(2).sum(1)
@@ -236,7 +200,7 @@ def qrelu_backward(
     memory_format = memory_format or suggest_memory_format(grad_y)
 
     def unpacked(packed: Tensor, width: int) -> Tensor:
-        return _from_memory_order(unpack(packed, width, grad_y.numel()), grad_y.shape, memory_format)
+        return from_memory_order(unpack(packed, width, grad_y.numel()), grad_y.shape, memory_format)
 
     state: Any
     bit: Any
@@ -247,7 +211,7 @@ def qrelu_backward(
         step = alpha.detach().to(dy.dtype)
         state = _state(x, step, bits, channel_dim)
         code = _codes(x, step, bits, rounding, channel_dim)
-        u = x.to(dy.dtype) / _per_element(step, x, channel_dim)
+        u = x.to(dy.dtype) / per_element(step, x, channel_dim)
         # x > 0 stays u > 0 if the quotient underflows.
         u = torch.where(x > 0, u.clamp_min(torch.finfo(u.dtype).tiny), u)
     if codes is not None:
@@ -287,5 +251,5 @@ def qrelu_backward(
             factor = torch.where(state == 0, 0.0, torch.where(state == 2, float(q), inside)).to(dy.dtype)
         terms = torch.where(factor == 0, 0.0, dy * factor)
         channels = 1 if channel_dim is None else grad_y.size(channel_dim)
-        grad_alpha = number_of_scale(alpha_scale, grad_y, bits) * _sum_rows(_rows(terms, channels, channel_dim))
+        grad_alpha = number_of_scale(alpha_scale, grad_y, bits) * sum_rows(rows_of(terms, channels, channel_dim))
     return grad_x, grad_alpha
