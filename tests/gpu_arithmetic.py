@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
@@ -86,7 +87,11 @@ def every_operation(x_ptr, y_ptr, out_ptr):
 
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
-    """Triton's interpreter computes by MODELS, and where they are taken out, as it does without."""
+    """Triton's interpreter computes by MODELS, and where they are taken out, as it does without.
+
+    It replaces the functions of triton.language by its own once, not anew in each launch and call of a function.
+    """
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def modelled(name: str) -> Callable:
@@ -112,4 +117,8 @@ def installed() -> Iterator[None]:
             stack.enter_context(mock.patch.object(InterpreterBuilder, f"create_{name}", modelled(name)))
         for name in REFUSED:
             stack.enter_context(mock.patch.object(InterpreterBuilder, f"create_{name}", refused(name)))
+        replaced = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+        stack.callback(replaced.restore)
+        nothing = SimpleNamespace(restore=lambda: None)
+        stack.enter_context(mock.patch.object(interpreter, "_patch_lang", lambda function: nothing))
         yield
