@@ -20,6 +20,8 @@ from coarsegrad.testing import backend_ids, integer_backend_ids, serving
 # torch caches compiled code under a key that ignores the schemas of the ops in it: a cache for each set of schemas.
 _SCHEMAS = hashlib.sha256(repr(_ops._SCHEMAS).encode()).hexdigest()[:16]
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/coarsegrad_{os.getuid()}_{_SCHEMAS}")
+# Else it starts processes in advance, which import torch and then compile little.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 # A new process imports the coarsegrad that is tested here, whichever its Python has installed.
 _IMPORTED_FROM = os.path.dirname(os.path.dirname(cg.__file__))
@@ -120,6 +122,16 @@ def pytest_collection_modifyitems(config, items):
         items[:] = filter(_is_fast, items)
     if config.pluginmanager.hasplugin("xdist"):
         items.sort(key=lambda item: (item.path.name not in _FIRST, item.path.name in _ONE_BY_ONE))
+
+
+def pytest_configure(config):
+    """With -n, each process and what it starts has its share of the cores: threads that wait for each other's core take
+    many times as long."""
+    processes = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
+    if processes is not None:
+        share = max(1, torch.get_num_threads() // int(processes))
+        torch.set_num_threads(share)
+        os.environ["OMP_NUM_THREADS"] = str(share)
 
 
 @pytest.hookimpl(optionalhook=True)
