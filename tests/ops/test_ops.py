@@ -224,9 +224,11 @@ def test_every_op_has_samples():
 @pytest.mark.filterwarnings("ignore:packed_activations has no effect in a graph")  # where opcheck runs eager code
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(reference_or_native, name):
+    """In Triton's slow interpreter without the checks of what is registered, which is the same whatever serves."""
     op = getattr(torch.ops.coarsegrad, name).default
+    checks = {"test_utils": ("test_schema", "test_faketensor")} if reference_or_native == "triton" else {}
     for arguments in SAMPLES[name]():
-        torch.library.opcheck(op, arguments)
+        torch.library.opcheck(op, arguments, **checks)
 
 
 @pytest.fixture
