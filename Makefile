@@ -25,7 +25,7 @@ build: setup  ## the native library and the C++ tests
 	cmake --install build --prefix python
 
 test: build  ## all tests, C++ and Python
-	ctest --test-dir build --output-on-failure
+	ctest --test-dir build --output-on-failure -j $$(nproc)
 	python -m pytest -n auto $(TEST_ARGS)
 
 test-fast: build  ## the tests to run after each change: one backend for each property
