@@ -132,13 +132,15 @@ def assert_backward(arguments):
 @pytest.mark.parametrize("rule", (None, *ALPHA_GRADS))
 @pytest.mark.parametrize("ste", BUILT_IN)
 def test_backward(ste, rule, dtype):
-    for rounding, bits in zip(ROUNDINGS, (1, 2, 5)):
+    """Per channel and per tensor in turn; each STE with each rule and rounding is both, in two dtypes each."""
+    for i, (rounding, bits) in enumerate(zip(ROUNDINGS, (1, 2, 5))):
         alpha, x = channels_of_hard_inputs(dtype, bits, rounding, (0.3, 0.5, 20.0))
         # Where u * g'(u) or a wide NaN would swallow the sum, there is nothing to compare.
         x = torch.where(x.isfinite() & (x.abs() < 30 * 2**bits), x, 0.25).to(dtype)
         dy = ordinary(*x.shape, dtype=dtype)
-        for channel_dim, some in ((0, (x, alpha, dy)), (None, (x[0], alpha[:1], dy[0]))):
-            assert_backward(backward_arguments(*some, bits, ste, rounding, rule, channel_dim))
+        per_channel = (i + DTYPES.index(dtype)) % 2 == 0
+        some, channel_dim = ((x, alpha, dy), 0) if per_channel else ((x[0], alpha[:1], dy[0]), None)
+        assert_backward(backward_arguments(*some, bits, ste, rounding, rule, channel_dim))
 
 
 @pytest.mark.parametrize("ste", BUILT_IN)
