@@ -163,8 +163,8 @@ def test_fsdp_in_one_process(device):
 def small_training(device):
     """(a model with learned alphas, the arguments of training.fit after it): three epochs, two rates."""
     torch.manual_seed(0)
-    split = Split(torch.randn(640, 1, 28, 28), torch.randint(10, (640,))).to(torch.device(device))
-    config = {"phase": "p", "epochs": 3, "lr": 0.05, "lr_drops": [2], "batch_size": 64, "seed": 0}
+    split = Split(torch.randn(160, 1, 28, 28), torch.randint(10, (160,))).to(torch.device(device))
+    config = {"phase": "p", "epochs": 3, "lr": 0.05, "lr_drops": [2], "batch_size": 16, "seed": 0}
     return quantized(lenet5(nn.ReLU), 2, "clipped_relu", "ceil", "exact").to(device), (split, split, config)
 
 
