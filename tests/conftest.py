@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from coarsegrad import _ops
 from coarsegrad.backends import _BACKENDS
 from coarsegrad.testing import backend_ids, integer_backend_ids, serving
 
-# torch caches compiled code under a key that ignores the schemas of the ops in it: a cache for each set of schemas.
-_SCHEMAS = hashlib.sha256(repr(_ops._SCHEMAS).encode()).hexdigest()[:16]
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/coarsegrad_{os.getuid()}_{_SCHEMAS}")
+# torch caches compiled code under a key that ignores what the ops in it are: a cache for each state of the package.
+_SOURCES = b"".join(path.read_bytes() for path in sorted(Path(cg.__file__).parent.rglob("*.py")))
+_STATE = hashlib.sha256(_SOURCES).hexdigest()[:16]
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/coarsegrad_{os.getuid()}_{_STATE}")
 # Else it starts processes in advance, which import torch and then compile little.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 

@@ -168,7 +168,7 @@ def test_the_measuring_process_ends_with_the_one_that_waits_for_it(tmp_path):
     waiting.kill()
     try:
         # It holds the other end of this pipe, which is read until that is closed.
-        assert waiting.communicate(timeout=60)[0] == ""
+        assert waiting.communicate(timeout=300)[0] == ""
     except subprocess.TimeoutExpired:
         os.kill(measuring, signal.SIGKILL)
         raise
