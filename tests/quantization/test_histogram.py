@@ -115,7 +115,7 @@ def test_infinite_inputs_have_a_value_where_there_is_a_limit():
 
 
 class TestHistogram:
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30, deadline=None, derandomize=True)
     @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40), st.randoms())
     def test_any_order_any_split_and_any_merging_is_the_same(self, values, random):
         whole, shuffled, parts = Histogram(1, CPU), Histogram(1, CPU), [Histogram(1, CPU), Histogram(1, CPU)]
