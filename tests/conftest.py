@@ -111,11 +111,14 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_ignore_collect(collection_path, config):
+    return True if config.getoption("--fast") and collection_path.name in _SLOW else None
+
+
 def _is_fast(item):
     params = getattr(item, "callspec", None) and item.callspec.params or {}
     names = ("backend", "reference_or_native", "integer_backend")
-    backends = {params[name] for name in names if name in params}
-    return item.path.name not in _SLOW and backends <= {IDS[1], INTEGER_IDS[1]}
+    return {params[name] for name in names if name in params} <= {IDS[1], INTEGER_IDS[1]}
 
 
 def pytest_collection_modifyitems(config, items):

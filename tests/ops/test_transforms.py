@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -194,15 +190,6 @@ def test_the_fused_layers(kind):
 
 def twice_by_func(loss, x):
     return grad(lambda x: grad(loss)(x).square().sum())(x)
-
-
-@pytest.mark.skipif(os.environ.get("COARSEGRAD_NATIVE") == "0", reason="this is that run")
-def test_without_the_native_library():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"COARSEGRAD_NATIVE": "0"}
-    command += ["-k", "(twice and relu and not inplace) or forward_mode or fused_layers or outer or three"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:]
 
 
 # ------------------------------------------------------------------------------------------ compiled autograd
