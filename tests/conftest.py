@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,12 @@ def pytest_addoption(parser):
     parser.addoption(
         "--fast", action="store_true", help="one backend for each property, and no file that takes minutes"
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """The random numbers of a test do not depend on which tests ran before it in its process."""
+    torch.manual_seed(zlib.crc32(item.nodeid.encode()))
 
 
 def pytest_ignore_collect(collection_path, config):

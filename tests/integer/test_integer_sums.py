@@ -114,7 +114,8 @@ def test_sums_up_to_255(bits, size):
     x = torch.full((2, 2, size, size), 1e9)
     converted = cg.convert(model, (x,))
     assert [row.name for row in converted.report.converted] == ["3"]
-    torch.testing.assert_close(converted(x), model(x), rtol=0.02, atol=0)
+    terms = (2**bits - 1) * 0.5 * model[-1].weight.abs()  # of both signs, whose sum may be far smaller
+    assert ((converted(x) - model(x)).abs() <= 0.01 * terms.sum(1)).all()
 
 
 def test_steps_of_channels_go_into_the_weights():
