@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
 
+from ..blocks import BlockOptions, Conversion, convert_blocks
 from ..nn import QReLU
 from .dynamic import DynamicConversion
-from .report import QuantizeReport
+from .report import QuantizeReport, Skipped
 from .rewriting import find_calls, original
 from .surgery import Surgery
 
@@ -32,6 +33,10 @@ def quantize_(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     fold_dropout: bool = False,
     example_inputs: object = None,
+    inputs: int | Mapping[str, Any] | None = None,
+    gates: int | Mapping[str, Any] | None = None,
+    attention: int | Mapping[str, Any] | None = None,
+    norms: str | None = None,
     **settings: Any,
 ) -> QuantizeReport:
     """Replaces every ReLU of `model` by a `QReLU`, in place, and reports what was and was not replaced.
@@ -100,6 +105,7 @@ def quantize_(
         raise TypeError(f"filter_fn must be callable, got {filter_fn!r}")
     for name in settings.keys() & _WHY_PER_LAYER:
         raise TypeError(f"{name} cannot be set for all QReLUs: {_WHY_PER_LAYER[name]}")
+    blocks = BlockOptions(inputs, gates, attention, norms)
     settings["rounding"] = rounding
     QReLU(bits, **settings)  # raises for wrong settings before anything is changed
     surgery = Surgery(model, bits, tuple(replace), filter_fn or (lambda module, name: True), fold_dropout, settings)
@@ -109,12 +115,21 @@ def quantize_(
         surgery.run()
         if conversion is not None:
             conversion.run()
+        if blocks:
+            _convert_blocks(surgery, blocks)
     except BaseException:
         report.undo()
         raise
-    if not report.replaced and not report.already:
+    if not report.replaced and not report.already and not blocks:
         raise ValueError(_why_nothing_replaced(model, replace, report))
     return report
+
+
+def _convert_blocks(surgery: Surgery, options: BlockOptions) -> None:
+    report = surgery.report
+    made = Conversion(surgery.model, surgery.wanted, report.staircases, undo_steps=report._undo_steps)
+    convert_blocks(made, options)
+    report.skipped += [Skipped(*entry) for entry in made.skipped]
 
 
 def _why_nothing_replaced(model: nn.Module, replace: tuple[type[nn.Module], ...], report: QuantizeReport) -> str:
