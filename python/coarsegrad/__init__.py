@@ -12,6 +12,7 @@ from .gated import gated_product
 from .integer import convert
 from .memory import saved_memory
 from .nn import QReLU
+from .norms import norm_staircase
 from .optim import keep_positive, param_groups
 from .packing import pack_activations_, packed_activations
 from .quantization import calibrate, quantize_, stats
@@ -35,6 +36,7 @@ __all__ = [
     "hadamard",
     "keep_positive",
     "nn",
+    "norm_staircase",
     "pack_activations_",
     "packed_activations",
     "param_groups",

@@ -10,11 +10,13 @@ numbers of `_types.py`, and a custom STE by name.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from . import reference
 from ._checks import check_arguments, check_hadamard, check_signed
-from ._torch_internals import suggest_memory_format
+from ._torch_internals import suggest_memory_format, tag_compile_caches
 from ._types import CODE_WIDTH, MASK_WIDTH, MaskKind, Rounding, packed_bytes, parse, wide_dtype
 from .ste import GPrime, get_ste, real_numbers
 
@@ -145,6 +147,7 @@ def _new_y(x: Tensor) -> Tensor:
 @_fake("qrelu_custom")
 @_fake("qrelu_packed")
 def _(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
+    _teach_inductor()
     parse("rounding", rounding, Rounding)
     check_arguments(x, alpha, bits, channel_dim)
     return _new_y(x)
@@ -154,13 +157,25 @@ def _(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
 @_fake("qrelu_custom_")
 @_fake("qrelu_packed_")
 def _(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
+    _teach_inductor()
     parse("rounding", rounding, Rounding)
     check_arguments(x, alpha, bits, channel_dim)
     return x
 
 
+@functools.cache
+def _compiled_form() -> str:
+    """A digest of what decides how these ops are compiled."""
+    folder = Path(__file__).parent
+    files = (folder / "_inductor.py", folder / "packing" / "graphs.py")
+    text = repr(_SCHEMAS).encode() + b"".join(file.read_bytes() for file in files)
+    return f"coarsegrad-{hashlib.sha256(text).hexdigest()[:16]}"
+
+
 def _teach_inductor() -> None:
     """Register the lowering of qrelu_forward once Inductor is in use: its import is slow."""
+    if "torch._dynamo" in sys.modules:  # before a key is made
+        tag_compile_caches(_compiled_form())
     if "torch._inductor.lowering" in sys.modules:
         importlib.import_module(f"{__package__}._inductor")
 
@@ -226,6 +241,7 @@ def _(codes, alpha, bits, shape, dtype, channel_dim, memory_format):
 @_fake("qsigned")
 @_fake("qsigned_packed")
 def _(x, alpha, bits, group, ste, alpha_grad, alpha_scale, channel_dim):
+    _teach_inductor()
     check_signed(x, alpha, bits, group, channel_dim)
     return _new_signed(x, alpha)
 

@@ -165,15 +165,31 @@ _library.impl("qsigned_packed", _without_grad, "CompositeExplicitAutograd")
 _library.impl("qsigned_backward", _backward_autograd, "Autograd")
 
 
-def _save_size(ctx, inputs, output) -> None:
-    ctx.size = inputs[1]
+def _hadamard_autograd(x, size):
+    if any(needs_grad(x)):
+        return apply_in_kernel(_Hadamard, x, size)
+    return _hadamard_below(x, size)
 
 
-def _hadamard_backward(ctx, grad_out):
-    return ops.hadamard.default(grad_out, ctx.size), None
+def _hadamard_below(x, size):
+    if in_functorch_kernel():
+        return below_autograd_with_derivatives(ops.hadamard.default, x, size)
+    with below_autograd():
+        return ops.hadamard.default(x, size)
 
 
-torch.library.register_autograd("coarsegrad::hadamard", _hadamard_backward, setup_context=_save_size, lib=_library)
+class _Hadamard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, size):
+        ctx.size = size
+        return _hadamard_below(x, size)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        return ops.hadamard.default(grad_out, ctx.size), None
+
+
+_library.impl("hadamard", _hadamard_autograd, "Autograd")
 
 
 # ------------------------------------------------------------------------------------------------ vmap

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.compiler.config
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch._functorch.utils import enable_single_level_autograd_function
@@ -54,6 +55,7 @@ __all__ = [
     "set_preserved",
     "storage_id",
     "suggest_memory_format",
+    "tag_compile_caches",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -183,6 +185,14 @@ def install_joint_graph_pass(own: JointGraphPass) -> None:
 
     both._coarsegrad = own  # type: ignore[attr-defined]
     functorch_config.joint_custom_pass = both
+
+
+def tag_compile_caches(tag: str) -> None:
+    """Let the keys of torch's caches of compiled code contain a tag. They have the names of ops, not how these are
+    lowered, nor `joint_custom_pass`."""
+    config = torch.compiler.config
+    if tag not in config.cache_key_tag:
+        config.cache_key_tag += tag
 
 
 def is_tangent(node: torch.fx.Node) -> bool:

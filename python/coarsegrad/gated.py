@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _ops
+from ._autograd import needs_grad
 from ._checks import check_option, check_x
+from ._torch_internals import below_autograd, in_functorch_kernel
 from .functional import overridable
 from .packing import record_product
 
@@ -67,34 +69,38 @@ _ops._fake("gated_product")(_forward)
 _ops._fake("gated_product_backward")(_backward)
 
 
-def _save(ctx, inputs, output) -> None:
-    *factors, ctx.activation = inputs
-    ctx.save_for_backward(*factors)
+def _autograd(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    if in_functorch_kernel():  # which promises nothing about saved tensors
+        return _forward(gate, up, activation)
+    if any(needs_grad(gate, up)):
+        return _GatedProduct.apply(gate, up, activation)
+    with below_autograd():
+        return _op(gate, up, activation)
 
 
-def _derivative(ctx, grad_out):
-    return *_ops.ops.gated_product_backward.default(grad_out, *ctx.saved_tensors, ctx.activation), None
+class _GatedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, activation):
+        ctx.activation = activation
+        ctx.save_for_backward(gate, up)
+        return _op(gate, up, activation)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        return *_ops.ops.gated_product_backward.default(grad_out, *ctx.saved_tensors, ctx.activation), None
 
 
-def _save_backward(ctx, inputs, output) -> None:
-    *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
+def _backward_autograd(grad_out: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, ...]:
+    if any(needs_grad(grad_out, gate, up)):  # by torch's own derivatives
+        gate, up = (t if t.requires_grad else t.detach().requires_grad_() for t in (gate, up))
+        product = _forward(gate, up, activation)
+        return torch.autograd.grad(product, (gate, up), grad_out, create_graph=True, materialize_grads=True)
+    with below_autograd():
+        return _ops.ops.gated_product_backward.default(grad_out, gate, up, activation)
 
 
-def _second_derivative(ctx, grad_grad_gate, grad_grad_up):
-    """By torch's own derivatives."""
-    with torch.enable_grad():
-        grad_out, gate, up = (t.detach().requires_grad_() for t in ctx.saved_tensors)
-        outputs = _backward(grad_out, gate, up, ctx.activation)
-        grads = torch.autograd.grad(
-            outputs, (grad_out, gate, up), (grad_grad_gate, grad_grad_up), allow_unused=True, materialize_grads=True
-        )
-    return *grads, None
-
-
-_register = functools.partial(torch.library.register_autograd, lib=_ops._library)
-_register("coarsegrad::gated_product", _derivative, setup_context=_save)
-_register("coarsegrad::gated_product_backward", _second_derivative, setup_context=_save_backward)
+_ops._library.impl("gated_product", _autograd, "Autograd")
+_ops._library.impl("gated_product_backward", _backward_autograd, "Autograd")
 
 
 def _vmap(info, in_dims, *arguments):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import oracle
 import pytest
 import torch
@@ -19,6 +21,16 @@ def fresh_compiler():
     with torch.no_grad():
         yield
     torch._dynamo.reset()
+
+
+def test_caches_of_compiled_code_know_how_these_ops_are_compiled():
+    """torch's keys have the names of ops, but neither how they are lowered nor the pass over the joint graph."""
+    torch._dynamo.reset()
+    torch.compile(cg.QReLU(2), fullgraph=True)(torch.randn(8))
+    assert re.search(r"coarsegrad-[0-9a-f]{16}", torch.compiler.config.cache_key_tag)
+    before = torch.compiler.config.cache_key_tag
+    torch.compile(cg.QReLU(3), fullgraph=True)(torch.randn(8))
+    assert torch.compiler.config.cache_key_tag == before  # once
 
 
 def same(got, want):

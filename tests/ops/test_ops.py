@@ -166,6 +166,13 @@ def signed_dequantize_samples():
         yield codes, alpha, bits, group, list(x.shape), x.dtype, channel_dim, memory_format
 
 
+def gated_samples(with_gradient=False):
+    for activation, dtype in (("silu", torch.float32), ("gelu_tanh", torch.bfloat16), ("identity", torch.float64)):
+        tensors = [sample(3, 8, dtype=dtype, seed=seed) for seed in range(3 if with_gradient else 2)]
+        yield (*tensors, activation)
+        yield (*(t.clone().requires_grad_() for t in tensors), activation)
+
+
 def hadamard_samples():
     yield sample(3, 64, dtype=torch.bfloat16), 32
     yield sample(8, 6).t().requires_grad_(), 4
@@ -197,6 +204,8 @@ SAMPLES = {
     "qsigned_backward": signed_backward_samples,
     "qsigned_dequantize": signed_dequantize_samples,
     "hadamard": hadamard_samples,
+    "gated_product": gated_samples,
+    "gated_product_backward": lambda: gated_samples(with_gradient=True),
     "linear_backward_from_codes": layer_backward_samples,
     "conv2d_backward_from_codes": lambda: layer_backward_samples([2, 1], [1, 1], [1, 2], 2),
 }

@@ -232,6 +232,8 @@ def test_transforms_of_functions():
     torch.testing.assert_close(got, wanted)
     per_sample = torch.vmap(torch.func.grad(loss), in_dims=(0, None))(x, alpha)
     torch.testing.assert_close(per_sample, wanted[0])
+    rotated = torch.func.grad(lambda x: cg.hadamard(x, 16).square().sum())(x)
+    torch.testing.assert_close(rotated, 2 * x)
     with pytest.raises(NotImplementedError, match="vmap over alpha"):
         torch.vmap(lambda a: cg.qsigned(x, a[None], 4))(torch.tensor([0.1, 0.2]))
 

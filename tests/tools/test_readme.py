@@ -14,7 +14,16 @@ from coarsegrad.integer import ops as integer_ops
 PAGES = {path.name: path.read_text() for path in (*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md")))}
 # A block, and the indented lines that it prints, where the page shows them.
 BLOCK = re.compile(r"^```python\n((?:.*\n)*?)```\n(?:\nprints\n\n((?:    .*\n|\n)+))?", flags=re.MULTILINE)
-PAGES_WITH_CODE = {"README.md", "estimators.md", "fine-tuning.md", "guide.md", "integer.md", "memory.md", "spec.md"}
+PAGES_WITH_CODE = {
+    "README.md",
+    "blocks.md",
+    "estimators.md",
+    "fine-tuning.md",
+    "guide.md",
+    "integer.md",
+    "memory.md",
+    "spec.md",
+}
 
 
 def test_there_are_blocks():

@@ -53,5 +53,6 @@ def test_sections_keep_their_numbers():
         "2. Coarse gradients",
         "3. The gradient of alpha",
         "4. What is saved for backward",
-        "5. Integer layers",
+        "5. The signed staircase",
+        "6. Integer layers",
     ]

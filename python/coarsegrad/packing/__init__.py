@@ -7,7 +7,7 @@ bit. Every view of y shares that storage, and the record is freed with it.
 
 from .blocks import pack_activations_, packed_activations
 from .graphs import packs_graph
-from .hooks import Packing, active_packing, packing_of, record_product, square
+from .hooks import Packing, active_packing, packing_of, record_codes, record_product, square
 
 __all__ = [
     "Packing",
@@ -16,6 +16,7 @@ __all__ = [
     "packed_activations",
     "packing_of",
     "packs_graph",
+    "record_codes",
     "record_product",
     "square",
 ]

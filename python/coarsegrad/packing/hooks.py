@@ -7,13 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import _ops
 from .._autograd import Settings, refuse_forward_mode
 from .._signed import SignedSettings
 from .._torch_internals import Hooks, functorch_active, saved_tensor_hooks, view_root
 from ..ste import check_inplace
 from .function import SAVE_AS, PackedQReLU, PackedQSigned
 from .records import OutputRecord, SavedView, attached_record, record_of
-from .saved import SavedTensor, SharedMask
+from .saved import Decoder, SavedTensor, SharedMask
 
 Saved = SavedTensor | SharedMask | SavedView
 
@@ -55,6 +56,17 @@ class Packing:
         refuse_forward_mode(x)
         settings = SignedSettings.of(x, alpha, bits, ste, alpha_grad, alpha_scale, channel_dim)
         return _published(PackedQSigned.apply(x, alpha, group, settings))
+
+
+def record_codes(y: Tensor, codes: Tensor, alpha: Tensor, bits: int, group: int) -> None:
+    """Let y, a staircase with dynamic alphas, be saved as its codes. Compiled graphs find them by themselves."""
+    if active_packing() is None:
+        return
+    output = (bits, group, y.shape, y.dtype, None, torch.contiguous_format)
+    decoder = Decoder(y, _ops.ops.qsigned_dequantize.default, *output)
+    record = OutputRecord(y, (codes.detach(), alpha.detach()), None, decoder)
+    record.attach_to(y)
+    record.publish(y)
 
 
 def record_product(op: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, product: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The kernel of layers on codes: a matrix product of bytes on tensor cores, with the staircase at its end.
 
 A row of weights consists of blocks of 32 bytes that hold 256 / WEIGHT_BITS weights in planes of 32 (docs/spec.md,
-section 5). A step of the loop multiplies one plane of a few blocks: weights are unpacked by shifts alone, and codes are
+section 6). A step of the loop multiplies one plane of a few blocks: weights are unpacked by shifts alone, and codes are
 read in runs of 32 bytes. The next step reads the same weight bytes again, from a cache, for the next plane.
 """
 
