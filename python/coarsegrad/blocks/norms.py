@@ -88,28 +88,34 @@ def _is_norm(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _formula(norm: Any) -> tuple[NormKind, bool, float]:
-    """(kind, whether by 1 + weight, eps) of a norm over the last dimension, found by what it computes."""
+    """(kind, whether by 1 + weight, eps) of a norm over the last dimension, found by what it computes with random
+    parameters, as 1 + weight is also 2 * weight where that is 1."""
     if any(isinstance(hook, NormOutput) for hook in norm._forward_hooks.values()):
         raise CannotConvert("it has a staircase already")
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    shape = getattr(norm, "normalized_shape", None) if weight is None else weight.shape
-    if shape is None or len(shape) != 1:
-        raise CannotConvert(f"it must be over one dimension, got {shape and list(shape)}")
-    if weight is not None and weight.is_meta:
-        raise CannotConvert("its weight has no values to find its formula with")
-    like = torch.empty(0) if weight is None else weight
-    x = torch.randn(8, shape[0], device="cpu").mul_(2).to(like)
+    own = {name: p for name in ("weight", "bias") if isinstance(p := getattr(norm, name, None), Tensor)}
+    shape = own["weight"].shape if "weight" in own else getattr(norm, "normalized_shape", ())
+    if len(shape) != 1:
+        raise CannotConvert(f"it must be over one dimension, got {list(shape)}")
+    like = own.get("weight", torch.empty(0, device="cpu"))
+    generator = torch.Generator("cpu").manual_seed(0)
+    device = "cpu" if like.is_meta else like.device
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, like.dtype)
+
+    x, parameters = random(8, shape[0]), {name: random(*shape) for name in own}
     try:
-        output = norm(x).float()
+        output = torch.func.functional_call(norm, parameters, x).float()
     except Exception as error:
         raise CannotConvert(f"it cannot be run on a random input: {type(error).__name__}: {error}") from error
     eps = _eps(norm, like.dtype)
-    for kind, shifted in _FORMULAS if weight is not None else _FORMULAS[:2]:
+    for kind, shifted in _FORMULAS if "weight" in own else _FORMULAS[:2]:
         expected = _normalized(x.float(), kind, eps)
-        if weight is not None:
-            expected = expected * (weight.float() + shifted)
-        expected = expected if bias is None else expected + bias.float()
-        if torch.allclose(output, expected, rtol=0.02, atol=1e-3):
+        if "weight" in own:
+            expected = expected * (parameters["weight"].float() + shifted)
+        if "bias" in own:
+            expected = expected + parameters["bias"].float()
+        if torch.allclose(output, expected, rtol=0.02, atol=0.02):
             return kind, shifted, eps
     raise CannotConvert("it computes neither of RMSNorm and LayerNorm")
 

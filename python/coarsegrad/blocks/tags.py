@@ -8,19 +8,19 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._torch_internals import Hooks, saved_tensor_hooks
+from .._torch_internals import saved_tensor_hooks
 
 _CODES = "_coarsegrad_codes"
 _SHARED = "_coarsegrad_shared"
 
 
 class _Forwards(threading.local):
-    """The forwards that run in this thread, innermost last: for each, the tensors that got attributes in it."""
+    """The forwards that run in this thread, innermost last: for each, the leaves that got attributes in it."""
 
     def __init__(self) -> None:
         self.running: list[list[tuple[weakref.ref[Tensor], str]]] = []
@@ -36,48 +36,48 @@ def open_forward(module: nn.Module, args: tuple) -> None:
 
 
 def close_forward(module: nn.Module, args: tuple, output: object) -> None:
-    """A forward hook of the model: leave nothing on tensors that outlive the forward, such as a batch or an output."""
+    """A forward hook of the model."""
     if not torch.compiler.is_compiling() and _forwards.running:
         for tagged, name in _forwards.running.pop():
             if (x := tagged()) is not None:
                 vars(x).pop(name, None)
 
 
-def _version(x: Tensor) -> int:
-    """A tensor written to since is another. Compiled code cannot ask."""
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+def _state(x: Tensor) -> object:
+    """What must be the same where an attribute of x is set and where it is read.
+
+    A tensor written to since is another. Inside a checkpointed function, which runs again with other hooks, on inputs
+    that may be other objects, nothing holds that was set outside. Compiled code has no such state to ask for.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    return 0 if x.is_inference() else x._version, saved_tensor_hooks(), torch.is_grad_enabled()
 
 
 def attach(x: Tensor, name: str, value: object) -> None:
-    """Set an attribute of x, until x is written to or the forward ends."""
-    setattr(x, name, (value, _version(x)))
-    if not torch.compiler.is_compiling() and _forwards.running:
+    """Set an attribute of x. On a leaf, such as a batch or, without gradients, an output, it stays until the end of the
+    forward of the model, and outside of that it is not set."""
+    if not torch.compiler.is_compiling() and x.is_leaf:
+        if not _forwards.running:
+            return
         _forwards.running[-1].append((weakref.ref(x), name))
+    setattr(x, name, (value, _state(x)))
 
 
 def attached(x: Tensor, name: str) -> Any:
-    """What was attached; None if there is nothing."""
-    value, version = getattr(x, name, (None, 0))
-    return value if version == _version(x) else None
+    """The attribute; None if there is none that holds."""
+    found = getattr(x, name, None)
+    return None if found is None or found[1] != _state(x) else found[0]
 
 
 def mark_codes(y: Tensor) -> Tensor:
     """Let the layers that read y, whose values are levels, have no staircase of their own."""
-    attach(y, _CODES, True)
+    setattr(y, _CODES, (True, _state(y)))
     return y
 
 
 def is_codes(x: Tensor) -> bool:
     return attached(x, _CODES) is not None
-
-
-class _Shared(NamedTuple):
-    """A staircased form of x. hooks: the saved-tensor hooks under which it was made, as a checkpoint that runs again
-    must make it again."""
-
-    y: Tensor
-    hooks: Hooks | None
-    with_grad: bool
 
 
 def shared(x: Tensor, key: object, make: Callable[[], Tensor]) -> Tensor:
@@ -87,14 +87,9 @@ def shared(x: Tensor, key: object, make: Callable[[], Tensor]) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return make()
-    now = (saved_tensor_hooks(), torch.is_grad_enabled())
-    forms: dict[object, _Shared] | None = attached(x, _SHARED)
-    found = None if forms is None else forms.get(key)
-    if found is not None and found[1:] == now:
-        return found.y
-    y = make()
-    if _forwards.running or not x.is_leaf:  # a leaf, such as a batch, would keep it
-        if forms is None:
-            attach(x, _SHARED, forms := {})
-        forms[key] = _Shared(y, *now)
-    return y
+    forms: dict[object, Tensor] | None = attached(x, _SHARED)
+    if forms is None:
+        attach(x, _SHARED, forms := {})
+    if key not in forms:
+        forms[key] = make()
+    return forms[key]
