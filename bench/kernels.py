@@ -35,8 +35,9 @@ RESULTS = Path(__file__).parent / "results" / "kernels.csv"
 
 _DESCRIPTION = """
 Times the kernels behind QReLU: forward with a mask at 1 to 8 bits, backward from
-the mask, from x and from codes, the gradient of a learned step, and codes to
-levels; each is compared with a copy.
+the mask, from x and from codes, the gradient of a learned step, codes to levels,
+and the signed staircase with a dynamic alpha per group of 128; each is compared
+with a copy.
 """
 _EPILOG = """
 Default sizes: 2^16 (in cache), 2^22, 2^24 and 2^26 elements, on a GPU 2^27 for
@@ -61,8 +62,9 @@ library, it is Tensor.copy_.
 # ------------------------------------------------------------------------------------- the kernels
 
 _ALPHA, _BITS = 0.4866, 2
+_GROUP = 128
 # What has its own alpha: (how many, contiguous elements of each).
-_LAYOUTS = {"channel": (64, 256), "feature": (256, 1)}
+_LAYOUTS = {"channel": (64, 256), "feature": (256, 1), "group": (1, _GROUP)}
 _Tensors = dict[str, Tensor]
 
 
@@ -76,7 +78,7 @@ class Kernel:
     """
 
     numbers: int
-    bits: int
+    bits: float
     copied: tuple[str, ...]
     call: Callable[[_Tensors], tuple[Tensor, ...]]
     rtol: float = 0.0
@@ -112,6 +114,10 @@ def _backward(
     return call
 
 
+def _signed(bits: int) -> Callable[[_Tensors], tuple[Tensor, ...]]:
+    return lambda t: _ops.ops.qsigned_forward(t["x"], None, bits, _GROUP, False, False, None)
+
+
 _X, _DY = ("x",), ("dy",)
 KERNELS = {
     **{f"forward, {bits} bit{'s' * (bits > 1)}": Kernel(2, 1, _X, _forward(bits)) for bits in (1, 2, 3, 4, 6, 8)},
@@ -138,6 +144,7 @@ KERNELS = {
         1, 2, _X, lambda t: (_ops.ops.dequantize(
             t["codes"], t["alpha"], _BITS, t["x"].shape, t["x"].dtype, None, torch.contiguous_format),)
     ),
+    **{f"signed, {bits} bits, per group": Kernel(2, 16 / _GROUP, _X, _signed(bits)) for bits in (4, 8)},
 }  # fmt: skip
 COPIES = {"copy of x": "x", "copy of dy": "dy"}
 

@@ -10,9 +10,9 @@ import triton.language as tl
 from gpu_arithmetic import MODELS
 from triton_interpreted import assert_backward, assert_forward, backward_arguments, numbers_of_all_magnitudes, same
 
-from coarsegrad import integer
+from coarsegrad import integer, reference
 from coarsegrad.testing import ulps_apart
-from coarsegrad.triton import layer_kernels, layers, staircase
+from coarsegrad.triton import layer_kernels, layers, signed, signed_kernels, staircase
 from coarsegrad.triton import ste as mirror
 from coarsegrad.triton.staircase import level
 
@@ -41,6 +41,16 @@ def exp_minus_of_triton(t):
     return tl.exp(-t)
 
 
+@triton.jit
+def quotient_by_triton(largest, BITS: tl.constexpr):
+    return (largest.to(tl.float32, bitcast=True) / (2 ** (BITS - 1) - 1)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def signed_code_by_quotient(x, alpha, inverse, DTYPE: tl.constexpr, BITS: tl.constexpr):
+    return staircase.round_to_integer(x * inverse)
+
+
 def subnormal_quotients():
     """Forward; a subnormal x, and one whose quotient alone is subnormal."""
     alpha = torch.tensor([0.3, 1.0, 1e3])
@@ -62,11 +72,28 @@ def slopes(ste):
     assert_backward(backward_arguments(x, alpha, torch.ones_like(x), 2, ste, "ceil", None, None))
 
 
+def dynamic_alphas():
+    """Of groups whose alpha is a number of bfloat16 already, which a larger quotient rounds up."""
+    want = torch.linspace(0.5, 2, 97).to(torch.bfloat16)
+    found = signed.qsigned_forward(31 * want.float()[:, None], None, 6, None, False, False, None)[1]
+    assert same(found, want[:, None])
+
+
+def signed_codes():
+    """Just above thresholds."""
+    alpha = torch.tensor([0.25])
+    edges = (torch.arange(-120, 120) + 0.5) * alpha
+    arguments = torch.nextafter(edges, edges + 1), alpha, 8, None, False, True, None
+    assert same(signed.qsigned_forward(*arguments)[3], reference.qsigned_forward(*arguments)[3])
+
+
 MUTANTS = (
     (staircase, "code_by_guess", code_by_ceil, "ceil", subnormal_quotients),
     (layer_kernels, "_ceil_within", ceil_within, "ceil", subnormal_outputs),
     (mirror, "divide", divided_by_triton, "fdiv", lambda: slopes("log_tailed_relu")),
     (mirror, "exp_minus", exp_minus_of_triton, "exp", lambda: slopes("reverse_exponential")),
+    (signed_kernels, "_quotient_bits", quotient_by_triton, "fdiv", dynamic_alphas),
+    (staircase, "signed_code_by_guess", signed_code_by_quotient, "fdiv", signed_codes),
 )
 
 

@@ -20,7 +20,7 @@ import coarsegrad as cg
 from coarsegrad import integer, reference
 from coarsegrad._types import ALPHA_GRADS, BUILT_IN, DTYPES, ROUNDINGS, MaskKind, wide_dtype
 from coarsegrad.testing import hard_inputs, triton_ulps_apart, ulps_apart
-from coarsegrad.triton import kernels, layer_kernels, layers, qrelu
+from coarsegrad.triton import kernels, layer_kernels, layers, qrelu, signed, signed_kernels
 from coarsegrad.triton.layer_kernels import _ceil_within
 from coarsegrad.triton.staircase import code_by_guess, divide, narrow, refined_quotient, widen
 from coarsegrad.triton.ste import exp_minus
@@ -450,7 +450,7 @@ def test_tiles_of_layers_larger_than_one():
 
 def test_every_kernel_is_used():
     """A kernel that no launch needs would be tested by nothing."""
-    for module, launcher in ((kernels, qrelu), (layer_kernels, layers)):
+    for module, launcher in ((kernels, qrelu), (layer_kernels, layers), (signed_kernels, signed)):
         source = open(launcher.__file__).read()
         for name in vars(module):
             assert not name.endswith("_kernel") or f"kernels.{name}[" in source, name

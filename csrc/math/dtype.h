@@ -31,7 +31,7 @@ using compute_t = typename Compute<T>::type;
 // The range of alpha and of the top level in which a staircase is regular; see staircase.h.
 template <class T>
 struct Limits {
-  static constexpr float kMinStep = 0x1p-126f, kMaxLevel = 0x1p126f;
+  static constexpr float kMinStep = 0x1p-126f, kMaxLevel = 0x1p109f;
 };
 template <>
 struct Limits<f16> {
@@ -95,8 +95,9 @@ CG_HD f16 to_f16(float a) {
 #endif
 }
 
-// round_to<T>(v): the nearest number of T, as a number of the compute type. round_level<T>(v) is the same for v >= 0
-// that is not NaN, which costs vectors less.
+// round_to<T>(v): the nearest number of T, as a number of the compute type. round_level<T>(v) is the same for v that is
+// not NaN, and round_regular<T>(v) for v that is 0 or, as regular levels are, normal and at most kMaxLevel: both cost
+// vectors less.
 template <class T>
 CG_HD compute_t<T> round_to(compute_t<T> v) {
   return v;
@@ -111,6 +112,10 @@ CG_HD float round_to<f16>(float v) {
 }
 template <class T>
 CG_HD compute_t<T> round_level(compute_t<T> v) {
+  return round_to<T>(v);
+}
+template <class T>
+CG_HD compute_t<T> round_regular(compute_t<T> v) {
   return round_to<T>(v);
 }
 

@@ -31,6 +31,10 @@ CG_HD double mul(double a, double b) {
 #endif
 }
 
+// a * b + c for approximations: rounded once where there is an fma, as vectors have, or twice.
+CG_HD float mul_add(float a, float b, float c) { return mul(a, b) + c; }
+CG_HD double mul_add(double a, double b, double c) { return mul(a, b) + c; }
+
 // a / b, given 1 / b within two ulps. On a GPU it avoids division, which is a call there, and may be off by an ulp.
 template <class F>
 CG_HD F quotient(F a, F b, F) {

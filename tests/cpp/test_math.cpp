@@ -8,6 +8,7 @@
 #include "cpu/generic/fast_slope.h"
 #include "math/alpha_grad.h"
 #include "math/bits.h"
+#include "math/signed.h"
 
 namespace {
 
@@ -43,6 +44,14 @@ compute_t<T> after(compute_t<T> v) {
   if constexpr (std::is_same_v<T, bf16>) return to_float(bf16{static_cast<uint16_t>(to_bf16(v).bits + 1)});
   else if constexpr (std::is_same_v<T, f16>) return to_float(f16{static_cast<uint16_t>(to_f16(v).bits + 1)});
   else return std::nextafter(v, kInf<T>);
+}
+
+// And the one below.
+template <class T>
+compute_t<T> before(compute_t<T> v) {
+  if constexpr (std::is_same_v<T, bf16>) return to_float(bf16{static_cast<uint16_t>(to_bf16(v).bits - 1)});
+  else if constexpr (std::is_same_v<T, f16>) return to_float(f16{static_cast<uint16_t>(to_f16(v).bits - 1)});
+  else return std::nextafter(v, T(0));
 }
 
 template <class T>
@@ -108,6 +117,77 @@ void test_levels() {
   CHECK((!regular<float>(0x1p-140f, 3.0f)));
   CHECK((!regular<f16>(1e4f, 15.0f)));
   CHECK((!regular<float>(kNan<float>, 3.0f)));
+}
+
+// All ways to the code must give p + k, and L[k], which is +0 for k = 0.
+template <class T>
+void check_signed_code(compute_t<T> x, compute_t<T> alpha, int bits, int k) {
+  using A = compute_t<T>;
+  const A p = A(signed_top(bits)), inverse = A(1) / alpha;
+  const Quantized<A> fast = quantize_signed<T>(x, alpha, inverse, p), any = quantize_signed_any<T>(x, alpha, p);
+  const Quantized<A> of_group = std::fabs(x) <= p * alpha ? quantize_signed_of_group<T>(x, alpha, inverse, p) : any;
+  for (const Quantized<A>& got : {fast, any, of_group}) {
+    if (got.code == p + A(k) && got.y == signed_level<T>(A(k), alpha) && (k != 0 || !std::signbit(got.y))) continue;
+    std::printf("%zu bytes: x = %a has level %d, got code %g and y = %a\n", sizeof(T), double(x), k, double(got.code),
+                double(got.y));
+    ++failures;
+  }
+}
+
+// Three bits, alpha = 1/2: levels -3/2 to 3/2. At a threshold the lower code wins, on both sides of 0.
+template <class T>
+void test_signed_codes() {
+  using A = compute_t<T>;
+  const A half = A(0.5);
+  for (int k = -2; k <= 3; ++k) {
+    const A threshold = (A(k) - half) * half;
+    const A above = threshold > 0 ? after<T>(threshold) : -before<T>(-threshold);
+    const A below = threshold > 0 ? before<T>(threshold) : -after<T>(-threshold);
+    check_signed_code<T>(threshold, half, 3, k - 1);
+    check_signed_code<T>(below, half, 3, k - 1);
+    check_signed_code<T>(above, half, 3, k);
+    check_signed_code<T>(A(k) * half, half, 3, k);
+  }
+  for (const A zero : {A(0), A(-0.0), kSmallest<T>, -kSmallest<T>}) check_signed_code<T>(zero, half, 3, 0);
+  for (const A sign : {A(1), A(-1)}) {
+    check_signed_code<T>(sign * A(100), half, 3, sign > 0 ? 3 : -3);
+    check_signed_code<T>(sign * kInf<A>, half, 3, sign > 0 ? 3 : -3);
+  }
+  for (const Quantized<A>& nan :
+       {quantize_signed<T>(kNan<A>, half, A(2), A(3)), quantize_signed_any<T>(kNan<A>, half, A(3)),
+        quantize_signed_any<T>(A(1), kNan<A>, A(3))}) {
+    CHECK(nan.code == A(3) && std::isnan(nan.y));
+  }
+  const Quantized<A> of_zeros = quantize_signed_any<T>(A(-0.0), A(0), A(3));
+  CHECK(of_zeros.code == A(3) && of_zeros.y == 0 && !std::signbit(of_zeros.y));
+  CHECK(!signed_outside<T>(A(1.5), half, A(3)) && !signed_outside<T>(A(-1.5), half, A(3)));
+  CHECK(signed_outside<T>(after<T>(A(1.5)), half, A(3)) && signed_outside<T>(-after<T>(A(1.5)), half, A(3)));
+  CHECK(!signed_outside<T>(kNan<A>, half, A(3)));
+}
+
+// The quotient, rounded up to 8 significant bits.
+template <class A>
+void test_signed_alpha() {
+  const auto alpha = [](A largest, A p) { return to_float(signed_alpha(largest, p)); };
+  CHECK(alpha(A(7), A(7)) == 1);
+  CHECK(alpha(A(21), A(7)) == 3);
+  CHECK(alpha(A(1), A(1)) == 1 && alpha(std::nextafter(A(1), A(2)), A(1)) == 1 + 0x1p-7f);
+  CHECK(alpha(A(1), A(3)) == 0x1.56p-2f);  // 1/3 is 0x1.5555...p-2
+  CHECK(alpha(std::nextafter(A(2), A(3)), A(1)) == 2 + 0x1p-6f);
+  CHECK(alpha(A(0x1.fffp0), A(1)) == 2);  // a carry into the exponent
+  CHECK(alpha(A(0), A(7)) == 0 && signed_alpha(A(0), A(7)).bits == 0);
+  CHECK(alpha(A(0x1p-149), A(1)) == 0x1p-133f);  // bfloat16's smallest
+  CHECK(alpha(A(0x1p-130), A(1)) == 0x1p-130f);
+  CHECK(alpha(A(0x1.fep127), A(1)) == 0x1.fep127f);  // its largest, and what exceeds it
+  for (const A largest : {A(0x1.ffp127), kInf<A>, kNan<A>, -kNan<A>}) CHECK(signed_alpha(largest, A(1)).bits == 0x7fc0);
+}
+
+void test_signed_alpha_of_doubles() {
+  // The rounding to float must not be down.
+  CHECK(to_float(signed_alpha(1 + 0x1p-40, 1.0)) == 1 + 0x1p-7f);
+  CHECK(to_float(signed_alpha(0x1p-1000, 1.0)) == 0x1p-133f);
+  CHECK(signed_alpha(0x1p1000, 1.0).bits == 0x7fc0);
+  CHECK(to_float(signed_alpha(0x1.fep128, 2.0)) == 0x1.fep127f);
 }
 
 void test_half_precision() {
@@ -258,6 +338,13 @@ int main() {
   test_codes<double>();
   test_codes<bf16>();
   test_codes<f16>();
+  test_signed_codes<float>();
+  test_signed_codes<double>();
+  test_signed_codes<bf16>();
+  test_signed_codes<f16>();
+  test_signed_alpha<float>();
+  test_signed_alpha<double>();
+  test_signed_alpha_of_doubles();
   test_levels();
   test_half_precision();
   test_stes<float>();

@@ -32,12 +32,13 @@ def run(*arguments, interpret=True, **environment):
 
 @needs_triton
 def test_in_the_interpreter():
-    """triton_interpreted.py, triton_gpu_arithmetic.py, and opcheck and the tests of an own STE with Triton serving."""
-    # The largest sums are long, and of the interpreter's own arithmetic.
-    options = ["-q", "-p", "no:cacheprovider", "-k", "triton and not largest_sums", "--no-header", "-rf"]
+    """The files triton_*.py; opcheck, and tests of the signed staircase and of an own STE, with Triton serving."""
+    # The largest sums are long, and of the interpreter's own arithmetic. It has no threads.
+    chosen = "triton and not largest_sums and not threads and not any_groups"
+    options = ["-q", "-p", "no:cacheprovider", "-k", chosen, "--no-header", "-rf"]
     files = (
-        "triton_interpreted.py", "triton_gpu_arithmetic.py", "ops/test_ops.py::test_opcheck",
-        "ops/test_ste_registry.py", "integer/test_integer_ops.py",
+        "triton_interpreted.py", "triton_signed.py", "triton_gpu_arithmetic.py", "ops/test_ops.py::test_opcheck",
+        "ops/test_signed.py", "ops/test_ste_registry.py", "integer/test_integer_ops.py",
     )  # fmt: skip
     done = run("-W", "ignore", "-m", "pytest", *options, *files)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -304,6 +304,7 @@ def test_what_is_promised():
     bounds = {(kernel.name, kernel.dtype): (kernel.instructions, kernel.registers) for kernel in KERNELS}
     for dtype in DTYPES:
         assert bounds["forward, mask", dtype] == (20, 64) and bounds["backward, mask", dtype] == (7.6, 64)
+        assert bounds["signed forward, groups", dtype] == (62, 64) and bounds["hadamard", dtype] == (23, 64)
     assert all(kernel.step * kernel.data.item == 32 for kernel in KERNELS)
 
 
@@ -416,9 +417,13 @@ TRITON_LISTED = {
     ("qrelu_forward_kernel", "div.full.f32"): _GUESS,
     ("qrelu_backward_kernel", "div.full.f32"): _REFINED,
     ("grad_alpha_channels_kernel", "div.full.f32"): _REFINED,
+    ("qsigned_forward_kernel", "div.full.f32"): _GUESS,
+    ("qsigned_groups_kernel", "div.full.f32"): _GUESS,
     ("qrelu_forward_kernel", "div.rn.f64"): _ROUNDED,
     ("qrelu_backward_kernel", "div.rn.f64"): _ROUNDED,
     ("grad_alpha_channels_kernel", "div.rn.f64"): _ROUNDED,
+    ("qsigned_forward_kernel", "div.rn.f64"): _ROUNDED,
+    ("qsigned_groups_kernel", "div.rn.f64"): _ROUNDED,
 }
 CUDA_LISTED = {
     ("qrelu_forward_kernel", "rcp.rn.f32"): _ROUNDED,
@@ -430,12 +435,17 @@ CUDA_LISTED = {
     ("qrelu_backward_x_channels_kernel", "rcp.rn.f32"): _ROUNDED,
     ("qrelu_backward_x_channels_kernel", "div.rn.f32"): _ROUNDED,
     ("qrelu_backward_x_channels_kernel", "ex2.approx.f32"): _SLOPE,
+    ("qsigned_forward_kernel", "rcp.rn.f32"): _ROUNDED,
+    ("qsigned_groups_kernel", "div.rn.f32"): _ROUNDED,
+    ("qsigned_groups_kernel", "rcp.rn.f32"): _ROUNDED,
+    ("qsigned_rows_kernel", "div.rn.f32"): _ROUNDED,
+    ("qsigned_rows_kernel", "rcp.rn.f32"): _ROUNDED,
 }
 
 
 @needs_triton
 def test_what_flushes_or_approximates_in_triton(every_pair):
-    """That what these instructions may return changes nothing exact is tested in triton_interpreted.py."""
+    """That what they may return changes nothing exact is tested in triton_interpreted.py and triton_signed.py."""
     found = [made for *_, made in every_pair]
     found += [triton_kernels.compiled(kernel, arch) for arch in ARCHS for kernel in triton_kernels.in_float64()]
     assert set().union(*(listed(made.asm["ptx"]) for made in found)) == TRITON_LISTED.keys()

@@ -48,20 +48,21 @@ def installed() -> bool:
 
 @dataclass(frozen=True)
 class TritonKernel(Kernel):
-    """`expression` names the function in coarsegrad.triton.kernels, or layer_kernels. Pointers are to 16-byte
-    boundaries. aligned: sizes are taken as multiples of 16 where they are some, as in a launch."""
+    """`expression` names the function in a module of coarsegrad.triton. Pointers are to 16-byte boundaries. aligned:
+    sizes are taken as multiples of 16 where they are some, as in a launch."""
 
     arguments: dict[str, object] = field(default_factory=dict)
     aligned: bool = False
 
 
 def _launches(name: str, dtype: str, op: str, *of_op: object) -> list[TritonKernel]:
-    """The kernels that an op of coarsegrad.triton.qrelu launches; nothing runs."""
-    from coarsegrad.triton import kernels, qrelu
+    """The kernels that an op on activations launches; nothing runs."""
+    from coarsegrad import triton
+    from coarsegrad.triton import kernels, qrelu, signed, signed_kernels
 
-    with _recorded(kernels, qrelu) as found:
-        getattr(qrelu, op)(*of_op)
-    return [_kernel(name, dtype, function, arguments) for function, arguments in found]
+    with _recorded(kernels, qrelu) as found, _recorded(signed_kernels, signed) as found_too:
+        getattr(triton, op)(*of_op)
+    return [_kernel(name, dtype, function, arguments) for function, arguments in found + found_too]
 
 
 @contextlib.contextmanager
@@ -86,16 +87,23 @@ def _kernel(name: str, dtype: str, function: str, arguments: dict[str, object]) 
     given = {each for each, value in arguments.items() if value is not None}
     if function == "sum_slices_kernel":
         data, wide = Data(4, 1, 0, 0), False
+    elif function == "pack_kernel":
+        data, wide = Data(1, 1, 0, arguments["WIDTH"]), False
     else:
         reads = given & {"x_ptr", "dy_ptr"}
         # With alpha applied after the sum, dx does not depend on x.
         if function == "qrelu_backward_kernel" and arguments["ALPHAS"] != "one" and arguments["NEEDS"] == "nothing":
             reads.discard("x_ptr")
-        width = MASK_WIDTH[MaskKind[arguments["MASK"]]] if "mask_ptr" in given else 0
+        width = MASK_WIDTH[MaskKind[arguments.get("MASK", "inside")]] if "mask_ptr" in given else 0
         width += arguments["CODE_WIDTH"] if "codes_ptr" in given else 0
         data = Data(getattr(torch, dtype).itemsize, len(reads), len(given & {"y_ptr", "dx_ptr"}), width)
         wide = arguments.get("OCTETS", True)
-    return TritonKernel(f"Triton {name}: {function}", dtype, function, data, wide=wide, arguments=arguments)
+        wide = wide and arguments.get("group", 8) % 8 == 0
+        if function == "hadamard_kernel":  # which may have float32 sums on one side
+            wide = arguments["x_ptr"].dtype == arguments["y_ptr"].dtype
+    aligned = function in ("qsigned_groups_kernel", "hadamard_kernel")
+    return TritonKernel(f"Triton {name}: {function}", dtype, function, data, wide=wide, arguments=arguments,
+                        aligned=aligned)  # fmt: skip
 
 
 def _tensors(dtype: str, layout: str) -> tuple[torch.Tensor, torch.Tensor, int | None]:
@@ -137,6 +145,28 @@ def backward_from_slopes(name: str, dtype: str, bits: int = 2) -> list[TritonKer
     return _launches(name, dtype, "backward_from_slopes", x, _bits(x, CODE_WIDTH[bits]), torch.ones(2**bits), bits)
 
 
+def signed_forward(name: str, dtype: str, mask: bool, bits: int = 4, codes: bool = False,
+                   layout: str = "one") -> list[TritonKernel]:  # fmt: skip
+    x, alpha, channel_dim = _tensors(dtype, layout)
+    return _launches(name, dtype, "qsigned_forward", x, alpha, bits, None, mask, codes, channel_dim)
+
+
+def signed_groups(name: str, dtype: str, group: int, bits: int = 4, codes: bool = False) -> list[TritonKernel]:
+    """With dynamic alphas."""
+    x = torch.empty(2**18 // group, group, dtype=getattr(torch, dtype))
+    return _launches(name, dtype, "qsigned_forward", x, None, bits, group, False, codes, None)
+
+
+def signed_dequantize(name: str, dtype: str, group: int, bits: int = 4) -> list[TritonKernel]:
+    y = torch.empty(2**18 // group, group, dtype=getattr(torch, dtype))
+    alpha, like_y = torch.empty(len(y), dtype=torch.bfloat16), (y.shape, y.dtype, None, torch.contiguous_format)
+    return _launches(name, dtype, "qsigned_dequantize", _bits(y, CODE_WIDTH[bits]), alpha, bits, group, *like_y)
+
+
+def hadamard(name: str, dtype: str, size: int) -> list[TritonKernel]:
+    return _launches(name, dtype, "hadamard", torch.empty(2**18, dtype=getattr(torch, dtype)), size)
+
+
 def layer(name: str, bits: int, weight_bits: int, output: str, channels: int | None = None) -> TritonKernel:
     """A layer on codes. output: "float", "affine" or "thresholds"; channels: of a 3 x 3 convolution's input, None for a
     Linear."""
@@ -174,6 +204,14 @@ def examples() -> list[TritonKernel]:
         *backward("backward, x", "bfloat16", "reverse_exponential", None),
         *backward_from_slopes("backward, slopes", "bfloat16"),
         *dequantize("dequantize", "bfloat16"),
+        *signed_forward("signed, mask, codes", "bfloat16", True, codes=True),
+        *signed_groups("signed, groups of 32, codes", "float32", 32, codes=True),
+        *signed_groups("signed, groups of 32, codes", "bfloat16", 32, codes=True),
+        *signed_groups("signed, rows, codes", "bfloat16", 4096, 8, codes=True),
+        *signed_groups("signed, long rows, codes", "bfloat16", 11008, 8, codes=True),
+        *signed_dequantize("signed, dequantize, groups of 32", "bfloat16", 32),
+        *hadamard("Hadamard, 64", "bfloat16", 64),
+        *hadamard("Hadamard, 4096", "bfloat16", 4096),
     ]
 
 
@@ -183,6 +221,8 @@ def in_float64() -> list[TritonKernel]:
         *forward("forward", "float64", "inside", 8),
         *backward("backward", "float64", "log_tailed_relu", "chain"),
         *backward("backward, channels", "float64", "reverse_exponential", "chain", layout="innermost"),
+        *signed_forward("signed", "float64", True, 8),
+        *signed_groups("signed, groups", "float64", 32, 8),
     ]
 
 
@@ -212,16 +252,19 @@ def pairwise(**options: tuple) -> list[dict[str, object]]:
 
 def covering(archs: tuple[str, ...]) -> list[tuple[str, TritonKernel]]:
     """(architecture, kernel): of each op, any two options meet, the architecture among them."""
-    common = {"arch": archs, "dtype": tuple(DTYPES), "bits": (1, 2, 4, 8)}
-    layouts = {"layout": tuple(_LAYOUTS)}
+    bits, signed_bits = {"bits": (1, 2, 4, 8)}, {"bits": (2, 4, 8)}
+    codes, layouts = {"codes": (False, True)}, {"layout": tuple(_LAYOUTS)}
     found = []
     for op, options in (
-        (forward, {"rounding": ROUNDINGS, "mask": tuple(MaskKind.__members__), "codes": (False, True), **layouts}),
-        (backward, {"rounding": ROUNDINGS, "ste": BUILT_IN, "rule": (None, *ALPHA_GRADS), **layouts}),
-        (dequantize, layouts),
-        (backward_from_slopes, {}),
+        (forward, {**bits, "rounding": ROUNDINGS, "mask": tuple(MaskKind.__members__), **codes, **layouts}),
+        (backward, {**bits, "rounding": ROUNDINGS, "ste": BUILT_IN, "rule": (None, *ALPHA_GRADS), **layouts}),
+        (dequantize, bits | layouts),
+        (backward_from_slopes, bits),
+        (signed_forward, {**signed_bits, "mask": (False, True), **codes, "layout": ("one", "by octet", "by element")}),
+        (signed_groups, {**signed_bits, **codes, "group": (3, 32, 4096, 11008)}),
+        (hadamard, {"size": (64, 4096, 2**14)}),
     ):
-        for setting in pairwise(**common, **options):
+        for setting in pairwise(arch=archs, dtype=tuple(DTYPES), **options):
             name = " ".join(map(str, setting.values()))
             arch = setting.pop("arch")
             found += [(arch, kernel) for kernel in op(name, **setting)]
@@ -237,11 +280,12 @@ def compiled(kernel: TritonKernel, arch: str, folder: Path = CACHE, **options: o
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from coarsegrad.triton import kernels, layer_kernels
+    from coarsegrad.triton import kernels, layer_kernels, signed_kernels
 
     if triton.knobs.runtime.interpret:
         raise SassError("with TRITON_INTERPRET=1 Triton compiles nothing; unset it")
-    function = getattr(kernels, kernel.expression, None) or getattr(layer_kernels, kernel.expression)
+    modules = kernels, layer_kernels, signed_kernels
+    function = next(getattr(each, kernel.expression) for each in modules if hasattr(each, kernel.expression))
 
     def type_of(name: str, value: object) -> str:
         if isinstance(value, torch.Tensor):

@@ -54,6 +54,17 @@ CG_HD Register or_quiet_nan(Register rounded, __m256 v) {
   return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), quiet, is_nan));
 }
 
+// The largest of lanes of kBytes each, of which all are positive, lane by lane of a half of the register.
+template <int kBytes>
+CG_HD __m128i larger_of(__m128i a, __m128i b) {
+  if constexpr (kBytes == 2) return _mm_max_epi16(a, b);
+  else return _mm_max_epi32(a, b);
+}
+template <int kBytes>
+CG_HD __m128i largest_quarter(Register v) {
+  return larger_of<kBytes>(low_half(v), high_half(v));
+}
+
 CG_HD HalfRegister load_quarter(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
 
 // The sign of each byte as a bit.

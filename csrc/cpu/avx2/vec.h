@@ -30,6 +30,11 @@ struct Lanes<Floats> {
   static CG_HD Floats load_codes(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
+  template <int kDistance>
+  static CG_HD Floats exchange(Floats v) {
+    if constexpr (kDistance == 4) return _mm256_permute2f128_ps(v.v, v.v, 1);
+    else return _mm256_permute_ps(v.v, kDistance == 1 ? 0xb1 : 0x4e);
+  }
   static CG_HD float sum(Floats v) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v.v), _mm256_extractf128_ps(v.v, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -56,6 +61,11 @@ struct Lanes<Doubles> {
     int four;
     memcpy(&four, p, 4);
     return _mm256_cvtepi32_pd(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(four)));
+  }
+  template <int kDistance>
+  static CG_HD Doubles exchange(Doubles v) {
+    if constexpr (kDistance == 2) return _mm256_permute2f128_pd(v.v, v.v, 1);
+    else return _mm256_permute_pd(v.v, 0x5);
   }
   static CG_HD double sum(Doubles v) {
     const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(v.v), _mm256_extractf128_pd(v.v, 1));

@@ -50,6 +50,19 @@ CG_HD Register or_quiet_nan(Register rounded, __m512 v) {
   return _mm512_mask_or_epi32(rounded, is_nan, _mm512_castps_si512(v), _mm512_set1_epi32(0x400000));
 }
 
+// The largest of lanes of kBytes each, of which all are positive, lane by lane of a quarter of the register.
+template <int kBytes>
+CG_HD __m128i larger_of(__m128i a, __m128i b) {
+  if constexpr (kBytes == 2) return _mm_max_epi16(a, b);
+  else return _mm_max_epi32(a, b);
+}
+template <int kBytes>
+CG_HD __m128i largest_quarter(Register v) {
+  const __m256i low = low_half(v), high = high_half(v);
+  const __m256i half = kBytes == 2 ? _mm256_max_epi16(low, high) : _mm256_max_epi32(low, high);
+  return larger_of<kBytes>(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
 CG_HD __m128i load_quarter(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 CG_HD Register join_quarters(__m128i a, __m128i b, __m128i c, __m128i d) {
   return _mm512_inserti32x4(_mm512_inserti32x4(_mm512_inserti32x4(_mm512_castsi128_si512(a), b, 1), c, 2), d, 3);

@@ -24,6 +24,11 @@ struct Lanes<Floats> {
   static CG_HD Floats load_codes(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
+  template <int kDistance>
+  static CG_HD Floats exchange(Floats v) {
+    if constexpr (kDistance >= 4) return _mm512_shuffle_f32x4(v.v, v.v, kDistance == 4 ? 0xb1 : 0x4e);
+    else return _mm512_permute_ps(v.v, kDistance == 1 ? 0xb1 : 0x4e);
+  }
   static CG_HD float sum(Floats v) { return _mm512_reduce_add_ps(v.v); }
 };
 
@@ -37,6 +42,11 @@ struct Lanes<Doubles> {
   }
   static CG_HD Doubles load_codes(const uint8_t* p) {
     return _mm512_cvtepi64_pd(_mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  template <int kDistance>
+  static CG_HD Doubles exchange(Doubles v) {
+    if constexpr (kDistance >= 2) return _mm512_shuffle_f64x2(v.v, v.v, kDistance == 2 ? 0xb1 : 0x4e);
+    else return _mm512_permute_pd(v.v, 0x55);
   }
   static CG_HD double sum(Doubles v) { return _mm512_reduce_add_pd(v.v); }
 };

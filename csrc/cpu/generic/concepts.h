@@ -8,7 +8,8 @@
 
 namespace cg::CG_ISA {
 
-// Vec<A>: numbers of the compute type A, all in one operation. A comparison gives a mask.
+// Vec<A>: numbers of the compute type A, all in one operation. A comparison gives a mask. mul_add is an fma where there
+// is one.
 template <class V, class A>
 concept IsVec = requires(V v, A number, int count) {
   V(number);
@@ -16,6 +17,7 @@ concept IsVec = requires(V v, A number, int count) {
   { v - v } -> std::same_as<V>;
   { v / v } -> std::same_as<V>;
   { mul(v, v) } -> std::same_as<V>;
+  { mul_add(v, v, v) } -> std::same_as<V>;
   { ceil(v) } -> std::same_as<V>;
   { min_of(v, v) } -> std::same_as<V>;
   { max_of(v, v) } -> std::same_as<V>;
@@ -24,16 +26,16 @@ concept IsVec = requires(V v, A number, int count) {
   { select((v > v) | (v != v), v, v) } -> std::same_as<V>;
   { select(is_positive(v), v, v) } -> std::same_as<V>;
 };
-// Of floats alone: for approximate gradients. mul_add is an fma where there is one.
+// Of floats alone: for approximate gradients.
 template <class V>
 concept IsApproximateVec = requires(V v) {
-  { mul_add(v, v, v) } -> std::same_as<V>;
   { times_pow2(v, v) } -> std::same_as<V>;
   { approximate_reciprocal(v) } -> std::same_as<V>;
 };
 static_assert(IsVec<Vec<float>, float> && IsVec<Vec<double>, double> && IsApproximateVec<Vec<float>>);
 
-// Lanes<V>: the numbers of a vector one by one: how many, their sum, masks as bits, codes as bytes.
+// Lanes<V>: the numbers of a vector one by one: how many, their sum, masks as bits, codes as bytes; exchange<d> has
+// each number in the place of the one d lanes away, d a power of two.
 template <class L, class V, class A>
 concept IsLanes = requires(V v, uint64_t bits, uint8_t* to, const uint8_t* from) {
   requires L::kCount > 0 && kBlock % (2 * L::kCount) == 0;
@@ -42,21 +44,29 @@ concept IsLanes = requires(V v, uint64_t bits, uint8_t* to, const uint8_t* from)
   { select(L::mask(bits), v, v) } -> std::same_as<V>;
   { L::load_codes(from) } -> std::same_as<V>;
   L::store_codes(to, v);
+  requires L::kCount == 1 || requires {
+    { L::template exchange<1>(v) } -> std::same_as<V>;
+    { L::template exchange<L::kCount / 2>(v) } -> std::same_as<V>;
+  };
 };
 static_assert(IsLanes<Lanes<Vec<float>>, Vec<float>, float> && IsLanes<Lanes<Vec<double>>, Vec<double>, double>);
 
 // Io<T>: vectors from and to numbers of T; stream goes past the caches, to an aligned place. They store numbers of T,
-// and other numbers after round_for_store<T>. Pairs are in an order of their own, and rounded to T as they are stored.
+// and other numbers after round_for_store<T>. Pairs are in an order of their own, and rounded to T as they are stored,
+// unless they are numbers of T; codes in that order are stored as bytes.
 template <class T, class V = Vec<compute_t<T>>>
-concept IsStored = requires(const T* from, T* to, V v, bool stream) {
+concept IsStored = requires(const T* from, T* to, V v, bool stream, uint8_t* codes) {
   { Io<T>::load(from) } -> std::same_as<V>;
   Io<T>::store(to, v);
   Io<T>::stream(to, v);
   { round_for_store<T>(v) } -> std::same_as<V>;
   { round_to<T>(v) } -> std::same_as<V>;
   { round_level<T>(v) } -> std::same_as<V>;
+  { round_regular<T>(v) } -> std::same_as<V>;
   { load_pair(from) } -> std::same_as<Pair<V>>;
   store_pair(to, load_pair(from), stream);
+  store_rounded_pair(to, load_pair(from), stream);
+  store_code_pair<T>(codes, load_pair(from));
 };
 static_assert(IsStored<float> && IsStored<double> && IsStored<bf16> && IsStored<f16>);
 

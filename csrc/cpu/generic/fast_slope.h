@@ -8,9 +8,6 @@
 
 namespace cg {
 
-// a * b + c for approximations: rounded once by vectors, which have an fma, and twice here.
-CG_HD float mul_add(float a, float b, float c) { return mul(a, b) + c; }
-
 // a * 2^n, where n is the integer in the low bits of `shifted` and the result is in the normal range.
 CG_HD float times_pow2(float a, float shifted) {
   return bit_cast<float>(bit_cast<uint32_t>(a) + (bit_cast<uint32_t>(shifted) << 23));

@@ -17,6 +17,8 @@ struct Lanes {
   static CG_HD bool mask(uint64_t bits) { return bits & 1; }
   static CG_HD void store_codes(uint8_t* p, A code) { *p = static_cast<uint8_t>(code); }
   static CG_HD A load_codes(const uint8_t* p) { return A(*p); }
+  template <int kDistance>
+  static CG_HD A exchange(A v) = delete;
   static CG_HD A sum(A v) { return v; }
 };
 
@@ -48,6 +50,20 @@ template <class T, class A>
 CG_HD void store_pair(T* p, Pair<A> v, bool) {
   Io<T>::store(p, v.first), Io<T>::store(p + 1, v.second);
 }
+
+template <class T, class A>
+CG_HD void store_rounded_pair(T* p, Pair<A> v, bool stream) {
+  store_pair(p, v, stream);
+}
+template <class T, class A>
+CG_HD void store_code_pair(uint8_t* p, Pair<A> codes) {
+  Lanes<A>::store_codes(p, codes.first), Lanes<A>::store_codes(p + 1, codes.second);
+}
+
+template <class T>
+constexpr bool kHasMagnitudes = false;
+template <class T>
+struct Magnitudes;
 
 constexpr bool kAnyAlpha = true;
 constexpr int kPrefetchBytes = 0, kChains = 1;

@@ -24,7 +24,10 @@ struct Vec {
   friend CG_HD Vec operator-(Vec a, Vec b) { return a.v - b.v; }
   friend CG_HD Vec operator/(Vec a, Vec b) { return a.v / b.v; }
   friend CG_HD Vec mul(Vec a, Vec b) { return a.v * b.v; }
-  friend CG_HD Vec mul_add(Vec a, Vec b, Vec c) { return CG_MM(fmadd_ps)(a.v, b.v, c.v); }
+  friend CG_HD Vec mul_add(Vec a, Vec b, Vec c) {
+    if constexpr (std::is_same_v<A, float>) return CG_MM(fmadd_ps)(a.v, b.v, c.v);
+    else return CG_MM(fmadd_pd)(a.v, b.v, c.v);
+  }
   friend CG_HD Vec ceil(Vec a) { return round_up(a.v); }
   friend CG_HD Vec floor(Vec a) { return round_down(a.v); }
 
@@ -81,6 +84,16 @@ template <class T, class A>
 CG_HD Vec<A> round_level(Vec<A> v) {
   if constexpr (std::is_same_v<T, bf16>) return keep_upper_half(bf16_round_bits(v));
   else return round_to<T>(v);
+}
+// To bfloat16: a number 1.5 * 2^16 times as large as the power of two in v leaves 8 bits of their sum.
+template <class T, class A>
+CG_HD Vec<A> round_regular(Vec<A> v) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const Floats power = Floats::of_bits(v.bits() & CG_MM(set1_epi32)(0x7f800000));
+    return mul_add(power, Floats(-0x1.8p16f), mul_add(power, Floats(0x1.8p16f), v));
+  } else {
+    return round_to<T>(v);
+  }
 }
 // Rounding that Io<T>::store leaves undone: it rounds to f16, and drops the lower half for bf16.
 template <class T, class A>
@@ -158,6 +171,54 @@ CG_HD void store_pair(T* p, Pair<Vec<A>> v, bool stream) {
     else Io<T>::store(p, v.first), Io<T>::store(q, v.second);
   }
 }
+
+// The same of numbers of T, with nothing to round; and codes in that order, to a byte each.
+template <class T, class A>
+CG_HD void store_rounded_pair(T* p, Pair<Vec<A>> v, bool stream) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const Register both = blend_odd(CG_MM(srli_epi32)(v.first.bits(), 16), v.second.bits());
+    if (stream) stream_register(p, both);
+    else store_register(p, both);
+  } else {
+    store_pair(p, v, stream);
+  }
+}
+template <class T, class A>
+CG_HD void store_code_pair(uint8_t* p, Pair<Vec<A>> codes) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const Register odd = CG_MM(slli_epi32)(CG_MM(cvtps_epi32)(codes.second.v), 16);
+    store_bytes_of_words(p, CG_MM(cvtps_epi32)(codes.first.v) | odd);
+  } else {
+    Lanes<Vec<A>>::store_codes(p, codes.first), Lanes<Vec<A>>::store_codes(p + Lanes<Vec<A>>::kCount, codes.second);
+  }
+}
+
+// The magnitudes of a register of numbers of T, as integers.
+template <class T>
+constexpr bool kHasMagnitudes = sizeof(T) < 8;
+template <class T>
+struct Magnitudes {
+  static constexpr int kCount = sizeof(Register) / sizeof(T);
+  Register v;
+  static CG_HD Magnitudes load(const T* p) {
+    if constexpr (sizeof(T) == 2) return {load_register(p) & CG_MM(set1_epi16)(0x7fff)};
+    else return {load_register(p) & CG_MM(set1_epi32)(0x7fffffff)};
+  }
+  static CG_HD Magnitudes larger(Magnitudes a, Magnitudes b) {
+    if constexpr (sizeof(T) == 2) return {CG_MM(max_epi16)(a.v, b.v)};
+    else return {CG_MM(max_epi32)(a.v, b.v)};
+  }
+  CG_HD uint32_t largest() const {
+    const __m128i most = largest_quarter<sizeof(T)>(v);
+    if constexpr (sizeof(T) == 2) {
+      const __m128i all = _mm_set1_epi16(-1);
+      return 0xffffu ^ (_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(most, all))) & 0xffffu);
+    } else {
+      const __m128i two = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0x4e));
+      return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+    }
+  }
+};
 
 // The bisection runs one number at a time: alphas that are not regular are left to the scalar set.
 constexpr bool kAnyAlpha = false;

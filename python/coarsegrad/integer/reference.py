@@ -14,15 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from .._checks import check_arguments, checked_values
 from .._torch_internals import suggest_memory_format
+from .._types import wide_dtype
 from .checks import check_conv2d, check_linear
 from .weights import unpack_weights
 
 
 def integer_quantize(x: Tensor, alpha: Tensor, bits: int, rounding: int, channel_dim: int | None) -> Tensor:
     """The codes of qrelu(x), one per byte, in x's shape and memory format; 2**bits - 1 for NaN."""
-    reference.check_arguments(x, alpha, bits, channel_dim)
-    alpha = reference.checked_values(alpha, reference.wide_dtype(x.dtype))
+    check_arguments(x, alpha, bits, channel_dim)
+    alpha = checked_values(alpha, wide_dtype(x.dtype))
     out = torch.empty_like(x, dtype=torch.uint8, memory_format=suggest_memory_format(x))
     return out.copy_(reference._codes(x, alpha, bits, rounding, channel_dim))
 

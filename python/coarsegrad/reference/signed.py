@@ -76,7 +76,7 @@ def qsigned_forward(
     x: Tensor, alpha: Tensor | None, bits: int, group: int | None, mask: bool, codes: bool, channel_dim: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, dynamic alphas, mask, packed codes). alpha: None if it is dynamic; its values are then returned. mask: the
-    bit L[-p] <= x <= L[p], 1 for NaN. Both are packed in y's memory order."""
+    bit L[-p] <= x <= L[p], 1 for NaN and wherever alpha is dynamic. Both are packed in y's memory order."""
     alpha, group, channel_dim = check_signed(x, alpha, bits, group, channel_dim)
     memory_format = torch.contiguous_format if alpha is None else suggest_memory_format(x)
     if alpha is None:
@@ -91,7 +91,8 @@ def qsigned_forward(
     packed_mask, packed_codes = (torch.empty(0, dtype=torch.uint8, device=x.device) for _ in range(2))
     if mask:
         top = (top_level(bits) * of_each).to(x.dtype)
-        packed_mask = pack(to_memory_order((~(x.abs() > top)).to(torch.uint8), memory_format), 1)
+        outside = (x.abs() > top) if alpha is not None else torch.zeros_like(x, dtype=torch.bool)
+        packed_mask = pack(to_memory_order((~outside).to(torch.uint8), memory_format), 1)
     if codes:
         packed_codes = pack(to_memory_order(code.to(torch.uint8), memory_format), CODE_WIDTH[bits])
     return torch.empty_like(x, memory_format=memory_format).copy_(y), found, packed_mask, packed_codes

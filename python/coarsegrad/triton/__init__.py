@@ -2,10 +2,12 @@
 
 from .layers import integer_conv2d, integer_conv2d_float, integer_linear, integer_linear_float, integer_quantize
 from .qrelu import backward_from_slopes, dequantize, qrelu_backward, qrelu_codes, qrelu_forward, qrelu_forward_
+from .signed import hadamard, qsigned_dequantize, qsigned_forward
 
 __all__ = [
     "backward_from_slopes",
     "dequantize",
+    "hadamard",
     "integer_conv2d",
     "integer_conv2d_float",
     "integer_linear",
@@ -15,4 +17,6 @@ __all__ = [
     "qrelu_codes",
     "qrelu_forward",
     "qrelu_forward_",
+    "qsigned_dequantize",
+    "qsigned_forward",
 ]

@@ -15,7 +15,7 @@ from .staircase import code_of, divide, narrow, state_of, widen
 
 
 @triton.jit
-def _load(ptr, start, count, BLOCK: tl.constexpr, TAIL: tl.constexpr):
+def load(ptr, start, count, BLOCK: tl.constexpr, TAIL: tl.constexpr):
     """BLOCK numbers from `start` on, widened; 0 from `count` on, if TAIL."""
     at = start + tl.arange(0, BLOCK)
     if TAIL:
@@ -25,7 +25,7 @@ def _load(ptr, start, count, BLOCK: tl.constexpr, TAIL: tl.constexpr):
 
 
 @triton.jit
-def _store(ptr, values, start, count, TAIL: tl.constexpr):
+def store(ptr, values, start, count, TAIL: tl.constexpr):
     at = start + tl.arange(0, values.shape[0])
     if TAIL:
         tl.store(ptr + at, narrow(values, ptr.dtype.element_ty), mask=at < count)
@@ -51,7 +51,7 @@ def _unpacked(packed, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _load_packed(ptr, start, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
+def load_packed(ptr, start, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
     """BLOCK packed values of WIDTH bits from `start` on, int32."""
     PER_BYTE: tl.constexpr = 8 // WIDTH
     at = start // PER_BYTE + tl.arange(0, BLOCK // PER_BYTE)
@@ -62,7 +62,7 @@ def _load_packed(ptr, start, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TA
 
 
 @triton.jit
-def _store_packed(ptr, values, start, count, WIDTH: tl.constexpr, TAIL: tl.constexpr):
+def store_packed(ptr, values, start, count, WIDTH: tl.constexpr, TAIL: tl.constexpr):
     """Packs int32 values below 2**WIDTH. The last byte is zero-padded."""
     BLOCK: tl.constexpr = values.shape[0]
     PER_BYTE: tl.constexpr = 8 // WIDTH
@@ -85,12 +85,13 @@ def _checked(alpha):
 
 
 @triton.jit
-def _load_alpha(ptr, start, channels, inner, ALPHAS: tl.constexpr, BLOCK: tl.constexpr):
+def load_alpha(ptr, start, channels, inner, ALPHAS: tl.constexpr, BLOCK: tl.constexpr, DYNAMIC: tl.constexpr = False):
     """alpha of BLOCK elements from `start` on: a single one, or one per element, shared by 8 in a row if "by octet".
-    `inner`: consecutive elements of a channel.
+    `inner`: consecutive elements of a channel. DYNAMIC: any value is legal.
     """
     if ALPHAS == "one":
-        return _checked(tl.load(ptr))
+        alpha = widen(tl.load(ptr))
+        return alpha if DYNAMIC else _checked(alpha)
     else:
         UNIT: tl.constexpr = 8 if ALPHAS == "by octet" else 1
         # 64-bit division only per block. passed: channels between the block's first element and this one.
@@ -100,7 +101,8 @@ def _load_alpha(ptr, start, channels, inner, ALPHAS: tl.constexpr, BLOCK: tl.con
         step = tl.minimum(inner, BLOCK).to(tl.int32)
         i = tl.arange(0, BLOCK // UNIT) * UNIT
         passed = tl.where(i < left, 0, 1 + (i - left) // step)
-        alpha = _checked(tl.load(ptr + (first + passed) % channels))
+        alpha = widen(tl.load(ptr + (first + passed) % channels))
+        alpha = alpha if DYNAMIC else _checked(alpha)
         return alpha if UNIT == 1 else tl.reshape(tl.broadcast_to(alpha[:, None], [BLOCK // UNIT, UNIT]), [BLOCK])
 
 
@@ -114,21 +116,21 @@ def _forward_block(
     ALPHAS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    x = _load(x_ptr, start, count, BLOCK, TAIL)
-    alpha = _load_alpha(alpha_ptr, start, channels, inner, ALPHAS, BLOCK)
+    x = load(x_ptr, start, count, BLOCK, TAIL)
+    alpha = load_alpha(alpha_ptr, start, channels, inner, ALPHAS, BLOCK)
     code = code_of(x, alpha, DTYPE, BITS, ROUNDING)
     if y_ptr is not None:
-        _store(y_ptr, code * alpha, start, count, TAIL)
+        store(y_ptr, code * alpha, start, count, TAIL)
     if mask_ptr is not None:
         state = state_of(x, alpha, DTYPE, BITS)
         if MASK == "state":
-            _store_packed(mask_ptr, state, start, count, 2, TAIL)
+            store_packed(mask_ptr, state, start, count, 2, TAIL)
         elif MASK == "inside":
-            _store_packed(mask_ptr, (state == 1).to(tl.int32), start, count, 1, TAIL)
+            store_packed(mask_ptr, (state == 1).to(tl.int32), start, count, 1, TAIL)
         else:
-            _store_packed(mask_ptr, (state != 0).to(tl.int32), start, count, 1, TAIL)
+            store_packed(mask_ptr, (state != 0).to(tl.int32), start, count, 1, TAIL)
     if codes_ptr is not None:
-        _store_packed(codes_ptr, tl.minimum(code, 2.0**BITS - 1).to(tl.int32), start, count, CODE_WIDTH, TAIL)
+        store_packed(codes_ptr, tl.minimum(code, 2.0**BITS - 1).to(tl.int32), start, count, CODE_WIDTH, TAIL)
 
 
 @triton.jit
@@ -150,26 +152,28 @@ def qrelu_forward_kernel(
 @triton.jit
 def _dequantize_block(
     codes_ptr, alpha_ptr, y_ptr, start, count, channels, inner,
-    CODE_WIDTH: tl.constexpr, ALPHAS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    ZERO: tl.constexpr, CODE_WIDTH: tl.constexpr, ALPHAS: tl.constexpr, DYNAMIC: tl.constexpr, BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
-    code = _load_packed(codes_ptr, start, count, CODE_WIDTH, BLOCK, TAIL)
-    alpha = _load_alpha(alpha_ptr, start, channels, inner, ALPHAS, BLOCK)
-    _store(y_ptr, code.to(alpha.dtype) * alpha, start, count, TAIL)
+    k = load_packed(codes_ptr, start, count, CODE_WIDTH, BLOCK, TAIL) - ZERO
+    alpha = load_alpha(alpha_ptr, start, channels, inner, ALPHAS, BLOCK, DYNAMIC)
+    WIDE: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
+    store(y_ptr, k.to(WIDE) * alpha.to(WIDE), start, count, TAIL)
 
 
 @triton.jit
 def dequantize_kernel(
     codes_ptr, alpha_ptr, y_ptr, count, channels, inner,
-    CODE_WIDTH: tl.constexpr, ALPHAS: tl.constexpr, BLOCK: tl.constexpr,
+    ZERO: tl.constexpr, CODE_WIDTH: tl.constexpr, ALPHAS: tl.constexpr, DYNAMIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Codes to y = L[c]."""
+    """Codes to y = L[c - ZERO]. DYNAMIC: each `inner` elements have an alpha, and any value of it is legal."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     if start + BLOCK <= count:
         _dequantize_block(codes_ptr, alpha_ptr, y_ptr, start, count, channels, inner,
-                          CODE_WIDTH, ALPHAS, BLOCK, TAIL=False)  # fmt: skip
+                          ZERO, CODE_WIDTH, ALPHAS, DYNAMIC, BLOCK, TAIL=False)  # fmt: skip
     else:
         _dequantize_block(codes_ptr, alpha_ptr, y_ptr, start, count, channels, inner,
-                          CODE_WIDTH, ALPHAS, BLOCK, TAIL=True)  # fmt: skip
+                          ZERO, CODE_WIDTH, ALPHAS, DYNAMIC, BLOCK, TAIL=True)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------- backward
@@ -229,19 +233,19 @@ def _backward_block(
     MASK: tl.constexpr, RULE: tl.constexpr, ALPHAS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Writes dx unless None; returns the terms of dalpha."""
-    dy = _load(dy_ptr, start, count, BLOCK, TAIL)
+    dy = load(dy_ptr, start, count, BLOCK, TAIL)
     x, alpha, saved, code = None, None, None, None
     if x_ptr is not None:
-        x = _load(x_ptr, start, count, BLOCK, TAIL)
-        alpha = _load_alpha(alpha_ptr, start, channels, inner, ALPHAS, BLOCK)
+        x = load(x_ptr, start, count, BLOCK, TAIL)
+        alpha = load_alpha(alpha_ptr, start, channels, inner, ALPHAS, BLOCK)
     if mask_ptr is not None:
-        saved = _load_packed(mask_ptr, start, count, 2 if MASK == "state" else 1, BLOCK, TAIL)
+        saved = load_packed(mask_ptr, start, count, 2 if MASK == "state" else 1, BLOCK, TAIL)
     if codes_ptr is not None:
-        code = _load_packed(codes_ptr, start, count, CODE_WIDTH, BLOCK, TAIL)
+        code = load_packed(codes_ptr, start, count, CODE_WIDTH, BLOCK, TAIL)
     g, factor = _slope_and_factor(dy, x, alpha, saved, code,
                                   dy_ptr.dtype.element_ty, BITS, GPRIME, NEEDS, ROUNDING, MASK, RULE)  # fmt: skip
     if dx_ptr is not None:
-        _store(dx_ptr, _times(dy, g), start, count, TAIL)
+        store(dx_ptr, _times(dy, g), start, count, TAIL)
     return _times(dy, factor)
 
 
@@ -273,9 +277,9 @@ def qrelu_backward_kernel(
 def _backward_from_slopes_block(
     dy_ptr, codes_ptr, slopes, dx_ptr, start, count, CODE_WIDTH: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr
 ):
-    dy = _load(dy_ptr, start, count, BLOCK, TAIL)
-    code = _load_packed(codes_ptr, start, count, CODE_WIDTH, BLOCK, TAIL)
-    _store(dx_ptr, _times(dy, tl.gather(slopes, code, 0)), start, count, TAIL)
+    dy = load(dy_ptr, start, count, BLOCK, TAIL)
+    code = load_packed(codes_ptr, start, count, CODE_WIDTH, BLOCK, TAIL)
+    store(dx_ptr, _times(dy, tl.gather(slopes, code, 0)), start, count, TAIL)
 
 
 @triton.jit
@@ -292,11 +296,19 @@ def backward_from_slopes_kernel(
 
 
 @triton.jit
-def _load_rows(ptr, first, inside, columns, COLUMNS: tl.constexpr):
+def load_rows(ptr, first, inside, columns, COLUMNS: tl.constexpr):
     """A tile of numbers, widened: row r has `columns` numbers from first[r] on if inside[r]; the rest is 0."""
     column = tl.arange(0, COLUMNS)
     mask = inside[:, None] & (column < columns)[None, :]
     return widen(tl.load(ptr + first[:, None] + column[None, :], mask=mask, other=0))
+
+
+@triton.jit
+def store_rows(ptr, values, first, inside, columns):
+    """The same way back."""
+    column = tl.arange(0, values.shape[1])
+    mask = inside[:, None] & (column < columns)[None, :]
+    tl.store(ptr + first[:, None] + column[None, :], narrow(values, ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -358,10 +370,10 @@ def grad_alpha_channels_kernel(
         row = tile * ROWS + tl.arange(0, ROWS)
         first, inside = row * stride + (start + column), row < outer
         columns = width - column - (start if INNERMOST else 0)
-        dy = _load_rows(dy_ptr, first, inside, columns, COLUMNS)
+        dy = load_rows(dy_ptr, first, inside, columns, COLUMNS)
         x, saved, code = None, None, None
         if x_ptr is not None:
-            x = _load_rows(x_ptr, first, inside, columns, COLUMNS)
+            x = load_rows(x_ptr, first, inside, columns, COLUMNS)
         if mask_ptr is not None:
             saved = _load_rows_packed(mask_ptr, first, inside, columns, 2 if MASK == "state" else 1, COLUMNS, OCTETS)
         if codes_ptr is not None:

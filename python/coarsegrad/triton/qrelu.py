@@ -45,26 +45,26 @@ def on_device(t: Tensor):
     return contextlib.nullcontext() if t.device.type == "cpu" else torch.get_device_module(t.device).device(t.device)
 
 
-def _channels(dense: Tensor, channel_dim: int | None) -> tuple[int, int]:
+def channels_of(dense: Tensor, channel_dim: int | None) -> tuple[int, int]:
     """(channels, consecutive elements of a channel). A dense tensor's stride counts the elements inside a dimension."""
     if channel_dim is None or dense.size(channel_dim) <= 1:
         return 1, 1
     return dense.size(channel_dim), dense.stride(channel_dim)
 
 
-def _alphas(channels: int, inner: int) -> str:
+def alphas_kind(channels: int, inner: int) -> str:
     """How many consecutive elements are known to share an alpha."""
     return "one" if channels == 1 else "by octet" if inner % 8 == 0 else "by element"
 
 
-def _prepared(alpha: Tensor, dtype: torch.dtype) -> Tensor:
+def prepared(alpha: Tensor, dtype: torch.dtype) -> Tensor:
     """alpha as the kernels read it. An illegal value becomes NaN in the kernels; on a CPU it is an error here."""
     wide = wide_dtype(dtype)
     alpha = checked_values(alpha, wide) if alpha.device.type == "cpu" else alpha.detach().to(wide)
     return alpha.contiguous()
 
 
-def _packed(like: Tensor, count: int, width: int) -> Tensor | None:
+def new_packed(like: Tensor, count: int, width: int) -> Tensor | None:
     return like.new_empty(packed_bytes(count, width), dtype=torch.uint8) if width else None
 
 
@@ -75,17 +75,17 @@ def _forward(
     """(mask, codes) of a dense x. Writes y unless it is None. width: bits of a packed code, if not the usual."""
     check_arguments(dense, alpha, bits, channel_dim)
     mode, kind = parse("rounding", rounding, Rounding), parse("mask", mask, MaskKind)
-    alpha = _prepared(alpha, dense.dtype)
+    alpha = prepared(alpha, dense.dtype)
     count, width = dense.numel(), width or CODE_WIDTH[bits]
-    packed_mask = _packed(dense, count, MASK_WIDTH[kind])
-    packed_codes = _packed(dense, count, width if codes else 0)
+    packed_mask = new_packed(dense, count, MASK_WIDTH[kind])
+    packed_codes = new_packed(dense, count, width if codes else 0)
     if count:
-        channels, inner = _channels(dense, channel_dim)
+        channels, inner = channels_of(dense, channel_dim)
         block = BLOCK[dense.element_size()]
         with on_device(dense):
             kernels.qrelu_forward_kernel[(triton.cdiv(count, block),)](
                 dense, alpha, y, packed_mask, packed_codes, count, channels, inner,
-                BITS=bits, CODE_WIDTH=width, ROUNDING=mode.name, MASK=kind.name, ALPHAS=_alphas(channels, inner),
+                BITS=bits, CODE_WIDTH=width, ROUNDING=mode.name, MASK=kind.name, ALPHAS=alphas_kind(channels, inner),
                 BLOCK=block, **OPTIONS,
             )  # fmt: skip
     return tuple(dense.new_empty(0, dtype=torch.uint8) if t is None else t for t in (packed_mask, packed_codes))
@@ -133,18 +133,23 @@ def dequantize(
     check_bits(bits)
     y = torch.empty(shape, dtype=dtype, device=codes.device, memory_format=memory_format)
     alpha, channel_dim = check_alpha(alpha, channel_dim, y.shape, dtype, codes.device)
-    count, width = y.numel(), CODE_WIDTH[bits]
+    fill_from_codes(y, codes, prepared(alpha, dtype), bits, 0, *channels_of(y, channel_dim))
+    return y
+
+
+def fill_from_codes(
+    y: Tensor, codes: Tensor, alpha: Tensor, bits: int, zero: int, channels: int, inner: int, dynamic: bool = False
+) -> None:
+    """y = L[c - zero]. inner: consecutive elements of a channel."""
+    count, width, block = y.numel(), CODE_WIDTH[bits], BLOCK[y.element_size()]
     check_packed(codes, "codes", count, width, y.device)
-    alpha = _prepared(alpha, dtype)
     if count:
-        channels, inner = _channels(y, channel_dim)
-        block = BLOCK[y.element_size()]
         with on_device(y):
             kernels.dequantize_kernel[(triton.cdiv(count, block),)](
                 codes.contiguous(), alpha, y, count, channels, inner,
-                CODE_WIDTH=width, ALPHAS=_alphas(channels, inner), BLOCK=block, **OPTIONS,
+                ZERO=zero, CODE_WIDTH=width, ALPHAS=alphas_kind(channels, inner), DYNAMIC=dynamic, BLOCK=block,
+                **OPTIONS,
             )  # fmt: skip
-    return y
 
 
 def backward_from_slopes(grad_y: Tensor, codes: Tensor, slopes: Tensor, bits: int) -> Tensor:
@@ -200,14 +205,14 @@ def qrelu_backward(
     mask_kind, saves_codes, saves_x = saved(row.needs, mode, rule, need_grad_x, need_grad_alpha)
     dense = grad_y.contiguous(memory_format=memory_format)
     count, width = dense.numel(), CODE_WIDTH[bits]
-    channels, inner = _channels(dense, channel_dim)
+    channels, inner = channels_of(dense, channel_dim)
     if saves_x:
         if x is None or alpha is None or x.shape != grad_y.shape or x.dtype != grad_y.dtype:
             raise ValueError(
                 f"x, of grad_y's shape and dtype, and alpha must be given for ste {row.name!r}, {rule.name!r}"
             )
         check_arguments(x, alpha, bits, channel_dim)
-        x, alpha = x.contiguous(memory_format=memory_format), _prepared(alpha, dense.dtype)
+        x, alpha = x.contiguous(memory_format=memory_format), prepared(alpha, dense.dtype)
     if mask_kind != MaskKind.nothing:
         check_packed(mask, "mask", count, MASK_WIDTH[mask_kind], dense.device)
     if saves_codes:
@@ -246,7 +251,7 @@ def qrelu_backward(
             if dx is not None or wanted and channels == 1:
                 kernels.qrelu_backward_kernel[(programs,)](
                     *tensors, dx, partial if channels == 1 else None, count, channels, inner,
-                    **switches, ALPHAS=_alphas(channels, inner), BLOCK=block, **OPTIONS,
+                    **switches, ALPHAS=alphas_kind(channels, inner), BLOCK=block, **OPTIONS,
                 )  # fmt: skip
             if partial is not None:
                 columns = 1 if channels == 1 else _TILE_CHANNELS

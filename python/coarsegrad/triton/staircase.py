@@ -4,6 +4,8 @@
     thresholds  ceil: T[k] = L[k-1];  nearest: T[k] = (L[k-1] + L[k]) / 2;  hwgq: nearest, but T[1] = 0
     code        c = #{k in 1..q : x > T[k]}, output y = L[c]
 
+Of the signed staircase k = -p..p, p = 2**(bits - 1) - 1, and thresholds are "nearest".
+
 Computed in float32, or in float64 for float64 x.
 """
 
@@ -127,9 +129,11 @@ def threshold_above(k, alpha, DTYPE: tl.constexpr, ROUNDING: tl.constexpr):
 
 
 @triton.jit
-def _regular(alpha, DTYPE: tl.constexpr, BITS: tl.constexpr):
-    """Whether levels neither collapse nor overflow, sums of two do not overflow, and the reciprocal is normal."""
-    top = level(2.0**BITS - 1, alpha, DTYPE)
+def _regular(alpha, DTYPE: tl.constexpr, TOP: tl.constexpr):
+    """Whether levels neither collapse nor overflow, sums of two do not overflow, and the reciprocal is normal. TOP: the
+    largest k, as a float.
+    """
+    top = level(TOP, alpha, DTYPE)
     if DTYPE == tl.float64:
         return (alpha >= 2.2250738585072014e-308) & (top <= 4.49423283715579e307)
     elif DTYPE == tl.float16:
@@ -174,6 +178,20 @@ def code_by_guess(x, alpha, inverse, DTYPE: tl.constexpr, BITS: tl.constexpr, RO
 
 
 @triton.jit
+def code_by_search(x, alpha, LOWEST: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr, ROUNDING: tl.constexpr):
+    """The code for any alpha, of 2**BITS from LOWEST up: binary search from the highest bit down.
+
+    A loop of unknown length, so that it is not unrolled: this rare case must stay small.
+    """
+    code = tl.where(x == x, LOWEST, x)
+    step = 2.0 ** (BITS - 1) + _least(alpha) * 0
+    while step >= 1:
+        code = tl.where(x <= threshold_above(code + (step - 1), alpha, DTYPE, ROUNDING), code, code + step)
+        step *= 0.5
+    return code
+
+
+@triton.jit
 def code_of(x, alpha, DTYPE: tl.constexpr, BITS: tl.constexpr, ROUNDING: tl.constexpr):
     """c, as a number of x's dtype; NaN for NaN."""
     if BITS <= 2:
@@ -181,16 +199,10 @@ def code_of(x, alpha, DTYPE: tl.constexpr, BITS: tl.constexpr, ROUNDING: tl.cons
         for i in tl.static_range(2**BITS - 1):
             lower = 2.0**BITS - 2 - i
             code = tl.where(x <= threshold_above(lower, alpha, DTYPE, ROUNDING), lower, code)
-    elif _least(_regular(alpha, DTYPE, BITS).to(tl.int32)) != 0:
+    elif _least(_regular(alpha, DTYPE, 2.0**BITS - 1).to(tl.int32)) != 0:
         code = code_by_guess(x, alpha, 1.0 / alpha, DTYPE, BITS, ROUNDING)
     else:
-        # Any alpha: binary search from the highest bit down. A loop of unknown length, so that it is not unrolled: this
-        # rare case must stay small.
-        code = tl.where(x == x, 0.0, x)
-        step = 2.0 ** (BITS - 1) + _least(alpha) * 0
-        while step >= 1:
-            code = tl.where(x <= threshold_above(code + (step - 1), alpha, DTYPE, ROUNDING), code, code + step)
-            step *= 0.5
+        code = code_by_search(x, alpha, 0.0, DTYPE, BITS, ROUNDING)
     return code
 
 
@@ -199,3 +211,32 @@ def state_of(x, alpha, DTYPE: tl.constexpr, BITS: tl.constexpr):
     """0 for x <= 0, 1 for 0 < x <= L[q] and for NaN, 2 for x > L[q]."""
     above = x > level(2.0**BITS - 1, alpha, DTYPE)
     return tl.where(x <= 0, 0, tl.where(above, 2, 1))
+
+
+@triton.jit
+def signed_code_by_guess(x, alpha, inverse, DTYPE: tl.constexpr, BITS: tl.constexpr):
+    """k = c - p for a regular alpha, from 1 / alpha with an error of a few ulps.
+
+    Rounding moves a level, and so a threshold, by at most 127/256 of a stair (bfloat16, 8 bits), so that T[k] is above
+    k - 1 stairs and below k. Hence one threshold is left to decide, whatever the quotient's last bits.
+    """
+    P: tl.constexpr = 2.0 ** (BITS - 1) - 1
+    below = round_to_integer(_clamp(x * inverse - 0.5, -P, P - 1))
+    return tl.where(x <= threshold_above(below, alpha, DTYPE, "nearest"), below, below + 1)
+
+
+@triton.jit
+def signed_code_of(x, alpha, DTYPE: tl.constexpr, BITS: tl.constexpr):
+    """k = c - p, as a number of x's dtype; 0 for NaN, and where alpha is 0 or NaN."""
+    P: tl.constexpr = 2.0 ** (BITS - 1) - 1
+    stairs = alpha > 0
+    alpha = tl.where(stairs, alpha, 1.0)
+    if BITS == 2:
+        k = tl.where(x > threshold_above(tl.zeros_like(x), alpha, DTYPE, "nearest"), 1.0, 0.0)
+        k = tl.where(x <= threshold_above(tl.full(x.shape, -1, x.dtype), alpha, DTYPE, "nearest"), -1.0, k)
+    elif _least(_regular(alpha, DTYPE, P).to(tl.int32)) != 0:
+        k = signed_code_by_guess(x, alpha, 1.0 / alpha, DTYPE, BITS)
+    else:
+        # One level more makes 2**BITS of them; its code is then taken back.
+        k = tl.maximum(code_by_search(x, alpha, -P - 1, DTYPE, BITS, "nearest"), -P)
+    return tl.where(x == x, tl.where(stairs, k, 0.0), 0.0)

@@ -1,0 +1,228 @@
+// The signed staircase: x to dynamic alphas, to y and to what is saved for backward; codes to y.
+#pragma once
+
+#include "../../math/signed.h"
+#include "alphas.h"
+#include "blocks.h"
+#include "concepts.h"
+
+namespace cg::CG_ISA {
+namespace {
+
+// Numbers of T as unsigned integers.
+template <class T>
+using bits_t = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+
+// The largest magnitude, or a NaN if there is one: magnitudes are in the order of their bits, and NaNs above infinity.
+template <class T>
+CG_HD T largest_magnitude(const T* x, int64_t count) {
+  using Bits = bits_t<T>;
+  Bits largest = 0;
+  int64_t i = 0;
+  if constexpr (kHasMagnitudes<T>) {
+    constexpr int kCount = Magnitudes<T>::kCount;
+    if (count >= kCount) {
+      auto row = Magnitudes<T>::load(x);
+      for (i = kCount; i + kCount <= count; i += kCount) row = Magnitudes<T>::larger(row, Magnitudes<T>::load(x + i));
+      largest = row.largest();
+    }
+  }
+  for (; i < count; ++i) {
+    const Bits magnitude = bit_cast<Bits>(x[i]) & static_cast<Bits>(static_cast<Bits>(~Bits(0)) >> 1);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return bit_cast<T>(largest);
+}
+
+CG_HD double wide(double v) { return v; }
+template <class T>
+CG_HD float wide(T v) {
+  return to_float(v);
+}
+
+// The alphas of groups [begin, end) of x; in the compute type, and with reciprocals, from `values` and `inverses` on.
+// Returns whether all are regular. In loops so simple that compilers vectorise them.
+template <class T>
+bool signed_alphas_of(const SignedForward& a, int64_t begin, int64_t end, void* to_values, void* to_inverses) {
+  using A = compute_t<T>;
+  using Bits = bits_t<A>;
+  const A p = A(signed_top(a.bits));
+  A *const values = static_cast<A*>(to_values), *const inverses = static_cast<A*>(to_inverses);
+  const T* x = static_cast<const T*>(a.x) + begin * a.group;
+  bf16* const alphas = a.group_alphas + begin;
+  const int64_t count = end - begin, group = a.group;
+  for (int64_t i = 0; i < count; ++i, x += group) values[i] = wide(largest_magnitude(x, group));
+  for (int64_t i = 0; i < count; ++i) alphas[i] = signed_alpha(values[i], p);
+  Bits least = ~Bits(0), most = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const A alpha = A(to_float(alphas[i])), value = alpha == A(0) ? A(kAlphaOfZeros) : alpha;
+    values[i] = value;
+    inverses[i] = A(1) / value;
+    const Bits bits = bit_cast<Bits>(value);
+    least = bits < least ? bits : least;
+    most = bits > most ? bits : most;
+  }
+  // What is regular is an interval, and NaN is above it.
+  return regular<T>(bit_cast<A>(least), p) && regular<T>(bit_cast<A>(most), p);
+}
+
+bool signed_alphas(const SignedForward& a, int64_t begin, int64_t end, void* values, void* inverses) {
+  bool all_regular = true;
+  with_dtype(a.dtype, [&](auto dtype) {
+    using T = typename decltype(dtype)::type;
+    all_regular = signed_alphas_of<T>(a, begin, end, values, inverses);
+  });
+  return all_regular;
+}
+
+// One alpha for each 2^shift elements, at least a pair of vectors.
+template <class A>
+struct AlphaPerRun {
+  const A* alpha;
+  const A* inverse;
+  int shift;
+  int64_t first = 0;
+  CG_HD Vec<A> alpha_at(int i) const { return Vec<A>(alpha[(first + i) >> shift]); }
+  CG_HD Vec<A> inverse_at(int i) const { return Vec<A>(inverse[(first + i) >> shift]); }
+  CG_HD AlphaPerRun of(int64_t block) const { return {alpha, inverse, shift, block * kBlock}; }
+};
+
+// for_each_range, of the alphas of groups.
+template <class A, class Body>
+CG_HD void for_each_group_range(const Alphas& alphas, int64_t begin, int64_t end, const Body& body) {
+  const int64_t run = alphas.inner;
+  if (run >= 2 * Lanes<Vec<A>>::kCount && (run & (run - 1)) == 0) {
+    body(begin, end,
+         AlphaPerRun<A>{static_cast<const A*>(alphas.values), static_cast<const A*>(alphas.inverses),
+                        __builtin_ctzll(run)});
+  } else {
+    for_each_range<A>(alphas, begin, end, body);
+  }
+}
+
+// What is known of alphas: nothing, that they are regular, or that they are also those of groups.
+enum class Alpha { any, regular, of_groups };
+
+template <class T, Alpha kAlpha, class V>
+CG_HD Quantized<V> quantize_signed_vec(V x, V alpha, V inverse, V p) {
+  if constexpr (kAlpha == Alpha::any) return quantize_signed_any<T>(x, alpha, p);
+  else if constexpr (kAlpha == Alpha::regular) return quantize_signed<T>(x, alpha, inverse, p);
+  else return quantize_signed_of_group<T>(x, alpha, inverse, p);
+}
+
+// In pairs of vectors where both have one alpha.
+template <class T, Alpha kAlpha, bool kCodes, class Source>
+void signed_forward_range(const SignedForward& args, int64_t first, int64_t last, const Source& source_of_all) {
+  using A = compute_t<T>;
+  using V = Vec<A>;
+  constexpr int kCount = Lanes<V>::kCount;
+  constexpr bool kPairs = !std::is_same_v<Source, AlphaPerElement<A>>;
+  const SignedForward a = args;  // local copies: stores through char pointers cannot alias them
+  const Source sources = source_of_all;
+  const V p(A(signed_top(a.bits)));
+  for (int64_t block = first; block < last; ++block) {
+    const auto& source = sources.of(block);
+    const int count = block_count(a.count, block);
+    T x_copy[kBlock], y_copy[kBlock];
+    if constexpr (kAlpha != Alpha::of_groups) prefetch(static_cast<const T*>(a.x) + block * kBlock);
+    const T* x = read_block(static_cast<const T*>(a.x), block, count, x_copy);
+    const bool whole = count == kBlock, stream = whole && a.stream;
+    T* y = whole ? static_cast<T*>(a.y) + block * kBlock : y_copy;
+    uint8_t codes[kBlock];
+    uint64_t outside = 0;
+    if constexpr (kPairs) {
+      for (int i = 0; i < kBlock; i += 2 * kCount) {
+        const auto v = load_pair(x + i);
+        const V alpha = source.alpha_at(i), inverse = source.inverse_at(i);
+        const Quantized<V> even = quantize_signed_vec<T, kAlpha>(v.first, alpha, inverse, p);
+        const Quantized<V> odd = quantize_signed_vec<T, kAlpha>(v.second, alpha, inverse, p);
+        store_rounded_pair(y + i, Pair{even.y, odd.y}, stream);
+        if constexpr (kCodes) store_code_pair<T>(codes + i, Pair{even.code, odd.code});
+      }
+    } else {
+      for (int i = 0; i < kBlock; i += kCount) {
+        const V v = Io<T>::load(x + i);
+        const Quantized<V> result = quantize_signed_vec<T, kAlpha>(v, source.alpha_at(i), source.inverse_at(i), p);
+        if (stream) Io<T>::stream(y + i, result.y);
+        else Io<T>::store(y + i, result.y);
+        if constexpr (kCodes) Lanes<V>::store_codes(codes + i, result.code);
+      }
+    }
+    if (a.mask) {
+      if (a.group == 0) {  // under a dynamic alpha nothing is outside
+        for (int i = 0; i < kBlock; i += kCount) {
+          outside |= Lanes<V>::bits(signed_outside<T>(Io<T>::load(x + i), source.alpha_at(i), p)) << i;
+        }
+      }
+      const uint64_t inside = ~outside & (~uint64_t{0} >> (kBlock - count));
+      write_packed<1>(a.mask, block, count, &inside);
+    }
+    if (!whole) memcpy(static_cast<T*>(a.y) + block * kBlock, y_copy, count * sizeof(T));
+    if constexpr (kCodes) {
+      if (!whole) memset(codes + count, 0, kBlock - count);  // 0 has another code
+      write_codes(a.codes, block, count, packed_width(a.bits), codes);
+    }
+  }
+}
+
+template <class T, Alpha kAlpha>
+void signed_forward_of(const SignedForward& a, int64_t begin, int64_t end) {
+  with_flag(a.codes, [&](auto codes) {
+    const auto body = [&](int64_t first, int64_t last, const auto& source) {
+      signed_forward_range<T, kAlpha, codes.value>(a, first, last, source);
+    };
+    if constexpr (kAlpha == Alpha::of_groups) for_each_group_range<compute_t<T>>(a.alphas, begin, end, body);
+    else for_each_range<compute_t<T>>(a.alphas, begin, end, body);
+  });
+}
+
+void signed_forward(const SignedForward& a, int64_t begin, int64_t end) {
+  with_dtype(a.dtype, [&](auto dtype) {
+    using T = typename decltype(dtype)::type;
+    with_regular(a.alphas, [&](auto regular) {
+      if constexpr (!regular.value) signed_forward_of<T, Alpha::any>(a, begin, end);
+      else if (a.group == 0) signed_forward_of<T, Alpha::regular>(a, begin, end);
+      else signed_forward_of<T, Alpha::of_groups>(a, begin, end);
+    });
+  });
+  if (a.stream) stream_fence();
+}
+
+template <class T, class Source>
+void signed_dequantize_range(const SignedDequantize& args, int64_t first, int64_t last, const Source& source_of_all) {
+  using A = compute_t<T>;
+  using V = Vec<A>;
+  const SignedDequantize a = args;
+  const Source sources = source_of_all;
+  const V p(A(signed_top(a.bits)));
+  for (int64_t block = first; block < last; ++block) {
+    const auto& source = sources.of(block);
+    const int count = block_count(a.count, block);
+    uint8_t codes[kBlock];
+    read_codes(a.codes, block, count, packed_width(a.bits), codes);
+    T copy[kBlock];
+    const bool whole = count == kBlock, stream = whole && a.stream;
+    T* y = whole ? static_cast<T*>(a.y) + block * kBlock : copy;
+    for (int i = 0; i < kBlock; i += Lanes<V>::kCount) {
+      const V v = round_for_store<T>(mul(Lanes<V>::load_codes(codes + i) - p, source.alpha_at(i)));
+      if (stream) Io<T>::stream(y + i, v);
+      else Io<T>::store(y + i, v);
+    }
+    if (!whole) memcpy(static_cast<T*>(a.y) + block * kBlock, copy, count * sizeof(T));
+  }
+}
+
+void signed_dequantize(const SignedDequantize& a, int64_t begin, int64_t end) {
+  with_dtype(a.dtype, [&](auto dtype) {
+    using T = typename decltype(dtype)::type;
+    const auto body = [&](int64_t first, int64_t last, const auto& source) {
+      signed_dequantize_range<T>(a, first, last, source);
+    };
+    if (a.group > 0) for_each_group_range<compute_t<T>>(a.alphas, begin, end, body);
+    else for_each_range<compute_t<T>>(a.alphas, begin, end, body);
+  });
+  if (a.stream) stream_fence();
+}
+
+}  // namespace
+}  // namespace cg::CG_ISA
