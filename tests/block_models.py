@@ -8,7 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import transformers as hf
-from transformer_models import gradients, images, tokens
+from transformer_models import images, tokens
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS = 48, 128, 3, 1
 TEXT = {
@@ -19,8 +19,9 @@ GROUPED = {**TEXT, "num_key_value_heads": KV_HEADS, "head_dim": 16}
 
 
 def _causal(config):
-    ids, config.loss_type = tokens(), "ForCausalLM"
-    return hf.AutoModelForCausalLM.from_config(config), {"input_ids": ids, "labels": ids}
+    model, ids = hf.AutoModelForCausalLM.from_config(config), tokens()
+    model.loss_type = "ForCausalLM"  # otherwise some warn of using it, which torch.compile does not trace
+    return model, {"input_ids": ids, "labels": ids}
 
 
 def llama(layers=2, **kwargs):
@@ -78,6 +79,3 @@ def checkpoint(model, on=True):
     word = "enable" if on else "disable"
     name = next(n for n in (f"activation_checkpointing_{word}", f"gradient_checkpointing_{word}") if hasattr(model, n))
     getattr(model, name)()
-
-
-__all__ = ["FAMILIES", "GATED", "GROUPED", "HEADS", "HIDDEN", "INTERMEDIATE", "KV_HEADS", "built", "checkpoint", "gradients", "options"]

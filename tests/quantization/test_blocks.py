@@ -7,10 +7,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers")
-from block_models import FAMILIES, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, built, checkpoint, gradients, options  # noqa: E402
-from saved_bytes import Kept  # noqa: E402
+from block_models import FAMILIES, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, built, checkpoint, options
+from saved_bytes import Kept
+from transformer_models import gradients
 
-import coarsegrad as cg  # noqa: E402
+import coarsegrad as cg
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -134,7 +135,8 @@ def test_inductor():
         torch._dynamo.reset()
         with Kept(x, *block.parameters()) as counted:
             y = torch.compile(block, fullgraph=True)(x)
-        return torch.autograd.grad(y.square().sum(), [x, *block.parameters()]), counted.bytes
+        kept = counted.bytes
+        return torch.autograd.grad(y.square().sum(), [x, *block.parameters()]), kept
 
     want, whole = grads()
     with cg.pack_activations_(block):

@@ -13,7 +13,7 @@ from .attention import convert_attention, has_attention
 from .conversion import Conversion, Staircase, settings_of
 from .gates import GatedForward, convert_gates
 from .inputs import StaircaseInput, convert_inputs
-from .norms import check_gradient, convert_norms
+from .norms import checked_gradient, convert_norms
 from .tags import close_forward, open_forward
 
 __all__ = ["BlockOptions", "Conversion", "Staircase", "convert_blocks", "has_staircases"]
@@ -22,18 +22,16 @@ __all__ = ["BlockOptions", "Conversion", "Staircase", "convert_blocks", "has_sta
 class BlockOptions:
     """The keywords of `quantize_` for blocks, checked."""
 
-    def __init__(self, inputs: object, gates: object, attention: object, norms: object) -> None:
-        if norms is not None:
-            check_gradient(norms)
-            if inputs is None:
-                raise ValueError(f"inputs must be given with norms={norms!r}: a norm takes the staircase of its readers")
+    def __init__(self, inputs: object, gates: object, attention: object, norms: str | None) -> None:
+        self.norms = None if norms is None else checked_gradient(norms)
+        if self.norms is not None and inputs is None:
+            raise ValueError(f"inputs must be given with norms={norms!r}: a norm has the staircase of its readers")
         given = {"inputs": inputs, "gates": gates, "attention": attention}
         self.settings = {
             name: settings_of(name, value, ("bits", "group", "rotation")[: 3 if name == "inputs" else 2])
             for name, value in given.items()
             if value is not None
         }
-        self.norms = norms
 
     def __bool__(self) -> bool:
         return bool(self.settings)
@@ -41,20 +39,20 @@ class BlockOptions:
 
 def convert_blocks(conversion: Conversion, options: BlockOptions) -> None:
     """Insert the staircases. Raises ValueError if an option found nothing to convert; then undo what was done."""
-    if "gates" in options.settings:
-        _converted(conversion, "gates", "gated MLP", lambda: convert_gates(conversion, options.settings["gates"]))
-    if "attention" in options.settings:
+    settings, norms = options.settings, options.norms
+    if "gates" in settings:
+        _converted(conversion, "gates", "gated MLP", lambda: convert_gates(conversion, settings["gates"]))
+    if "attention" in settings:
         what = "attention module of transformers"
-        _converted(conversion, "attention", what, lambda: convert_attention(conversion, options.settings["attention"]))
-    if "inputs" not in options.settings:
+        _converted(conversion, "attention", what, lambda: convert_attention(conversion, settings["attention"]))
+    if "inputs" not in settings:
         return
-    staircases = _converted(
-        conversion, "inputs", "Linear or Conv", lambda: convert_inputs(conversion, options.settings["inputs"])
-    )
+    what = "Linear or Conv"
+    staircases = _converted(conversion, "inputs", what, lambda: convert_inputs(conversion, settings["inputs"]))
     conversion.hook(conversion.model.register_forward_pre_hook(open_forward))
     conversion.hook(conversion.model.register_forward_hook(close_forward, always_call=True))
-    if options.norms is not None:
-        _converted(conversion, "norms", "norm", lambda: convert_norms(conversion, options.norms, staircases))
+    if norms is not None:
+        _converted(conversion, "norms", "norm", lambda: convert_norms(conversion, norms, staircases))
 
 
 def _converted(conversion: Conversion, option: str, what: str, convert: Callable) -> dict:

@@ -25,6 +25,9 @@ class Staircase:
     rotation: int | None = None
     note: str = ""
 
+    def row(self) -> tuple[str, ...]:
+        return self.name, self.of, str(self.bits), str(self.group or ""), str(self.rotation or ""), self.note
+
 
 class CannotConvert(Exception):
     """Why a module gets no staircase."""
@@ -46,7 +49,7 @@ class Conversion:
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Those that may be converted."""
         for name, module in list(self.model.named_modules()):
-            if not isinstance(module, nn.Module) or self.wanted(module, name):
+            if self.wanted(module, name):
                 yield name, module
 
     def add(self, name: str, of: str, staircase: QSigned, note: str = "") -> None:

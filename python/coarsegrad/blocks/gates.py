@@ -131,10 +131,9 @@ def _why_different(mlp: nn.Module, forward: GatedForward, names: _Names) -> str:
     weight = layer.weight
     if weight.is_meta:
         return "its weights have no values to check the new forward with"
-    size = features(layer)
     dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
     with torch.no_grad(), torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []):
-        x = torch.randn(2, 3, size, device="cpu").to(weight.device, dtype)
+        x = torch.randn(2, 3, features(layer) or 1, device="cpu").to(weight.device, dtype)
         outputs = []
         for compute in (mlp, forward):
             torch.manual_seed(0)  # for its dropout

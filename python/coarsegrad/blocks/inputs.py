@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import sys
 from typing import Any
 
@@ -63,7 +64,7 @@ def convert_inputs(conversion: Conversion, settings: dict[str, Any]) -> dict[obj
         conversion.hook(layer.register_forward_pre_hook(hook, with_kwargs=True))
         if staircase.rotation is not None:
             _rotate_(layer, staircase.rotation)
-            conversion.undo_steps.append(lambda layer=layer, size=staircase.rotation: _rotate_(layer, size))
+            conversion.undo_steps.append(functools.partial(_rotate_, layer, staircase.rotation))
         conversion.add(name, "input", staircase, note)
         if size:
             made.setdefault(hook.key, staircase)
@@ -73,7 +74,7 @@ def convert_inputs(conversion: Conversion, settings: dict[str, Any]) -> dict[obj
     return made
 
 
-def features(layer: nn.Module) -> int | None:
+def features(layer: Any) -> int | None:
     """The size of the input's last dimension, 0 if it is not fixed; None for a module that is no such layer."""
     if isinstance(layer, nn.Linear):
         return layer.in_features

@@ -78,8 +78,9 @@ def convert_norms(conversion: Conversion, gradient: NormGradient, staircases: di
         conversion.add(name, f"norm, {gradient} gradient", usual)
 
 
-def check_gradient(norms: object) -> None:
-    check_option("norms", norms, get_args(NormGradient))  # type: ignore[arg-type]
+def checked_gradient(norms: Any) -> NormGradient:
+    check_option("norms", norms, get_args(NormGradient))
+    return norms
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -93,7 +94,7 @@ def _formula(norm: Any) -> tuple[NormKind, bool, float]:
     if any(isinstance(hook, NormOutput) for hook in norm._forward_hooks.values()):
         raise CannotConvert("it has a staircase already")
     own = {name: p for name in ("weight", "bias") if isinstance(p := getattr(norm, name, None), Tensor)}
-    shape = own["weight"].shape if "weight" in own else getattr(norm, "normalized_shape", ())
+    shape = tuple(own["weight"].shape if "weight" in own else getattr(norm, "normalized_shape", ()))
     if len(shape) != 1:
         raise CannotConvert(f"it must be over one dimension, got {list(shape)}")
     like = own.get("weight", torch.empty(0, device="cpu"))
