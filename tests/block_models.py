@@ -24,8 +24,8 @@ def _causal(config):
     return model, {"input_ids": ids, "labels": ids}
 
 
-def llama(layers=2, **kwargs):
-    return _causal(hf.LlamaConfig(**GROUPED, num_hidden_layers=layers, **kwargs))
+def llama(layers=2, **sizes):
+    return _causal(hf.LlamaConfig(**{**GROUPED, **sizes}, num_hidden_layers=layers))
 
 
 def qwen3(layers=2):

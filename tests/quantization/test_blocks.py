@@ -177,6 +177,29 @@ def test_bytes_of_a_layer(bits, norms, dtype):
     assert by_layers[1] - by_layers[0] == _layer_of_llama(rows, dtype.itemsize, bits, norms)
 
 
+@pytest.mark.parametrize(
+    "changed, expected",
+    [
+        (None, 42.7),
+        ({"norms": "coarse"}, 12.1),
+        ({"norms": "exact"}, 16.1),
+        ({"norms": "coarse", "bits": 4}, 8.0),
+        ({"norms": "exact", "bits": 4}, 12.0),
+    ],
+)
+def test_bytes_of_a_layer_of_smollm2s_shape(changed, expected):
+    """Per feature and token, in bfloat16."""
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    by_layers = []
+    for layers in (1, 2):
+        model, batch = built("llama", torch.bfloat16, layers=layers, head_dim=64, **shape)
+        if changed is not None:
+            cg.quantize_(model, **options("llama", **changed))
+            cg.pack_activations_(model)
+        by_layers.append(cg.saved_memory(lambda: model(**batch).loss).total)
+    assert (by_layers[1] - by_layers[0]) / (batch["input_ids"].numel() * 576) == pytest.approx(expected, abs=0.05)
+
+
 class _Counter(TorchDispatchMode):
     """How often the signed staircase is computed."""
 
