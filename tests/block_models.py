@@ -74,8 +74,10 @@ def options(family, bits=8, norms="coarse", group=None):
     return {"inputs": {"bits": bits, "group": group}, "attention": 8, "norms": norms, **gates}
 
 
-def checkpoint(model, on=True):
-    """Have every layer be checkpointed, or no more."""
-    word = "enable" if on else "disable"
-    name = next(n for n in (f"activation_checkpointing_{word}", f"gradient_checkpointing_{word}") if hasattr(model, n))
-    getattr(model, name)()
+def checkpoint(model, on=True, **how):
+    """Have every layer be checkpointed, or no more. how: arguments of torch's checkpoint."""
+    stem = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{stem}_checkpointing_enable")(**({f"{stem}_checkpointing_kwargs": how} if how else {}))
+    else:
+        getattr(model, f"{stem}_checkpointing_disable")()
