@@ -32,7 +32,7 @@ def codes_of_rows(rows: torch.Tensor, alpha: torch.Tensor, bits: int) -> torch.T
 
 def output_of_rows(rows: torch.Tensor, alpha: torch.Tensor, bits: int) -> torch.Tensor:
     y = levels(alpha, bits, rows.dtype).gather(1, codes_of_rows(rows, alpha, bits))
-    return torch.where(rows.isnan(), rows, y) + torch.zeros((), dtype=rows.dtype)  # -0 * alpha is never meant
+    return torch.where(rows.isnan(), rows, y)
 
 
 def group_alphas(x: torch.Tensor, bits: int, group: int) -> torch.Tensor:

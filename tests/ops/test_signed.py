@@ -139,6 +139,13 @@ def test_dynamic_special_values(backend, dtype, group):
         assert oracle.same_bits(cg.dequantize(got, of_groups, bits, rows.shape, dtype, signed=True), y)
 
 
+def test_a_level_that_rounds_to_zero_keeps_its_sign(backend):
+    """Levels collapse: -0.3 of the smallest number is -0, and at a threshold the lower code wins, for 0 too."""
+    x, alpha = torch.tensor([[2.0**-24, -(2.0**-24), 0.0]], dtype=torch.float16), torch.tensor([0.3 * 2.0**-24])
+    y = cg.qsigned(x, alpha, 8)
+    assert oracle.same_bits(y, oracle_signed.output_of_rows(x, alpha, 8)) and y[0, 2].signbit()
+
+
 def test_a_quotient_beyond_bfloat16(backend):
     """p is 1 for 2 bits, and rounding up exceeds bfloat16."""
     x = torch.full((1, 8), torch.finfo(torch.float32).max)
