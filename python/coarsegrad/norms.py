@@ -23,7 +23,9 @@ from . import _ops
 from ._checks import check_option
 from ._types import wide_dtype
 from .packing import packs_graph, record_codes
-from .signed import QSigned, hadamard
+from .signed import QSigned
+
+_hadamard = _ops.ops.hadamard.default  # below the checks, which torch.compile refuses in a backward
 
 NormKind: TypeAlias = Literal["rms", "layer"]
 NormGradient: TypeAlias = Literal["exact", "coarse"]
@@ -104,7 +106,7 @@ class _Norm(torch.autograd.Function):
         ctx.centred, ctx.dtype, ctx.bias_dtype = centred, x.dtype, None if bias is None else bias.dtype
         ctx.rotation, ctx.settings = staircase.rotation, (staircase.bits, staircase.group or x.size(-1))
         if staircase.rotation is not None:
-            output = hadamard(output, staircase.rotation)
+            output = _hadamard(output, staircase.rotation)
         packs = torch.compiler.is_compiling() and packs_graph()
         forward = _ops.ops.qsigned_forward_packed if packs else _ops.ops.qsigned_forward
         y, alpha, _, codes = forward.default(output, None, *ctx.settings, False, True, None)
@@ -114,7 +116,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def _backward(ctx, grad_y, n, inverse, weight):
         if ctx.rotation is not None:
-            grad_y = hadamard(grad_y, ctx.rotation)
+            grad_y = _hadamard(grad_y, ctx.rotation)
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])
         grad_x, grad_weight, grad_bias = _gradients(grad_y.to(n.dtype), n, inverse, weight, ctx.centred, needs)
         return (
@@ -157,7 +159,7 @@ class _Coarse(_Norm):
         output = (*ctx.settings, ctx.shape, ctx.dtype, None, torch.contiguous_format)
         n = _ops.ops.qsigned_dequantize.default(codes, alpha, *output).to(inverse.dtype)
         if ctx.rotation is not None:
-            n = hadamard(n, ctx.rotation)
+            n = _hadamard(n, ctx.rotation)
         if bias is not None:
             n = n - bias.to(n.dtype)
         if weight is not None:  # a channel of weight 0 does not reach y

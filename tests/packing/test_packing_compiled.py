@@ -257,6 +257,16 @@ def test_blocks_inside_and_around():
         assert kept_of(model, lambda: compiled(model)(x)) == packed
 
 
+def test_a_compiled_model_that_packs_itself():
+    """The hooks of a class that is not torch's run outside of the graph of its forward."""
+    model, x = build("opt", ste="relu")
+    packed = kept_of(model, lambda: packed_forward(compiled(model), x))
+    torch._dynamo.reset()
+    with cg.pack_activations_(model):
+        assert kept_of(model, lambda: compiled(model)(x)) == packed
+        assert graphs.open_blocks.here.count == 0
+
+
 def test_a_compiled_block_of_an_eager_model():
     model, x = build("opt", ste="relu")
     want = gradients(model, x)
@@ -283,7 +293,7 @@ def test_a_block_applies_to_its_own_thread():
 def test_an_error_in_a_block_closes_it():
     with pytest.raises(ZeroDivisionError), cg.packed_activations():
         raise ZeroDivisionError
-    assert graphs.open_blocks.count == 0
+    assert graphs.open_blocks.here.count == 0
 
 
 def test_export_ignores_a_block():

@@ -45,12 +45,12 @@ def packed_activations() -> Iterator[None]:
 
     Source of the levels and the coarse gradients: see `qrelu`.
     """
-    open_blocks.count += 1
+    open_blocks.here.count += 1
     try:
         with contextlib.nullcontext() if torch.compiler.is_compiling() else _hooks():
             yield
     finally:
-        open_blocks.count -= 1
+        open_blocks.here.count -= 1
 
 
 def _hooks() -> contextlib.AbstractContextManager:
@@ -66,7 +66,7 @@ _opened = threading.local()  # .stack: (module, its open block), innermost last
 
 def _open(module: nn.Module, args: tuple) -> None:
     if torch.compiler.is_compiling():
-        open_blocks.count += 1
+        open_blocks.here.count += 1
         return
     block = packed_activations()
     block.__enter__()
@@ -75,7 +75,7 @@ def _open(module: nn.Module, args: tuple) -> None:
 
 def _close(module: nn.Module, args: tuple, output: object) -> None:
     if torch.compiler.is_compiling():
-        open_blocks.count -= 1
+        open_blocks.here.count -= 1
         return
     stack = _opened.__dict__.get("stack")
     if stack and stack[-1][0] is module:  # not if a hook before `_open` failed

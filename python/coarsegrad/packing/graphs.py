@@ -43,11 +43,18 @@ _EXACT = {
 }
 
 
+class _Count:
+    def __init__(self) -> None:
+        self.count = 0
+
+
 class _OpenBlocks(threading.local):
     """How many blocks this thread has opened. Dynamo guards on it: inside a block it compiles another graph."""
 
     def __init__(self) -> None:
-        self.count = 0  # not as a default of the class: the guards of torch 2.13 miss a value that hides it
+        # In an object: what compiled code sets on a thread-local itself is lost, in torch 2.13. And not as a default of
+        # the class: its guards miss a value that hides one.
+        self.here = _Count()
 
 
 open_blocks = _OpenBlocks()
@@ -55,7 +62,7 @@ open_blocks = _OpenBlocks()
 
 def packs_graph() -> bool:
     """Whether the qrelu that is being compiled is inside a block."""
-    return open_blocks.count > 0 and not torch.compiler.is_exporting()
+    return open_blocks.here.count > 0 and not torch.compiler.is_exporting()
 
 
 class _Output:

@@ -1,5 +1,6 @@
 """From a float model to a low-bit one: `quantize_` inserts QReLUs, `calibrate` sets their alphas, `stats` reports."""
 
+from ..blocks import Staircase
 from .calibration import METHODS, CalibratedLayer, CalibrationReport, calibrate
 from .code_stats import LayerStats, StatsReport, stats
 from .quantize import quantize_
@@ -13,6 +14,7 @@ __all__ = [
     "QuantizeReport",
     "Replaced",
     "Skipped",
+    "Staircase",
     "StatsReport",
     "calibrate",
     "quantize_",

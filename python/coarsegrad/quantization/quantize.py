@@ -1,16 +1,17 @@
-"""`quantize_`: replaces the ReLUs of any model by QReLUs, with a report and an undo."""
+"""`quantize_`: replaces the ReLUs of any model by QReLUs, and inserts signed staircases, with a report and an undo."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
 
+from ..blocks import BlockOptions, Conversion, convert_blocks
 from ..nn import QReLU
 from .dynamic import DynamicConversion
-from .report import QuantizeReport
+from .report import QuantizeReport, Skipped
 from .rewriting import find_calls, original
 from .surgery import Surgery
 
@@ -32,9 +33,14 @@ def quantize_(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     fold_dropout: bool = False,
     example_inputs: object = None,
+    inputs: int | Mapping[str, Any] | None = None,
+    gates: int | Mapping[str, Any] | None = None,
+    attention: int | Mapping[str, Any] | None = None,
+    norms: str | None = None,
     **settings: Any,
 ) -> QuantizeReport:
-    """Replaces every ReLU of `model` by a `QReLU`, in place, and reports what was and was not replaced.
+    """Replaces every ReLU of `model` by a `QReLU`, in place, and reports what was and was not replaced. On request it
+    also inserts signed staircases (`qsigned`, with a dynamic alpha), with which blocks without a ReLU keep codes.
 
     Each place where an activation is called gets its own QReLU, with its own alpha. Found without running the model:
 
@@ -79,14 +85,34 @@ def quantize_(
         not absorbed. Code that looks for nn.Dropout modules to change their p no longer finds them.
     example_inputs: what the model takes: a tensor, a tuple or list of arguments, or a mapping of keywords. Tensors are
         moved to the model's device; small ones suffice. Finding calls requires Python 3.11.
+    inputs: signed staircases in front of every Linear, Conv1d, Conv2d and Conv1D of transformers: their number of bits,
+        or a mapping of `bits`, `group` and `rotation`, arguments of `QSigned`. Layers that read the same tensor share
+        one; a layer that reads codes already, such as a QReLU's output, gets none. With a rotation the weight of the
+        layer is rotated to match, unless another module has it too (an embedding), or the layer is a convolution.
+    gates: the bits, or `bits` and `group`, of gate and up in gated MLPs, which then compute `gated_product`. Found are
+        modules with layers gate_proj, up_proj, down_proj; w1, w3, w2; wi_0, wi_1, wo; or gate_up_proj, down_proj, whose
+        new forward, before there are staircases in it, gives the bits of the old one on a random input. The layer after
+        the product gets no staircase of `inputs`, as the product is kept as the codes of gate and up.
+    attention: the bits, or `bits` and `group`, of q, k and v, per head and position, after the rotary embedding. In
+        models of transformers that use its attention interface; `model.config` then names another implementation.
+    norms: the gradient of RMSNorm and LayerNorm where a layer with a staircase of `inputs` reads their output, as for
+        `norm_staircase`: None: their own. "exact": the same, from x alone. "coarse": from the codes. Where something
+        else reads the output as well, such as a residual sum, the norm also saves what it saves without.
     settings: keywords of `QReLU`, the same for all. By default alpha is a placeholder, the best for unit Gaussian
         inputs, to be set by `calibrate`.
 
-    A second call on the same model replaces what is left. Returns a `QuantizeReport`; its `undo()` restores the model.
+    The signed staircases are hooks and attributes of instances: no class, submodule or entry of a state_dict is added,
+    and copies and pickles of the model have them. `filter_fn` is asked for each layer, gated MLP, attention module and
+    norm. In code compiled by torch.compile the output of a norm must not be written to in place before a layer reads
+    it. In a checkpointed function a norm outside of it has its own gradient for the layers inside.
+
+    A second call on the same model converts what is left. Returns a `QuantizeReport`; its `undo()` restores the model,
+    rotated weights up to rounding.
 
     Raises TypeError or ValueError for what QReLU refuses, for keywords that differ from layer to layer (inplace,
-    squared, dropout, num_channels, channel_dim), if `model` is itself an activation, and if nothing was replaced and
-    the model had no QReLU; the message lists what was skipped. Raises what the model raises on `example_inputs`, and
+    squared, dropout, num_channels, channel_dim), if `model` is itself an activation, if nothing was replaced and the
+    model had no QReLU and no signed staircase was asked for, and if an option for these finds nothing to convert; the
+    message lists what was skipped. Raises what the model raises on `example_inputs`, and
     RuntimeError if the model, with float activations in the QReLUs, computes something else. The model is unchanged
     after an error.
     """
@@ -100,6 +126,7 @@ def quantize_(
         raise TypeError(f"filter_fn must be callable, got {filter_fn!r}")
     for name in settings.keys() & _WHY_PER_LAYER:
         raise TypeError(f"{name} cannot be set for all QReLUs: {_WHY_PER_LAYER[name]}")
+    blocks = BlockOptions(inputs, gates, attention, norms)
     settings["rounding"] = rounding
     QReLU(bits, **settings)  # raises for wrong settings before anything is changed
     surgery = Surgery(model, bits, tuple(replace), filter_fn or (lambda module, name: True), fold_dropout, settings)
@@ -109,12 +136,21 @@ def quantize_(
         surgery.run()
         if conversion is not None:
             conversion.run()
+        if blocks:
+            _convert_blocks(surgery, blocks)
     except BaseException:
         report.undo()
         raise
-    if not report.replaced and not report.already:
+    if not report.replaced and not report.already and not blocks:
         raise ValueError(_why_nothing_replaced(model, replace, report))
     return report
+
+
+def _convert_blocks(surgery: Surgery, options: BlockOptions) -> None:
+    report = surgery.report
+    made = Conversion(surgery.model, surgery.wanted, report.staircases, undo_steps=report._undo_steps)
+    convert_blocks(made, options)
+    report.skipped += [Skipped(*entry) for entry in made.skipped]
 
 
 def _why_nothing_replaced(model: nn.Module, replace: tuple[type[nn.Module], ...], report: QuantizeReport) -> str:

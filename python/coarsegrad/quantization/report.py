@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .._text import format_table
+from ..blocks import Staircase
 
 _NOT_RUN = (
     "Only the source of the modules' methods was searched, not the functions that they call; pass example_inputs to"
@@ -44,15 +45,17 @@ class Skipped:
 
 @dataclass
 class QuantizeReport:
-    """What `quantize_` did. Prints as two tables.
+    """What `quantize_` did. Prints as tables.
 
-    replaced: in the order of the modules. skipped: what looks like an activation and was not replaced.
+    replaced: in the order of the modules. staircases: the signed ones, inserted by `inputs`, `gates`, `attention` and
+    `norms`. skipped: what looks like an activation and was not replaced, and what got no signed staircase.
     already: names of the QReLUs that the model had before. executed: whether the model was run on example inputs; if
     so, `skipped` has every relu that still runs, otherwise only those that the source of the methods shows.
     not_run: the mode in which the model could not be run, and why.
     """
 
     replaced: list[Replaced] = field(default_factory=list)
+    staircases: list[Staircase] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     already: list[str] = field(default_factory=list)
     executed: bool = False
@@ -62,7 +65,8 @@ class QuantizeReport:
     _undone: bool = False
 
     def undo(self) -> None:
-        """Restore the original modules and classes. Learned alphas are lost with their QReLUs.
+        """Restore the original modules and classes. Learned alphas are lost with their QReLUs. Rotated weights are
+        rotated back, which gives them again up to rounding; all else is exact.
 
         Raises RuntimeError if called twice, or, before it changes anything, if something else (fully_shard, a
         parametrization) has changed the class of a module whose methods were rewritten: undo that first.
@@ -85,9 +89,14 @@ class QuantizeReport:
         parts = []
         if self.replaced:
             parts.append(format_table(("QReLU", "replaces", ""), [(r.name, r.was, r._remark()) for r in self.replaced]))
+        if self.staircases:
+            header = ("staircase in", "of", "bits", "group", "rotation", "")
+            parts.append(format_table(header, [staircase.row() for staircase in self.staircases]))
         if self.skipped:
             parts.append(format_table(("not replaced", "what", "why"), [(s.name, s.what, s.why) for s in self.skipped]))
         count = f"{len(self.replaced)} replaced, {len(self.skipped)} not replaced"
+        if self.staircases:
+            count += f", {len(self.staircases)} signed staircases inserted"
         if self.already:
             count += f"; {len(self.already)} QReLUs already present"
         count += "; undone" if self._undone else ""

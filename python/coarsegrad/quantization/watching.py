@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._torch_internals import FakeTensor
+from ..blocks import has_staircases
 from ..nn import QReLU
 from .running import on_device_of, run
 
@@ -25,7 +26,7 @@ def qrelus_of(model: nn.Module) -> dict[str, QReLU]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     layers = {name or "(model)": module for name, module in model.named_modules() if isinstance(module, QReLU)}
-    if not layers:
+    if not layers and not has_staircases(model):  # whose alphas are dynamic
         raise ValueError("model has no QReLU; quantize_ inserts them")
     for name, layer in layers.items():
         _check_values("alpha", name, layer.alpha)
