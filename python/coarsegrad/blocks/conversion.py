@@ -38,6 +38,7 @@ class Conversion:
     """The staircases inserted into a model, what was skipped as (name, what, why), and how to undo it.
 
     wanted: wanted(module, name) says whether to convert a module.
+    reads_codes: the layers that need no staircase.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Conversion:
     staircases: list[Staircase] = field(default_factory=list)
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
     undo_steps: list[Callable[[], object]] = field(default_factory=list)
+    reads_codes: set[nn.Module] = field(default_factory=set)
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Those that may be converted."""

@@ -82,12 +82,21 @@ def convert_gates(conversion: Conversion, settings: dict[str, Any]) -> None:
             conversion.skip(name, mlp, why)
             continue
         conversion.set(mlp, "forward", forward)
-        conversion.add(name, "gate and up" if forward.act is None else "up", QSigned(**settings))
+        note = ""
+        if not forward.between:
+            conversion.reads_codes.update(getattr(mlp, names.down).modules())
+            note = f"{names.down} keeps these codes"
+        conversion.add(name, "gate and up" if forward.act is None else "up", QSigned(**settings), note)
 
 
 def _has(mlp: nn.Module, names: _Names) -> bool:
     layers = [getattr(mlp, name, None) for name in names if name is not None]
-    return all(isinstance(layer, nn.Module) and features(layer) is not None for layer in layers)
+    return all(isinstance(layer, nn.Module) and _size(layer) is not None for layer in layers)
+
+
+def _size(layer: Any) -> int | None:
+    """The size of the input of a layer, or of the layer that an adapter wraps; see `features`."""
+    return features(getattr(layer, "base_layer", layer))
 
 
 def _forward_for(mlp: nn.Module, names: _Names, settings: dict[str, Any]) -> GatedForward:
@@ -95,7 +104,7 @@ def _forward_for(mlp: nn.Module, names: _Names, settings: dict[str, Any]) -> Gat
         raise CannotConvert("it has staircases already")
     if "forward" in vars(mlp):
         raise CannotConvert("its forward was replaced on this instance; convert before that")
-    group, size = settings.get("group"), features(getattr(mlp, names.down))
+    group, size = settings.get("group"), _size(getattr(mlp, names.down))
     if group is not None and size and size % group:
         raise CannotConvert(f"a group of {group} does not divide its {size} features")
     act = next((name for name in _ACTIVATION if callable(getattr(mlp, name, None))), None)
@@ -133,7 +142,7 @@ def _why_different(mlp: nn.Module, forward: GatedForward, names: _Names) -> str:
         return "its weights have no values to check the new forward with"
     dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
     with torch.no_grad(), torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []):
-        x = torch.randn(2, 3, features(layer) or 1, device="cpu").to(weight.device, dtype)
+        x = torch.randn(2, 3, _size(layer) or 1, device="cpu").to(weight.device, dtype)
         outputs = []
         for compute in (mlp, forward):
             torch.manual_seed(0)  # for its dropout

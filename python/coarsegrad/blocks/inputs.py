@@ -32,7 +32,10 @@ class StaircaseInput:
         return args, {name: self._staircased(x) for name, x in kwargs.items()}
 
     def _staircased(self, x: Tensor) -> Tensor:
-        return x if is_codes(x) else shared(x, self.key, lambda: self._made(x))
+        # A rotated layer needs a rotated input, which codes are not.
+        if self.staircase.rotation is None and is_codes(x):
+            return x
+        return shared(x, self.key, lambda: self._made(x))
 
     def _made(self, x: Tensor) -> Tensor:
         y = staircased_norm(x, self.key, self.staircase)
@@ -51,7 +54,7 @@ def convert_inputs(conversion: Conversion, settings: dict[str, Any]) -> dict[obj
     inside = _inside_others(conversion.model)
     for name, layer in conversion.modules():
         size = features(layer)
-        if size is None:
+        if size is None or layer in conversion.reads_codes:
             continue
         try:
             if layer in inside:
