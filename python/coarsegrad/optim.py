@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .nn import QReLU
+from .signed import QSigned
 
 
 def param_groups(
@@ -22,7 +25,7 @@ def param_groups(
     of an alpha is a sum over all its elements and therefore large: `QReLU(alpha_scale="lsq")` scales it by the elements
     of one sample, independently of the batch size. Alternatively give a smaller alpha_lr, with SGD lr / 100.
     """
-    layers = [m for m in model.modules() if isinstance(m, QReLU)]
+    layers = [m for m in model.modules() if isinstance(m, (QReLU, QSigned))]
     alphas = list(dict.fromkeys(p for layer in layers for p in layer.parameters() if p.requires_grad))
     known = {id(alpha) for alpha in alphas}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
@@ -40,11 +43,11 @@ def keep_positive(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.o
     steps an alpha can become arbitrarily small. A parametrized alpha is set through its right_inverse, which costs a
     device sync.
     """
-    layers = [m for m in model.modules() if isinstance(m, QReLU) and any(True for _ in m.parameters())]
+    layers = [m for m in model.modules() if isinstance(m, (QReLU, QSigned)) and any(True for _ in m.parameters())]
     return _bounded(optimizer, layers)
 
 
-def _bounded(optimizer: torch.optim.Optimizer, layers: list[QReLU]) -> torch.optim.Optimizer:
+def _bounded(optimizer: torch.optim.Optimizer, layers: list[Any]) -> torch.optim.Optimizer:
     before: list[Tensor] = []
 
     @torch.no_grad()
@@ -57,7 +60,7 @@ def _bounded(optimizer: torch.optim.Optimizer, layers: list[QReLU]) -> torch.opt
             if not is_parametrized(layer, "alpha"):
                 layer.alpha.copy_(torch.maximum(layer.alpha, half))
             elif not (layer.alpha >= half).all():
-                layer._set_alpha(torch.maximum(layer.alpha, half), layer.channel_dim)
+                layer.alpha = torch.maximum(layer.alpha, half)
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(bound)
@@ -66,7 +69,7 @@ def _bounded(optimizer: torch.optim.Optimizer, layers: list[QReLU]) -> torch.opt
     return optimizer
 
 
-def _bounded_copy(kind: type[torch.optim.Optimizer], state: dict, layers: list[QReLU]) -> torch.optim.Optimizer:
+def _bounded_copy(kind: type[torch.optim.Optimizer], state: dict, layers: list[Any]) -> torch.optim.Optimizer:
     optimizer = kind.__new__(kind)
     optimizer.__setstate__(state)
     return _bounded(optimizer, layers)

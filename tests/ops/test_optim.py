@@ -192,3 +192,13 @@ class TestScale:
     def test_bad_scales(self, bad, error):
         with pytest.raises(error, match="alpha_scale"):
             cg.QReLU(alpha_scale=bad)
+
+
+def test_a_learned_alpha_of_a_signed_staircase():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), cg.QSigned(4, alpha=0.5, learn_alpha=True), cg.QSigned(4))
+    groups = cg.param_groups(model, 0.1, 0.01, alpha_lr=10.0)
+    assert [len(group["params"]) for group in groups] == [2, 1] and groups[1]["weight_decay"] == 0
+    optimizer = cg.keep_positive(torch.optim.SGD(groups), model)
+    model[1].alpha.grad = torch.tensor([1.0])
+    optimizer.step()
+    assert model[1].alpha.item() == 0.25
