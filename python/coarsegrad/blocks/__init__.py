@@ -26,7 +26,9 @@ class BlockOptions:
         if norms is not None:
             check_gradient(norms)
             if inputs is None:
-                raise ValueError(f"inputs must be given with norms={norms!r}: a norm takes the staircase of its readers")
+                raise ValueError(
+                    f"inputs must be given with norms={norms!r}: a norm takes the staircase of its readers"
+                )
         given = {"inputs": inputs, "gates": gates, "attention": attention}
         self.settings = {
             name: settings_of(name, value, ("bits", "group", "rotation")[: 3 if name == "inputs" else 2])

@@ -90,7 +90,9 @@ class QuantizeReport:
         if self.replaced:
             parts.append(format_table(("QReLU", "replaces", ""), [(r.name, r.was, r._remark()) for r in self.replaced]))
         if self.staircases:
-            rows = [(s.name, s.of, str(s.bits), str(s.group or ""), str(s.rotation or ""), s.note) for s in self.staircases]
+            rows = [
+                (s.name, s.of, str(s.bits), str(s.group or ""), str(s.rotation or ""), s.note) for s in self.staircases
+            ]
             parts.append(format_table(("staircase in", "of", "bits", "group", "rotation", ""), rows))
         if self.skipped:
             parts.append(format_table(("not replaced", "what", "why"), [(s.name, s.what, s.why) for s in self.skipped]))
