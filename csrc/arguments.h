@@ -76,6 +76,42 @@ struct BackwardFromSlopes {
   bool stream;
 };
 
+// The signed staircase. Either alphas are given, or alpha is dynamic: one for each `group` elements, which begin at x.
+struct SignedForward {
+  Dtype dtype;
+  int bits;
+  int64_t count;
+  Alphas alphas;
+  int64_t group;       // 0 if alphas are given
+  bf16* group_alphas;  // written: count / group of them
+  const void* x;
+  void* y;
+  uint8_t* mask;   // or null: the bit L[-p] <= x <= L[p]
+  uint8_t* codes;  // or null
+  bool stream;
+};
+
+struct SignedDequantize {
+  Dtype dtype;
+  int bits;
+  int64_t count;
+  Alphas alphas;
+  int64_t group;  // 0 if alphas are given
+  const bf16* group_alphas;
+  const uint8_t* codes;
+  void* y;
+  bool stream;
+};
+
+// Blocks of `size` elements, a power of two, multiplied by Hadamard's matrix and then by `scale`.
+struct Hadamard {
+  Dtype dtype;
+  int64_t count, size;
+  double scale;
+  const void* x;
+  void* y;
+};
+
 // A layer on codes. An image is [height, width, channels]; a weight row, one per output channel, is [kernel height,
 // kernel width, channels / groups] in blocks of 32 bytes (docs/spec.md). A Linear is a 1 x 1 convolution of images of
 // one pixel.

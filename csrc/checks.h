@@ -134,6 +134,47 @@ inline int64_t check_alpha(const at::Tensor& alpha, const at::Tensor& x, std::op
   return expected;
 }
 
+// `group` consecutive elements of x's last dimension.
+inline void check_group(const char* argument, int64_t group, int64_t size) {
+  TORCH_CHECK_VALUE(group >= 1 && size % group == 0, argument, " must be >= 1 and divide x's last dimension, ", size,
+                    ", got ", group);
+}
+
+inline void check_hadamard(const at::Tensor& x, int64_t size) {
+  TORCH_CHECK_VALUE(x.dim() > 0, "x must have at least one dimension, got a 0-d tensor");
+  check_group("size", size, x.size(-1));
+  TORCH_CHECK_VALUE((size & (size - 1)) == 0, "size must be a power of two, got ", size);
+}
+
+inline void check_signed_bits(int64_t bits) {
+  check_bits(bits);
+  TORCH_CHECK_VALUE(bits != 1, "bits must be an int in 2..8 for the signed staircase, got 1");
+}
+
+// Checks what a signed staircase is given, all but alpha. Returns how many elements share a dynamic alpha; 0 if it is
+// given.
+inline int64_t check_signed(const at::Tensor& x, bool alpha_given, int64_t bits, std::optional<int64_t> group,
+                            std::optional<int64_t> channel_dim) {
+  check_signed_bits(bits);
+  if (alpha_given) {
+    TORCH_CHECK_VALUE(!group, "group must be None if alpha is given, got ", *group);
+    return 0;
+  }
+  TORCH_CHECK_VALUE(!channel_dim, "channel_dim must be None for a dynamic alpha, got ", *channel_dim);
+  TORCH_CHECK_VALUE(x.dim() > 0, "x must have at least one dimension for a dynamic alpha, got a 0-d tensor");
+  const int64_t size = x.size(-1);
+  if (size == 0) return 1;
+  check_group("group", group.value_or(size), size);
+  return group.value_or(size);
+}
+
+// Those of y's dynamic alpha.
+inline void check_group_alphas(const at::Tensor& alpha, const at::Tensor& y, int64_t group) {
+  TORCH_CHECK_VALUE(group >= 1 && y.numel() % group == 0 && alpha.numel() == y.numel() / group,
+                    "alpha must have one value for each ", group, " of ", y.numel(), " elements, got ", alpha.numel());
+  TORCH_CHECK_VALUE(alpha.device() == y.device(), "alpha must be on ", y.device(), ", got ", alpha.device());
+}
+
 inline void check_packed(const at::Tensor& packed, const char* argument, int64_t count, int width, at::Device device) {
   TORCH_CHECK_TYPE(packed.scalar_type() == at::kByte, argument, " must be uint8, got ", packed.scalar_type());
   TORCH_CHECK_VALUE(packed.is_contiguous() && packed.numel() == packed_bytes(count, width), argument, " must hold ",

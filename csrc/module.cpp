@@ -46,8 +46,10 @@ PYBIND11_MODULE(_C, m) {
   std::vector<torch::Library> libraries;
   cg::register_cpu(libraries.emplace_back(MAKE_TORCH_LIBRARY_IMPL(coarsegrad, CPU)));
   cg::register_integer_cpu(libraries.back());
+  cg::register_signed_cpu(libraries.back());
 #ifdef CG_HAVE_CUDA
   cg::register_cuda(libraries.emplace_back(MAKE_TORCH_LIBRARY_IMPL(coarsegrad, CUDA)));
+  cg::register_signed_cuda(libraries.back());
 #endif
   cg::register_autograd(libraries.emplace_back(MAKE_TORCH_LIBRARY_IMPL(coarsegrad, Autograd)));
   static const std::vector<torch::Library> registered = std::move(libraries);

@@ -1,4 +1,4 @@
-"""Runs the CUDA kernels' own source on the CPU, through the program that tests/cpp/cuda_host.cpp makes."""
+"""Runs the CUDA kernels' own source on the CPU, through the programs that tests/cpp/cuda_host*.cpp make."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# In the order of the enumerators in csrc/math and of the operations in tests/cpp/cuda_host.cpp.
-OPS = ("forward", "backward", "dequantize", "backward_from_slopes")
+# In the order of the enumerators in csrc/math and of the operations in tests/cpp/cuda_host_cases.h.
+OPS = ("forward", "backward", "dequantize", "backward_from_slopes", "signed_forward", "signed_dequantize", "hadamard")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ROUNDINGS = ("ceil", "nearest", "hwgq")
 MASKS = ("nothing", "positive", "inside", "state")
 STES = ("identity", "relu", "clipped_relu", "log_tailed_relu", "reverse_exponential")
 ALPHA_GRADS = ("exact", "three_valued", "two_valued", "chain")
-BUFFERS = ("alpha", "x", "y", "mask", "codes", "grad_y", "grad_x", "grad_alpha", "slopes")
+BUFFERS = ("alpha", "x", "y", "mask", "codes", "grad_y", "grad_x", "grad_alpha", "slopes", "group_alphas")
 
 _NULL, _READ, _WRITE, _READ_WRITE = range(4)
 
@@ -42,6 +42,7 @@ class Case:
     ste: str = "identity"
     alpha_grad: str = "exact"
     scale: float = 1.0
+    group: int = 0  # of dynamic alphas; the size of a Hadamard block
     offset: int = 0
     seed: int = 0
     expected: dict[str, Tensor] = field(default_factory=dict)
@@ -60,8 +61,9 @@ class Case:
             STES.index(self.ste),
             ALPHA_GRADS.index(self.alpha_grad),
             "x" in self.outputs,
+            self.group,
         )
-        parts = [struct.pack("12qd", *header, self.scale)]
+        parts = [struct.pack("13qd", *header, self.scale)]
         for name in BUFFERS:
             given, wanted = self.inputs.get(name), self.outputs.get(name)
             tensor = wanted if given is None else given
@@ -103,22 +105,22 @@ def run(program: Path, cases: list[Case]) -> list[dict[str, Tensor]]:
 
 
 def why_not() -> str | None:
-    """Why the program cannot be built on this machine, or None."""
+    """Why the programs cannot be built on this machine, or None."""
     missing = [tool for tool in ("cmake", "c++") if shutil.which(tool) is None]
     return f"no {' and no '.join(missing)} found" if missing else None
 
 
 def configure(source: Path, build: Path, flags: str) -> None:
-    """Prepares a build of the program from a tree of sources, with more flags for the compiler."""
-    # The program needs no Python and no torch; without them the rest of the description is not looked at.
+    """Prepares a build of the programs from a tree of sources, with more flags for the compiler."""
+    # They need no Python and no torch; without them the rest of the description is not looked at.
     settings = {"CMAKE_BUILD_TYPE": "None", "CMAKE_CXX_FLAGS": flags, "CMAKE_DISABLE_FIND_PACKAGE_Python": "ON"}
     _check(["cmake", "-S", source, "-B", build, *(f"-D{name}={value}" for name, value in settings.items())])
 
 
-def build(build: Path) -> Path:
+def build(build: Path, program: str = "cuda_host") -> Path:
     """The program, made anew where its sources have changed."""
-    _check(["cmake", "--build", build, "--target", "cuda_host"])
-    return build / "cuda_host"
+    _check(["cmake", "--build", build, "--target", program])
+    return build / program
 
 
 def _check(command: list) -> None:

@@ -25,6 +25,20 @@ struct UnpackCodes {
   uint8_t* codes;
 };
 
+// Hadamard's rotation is in tiles: one block, or as many small ones as make 64 elements.
+constexpr int64_t hadamard_tile(int64_t size) { return size < kBlock ? kBlock : size; }
+
+// The signed staircase, compiled in files of its own. Each runs blocks [begin, end).
+struct SignedKernels {
+  // Groups [begin, end): writes their alphas and, in the compute type and not 0, what Alphas have. Returns whether all
+  // are regular.
+  bool (*alphas)(const SignedForward&, int64_t begin, int64_t end, void* values, void* inverses);
+  void (*forward)(const SignedForward&, int64_t begin, int64_t end);
+  void (*dequantize)(const SignedDequantize&, int64_t begin, int64_t end);
+  // Tiles [begin, end); scratch is for a tile in the compute type.
+  void (*hadamard)(const Hadamard&, int64_t begin, int64_t end, void* scratch);
+};
+
 // Each runs blocks [begin, end); with `partial`, whole chunks.
 struct Kernels {
   const char* isa;
@@ -34,14 +48,19 @@ struct Kernels {
   void (*backward_from_slopes)(const BackwardFromSlopes&, int64_t begin, int64_t end);
   void (*unpack_codes)(const UnpackCodes&, int64_t begin, int64_t end);
   void (*copy)(const Copy&, int64_t begin, int64_t end);
+  const SignedKernels& signed_kernels;
 };
 
-extern const Kernels kKernelsDefault;  // the only set that serves irregular alphas
+// The only set that serves irregular alphas.
+extern const Kernels kKernelsDefault;
+extern const SignedKernels kSignedKernelsDefault;
 #if defined(CG_HAVE_AVX2)
 extern const Kernels kKernelsAvx2;
+extern const SignedKernels kSignedKernelsAvx2;
 #endif
 #if defined(CG_HAVE_AVX512)
 extern const Kernels kKernelsAvx512;
+extern const SignedKernels kSignedKernelsAvx512;
 #endif
 
 }  // namespace cg

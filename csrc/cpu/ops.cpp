@@ -1,91 +1,23 @@
 // The ops on CPU tensors: checks, allocation, and the kernels of the instruction set in use.
-#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <c10/util/SmallVector.h>
-#include <cmath>
+
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "../checks.h"
 #include "../register.h"
 #include "isa.h"
+#include "tensors.h"
 
 namespace cg {
 namespace {
 
 using at::Tensor;
 
-// Output at least this large leaves the caches anyway: store past them.
-constexpr int64_t kStreamBytes = int64_t{8} << 20;
-// Blocks a thread takes at least; the same 32768 elements as torch's own elementwise loops.
-constexpr int64_t kGrainBlocks = 512;
 // Sums are made per chunk, then over chunks: at least this many blocks each, and at most kMaxChunks of them.
 constexpr int64_t kChunkBlocks = 256, kMaxChunks = 64;
 
-int64_t block_total(int64_t count) { return (count + kBlock - 1) / kBlock; }
-
-bool streams(const Tensor& out) {
-  return out.nbytes() >= kStreamBytes && reinterpret_cast<uintptr_t>(out.data_ptr()) % 64 == 0;
-}
-
-Tensor empty_bytes(int64_t bytes) { return at::detail::empty_cpu({bytes}, at::kByte); }
-Tensor empty_as(const Tensor& t) {
-  return at::detail::empty_cpu(t.sizes(), t.scalar_type(), /*pin_memory=*/false, t.suggest_memory_format());
-}
-
-// alpha, checked, in the compute type, with what the kernels need beside it.
-template <class A>
-struct PreparedAlphas {
-  c10::SmallVector<A, 4> alpha, inverse;
-  Alphas alphas;
-
-  template <class T>
-  void fill(const A* values, int64_t count, Channels channels, int bits, Rounding rounding, bool per_channel) {
-    const int64_t length = channels.count > 1 && channels.inner == 1 ? count + kBlock : count;
-    alpha.resize(length);
-    inverse.resize(length);
-    const A q = A((1 << bits) - 1);
-    bool all_regular = true;
-    for (int64_t i = 0; i < count; ++i) {
-      const A a = values[i];
-      if (!(a > 0) || !std::isfinite(a)) {
-        TORCH_CHECK_VALUE(!per_channel, "alpha must be finite and positive, got ", a, " at channel ", i);
-        TORCH_CHECK_VALUE(false, "alpha must be finite and positive, got ", a);
-      }
-      alpha[i] = a;
-      inverse[i] = reciprocal(a, rounding);
-      all_regular &= regular<T>(a, q);
-    }
-    for (int64_t i = count; i < length; ++i) alpha[i] = alpha[i - count], inverse[i] = inverse[i - count];
-    alphas = {alpha.data(), channels.count, channels.inner, inverse.data(), all_regular};
-  }
-};
-
-// body(prepared alphas) with alpha in the type that x's dtype is computed in.
-template <class Body>
-void with_alphas(const Tensor& dense, Dtype dtype, const Tensor& alpha, int bits, Rounding rounding,
-                 std::optional<int64_t> channel_dim, const Body& body) {
-  const Channels channels = channels_of(dense, channel_dim);
-  const int64_t expected = check_alpha(alpha, dense, channel_dim);
-  const auto run = [&](auto zero, at::ScalarType compute) {
-    using A = decltype(zero);
-    Tensor converted = alpha;
-    if (alpha.scalar_type() != compute || !alpha.is_contiguous()) converted = alpha.to(compute).contiguous();
-    PreparedAlphas<A> prepared;
-    const A* values = converted.const_data_ptr<A>();
-    const auto fill = [&](auto tag) {
-      prepared.template fill<decltype(tag)>(values, expected, channels, bits, rounding, channel_dim.has_value());
-    };
-    if constexpr (std::is_same_v<A, double>) fill(double{});
-    else if (dtype == Dtype::float16) fill(f16{});
-    else fill(float{});  // bfloat16 has the same range
-    body(prepared.alphas);
-  };
-  if (dtype == Dtype::float64) run(double{}, at::kDouble);
-  else run(float{}, at::kFloat);
-}
+int top_code(int bits) { return (1 << bits) - 1; }
 
 const Kernels& kernels_for(const Alphas& alphas) {
   return alphas.regular ? active_kernels<Kernels>() : kKernelsDefault;
@@ -109,7 +41,7 @@ Outputs run_forward(const Tensor& x, void* y, bool stream, const Tensor& alpha, 
   a.y = y;
   a.stream = stream;
   Outputs out;
-  with_alphas(x, a.dtype, alpha, a.bits, a.rounding, channel_dim, [&](const Alphas& alphas) {
+  with_alphas(x, a.dtype, alpha, top_code(a.bits), a.rounding, channel_dim, [&](const Alphas& alphas) {
     a.alphas = alphas;
     out.mask = empty_bytes(packed_bytes(a.count, mask_width(a.kind)));
     out.codes = empty_bytes(codes ? packed_bytes(a.count, packed_width(a.bits)) : 0);
@@ -219,7 +151,7 @@ std::tuple<Tensor, Tensor> qrelu_backward(const Tensor& grad_y, const std::optio
     else sum(float{}, at::kFloat);
   };
   if (saved.x) {
-    with_alphas(dense, a.dtype, *alpha, a.bits, a.rounding, channel_dim, run);
+    with_alphas(dense, a.dtype, *alpha, top_code(a.bits), a.rounding, channel_dim, run);
   } else {
     run(Alphas{nullptr, channels.count, channels.inner});
   }
@@ -238,7 +170,7 @@ Tensor dequantize(const Tensor& codes, const Tensor& alpha, int64_t bits, at::In
   a.codes = codes.const_data_ptr<uint8_t>();
   a.y = y.mutable_data_ptr();
   a.stream = streams(y);
-  with_alphas(y, a.dtype, alpha, a.bits, Rounding::ceil, channel_dim, [&](const Alphas& alphas) {
+  with_alphas(y, a.dtype, alpha, top_code(a.bits), Rounding::ceil, channel_dim, [&](const Alphas& alphas) {
     a.alphas = alphas;
     const auto run = active_kernels<Kernels>().dequantize;
     at::parallel_for(0, block_total(a.count), kGrainBlocks, [&](int64_t begin, int64_t end) { run(a, begin, end); });

@@ -29,10 +29,10 @@ struct Alpha {
 };
 
 // The alphas of consecutive elements, from element `start` on.
-template <class A>
+template <class Stored>
 class AlphaRun {
  public:
-  CG_D AlphaRun(const Alphas& alphas, int64_t start) : first_(static_cast<const A*>(alphas.values)) {
+  CG_D AlphaRun(const Alphas& alphas, int64_t start) : first_(static_cast<const Stored*>(alphas.values)) {
     end_ = first_ + alphas.channels;
     at_ = first_;
     inner_ = left_ = alphas.inner;
@@ -42,8 +42,8 @@ class AlphaRun {
       left_ -= start - segment * alphas.inner;
     }
   }
-  CG_D A next() {
-    const A value = *at_;
+  CG_D Stored next() {
+    const Stored value = *at_;
     if (--left_ == 0) {
       left_ = inner_;
       if (++at_ == end_) at_ = first_;
@@ -52,16 +52,16 @@ class AlphaRun {
   }
 
  private:
-  const A *first_, *end_, *at_;
+  const Stored *first_, *end_, *at_;
   int64_t inner_, left_;
 };
 
 // The alpha of a chunk, if channels are runs of whole chunks. 32 bits: a 64-bit division is a call.
-template <class T>
-CG_D compute_t<T> alpha_of_chunk(const Alphas& alphas, int64_t chunk) {
+template <class T, class Stored = compute_t<T>>
+CG_D Stored alpha_of_chunk(const Alphas& alphas, int64_t chunk) {
   const uint32_t run = static_cast<uint32_t>(alphas.inner / kChunk<T>);
   const uint32_t channel = static_cast<uint32_t>(chunk) / run % static_cast<uint32_t>(alphas.channels);
-  return static_cast<const compute_t<T>*>(alphas.values)[channel];
+  return static_cast<const Stored*>(alphas.values)[channel];
 }
 
 // Clamps to [low, high]; NaN stays.

@@ -157,4 +157,26 @@ CG_D void for_each_chunk(int64_t count, bool vector, const Whole& whole, const R
   }
 }
 
+// Whole aligned chunks [begin, end), kUnroll at a time: calls body(first, words) with those at first + u * apart, where
+// one from `end` on is zeros. A block has `apart` threads, which all make the same calls; the next is `step` on.
+template <class T, class Body>
+CG_D void for_each_whole_chunk(const void* from, int64_t begin, int64_t end, int apart, int64_t step,
+                               const Body& body) {
+  for (int64_t tile = begin; tile < end; tile += step) {
+    const int64_t first = tile + threadIdx.x;
+    Chunk words[kUnroll] = {};
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (first + u * apart < end) words[u] = load_chunk<T>(from, first + u * apart);
+    }
+    body(first, words);
+  }
+}
+// The same for a tensor, by a grid of blocks of kThreads.
+template <class T, class Body>
+CG_D void for_each_whole_chunk(const void* from, int64_t chunks, const Body& body) {
+  constexpr int64_t kTile = kUnroll * kThreads;
+  for_each_whole_chunk<T>(from, blockIdx.x * kTile, chunks, kThreads, gridDim.x * kTile, body);
+}
+
 }  // namespace cg::cuda

@@ -18,9 +18,9 @@ CG_D uint32_t mask_of(MaskKind kind, A x, A top, int i) {
   return (kind == MaskKind::inside ? is_positive(x) & !(x > top) : is_positive(x)) ? 1u << i : 0;
 }
 
-// A chunk's codes, `width` bits each, taken from the low bits of code + 2^23.
+// A chunk's codes k + zero, `width` bits each, taken from the low bits of code + 2^23.
 template <int kCount>
-CG_D uint64_t bitpack_codes(const float (&codes)[kCount], float q, int width) {
+CG_D uint64_t bitpack_codes(const float (&k)[kCount], float zero, int width) {
   constexpr float kMagic = 0x1p23f;
   const uint32_t up = 1u << width, magic = bit_cast<uint32_t>(kMagic) * (1 + up * (1 + up * (1 + up)));
   uint64_t joined = 0;
@@ -28,7 +28,7 @@ CG_D uint64_t bitpack_codes(const float (&codes)[kCount], float q, int width) {
   for (int first = 0; first < kCount; first += 4) {
     uint32_t four = 0;
 #pragma unroll
-    for (int i = 3; i >= 0; --i) four = four * up + bit_cast<uint32_t>(fminf(codes[first + i], q) + kMagic);
+    for (int i = 3; i >= 0; --i) four = four * up + bit_cast<uint32_t>(k[first + i] + (kMagic + zero));
     joined |= static_cast<uint64_t>(four - magic) << (first * width);
   }
   return joined;
@@ -46,7 +46,11 @@ CG_D SavedBits forward_chunk(const Forward& a, int64_t chunk, const Chunk& words
 #pragma unroll
     for (int i = 0; i < kChunk<T>; ++i) saved.mask |= mask_of(kind, x[i], alpha_of(i).top(q), i);
   }
-  if (codes) saved.codes = bitpack_codes(code, q, packed_width(a.bits));
+  if (codes) {
+#pragma unroll
+    for (int i = 0; i < kChunk<T>; ++i) code[i] = fminf(code[i], q);
+    saved.codes = bitpack_codes(code, 0, packed_width(a.bits));
+  }
   return saved;
 }
 
@@ -70,8 +74,8 @@ CG_D SavedBits forward_one_by_one(const Forward& a, int64_t chunk, int count, Ma
   return saved;
 }
 
-template <class T>
-CG_D void write_saved(const Forward& a, int64_t chunk, int count, bool whole, MaskKind kind, bool codes,
+template <class T, class Params>
+CG_D void write_saved(const Params& a, int64_t chunk, int count, bool whole, MaskKind kind, bool codes,
                       const SavedBits& saved) {
   if (kind == MaskKind::state) write_bits<kChunk<T>, 2>(a.mask, chunk, count, whole, saved.mask);
   else if (kind != MaskKind::nothing) write_bits<kChunk<T>, 1>(a.mask, chunk, count, whole, saved.mask);

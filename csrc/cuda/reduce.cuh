@@ -1,4 +1,5 @@
-// Sums in a fixed order and in two stages: a partial sum per block, then one over the blocks. No float atomics.
+// Sums in a fixed order and in two stages: a partial sum per block, then one over the blocks. No float atomics. And the
+// largest of integers.
 #pragma once
 
 #include "chunk.cuh"
@@ -122,6 +123,39 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t slice = threadIdx.x; slice < slices; slice += kThreads) total += partial[slice * channels + channel];
   total = block_sum(total);
   if (threadIdx.x == 0) grad_alpha[channel] = static_cast<A>(total * scale);
+}
+
+template <class Bits>
+CG_D Bits larger(Bits a, Bits b) {
+  return a > b ? a : b;
+}
+// The largest v[u] of each `lanes` neighbours in a warp, a power of two, for all of them.
+template <class Bits, int kCount>
+CG_D void largest_of_lanes(Bits (&v)[kCount], int lanes) {
+#pragma unroll
+  for (int apart = 1; apart < kWarp; apart *= 2) {
+    if (apart < lanes) {
+#pragma unroll
+      for (int u = 0; u < kCount; ++u) v[u] = larger(v[u], __shfl_xor_sync(0xffffffffu, v[u], apart));
+    }
+  }
+}
+template <class Bits>
+CG_D Bits largest_of_warp(Bits v) {
+  Bits all[] = {v};
+  largest_of_lanes(all, kWarp);
+  return all[0];
+}
+// The largest of a block, for all of its threads.
+CG_D uint32_t largest_of_block(uint32_t v) {
+  CG_SHARED(uint32_t, of_warps, kWarp);
+  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  v = largest_of_warp(v);
+  if (lane == 0) of_warps[threadIdx.x / kWarp] = v;
+  __syncthreads();
+  v = largest_of_warp(lane < warps ? of_warps[lane] : 0);
+  __syncthreads();  // before the next call writes
+  return v;
 }
 
 }  // namespace cg::cuda

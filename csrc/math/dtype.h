@@ -95,8 +95,8 @@ CG_HD f16 to_f16(float a) {
 #endif
 }
 
-// round_to<T>(v): the nearest number of T, as a number of the compute type. round_level<T>(v) is the same for v >= 0
-// that is not NaN, which costs vectors less.
+// round_to<T>(v): the nearest number of T, as a number of the compute type. round_level<T>(v) is the same for v that is
+// not NaN, which costs vectors less.
 template <class T>
 CG_HD compute_t<T> round_to(compute_t<T> v) {
   return v;

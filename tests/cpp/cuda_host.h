@@ -52,7 +52,7 @@ struct Thread {
   At at = At::runs;
   const char* site = nullptr;
   uint32_t mask = 0;
-  unsigned down = 0;
+  unsigned from = 0;  // the lane that a shuffle reads; its own if that is outside of the warp
   uint64_t value = 0, received = 0;
 };
 
@@ -79,12 +79,12 @@ class Block {
   }
 
   // Called by a thread: wait for the others.
-  Thread& wait(At at, const char* site, uint32_t mask = 0, unsigned down = 0, uint64_t value = 0) {
+  Thread& wait(At at, const char* site, uint32_t mask = 0, unsigned from = 0, uint64_t value = 0) {
     Thread& self = threads_[current_];
     if (at == At::shuffle && !(mask >> current_ % kWarp & 1)) {
       failure_ = std::string("a lane that is not in its own mask at ") + site;
     }
-    self.at = at, self.site = site, self.mask = mask, self.down = down, self.value = value;
+    self.at = at, self.site = site, self.mask = mask, self.from = from, self.value = value;
     leave(self);
     return self;
   }
@@ -126,9 +126,8 @@ class Block {
         fail(leader, "lanes of a warp at different collectives, or with different masks");
       }
       check_same_site(other, leader);
-      const unsigned from = lane + other.down;
-      if (from >= kWarp) other.received = other.value;
-      else if (leader.mask >> from & 1) other.received = threads_[base + from].value;
+      if (other.from >= kWarp) other.received = other.value;
+      else if (leader.mask >> other.from & 1) other.received = threads_[base + other.from].value;
       else fail(leader, "a shuffle from a lane that is not in the mask");
       lanes.push_back(&other);
     }
@@ -225,15 +224,17 @@ inline void Block::entry() {
 #define CG_STRING_(x) #x
 #define CG_STRING(x) CG_STRING_(x)
 #define __syncthreads() cuda_host::block->wait(cuda_host::At::barrier, __FILE__ ":" CG_STRING(__LINE__))
-#define __shfl_down_sync(mask, v, down) cuda_host::shuffle_down(__FILE__ ":" CG_STRING(__LINE__), mask, v, down)
+#define CG_SHUFFLE(mask, v, from) cuda_host::shuffle(__FILE__ ":" CG_STRING(__LINE__), mask, v, from)
+#define __shfl_down_sync(mask, v, down) CG_SHUFFLE(mask, v, threadIdx.x % cuda_host::kWarp + (down))
+#define __shfl_xor_sync(mask, v, bits) CG_SHUFFLE(mask, v, threadIdx.x % cuda_host::kWarp ^ (bits))
 
 namespace cuda_host {
 
 template <class V>
-V shuffle_down(const char* site, uint32_t mask, V v, unsigned down) {
+V shuffle(const char* site, uint32_t mask, V v, unsigned from) {
   uint64_t value = 0;
   std::memcpy(&value, &v, sizeof(V));
-  value = block->wait(At::shuffle, site, mask, down, value).received;
+  value = block->wait(At::shuffle, site, mask, from, value).received;
   std::memcpy(&v, &value, sizeof(V));
   return v;
 }
@@ -249,6 +250,7 @@ inline float __fmaf_ru(float a, float b, float c) {
   const bool low = nearest < sum || (nearest == sum && error > 0);
   return low ? std::nextafterf(nearest, INFINITY) : nearest;
 }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fmaf_rd(float a, float b, float c) { return -__fmaf_ru(-a, b, -c); }
 
 namespace cg::cuda {

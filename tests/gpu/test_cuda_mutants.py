@@ -1,4 +1,4 @@
-"""Mistakes put into a copy of the CUDA kernels, one at a time: the tests of test_cuda_host.py must notice each."""
+"""Mistakes put into a copy of the CUDA kernels, one at a time: the tests of test_cuda_host*.py must notice each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import cuda_host
 import pytest
 import test_cuda_host as tests
+import test_cuda_host_signed as signed_tests
 import torch
 from paths import ROOT
 
@@ -38,6 +39,11 @@ def forward(rounding):
     return (lambda case: case.op == "forward" and case.rounding == rounding), left_out
 
 
+def is_signed(case):
+    """Whether it is of the other program."""
+    return case.op in ("signed_forward", "hadamard")
+
+
 COPIES = {
     **{f"forward, {rounding}": (torch.bfloat16, *forward(rounding)) for rounding in cuda_host.ROUNDINGS},
     "forward in float32": (torch.float32, *forward("ceil")),
@@ -53,10 +59,11 @@ COPIES = {
         [("dispatch.cuh", FROM_X, "static_cast<void>(whole);")],
     ),
     "backward_from_slopes": (torch.bfloat16, lambda case: case.op == "backward_from_slopes", []),
+    "signed": (torch.bfloat16, is_signed, []),
 }
 # The copies of mutants that are not in the one of their file.
 BY_FILE = {"backward.cuh": "backward from what is saved", "reduce.cuh": "backward from what is saved",
-           "../math/ste.h": "backward from x"}  # fmt: skip
+           "../math/ste.h": "backward from x", "signed.cuh": "signed", "hadamard.cuh": "signed"}  # fmt: skip
 BY_NAME = {
     **dict.fromkeys(
         ("a return before the shuffle", "half a warp in the mask of the bits", "nibbles of a byte swapped",
@@ -73,6 +80,7 @@ BY_NAME = {
          "dx of the chunk before"),
         "backward from x",
     ),
+    **dict.fromkeys(("no barrier in the largest of a block", "half of the lanes of a group"), "signed"),
     **dict.fromkeys(("half of the slopes", "no barrier before the slopes are read"), "backward_from_slopes"),
 }  # fmt: skip
 
@@ -132,6 +140,10 @@ MUTANTS = {
     "alpha of the next run": ("alphas.cuh", "static_cast<uint32_t>(chunk) / run", "static_cast<uint32_t>(chunk + 1) / run"),
     "chunks that straddle channels moved at once": ("dispatch.cuh", "a.alphas.inner % kChunk<T> == 0", "a.alphas.inner > 1"),
     "rows of channels that are no chunks": ("dispatch.cuh", "run % chunk == 0", "run >= chunk"),
+    "no barrier in the largest of a block": ("reduce.cuh", "kWarp] = v;\n  __syncthreads();", "kWarp] = v;"),
+    "half of the lanes of a group": ("reduce.cuh", "if (apart < lanes)", "if (2 * apart < lanes)"),
+    ">= for > at a signed threshold": ("signed.cuh", "over = x[i] > mul(", "over = x[i] >= mul("),
+    "sums and differences swapped": ("hadamard.cuh", "& apart ? -1 : 1", "& apart ? 1 : -1"),
     "a step over the rows too far": ("reduce.cuh", "at -= inner, ++outer", "at -= inner, outer += 2"),
 }  # fmt: skip
 
@@ -156,6 +168,12 @@ def make_cases(dtype):
     return cases
 
 
+def make_signed_cases(dtype):
+    groups = (((3, 64), 32), ((7, 1000), 1000), ((700, 8), 8))
+    cases = [*signed_tests.given_cases(dtype, (33, 4097), (3, 8)), *signed_tests.hadamard_cases(dtype, (2, 128))]
+    return cases + list(signed_tests.group_cases(dtype, (3,), groups))
+
+
 def copy_of(name):
     """The copy that a mutant is put into."""
     return BY_NAME.get(name) or BY_FILE.get(MUTANTS[name][0], "forward, ceil")
@@ -165,7 +183,8 @@ class Copy:
     """A copy of the sources for one dtype and some of the kernels, built with what is put into it."""
 
     def __init__(self, root, dtype, runs, left_out):
-        self.cases = list(filter(runs, make_cases(dtype)))
+        make = make_signed_cases if runs is is_signed else make_cases
+        self.cases = list(filter(runs, make(dtype)))
         self.root, self.build = root / "source", root / "build"
         for name in ("csrc", "tests/cpp"):
             shutil.copytree(ROOT / name, self.root / name)
@@ -176,8 +195,11 @@ class Copy:
                  for other, name in DTYPES.items() if other != dtype]  # fmt: skip
         for edit in (*SMALL_GRID, *edits, *left_out):
             self.replace(*edit)
+        self.program = "cuda_host_signed" if runs is is_signed else "cuda_host"
+        program = f"../../tests/cpp/{self.program}.cpp"
         for op in set(cuda_host.OPS) - ops:
-            self.replace("../../tests/cpp/cuda_host.cpp", f"launch_{op}(", "static_cast<void>(")
+            if f"launch_{op}(" in (self.root / "csrc" / "cuda" / program).read_text():
+                self.replace(program, f"launch_{op}(", "static_cast<void>(")
         # Misaligned moves work on a CPU: the sanitizer reports them. It takes half as long again to compile.
         sanitizer = " -fsanitize=alignment -fno-sanitize-recover=all" if dtype == torch.float32 else ""
         cuda_host.configure(self.root, self.build, "-O0" + sanitizer)
@@ -191,7 +213,7 @@ class Copy:
 
     def fails(self) -> str | None:
         """What the tests notice: an output, or a message of the program; None if all is well."""
-        program = cuda_host.build(self.build)
+        program = cuda_host.build(self.build, self.program)
         for first in range(0, len(self.cases), 50):  # most mistakes show in the first ones
             some = self.cases[first : first + 50]
             try:

@@ -28,7 +28,7 @@ FOLDERS = {
     "cpu/amx": (*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"),
     "cuda": ("-include", str(ROOT / "tests" / "cpp" / "cuda_host.h"), "-Wno-unknown-pragmas"),
 }
-TORCH = {CSRC / "checks.h", CSRC / "register.h", CSRC / "cuda" / "launch.cuh"}
+TORCH = {CSRC / name for name in ("checks.h", "register.h", "cpu/tensors.h", "cuda/tensors.h", "cuda/launch.cuh")}
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 

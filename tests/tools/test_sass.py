@@ -304,6 +304,7 @@ def test_what_is_promised():
     bounds = {(kernel.name, kernel.dtype): (kernel.instructions, kernel.registers) for kernel in KERNELS}
     for dtype in DTYPES:
         assert bounds["forward, mask", dtype] == (20, 64) and bounds["backward, mask", dtype] == (7.6, 64)
+        assert bounds["signed forward, groups", dtype] == (62, 64) and bounds["hadamard", dtype] == (23, 64)
     assert all(kernel.step * kernel.data.item == 32 for kernel in KERNELS)
 
 
@@ -430,6 +431,11 @@ CUDA_LISTED = {
     ("qrelu_backward_x_channels_kernel", "rcp.rn.f32"): _ROUNDED,
     ("qrelu_backward_x_channels_kernel", "div.rn.f32"): _ROUNDED,
     ("qrelu_backward_x_channels_kernel", "ex2.approx.f32"): _SLOPE,
+    ("qsigned_forward_kernel", "rcp.rn.f32"): _ROUNDED,
+    ("qsigned_groups_kernel", "div.rn.f32"): _ROUNDED,
+    ("qsigned_groups_kernel", "rcp.rn.f32"): _ROUNDED,
+    ("qsigned_rows_kernel", "div.rn.f32"): _ROUNDED,
+    ("qsigned_rows_kernel", "rcp.rn.f32"): _ROUNDED,
 }
 
 

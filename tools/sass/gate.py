@@ -34,6 +34,8 @@ PREAMBLE = f"""\
 #include "cuda/backward.cuh"
 #include "cuda/dequantize.cuh"
 #include "cuda/forward.cuh"
+#include "cuda/hadamard.cuh"
+#include "cuda/signed.cuh"
 static_assert(cg::cuda::kThreads == {THREADS} && cg::cuda::kUnroll == {UNROLL});
 static_assert(sizeof(cg::cuda::Chunk) == {CHUNK_BYTES});
 """
@@ -42,6 +44,8 @@ DTYPES = {"float32": ("float", 4), "bfloat16": ("bf16", 2), "float16": ("f16", 2
 _FORWARD = "qrelu_forward_kernel<{{T}}, Rounding::{}, MaskKind::{}, {}>".format
 _X = "qrelu_backward_x_kernel<{{T}}, {}, AlphaLayout::{}>".format
 _X_CHANNELS = "qrelu_backward_x_channels_kernel<{T}, ReverseExponential, kChunk<{T}>, false>"
+_SIGNED = "qsigned_forward_kernel<{{T}}, AlphaLayout::{}>".format
+_SIGNED_BACK = "qsigned_dequantize_kernel<{{T}}, {}, AlphaLayout::{}>".format
 _SAVED_CHANNELS = "qrelu_backward_saved_channels_kernel<{T}, true, 2, kChunk<{T}>>"
 # Name, template, numbers read and written, bits saved (the most, if the kernel decides at run time), and the upper
 # bounds on instructions and registers. Instructions are a tenth above the most that nvcc 13.0 takes over dtypes and
@@ -79,6 +83,15 @@ KERNELS = tuple(
         ("dequantize", "dequantize_kernel<{T}, 2, AlphaLayout::one>", 0, 1, 2, 6.2, 64),
         ("dequantize, channels", "dequantize_kernel<{T}, 2, AlphaLayout::by_chunk>", 0, 1, 2, 14, 64),
         ("dequantize, channels innermost", "dequantize_kernel<{T}, 2, AlphaLayout::by_element>", 0, 1, 2, 43, 64),
+        ("signed forward", _SIGNED("one"), 1, 1, 9, 39, 64),
+        ("signed forward, channels", _SIGNED("by_chunk"), 1, 1, 9, 58, 64),
+        ("signed forward, channels innermost", _SIGNED("by_element"), 1, 1, 9, 98, 96),
+        ("signed forward, groups", "qsigned_groups_kernel<{T}>", 1, 1, 8, 62, 64),
+        ("signed forward, rows", "qsigned_rows_kernel<{T}>", 1, 1, 8, 35, 64),
+        ("signed dequantize", _SIGNED_BACK("float", "one"), 0, 1, 8, 9.3, 64),
+        ("signed dequantize, channels", _SIGNED_BACK("float", "by_chunk"), 0, 1, 8, 16, 64),
+        ("signed dequantize, groups", _SIGNED_BACK("bf16", "by_chunk"), 0, 1, 8, 15, 64),
+        ("hadamard", "hadamard_kernel<{T}>", 1, 1, 0, 23, 64),
     )
     for dtype, (T, item) in DTYPES.items()
 )  # fmt: skip

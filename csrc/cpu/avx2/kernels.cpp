@@ -3,5 +3,5 @@
 #include "../generic/kernels.h"
 
 namespace cg {
-const Kernels kKernelsAvx2 = avx2::kernels("avx2");
+const Kernels kKernelsAvx2 = avx2::kernels("avx2", kSignedKernelsAvx2);
 }

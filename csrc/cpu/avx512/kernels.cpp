@@ -3,5 +3,5 @@
 #include "../generic/kernels.h"
 
 namespace cg {
-const Kernels kKernelsAvx512 = avx512::kernels("avx512");
+const Kernels kKernelsAvx512 = avx512::kernels("avx512", kSignedKernelsAvx512);
 }

@@ -12,8 +12,8 @@
 namespace cg::CG_ISA {
 namespace {
 
-constexpr Kernels kernels(const char* isa) {
-  return {isa, forward, backward, dequantize, backward_from_slopes, unpack_codes, copy};
+constexpr Kernels kernels(const char* isa, const SignedKernels& signed_kernels) {
+  return {isa, forward, backward, dequantize, backward_from_slopes, unpack_codes, copy, signed_kernels};
 }
 
 }  // namespace

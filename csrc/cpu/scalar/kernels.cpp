@@ -3,5 +3,5 @@
 #include "../generic/kernels.h"
 
 namespace cg {
-const Kernels kKernelsDefault = scalar::kernels("default");
+const Kernels kKernelsDefault = scalar::kernels("default", kSignedKernelsDefault);
 }

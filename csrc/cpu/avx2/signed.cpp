@@ -1,0 +1,9 @@
+#include "compare_key.h"
+
+#include "../generic/hadamard.h"
+#include "../generic/signed.h"
+
+namespace cg {
+const SignedKernels kSignedKernelsAvx2 = {avx2::signed_alphas, avx2::signed_forward, avx2::signed_dequantize,
+                                          avx2::hadamard};
+}

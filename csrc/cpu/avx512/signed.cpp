@@ -1,0 +1,9 @@
+#include "compare_key.h"
+
+#include "../generic/hadamard.h"
+#include "../generic/signed.h"
+
+namespace cg {
+const SignedKernels kSignedKernelsAvx512 = {avx512::signed_alphas, avx512::signed_forward, avx512::signed_dequantize,
+                                            avx512::hadamard};
+}
