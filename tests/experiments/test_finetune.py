@@ -337,7 +337,15 @@ def test_help():
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
     finetune.add_arguments(parser)
     printed = " ".join(parser.format_help().split())
-    for words in ("--model", "--fixed-alpha", "facebook/opt-125m", "encoder-decoder models", "same results"):
+    for words in (
+        "--model",
+        "--fixed-alpha",
+        "facebook/opt-125m",
+        "ncoder-decoder models",
+        "smollm2",
+        "--blocks",
+        "same results",
+    ):
         assert words in printed
 
 
