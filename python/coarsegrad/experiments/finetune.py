@@ -78,9 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=int,
         choices=range(1, 9),
-        default=[8, 4, 2, 1],
         metavar="N",
-        help="bits of the activations, a run for each (default 8 4 2 1)",
+        help="bits of the activations, a run for each (default 8 4 2 1, with --blocks 8 6 4)",
     )
     add("--ste", choices=list(stes()), default="relu", help="coarse gradient (default relu)")
     add("--rounding", choices=ROUNDINGS, default="nearest", help="thresholds of the staircase (default nearest)")
@@ -181,6 +180,7 @@ def _run(args: argparse.Namespace) -> None:
             "extra finetune"
         ) from error
     args.blocks |= args.model == smollm2.NAME
+    args.bits = args.bits or ([8, 6, 4] if args.blocks else [8, 4, 2, 1])
     _check(args)
     device = usable_device(args.device)
     if args.threads:
