@@ -127,7 +127,7 @@ def test_nothing_survives(ste, around):
             refs.append(weakref.ref(storage))
             record = storage.__dict__.get("_coarsegrad_record")
             if record is not None:
-                refs.extend(map(weakref.ref, (record, record._codes, record._alpha, record._decoder)))
+                refs.extend(map(weakref.ref, (record, *record._sources, record._decoder)))
 
         for module in model.modules():
             module.register_forward_hook(watch)
@@ -165,7 +165,7 @@ def test_codes_of_an_output_that_nobody_keeps_die_with_it():
     x, alpha = torch.randn(64, requires_grad=True), torch.tensor([0.3])
     with cg.packed_activations():
         y = cg.qrelu(x, alpha, 2)
-        codes = weakref.ref(y.untyped_storage()._coarsegrad_record._codes)
+        codes = weakref.ref(y.untyped_storage()._coarsegrad_record._sources[0])
         z = y + 1
         assert codes() is not None
         del y
