@@ -32,9 +32,9 @@ def needs_grad(*tensors: Tensor | None) -> tuple[bool, ...]:
     return tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
 
 
-def refuse_forward_mode(*tensors: Tensor) -> None:
-    if any(map(has_tangent, tensors)):
-        raise NotImplementedError("qrelu has no forward-mode derivative (jvp); use reverse mode (backward)")
+def refuse_forward_mode(*tensors: Tensor | None, op: str = "qrelu") -> None:
+    if any(t is not None and has_tangent(t) for t in tensors):
+        raise NotImplementedError(f"{op} has no forward-mode derivative (jvp); use reverse mode (backward)")
 
 
 # Cached, as enums are slow to look up beside a kernel on a small tensor.

@@ -66,14 +66,14 @@ def check_alpha(
     return alpha, channel_dim
 
 
-def check_x(x: Tensor) -> None:
+def check_x(x: Tensor, argument: str = "x") -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+        raise TypeError(f"{argument} must be a Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
-        raise TypeError(f"x must be of a dtype in {', '.join(map(str, DTYPES))}, got {x.dtype}")
+        raise TypeError(f"{argument} must be of a dtype in {', '.join(map(str, DTYPES))}, got {x.dtype}")
     if x.layout is not torch.strided or x.is_nested:
         got = "a nested one" if x.is_nested else f"one of layout {x.layout}"
-        raise TypeError(f"x must be a dense Tensor, got {got}")
+        raise TypeError(f"{argument} must be a dense Tensor, got {got}")
 
 
 def check_arguments(x: Tensor, alpha: Tensor | float, bits: int, channel_dim: int | None) -> tuple[Tensor, int | None]:

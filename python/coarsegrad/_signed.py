@@ -11,14 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._autograd import needs_grad
+from ._autograd import needs_grad, refuse_forward_mode
 from ._checks import check_option
 from ._ops import _library, ops
 from ._torch_internals import (
     apply_in_kernel,
     below_autograd,
     below_autograd_with_derivatives,
-    has_tangent,
     in_functorch_kernel,
     suggest_memory_format,
 )
@@ -60,17 +59,12 @@ class SignedSettings(NamedTuple):
         return self.clipped and self.need_grad_x and not self.saves_x
 
 
-def refuse_forward_mode(*tensors: Tensor | None) -> None:
-    if any(t is not None and has_tangent(t) for t in tensors):
-        raise NotImplementedError("qsigned has no forward-mode derivative (jvp); use reverse mode (backward)")
-
-
 def qsigned_with_derivative(
     x, alpha, bits, group, ste, alpha_grad, alpha_scale, channel_dim, forward=ops.qsigned_forward.default
 ):
     """The Autograd kernel of qsigned. forward: the op that computes what is saved."""
     settings = SignedSettings.of(x, alpha, bits, ste, alpha_grad, alpha_scale, channel_dim)
-    refuse_forward_mode(x, alpha)
+    refuse_forward_mode(x, alpha, op="qsigned")
     options = (bits, group, ste, alpha_grad, alpha_scale, channel_dim)
     if settings.need_grad_x or settings.need_grad_alpha:
         return apply_in_kernel(_QSigned, x, alpha, group, settings, options, forward)

@@ -141,8 +141,8 @@ def gated_product(gate: Tensor, up: Tensor, activation: ActivationName = "silu")
 
     Sources: Shazeer 2020, arXiv 2002.05202 (gated units); Song et al. 2024, arXiv 2406.05955 (dReLU).
     """
-    check_x(gate)
-    check_x(up)
+    check_x(gate, "gate")
+    check_x(up, "up")
     _check(gate, up, activation)
     product = _op(gate, up, activation)
     if not torch.compiler.is_compiling():

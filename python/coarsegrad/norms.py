@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._checks import check_option
+from ._checks import check_option, check_x
 from ._types import wide_dtype
 from .packing import packs_graph, record_codes
 from .signed import QSigned
@@ -60,6 +60,8 @@ def norm_staircase(
 
     Raises TypeError or ValueError with the argument's name, what was got and what was wanted.
     """
+    check_x(x)
+    check_x(output, "output")
     check_option("kind", kind, get_args(NormKind))
     check_option("gradient", gradient, get_args(NormGradient))
     if not isinstance(staircase, QSigned) or staircase.alpha is not None:

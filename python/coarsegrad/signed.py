@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -93,9 +94,11 @@ def qsigned(
     alpha, group, channel_dim = check_signed(x, alpha, bits, group, channel_dim)
     check_option("ste", ste, SIGNED_STES)
     check_option("alpha_grad", alpha_grad, SIGNED_ALPHA_GRADS)
-    options = (bits, group if alpha is None else None, ste, alpha_grad, _scale(alpha_scale, x, bits), channel_dim)
+    scale = _scale(alpha_scale, x, bits)  # of all of a DTensor
     if is_dtensor(x):
-        return _sharded(x, alpha, options)
+        settings = {"ste": ste, "alpha_grad": alpha_grad, "alpha_scale": scale, "channel_dim": channel_dim}
+        return _sharded(x, alpha, bits, group, settings)
+    options = (bits, group if alpha is None else None, ste, alpha_grad, scale, channel_dim)
     if torch.compiler.is_compiling() and packs_graph():
         return _qsigned_packed(x, alpha, *options)
     packing = active_packing()
@@ -107,16 +110,16 @@ def _no_channels(channel_dim: int | None) -> None:
         raise ValueError(f"channel_dim must be None for a nested x, got {channel_dim!r}")
 
 
-def _sharded(x, alpha, options):
-    *_, channel_dim = options
-    if alpha is None:
-        if any(p.is_shard(x.dim() - 1) for p in x.placements):
-            raise NotImplementedError(
-                f"qsigned with a dynamic alpha needs whole rows, got a DTensor placed as {x.placements}"
-            )
-        alpha = torch.ones(1, device=x.device)  # on_shards distributes it
-        return on_shards(lambda local, _: _qsigned(local, None, *options), x, alpha, None)
-    return on_shards(lambda local, alpha: _qsigned(local, alpha, *options), x, alpha, channel_dim)
+def _sharded(x, alpha, bits, group, settings):
+    if alpha is not None:
+        call = functools.partial(qsigned, bits=bits, **settings)
+        return on_shards(call, x, alpha, settings["channel_dim"])
+    if any(p.is_shard(x.dim() - 1) for p in x.placements):
+        raise NotImplementedError(
+            f"qsigned with a dynamic alpha needs whole rows, got a DTensor placed as {x.placements}"
+        )
+    unused = torch.ones(1, device=x.device)  # on_shards distributes an alpha
+    return on_shards(lambda local, _: qsigned(local, None, bits, group=group, **settings), x.contiguous(), unused, None)
 
 
 @overridable

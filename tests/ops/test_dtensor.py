@@ -3,6 +3,8 @@ several processes is in them."""
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,6 +28,15 @@ SETTINGS = {
     "own": {"ste": "reverse_exponential_step"},
     "channels": {"channel_dim": -1, "alpha_grad": "exact"},
     "in place": {"inplace": True},
+}
+
+
+WEIGHT = torch.randn(4, 8, generator=torch.Generator().manual_seed(4))
+OUT = torch.randn(5, 4, generator=torch.Generator().manual_seed(5))
+SIGNED = {
+    "dynamic": (None, {"group": 4}),
+    "learned": (ONE, {"alpha_scale": "lsq"}),
+    "channels": (CHANNELS, {"channel_dim": 1, "alpha_grad": "chain"}),
 }
 
 
@@ -96,6 +107,22 @@ def in_each_process(rank, folder):
         fused.layer.weight.copy_(DY[:4])
     fused.layer.weight = nn.Parameter(distribute_tensor(fused.layer.weight.detach(), mesh, [Replicate()]))
     found["fused"] = [whole(fused(distribute_tensor(X, mesh, [Shard(0)]))).detach()]
+    for case, (alpha, settings) in SIGNED.items():
+        for where, placement in PLACED.items():
+            x = distribute_tensor(X, mesh, [placement]).requires_grad_()
+            if alpha is None and where == "columns":
+                with pytest.raises(NotImplementedError, match="needs whole rows, got a DTensor placed as"):
+                    cg.qsigned(x, alpha, 4, **settings)
+                continue
+            given = alpha if alpha is None else alpha.clone().requires_grad_()
+            weight = distribute_tensor(WEIGHT, mesh, [Replicate()]).requires_grad_()
+            with cg.packed_activations() if where == "rows" else contextlib.nullcontext():
+                y = cg.qsigned(x, given, 4, **settings)
+                out = nn.functional.linear(y, weight)
+            assert y.placements == (Replicate() if where == "sums" else placement,)
+            wanted = [t for t in (x, weight, given) if t is not None]
+            grads = torch.autograd.grad(out, wanted, distribute_tensor(OUT, mesh, [Replicate()]))
+            found["signed", case, where] = [whole(t).detach() for t in (y, *grads)]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -125,6 +152,20 @@ def test_tensor_parallel(found, name):
     for process in found:
         for got, want in zip(process[name], step(network(squared=name == "packed"), X), strict=True):
             torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("case, where", [(c, w) for c in SIGNED for w in PLACED if (c, w) != ("dynamic", "columns")])
+def test_the_signed_staircase(found, case, where):
+    alpha, settings = SIGNED[case]
+    x, weight = X.clone().requires_grad_(), WEIGHT.clone().requires_grad_()
+    given = alpha if alpha is None else alpha.clone().requires_grad_()
+    y = cg.qsigned(x, given, 4, **settings)
+    wanted = torch.autograd.grad(nn.functional.linear(y, weight), [t for t in (x, weight, given) if t is not None], OUT)
+    for process in found:
+        got = process["signed", case, where]
+        assert torch.equal(got[0], y)
+        for grad, want in zip(got[1:], wanted, strict=True):
+            torch.testing.assert_close(grad, want)
 
 
 def test_the_fused_linear(found):

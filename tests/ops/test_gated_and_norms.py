@@ -147,8 +147,10 @@ def test_bad_factors():
     ):
         with pytest.raises(ValueError, match=words):
             cg.gated_product(x, up, activation)
-    with pytest.raises(TypeError, match="x must be a Tensor, got list"):
+    with pytest.raises(TypeError, match="gate must be a Tensor, got list"):
         cg.gated_product([1.0], x)
+    with pytest.raises(TypeError, match="up must be of a dtype in .*, got torch.int64"):
+        cg.gated_product(x, torch.ones(2, 4, dtype=torch.int64))
 
 
 # ------------------------------------------------------------------------------------------------ norms
@@ -282,5 +284,7 @@ def test_bad_norms():
     ):
         with pytest.raises(ValueError, match=words):
             cg.norm_staircase(x, norm(x), **{**good, **wrong})
+    with pytest.raises(TypeError, match="output must be a Tensor, got NoneType"):
+        cg.norm_staircase(x, None, **good)
     with pytest.raises(ValueError, match=r"output must have x's shape, \[2, 64\], got \[1, 64\]"):
         cg.norm_staircase(x, norm(x[:1]), **good)

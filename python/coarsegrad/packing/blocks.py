@@ -17,7 +17,7 @@ from .hooks import Packing, packing_of
 
 @contextlib.contextmanager
 def packed_activations() -> Iterator[None]:
-    """`with packed_activations():` around a forward saves the outputs of `qrelu` in it as packed codes.
+    """`with packed_activations():` around a forward saves the outputs of `qrelu` and `qsigned` in it as packed codes.
 
     A later layer (Linear, Conv, matmul, pooling, attention) that saves such an output y, or a view of it, saves y's
     codes instead, at 1, 2, 4 or 8 bits per element, and its backward rebuilds y bit for bit: every gradient is the same
@@ -27,7 +27,9 @@ def packed_activations() -> Iterator[None]:
     Bits per element for y and its coarse gradient together, with b the width of a packed code: relu b (b + 1 under
     "nearest"), clipped_relu b + 1, identity b; an STE that needs x still saves x, plus b bits. A learned alpha adds
     nothing under "exact", and replaces the mask by a 2-bit state under "two_valued" and "three_valued". A copy of alpha
-    is saved as well, because its value may change before the backward.
+    is saved as well, because its value may change before the backward. For an output of `qsigned` it is b, or b + 1 for
+    "clipped" with a given alpha, and 16 / group with a dynamic one; a `gated_product` of two outputs is saved as their
+    codes.
 
     The block applies to the thread that opened it. A function compiled by torch.compile is packed if the block is
     inside it or around its call, which compiles it again; its graph saves no copy of alpha. A graph that is compiled
@@ -41,7 +43,7 @@ def packed_activations() -> Iterator[None]:
 
     Changing a saved tensor in place is an error in the backward, as usual, unless it is saved as codes: these keep the
     old value, and the gradient is right. Like torch, the block cannot see a write through `.data`. If x is NaN, so
-    that y is NaN, the rebuilt value is L[q].
+    that y is NaN, the rebuilt value is L[q]; of `qsigned` it is 0 with a given alpha, and NaN with a dynamic one.
 
     Source of the levels and the coarse gradients: see `qrelu`.
     """

@@ -53,7 +53,7 @@ class Packing:
     @staticmethod
     def qsigned(x, alpha, bits, group, ste, alpha_grad, alpha_scale, channel_dim) -> Tensor:
         """qsigned with an output that can be saved as codes. group: a number if alpha is None, else None."""
-        refuse_forward_mode(x)
+        refuse_forward_mode(x, alpha, op="qsigned")
         settings = SignedSettings.of(x, alpha, bits, ste, alpha_grad, alpha_scale, channel_dim)
         return _published(PackedQSigned.apply(x, alpha, group, settings))
 
