@@ -252,7 +252,7 @@ def test_blocks_without_relu(folders, whole, tmp_path, capsys):
     for result in report["runs"].values():
         assert result["history"][-1]["validation_loss"] < result["history"][0]["validation_loss"]
     printed = capsys.readouterr().out
-    assert "of float" in printed and "self_attn.q_proj" in printed
+    assert "of float" in printed and "self_attn.q_proj" in printed and "lm_head" not in printed
     with pytest.raises(SystemExit, match="group: 16 there, 32 now"):
         run(folders, tmp_path / "out", "--model", model, *blocks, "--group", "32")
 
@@ -293,6 +293,19 @@ def test_smollm2_is_cached_and_checked(monkeypatch, capsys):
     file.write_bytes(b"half")
     assert smollm2.smollm2().read_bytes() == b"weights" and len(fetched) == 2
     assert "downloading it again" in capsys.readouterr().err
+
+
+def test_adapters_need_peft(folders, whole, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    source = whole / "checkpoints" / "pretrained"
+    with pytest.raises(SystemExit, match="--lora needs peft .*: pip install peft"):
+        run(folders, tmp_path, "--model", str(source), "--lora", "2")
+
+
+def test_a_rotation_that_cannot_be_is_refused(folders, whole, tmp_path):
+    model = llama_folder(tmp_path / "model", whole)
+    with pytest.raises(SystemExit, match="cannot be quantized: .*power of two, got 24"):
+        run(folders, tmp_path / "out", "--model", model, "--blocks", "--rotation", "24", "--bits", "8")
 
 
 def test_smollm2_needs_gguf(folders, tmp_path, monkeypatch):
@@ -356,6 +369,8 @@ def test_help():
         (["--length", "1"], "--length must be at least 2"),
         (["--fixed-alpha", "--alpha-lr", "1"], "--alpha-lr and --fixed-alpha exclude each other"),
         (["--blocks"], "--bits must be 2 to 8 with --blocks, got 1"),
+        (["--rotation", "16"], "--rotation needs --blocks"),
+        (["--attention-bits", "4"], "--attention-bits needs --blocks"),
         (["--device", "nonsense"], "--device nonsense cannot be used"),
         (["--data", "/nowhere"], "--data /nowhere lacks the folder train"),
         (["--pretrain-data", "/nowhere"], "--pretrain-data /nowhere lacks the folder train"),

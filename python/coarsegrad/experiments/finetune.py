@@ -127,14 +127,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lora", type=positive(int), metavar="RANK", help="train adapters of this rank on frozen weights (needs peft)")
     signed = parser.add_argument_group("models without ReLU").add_argument
     signed("--blocks", action="store_true", help="signed staircases in every block; no ReLU is needed")
-    signed("--group", type=positive(int), default=64, metavar="N", help="elements that share an alpha (default 64)")
+    signed("--group", type=positive(int), metavar="N", help="elements that share an alpha (default 64)")
     signed("--rotation", type=positive(int), metavar="N", help="size of a Hadamard rotation of the inputs of Linears")
     signed("--norms", choices=("exact", "coarse"), help="norm and staircase in one, with this gradient")
     signed(
         "--attention-bits",
         type=int,
         choices=range(2, 9),
-        default=8,
         metavar="N",
         help="bits of queries, keys and values, at least those of the run (default 8)",
     )
@@ -180,6 +179,7 @@ def _run(args: argparse.Namespace) -> None:
             "extra finetune"
         ) from error
     args.blocks |= args.model == smollm2.NAME
+    _check_blocks(args)
     args.bits = args.bits or ([8, 6, 4] if args.blocks else [8, 4, 2, 1])
     _check(args)
     device = usable_device(args.device)
@@ -204,6 +204,14 @@ def _run(args: argparse.Namespace) -> None:
     finetune_report.write(results, args.out)
     print(f"\n{finetune_report.summary(results)}\n")
     print(*(args.out / name for name in finetune_report.FILES), sep="\n")
+
+
+def _check_blocks(args: argparse.Namespace) -> None:
+    """Check the options of blocks, and fill in their defaults."""
+    given = [name for name in _BLOCKS[1:] if getattr(args, name) is not None]
+    if given and not args.blocks:
+        raise ExperimentError(f"--{given[0].replace('_', '-')} needs --blocks")
+    args.group, args.attention_bits = args.group or 64, args.attention_bits or 8
 
 
 def _check(args: argparse.Namespace) -> None:

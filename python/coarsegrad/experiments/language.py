@@ -122,8 +122,10 @@ def _load_smollm2() -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
 
 def with_lora(model: nn.Module, rank: int) -> nn.Module:
     """The model with frozen weights and an adapter of this rank on every Linear of its blocks."""
-    import peft
-
+    try:
+        import peft
+    except ImportError as error:
+        raise ExperimentError(f"--lora needs peft ({error}): pip install peft") from error
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     return peft.get_peft_model(model, config)  # type: ignore[arg-type]
 
