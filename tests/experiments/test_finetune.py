@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import tarfile
 import zipfile
@@ -242,6 +243,7 @@ def llama_folder(folder, whole):
 def test_blocks_without_relu(folders, whole, tmp_path, capsys):
     model = llama_folder(tmp_path / "model", whole)
     blocks = ["--blocks", "--group", "16", "--rotation", "16", "--norms", "coarse", "--bits", "8", "3"]
+    blocks += ["--attention-bits", "4"]
     run(folders, tmp_path / "out", "--model", model, *blocks)
     report = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(report["runs"]) == ["float", "8bit", "3bit"]
@@ -253,6 +255,7 @@ def test_blocks_without_relu(folders, whole, tmp_path, capsys):
         assert result["history"][-1]["validation_loss"] < result["history"][0]["validation_loss"]
     printed = capsys.readouterr().out
     assert "of float" in printed and "self_attn.q_proj" in printed and "lm_head" not in printed
+    assert re.search(r"self_attn +q, k and v +8\b", printed)  # no fewer than the run's
     with pytest.raises(SystemExit, match="group: 16 there, 32 now"):
         run(folders, tmp_path / "out", "--model", model, *blocks, "--group", "32")
 

@@ -33,6 +33,7 @@ SETTINGS = {
 
 WEIGHT = torch.randn(4, 8, generator=torch.Generator().manual_seed(4))
 OUT = torch.randn(5, 4, generator=torch.Generator().manual_seed(5))
+IMAGES = torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(6)).to(memory_format=torch.channels_last)
 SIGNED = {
     "dynamic": (None, {"group": 4}),
     "learned": (ONE, {"alpha_scale": "lsq"}),
@@ -123,6 +124,9 @@ def in_each_process(rank, folder):
             wanted = [t for t in (x, weight, given) if t is not None]
             grads = torch.autograd.grad(out, wanted, distribute_tensor(OUT, mesh, [Replicate()]))
             found["signed", case, where] = [whole(t).detach() for t in (y, *grads)]
+    images = distribute_tensor(IMAGES, mesh, [Shard(0)])
+    y = cg.qsigned(images, None, 4, group=3)
+    found["images"] = [whole(y), torch.tensor(y.stride()), torch.tensor(y.to_local().stride())]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -166,6 +170,14 @@ def test_the_signed_staircase(found, case, where):
         assert torch.equal(got[0], y)
         for grad, want in zip(got[1:], wanted, strict=True):
             torch.testing.assert_close(grad, want)
+
+
+def test_groups_of_images_are_contiguous(found):
+    """In the DTensor as in its shards."""
+    for process in found:
+        y, stride, local_stride = process["images"]
+        assert torch.equal(y, cg.qsigned(IMAGES, None, 4, group=3))
+        assert stride.tolist() == local_stride.tolist() == [120, 30, 6, 1]
 
 
 def test_the_fused_linear(found):

@@ -119,6 +119,26 @@ def test_a_product_that_was_written_to_is_saved_as_it_is():
     assert torch.equal(layer.weight.grad, wanted.sum(0, keepdim=True))
 
 
+@pytest.mark.parametrize("change", ["some rows", "written to"])
+def test_factors_that_are_not_whole_outputs(change):
+    layer, given = nn.Linear(32, 1, bias=False), [random_input(4, 32, seed=i) for i in (0, 1)]
+
+    def gradient():
+        layer.zero_grad()
+        gate, up = (cg.qsigned(t.clone().requires_grad_(), None, 4) for t in given)
+        if change == "some rows":
+            gate, up = gate[2:], up[2:]
+        else:
+            with torch.no_grad():
+                gate.mul_(2)
+        layer(cg.gated_product(gate, up)).sum().backward()
+        return layer.weight.grad
+
+    wanted = gradient().clone()
+    with cg.packed_activations():
+        assert torch.equal(gradient(), wanted)
+
+
 def test_compiled_down_keeps_codes():
     torch._dynamo.reset()
     model, x = GatedMLP("silu", cg.QSigned(4, group=32)), random_input(48, 32)

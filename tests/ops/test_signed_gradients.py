@@ -139,6 +139,9 @@ def test_saved_bytes(bits, dtype):
         with Kept(learned) as kept:
             y = cg.qsigned(x, alpha, bits, **settings)
         assert kept.bytes == wanted and y.requires_grad
+    with Kept(learned) as kept:  # a gradient of alpha alone reads no mask
+        y = cg.qsigned(random_input(64, 64, dtype=dtype), learned, bits)
+    assert kept.bytes == n * width // 8 and y.requires_grad
 
 
 def networks():
@@ -187,6 +190,17 @@ def test_layers_that_read_one_output_share_its_codes():
         y = cg.qsigned(x, None, 8)
         out = sum(layer(y) for layer in layers)
     assert kept.bytes == 256 * 64 + 256 * 2 and out.requires_grad
+
+
+def test_an_alpha_that_an_optimizer_changes_before_the_backward():
+    layer, alpha, x = nn.Linear(64, 1, bias=False), torch.tensor([0.2], requires_grad=True), random_input(8, 64)
+    wanted = cg.qsigned(x, alpha, 4).sum(0, keepdim=True)
+    with cg.packed_activations():
+        out = layer(cg.qsigned(x, alpha, 4))
+    with torch.no_grad():
+        alpha.mul_(2)
+    out.sum().backward()
+    torch.testing.assert_close(layer.weight.grad, wanted)
 
 
 @pytest.mark.parametrize("causal", [False, True])
