@@ -119,13 +119,14 @@ def test_a_product_that_was_written_to_is_saved_as_it_is():
     assert torch.equal(layer.weight.grad, wanted.sum(0, keepdim=True))
 
 
+@pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("change", ["some rows", "written to"])
-def test_factors_that_are_not_whole_outputs(change):
+def test_factors_that_are_not_whole_outputs(change, grad):
     layer, given = nn.Linear(32, 1, bias=False), [random_input(4, 32, seed=i) for i in (0, 1)]
 
     def gradient():
         layer.zero_grad()
-        gate, up = (cg.qsigned(t.clone().requires_grad_(), None, 4) for t in given)
+        gate, up = (cg.qsigned(t.clone().requires_grad_(grad), None, 4) for t in given)
         if change == "some rows":
             gate, up = gate[2:], up[2:]
         else:
