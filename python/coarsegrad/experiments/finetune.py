@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CALIBRATION_BATCHES = 16
-_TIMED_STEPS = 20
+_TIMED_STEPS, _TIMED_SECONDS = 20, 60  # at most, and at least 3 steps
 # Adam moves a parameter by about its learning rate, whatever its size: that of alphas is relative to their mean.
 _ALPHA_LR = 10
 
@@ -333,6 +333,8 @@ class _Job:
                 calibrate(model, ({"input_ids": batch} for batch in self._train[:used].split(args.batch_size)))
             result["logits"] = self._closeness(model)
         calibrated = _alphas(model)
+        if bits:
+            pack_activations_(model)
         optimizer = language.make_optimizer(model, args.lr, self._alpha_lr(calibrated))
         checkpoint = args.out / "checkpoints" / f"{name}.pt"
         result["history"] = language.fit(model, optimizer, self._train, self._validation, config, checkpoint)
@@ -346,7 +348,6 @@ class _Job:
                 }
                 for layer in (stats(model, [{"input_ids": batch}], progress=False) if alphas else ())
             }  # fmt: skip
-            pack_activations_(model)
         model.train()
         result["kept_bytes"] = saved_memory(lambda: language.next_token_loss(model, batch)).total
         if bits:
@@ -410,7 +411,9 @@ class _Job:
         other = self._trainable().train()
         pairs = {"float": (other, language.make_optimizer(other, self._args.lr)), "quantized": (model, optimizer)}
         steps = {name: lambda pair=pair: language.train_step(*pair, batch) for name, pair in pairs.items()}
-        times = interleaved_times(steps, _TIMED_STEPS, self._device)
+        (first,) = interleaved_times({"quantized": steps["quantized"]}, 1, self._device)["quantized"]
+        rounds = min(_TIMED_STEPS, max(3, round(_TIMED_SECONDS / (2 * first))))
+        times = interleaved_times(steps, rounds, self._device)
         return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
