@@ -237,3 +237,15 @@ def _elements(text: str) -> int:
     if not 1 <= size <= 2**28:
         raise argparse.ArgumentTypeError(f"a size must be 1 to 2^28 elements, got {text}")
     return size
+
+
+def network_options(
+    parser: argparse.ArgumentParser, names: list[str], dtype: str | None, rounds: int, about_dtypes: str = ""
+) -> None:
+    """The options of a benchmark of networks, with its own defaults."""
+    add = parser.add_argument
+    add("--networks", nargs="+", choices=names, help="default: all")
+    default = [dtype] if dtype else None
+    add("--dtypes", nargs="+", choices=list(DTYPES), default=default, help=about_dtypes or f"default: {dtype}")
+    add("--rounds", type=at_least(2), default=rounds, help=f"measured rounds (default {rounds})")
+    add("--threads", type=at_least(1), default=2, help="threads (default 2)")

@@ -16,20 +16,19 @@ from tqdm import tqdm
 
 import coarsegrad as cg
 from coarsegrad._text import format_table
-from coarsegrad.experiments.models import resnet20
+from coarsegrad.experiments.models import resnet18, resnet20
 
-from . import memory
-from .memory import Network, network_options
-from .sweep import DTYPES
+from .networks import RELU_NETWORKS, ReluNetwork, Run, compiled, gradients
+from .sweep import DTYPES, network_options
 from .timing import BenchError, CpuTimer, Times, facts, in_new_process, interleaved, quantiles, write_csv
 
 RESULTS = Path(__file__).parent / "results" / "training.csv"
 
 _DESCRIPTION = """
 Times training steps (forward, backward, SGD) and the forward in inference of an
-MLP, LeNet-5, OPT- and T5-like transformers, and ResNet-20: with nn.ReLU, with
-QReLU (2 bits, clipped_relu), with QReLU whose outputs are saved as packed codes,
-and without activations; each in eager mode and compiled by torch.compile.
+MLP, LeNet-5, OPT- and T5-like transformers, ResNet-20 and ResNet-18: with nn.ReLU,
+with QReLU (2 bits, clipped_relu), with QReLU whose outputs are saved as packed
+codes, and without activations; each in eager mode and compiled by torch.compile.
 """
 _EPILOG = """
 A time is the median over rounds in which all take turns in one process, with the
@@ -42,8 +41,9 @@ outputs with those without. If one differs, nothing is reported. "compile" is th
 time of the first compiled step with empty caches, measured once.
 """
 
-NETWORKS = memory.NETWORKS | {
-    "resnet": Network(lambda activation, _: resnet20(activation), lambda: torch.randn(64, 3, 32, 32))
+NETWORKS = RELU_NETWORKS | {
+    "resnet": ReluNetwork(lambda activation, _: resnet20(activation), lambda: torch.randn(64, 3, 32, 32)),
+    "resnet18": ReluNetwork(lambda activation, _: resnet18(activation), lambda: torch.randn(4, 3, 224, 224)),
 }
 
 
@@ -59,7 +59,6 @@ ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "qrelu, packed": (_qrelu, True),
 }
 MODES = ("eager", "compiled")
-Run = Callable[[Tensor], Tensor]
 
 
 def _set_up(network: str, activation: str, dtype: str) -> tuple[nn.Module, Tensor]:
@@ -67,19 +66,14 @@ def _set_up(network: str, activation: str, dtype: str) -> tuple[nn.Module, Tenso
     make, packed = ACTIVATIONS[activation]
     plan = NETWORKS[network]
     x = plan.input()
-    model = plan.build(make, 0.0).to(DTYPES[dtype])
+    model = plan.make(make, 0.0).to(DTYPES[dtype])
     if packed:
         cg.pack_activations_(model)
     return model, x.to(DTYPES[dtype]) if x.is_floating_point() else x
 
 
 def _run(model: nn.Module, mode: str) -> Run:
-    """The model as a function. Each is compiled on its own, with a limit of its own on recompilations."""
-    if mode == "eager":
-        return model
-    namespace = {"model": model}
-    exec("def run(x): return model(x)", namespace)
-    return torch.compile(namespace["run"], fullgraph=True)
+    return model if mode == "eager" else compiled(model)
 
 
 def _step(run: Run, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
@@ -91,14 +85,6 @@ def _step(run: Run, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
 @torch.no_grad()
 def _infer(run: Run, x: Tensor) -> Tensor:
     return run(x)
-
-
-def _gradients(model: nn.Module, run: Run, x: Tensor) -> list[Tensor]:
-    """Those of embeddings are left out: Inductor adds them up by several threads, in an order that changes."""
-    model.zero_grad()
-    run(x).float().square().mean().backward()
-    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    return [p.grad.clone() for p in model.parameters() if p.grad is not None and p not in embeddings]
 
 
 def _compare(network: str, dtype: str, activation: str, got: list[Tensor], wanted: list[Tensor], of: str) -> None:
@@ -114,14 +100,14 @@ def _measure(
     torch._inductor.config.force_disable_caches = True
     with cg.use_backend("reference"):
         model, x = _set_up(network, "qrelu", dtype)
-        wanted = {"eager": _gradients(model, model, x)}
+        wanted = {"eager": gradients(model, model, x)}
     jobs, first_step = {}, {}
     cases = list(product(MODES, ACTIVATIONS))
     for mode, activation in tqdm(cases, desc=f"{network}, {dtype}: set up", leave=False):
         model, x = _set_up(network, activation, dtype)
         run = _run(model, mode)
         start = time.perf_counter()
-        got = _gradients(model, run, x)
+        got = gradients(model, run, x)
         if mode == "compiled":
             first_step[activation] = time.perf_counter() - start
         if "qrelu" in activation:

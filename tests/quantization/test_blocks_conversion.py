@@ -423,6 +423,22 @@ def test_squared_relus_are_found(family):
     assert sum(s.bytes for s in kept) == 2 * (elements // 2 + elements // 8 + 4)  # codes, mask, alpha
 
 
+def test_nemotron_h():
+    """Mamba, experts, attention and an MLP: squared ReLUs in three of the four kinds of layers."""
+    config = hf.NemotronHConfig(
+        vocab_size=64, hidden_size=48, num_attention_heads=3, num_key_value_heads=1, head_dim=16, intermediate_size=64,
+        ssm_state_size=8, mamba_num_heads=4, mamba_head_dim=24, n_groups=2, chunk_size=8, n_routed_experts=4,
+        moe_intermediate_size=32, moe_shared_expert_intermediate_size=32, use_cache=False, num_logits_to_keep=16,
+    )  # fmt: skip
+    model, batch = hf.NemotronHForCausalLM(config), {"input_ids": tokens(), "labels": tokens()}
+    report = cg.quantize_(model, 4, inputs=8, attention=8, norms="coarse")
+    assert len(report.replaced) == 4 and all("squared" in r.note for r in report.replaced)
+    assert {entry.of for entry in report.staircases} == {"input", "q, k and v", "norm, coarse gradient"}
+    wanted = _grads(model, batch)
+    with cg.pack_activations_(model):
+        assert all(map(torch.equal, _grads(model, batch), wanted))
+
+
 # ------------------------------------------------------------------------------------------ bad input
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import os
 import re
 import signal
@@ -12,14 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench import figures, memory
+from bench import figures, memory, networks
 from bench.timing import BenchError, in_new_process
 from paths import ROOT
 from torch import nn
 
 import coarsegrad as cg
 
-DOCS = ROOT / "docs" / "memory.md"
+DOCS = ROOT / "docs"
+COLUMNS = ("kept_bytes", "peak_bytes")
 # float32 of 64 x 32 twice, behind each of two activations, and what else the last Linear and the loss keep.
 COUNT, ACTIVATIONS = 64 * 32, 2
 
@@ -32,8 +34,11 @@ def small_mlp(activation, dropout):
 @pytest.fixture
 def small(monkeypatch):
     """One small network, in this process, and of the peers one that is not installed."""
-    monkeypatch.setattr(memory, "NETWORKS", {"mlp": memory.Network(small_mlp, lambda: torch.randn(64, 32))})
-    monkeypatch.setattr(memory, "_PEERS", {"relu, no_such_package": None})
+    plan = networks.ReluNetwork(small_mlp, lambda: torch.randn(64, 32))
+    for module in (memory, networks):
+        monkeypatch.setattr(module, "NETWORKS", {"mlp": plan})
+    monkeypatch.setattr(networks, "_PEERS", {"brevitas": "no_such_package", "relu, torchao": "no_such_package"})
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(memory, "in_new_process", lambda allocator, function, *arguments: function(*arguments))
     threads = torch.get_num_threads()  # the tests' own process
     yield
@@ -50,27 +55,31 @@ def test_the_table_and_the_csv(small, tmp_path, capsys):
     memory.main(["--dtypes", "float32", "bfloat16", "--rounds", "2", "--threads", "1", "--out", str(out)])
     shown, rows = capsys.readouterr().out, rows_of(out)
     assert "Skipped, not installed: no_such_package" in shown
-    names = ["relu", "relu, checkpoint", "relu, fake_quantize", "qrelu", "qrelu, packed"]
+    names = ["relu", "relu, checkpoint", "relu, fake_quantize", "qrelu", "qrelu, packed", "relu, compiled"]
+    names += ["qrelu, compiled", "qrelu, packed, compiled"]
     assert [(row["dtype"], row["activation"]) for row in rows] == [
         (dtype, name) for dtype in ("float32", "bfloat16") for name in names
     ]
     for dtype, item in (("float32", 4), ("bfloat16", 2)):
         kept = {row["activation"]: row["kept_bytes"] for row in rows if row["dtype"] == dtype}
         assert kept["relu, checkpoint"] == ""
-        assert int(kept["relu"]) == ACTIVATIONS * COUNT * item
         assert int(kept["qrelu"]) == ACTIVATIONS * (COUNT * item + COUNT // 8)
-        assert int(kept["qrelu, packed"]) == ACTIVATIONS * (COUNT * 2 // 8 + 4)  # codes, and alpha
+        for mode in ("", ", compiled"):
+            assert int(kept["qrelu, packed" + mode]) == ACTIVATIONS * (COUNT * 2 // 8 + 4)  # codes, and alpha
+            assert int(kept["relu" + mode]) == ACTIVATIONS * COUNT * item
     assert all(row["threads"] == "1" and int(row["peak_bytes"]) >= 0 for row in rows)
-    assert {float(row["time_over_qrelu_median"]) for row in rows if row["activation"] == "qrelu"} == {1.0}
+    assert {float(row["time_over_first_median"]) for row in rows if row["activation"] == "relu"} == {1.0}
     figure = figures.memory_figure(rows)
     assert len(figure.axes) == 4
 
 
 def test_on_a_gpu(small, tmp_path, monkeypatch):
     """All of it but the GPU, for which the CPU stands in."""
-    set_up, measured = memory._set_up, memory.facts
+    eager = {name: make for name, make in networks._ACTIVATIONS.items() if "compiled" not in name}
+    monkeypatch.setattr(networks, "_ACTIVATIONS", eager)
+    set_up, measured = networks.set_up, memory.facts
     monkeypatch.setattr(memory, "GPU_NETWORKS", memory.NETWORKS)
-    monkeypatch.setattr(memory, "_set_up", lambda network, activation, dtype, _: set_up(network, activation, dtype))
+    monkeypatch.setattr(memory, "set_up", lambda network, variant, dtype, _: set_up(network, variant, dtype))
     monkeypatch.setattr(memory, "facts", lambda device, allocator: measured(torch.device("cpu"), allocator))
     monkeypatch.setattr(memory, "GpuTimer", lambda device, cold: memory.CpuTimer())
     allocated = iter(range(100))
@@ -100,7 +109,7 @@ def test_a_changed_gradient_is_no_report(small, tmp_path, monkeypatch):
 
     monkeypatch.setattr(cg, "pack_activations_", pack_wrongly)
     out = tmp_path / "memory.csv"
-    with pytest.raises(SystemExit, match="packing changes a gradient of mlp in bfloat16; nothing is reported"):
+    with pytest.raises(SystemExit, match="packing changes a gradient of mlp, qrelu, packed, in bfloat16; nothing"):
         memory.main(["--dtypes", "bfloat16", "--rounds", "2", "--threads", "1", "--out", str(out)])
     assert not out.exists()
 
@@ -127,25 +136,64 @@ def test_the_committed_bytes_are_those_of_a_process_of_its_own():
     assert peak > 0 and kept == int(committed["lenet", "qrelu, packed"])
 
 
-def figures_of_docs():
-    """The table of docs/memory.md as it follows from the results."""
-    rows = {(row["network"], row["activation"]): row for row in rows_of(memory.RESULTS)}
+def results_of(network):
+    """(MiB of a column, to one decimal; seconds of a step), as functions of the variant."""
+    rows = {row["activation"]: row for row in rows_of(memory.RESULTS) if row["network"] == network}
 
-    def bytes_of(network, activation, column):
-        return f"{int(rows[network, activation][column]) / 2**20:.1f}"
+    def mebibytes(name, column):
+        return f"{int(rows[name][column]) / 2**20:,.1f}" if rows[name][column] else "hidden"
 
-    for network in memory.NETWORKS:
-        names = ("relu", "qrelu", "qrelu, packed")
-        kept, peak = ([bytes_of(network, name, column) for name in names] for column in ("kept_bytes", "peak_bytes"))
-        time = [f"{float(rows[network, name]['time_over_qrelu_median']):.3f}" for name in ("relu", "qrelu, packed")]
-        yield f"| {network} | {' / '.join(kept)} | {' / '.join(peak)} | {' / '.join(time)} |"
+    return rows, mebibytes, lambda name: float(rows[name]["seconds_median"])
 
 
-def test_the_figures_of_the_docs_are_the_committed_ones():
-    text = DOCS.read_text()
-    table = re.findall(r"^\| (?:mlp|lenet|opt|t5) \|.*$", text, flags=re.MULTILINE)
-    assert table == list(figures_of_docs())
-    assert (DOCS.parent / "../bench/results/memory.png").exists() and "(../bench/results/memory.png)" in text
+def table_of_activations():
+    for network in networks.RELU_NETWORKS:
+        _, mebibytes, seconds = results_of(network)
+        for mode in ("", ", compiled"):
+            names = [f"{name}{mode}" for name in ("relu", "qrelu", "qrelu, packed")]
+            saved, peak = (" / ".join(mebibytes(name, column) for name in names) for column in COLUMNS)
+            times = " / ".join(f"{seconds(name) / seconds(names[0]):.3f}" for name in names[1:])
+            yield f"| {network}{mode} | {saved} | {peak} | {times} |"
+
+
+def table_of_blocks():
+    rows, mebibytes, seconds = results_of("smollm2")
+    for name in rows:
+        saved, peak = (mebibytes(name, column) for column in COLUMNS)
+        yield f"| {name} | {saved} | {peak} | {seconds(name):.2f} | {seconds(name) / seconds('silu'):.3f} |"
+
+
+@pytest.mark.parametrize(
+    "page, first_cell, table",
+    [
+        ("memory.md", "mlp|lenet|opt|t5", table_of_activations),
+        ("blocks.md", "silu|[48] bits", table_of_blocks),
+    ],
+)
+def test_the_tables_of_the_docs_are_the_committed_results(page, first_cell, table):
+    found = re.findall(rf"^\| (?:{first_cell})\b.*$", (DOCS / page).read_text(), flags=re.MULTILINE)
+    assert found == list(table())
+
+
+def test_the_figure_of_the_docs_is_there():
+    path = "../bench/results/memory.png"
+    assert (DOCS / path).exists() and f"({path})" in (DOCS / "memory.md").read_text()
+
+
+def test_a_llama_with_staircases_saves_less():
+    """The network smollm2, with one layer and few tokens."""
+    plan = networks.Llama(1, lambda: torch.randint(64, (2, 32)), vocabulary=64)
+    saved = {}
+    for name in plan.variants("cpu"):
+        torch.manual_seed(0)
+        model, forward = plan.build(name)
+        if "packed" in name:
+            cg.pack_activations_(model)
+        saved[name] = memory._saved(forward, plan.input())
+    kinds = ("8 bits, coarse", "8 bits, exact", "4 bits, coarse")
+    coarse, exact, four = (saved[f"{kind} norms, packed"] for kind in kinds)
+    assert saved["silu, checkpoint"] is None and four < coarse < exact < saved["silu"]
+    assert coarse < saved["8 bits, coarse norms"]
 
 
 def test_the_measuring_process_ends_with_the_one_that_waits_for_it(tmp_path):

@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 from bench import training
-from bench.memory import Network
+from bench.networks import ReluNetwork
 from torch import nn
 
 import coarsegrad as cg
@@ -20,7 +20,7 @@ def _small(activation, dropout):
 
 @pytest.fixture(autouse=True)
 def small_and_here(monkeypatch):
-    monkeypatch.setattr(training, "NETWORKS", {"mlp": Network(_small, lambda: torch.randn(16, 8))})
+    monkeypatch.setattr(training, "NETWORKS", {"mlp": ReluNetwork(_small, lambda: torch.randn(16, 8))})
     monkeypatch.setattr(training, "in_new_process", lambda allocator, function, *arguments: function(*arguments))
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     threads = torch.get_num_threads()

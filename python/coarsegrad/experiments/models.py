@@ -101,20 +101,29 @@ def resnet14(activation: Callable[[], nn.Module]) -> nn.Sequential:
     """ResNet-14 for images `[N, 1, 28, 28]` and 10 classes, with ResNet-18's blocks: convolution, BatchNorm,
     activation, with the last activation after the sum. He, Zhang, Ren and Sun, arXiv 1512.03385.
     """
-    blocks, channels = [], 16
-    for width in (16, 32, 64):
+    stem = [nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), activation()]
+    return _sums(stem, (16, 32, 64), 10, activation)
+
+
+def resnet18(activation: Callable[[], nn.Module]) -> nn.Sequential:
+    """ResNet-18 for images `[N, 3, 224, 224]` and 1,000 classes. He, Zhang, Ren and Sun, arXiv 1512.03385."""
+    stem = [
+        nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(64), activation(),
+        nn.MaxPool2d(3, stride=2, padding=1),
+    ]  # fmt: skip
+    return _sums(stem, (64, 128, 256, 512), 1000, activation)
+
+
+def _sums(
+    stem: list[nn.Module], widths: tuple[int, ...], classes: int, activation: Callable[[], nn.Module]
+) -> nn.Sequential:
+    """The stem, two blocks of each width, which halve the image except for the first width, and a Linear."""
+    blocks, channels = [], widths[0]
+    for width in widths:
         for number in range(2):
-            blocks.append(_SumBlock(channels, width, 2 if number == 0 and width != 16 else 1, activation))
+            blocks.append(_SumBlock(channels, width, 2 if number == 0 and width != widths[0] else 1, activation))
             channels = width
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(16),
-        activation(),
-        *blocks,
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(64, 10),
-    )
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
 class _SumBlock(nn.Module):
