@@ -81,6 +81,28 @@ def test_per_channel_and_any_batch():
         assert torch.equal(run(x), cg.qrelu(x, alpha, 2, channel_dim=1) + 1)
 
 
+@pytest.mark.parametrize("arch", (80, 90, 100))
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_gpu_selects_stored_levels(dtype, arch, tmp_path):
+    """Compiled ahead of time: the kernel of the staircase compares and selects. Nothing is computed that could be
+    contracted, or that a flush of subnormals could reach. Its bits: triton_inductor.py."""
+    pytest.importorskip("triton")
+    from inductor_without_gpu import kernels, ptx, source
+
+    def function(x, alpha):
+        return (torch.ops.coarsegrad.qrelu_forward.default(x, alpha, 2, 0, 0, False, None)[0],)
+
+    x = torch.empty(2**12, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    levels, staircase = kernels(source(function, x, torch.empty(1)), tmp_path).values()
+    texts = [
+        ptx(levels, {"in_ptr0": "*fp32", "out_ptr0": f"*{dtype}"}, arch, tmp_path),
+        ptx(staircase, {"in_ptr0": f"*{dtype}", "in_ptr1": f"*{dtype}", "out_ptr0": f"*{dtype}"}, arch, tmp_path),
+    ]
+    assert set(re.findall(r"\b(?:mul|add|sub|fma|div)\.\S*f32", texts[0])) == {"mul.f32"}
+    assert re.search(r"setp\.gt\S*\.f32", texts[1]) and re.search(r"selp\.[bf]\d+", texts[1])
+    assert not re.search(r"\b(?:mul|add|sub|fma|div|max|min)\.\S*f32|ftz", texts[1])
+
+
 def test_more_bits_call_the_op():
     x = torch.randn(64)
     y, code = inductor.run_and_get_code(torch.compile(lambda x: cg.qrelu(x + 1, 0.1, 5)), x)
