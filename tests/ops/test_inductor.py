@@ -99,7 +99,7 @@ def test_a_gpu_selects_stored_levels(dtype, arch, tmp_path):
         ptx(staircase, {"in_ptr0": f"*{dtype}", "in_ptr1": f"*{dtype}", "out_ptr0": f"*{dtype}"}, arch, tmp_path),
     ]
     assert set(re.findall(r"\b(?:mul|add|sub|fma|div)\.\S*f32", texts[0])) == {"mul.f32"}
-    assert re.search(r"setp\.gt\S*\.f32", texts[1]) and re.search(r"selp\.[bf]\d+", texts[1])
+    assert re.search(r"setp\.gt\S*\.b?f(?:16|32)", texts[1]) and re.search(r"selp\.[bf]\d+", texts[1])
     assert not re.search(r"\b(?:mul|add|sub|fma|div|max|min)\.\S*f32|ftz", texts[1])
 
 
