@@ -40,7 +40,8 @@ ORDER = {
         training  language  integers  mnist
         table_runs  table_training  table_summary  table_figures  table  mnist_table  cifar_table
         synthetic_summary  synthetic_figures  synthetic
-        finetune_report  finetune  rounding_report  rounding_tasks  rounding  memory  results  __init__
+        finetune_options  finetune_report  finetune  rounding_report  rounding_tasks  rounding  memory
+        results  __init__
     """.split(),
 }
 # fmt: on

