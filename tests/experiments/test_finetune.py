@@ -243,7 +243,7 @@ def llama_folder(folder, whole):
 def test_blocks_without_relu(folders, whole, tmp_path, capsys):
     model = llama_folder(tmp_path / "model", whole)
     blocks = ["--blocks", "--group", "16", "--rotation", "16", "--norms", "coarse", "--bits", "8", "3"]
-    blocks += ["--attention-bits", "4"]
+    blocks += ["--attention-bits", "4", "--gate-bits", "5"]
     run(folders, tmp_path / "out", "--model", model, *blocks)
     report = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(report["runs"]) == ["float", "8bit", "3bit"]
@@ -255,7 +255,7 @@ def test_blocks_without_relu(folders, whole, tmp_path, capsys):
         assert result["history"][-1]["validation_loss"] < result["history"][0]["validation_loss"]
     printed = capsys.readouterr().out
     assert "of float" in printed and "self_attn.q_proj" in printed and "lm_head" not in printed
-    assert re.search(r"self_attn +q, k and v +8\b", printed)  # no fewer than the run's
+    assert re.search(r"self_attn +q, k and v +8\b", printed) and re.search(r"mlp +gate and up +8\b", printed)
     with pytest.raises(SystemExit, match="group: 16 there, 32 now"):
         run(folders, tmp_path / "out", "--model", model, *blocks, "--group", "32")
 
@@ -374,6 +374,7 @@ def test_help():
         (["--blocks"], "--bits must be 2 to 8 with --blocks, got 1"),
         (["--rotation", "16"], "--rotation needs --blocks"),
         (["--attention-bits", "4"], "--attention-bits needs --blocks"),
+        (["--gate-bits", "8"], "--gate-bits needs --blocks"),
         (["--device", "nonsense"], "--device nonsense cannot be used"),
         (["--data", "/nowhere"], "--data /nowhere lacks the folder train"),
         (["--pretrain-data", "/nowhere"], "--pretrain-data /nowhere lacks the folder train"),

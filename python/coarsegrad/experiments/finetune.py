@@ -19,7 +19,7 @@ from ..quantization import QuantizeReport, calibrate, quantize_, stats
 from .arguments import ending, usable_device
 from .checkpoints import differences
 from .files import ExperimentError
-from .finetune_options import ALPHA_LR, BLOCKS, adapters, add_arguments, check, results_config, training_config
+from .finetune_options import ALPHA_LR, adapters, add_arguments, check, of_blocks, results_config, training_config
 from .measure import environment, interleaved_times
 from .text import Texts, load_texts, shakespeare
 
@@ -143,7 +143,7 @@ class _Job:
         more = {"bits": bits, "lr": args.lr, "data": self._data, "start": self._digest}
         if bits:
             more |= {key: getattr(args, key) for key in ("ste", "rounding", "fixed_alpha", "alpha_lr")}
-            more |= {key: getattr(args, key) for key in BLOCKS if args.blocks}
+            more |= of_blocks(args)
         config = training_config(args, name, args.steps, self._device, **more, **adapters(args))
         model = self._trainable()
         result: dict = {"bits": bits}
@@ -183,7 +183,8 @@ class _Job:
         if args.blocks:
             settings |= {
                 "inputs": {"bits": bits, "group": args.group, "rotation": args.rotation}, "norms": args.norms,
-                "gates": {"bits": bits, "group": args.group}, "attention": max(bits, args.attention_bits),
+                "gates": {"bits": max(bits, args.gate_bits or 0), "group": args.group},
+                "attention": max(bits, args.attention_bits),
                 # The logits' layer, and an adapter's second matrix, which reads a few numbers, stay as they are.
                 "filter_fn": lambda module, name: "lm_head" not in name and "lora_B" not in name,
             }  # fmt: skip

@@ -17,7 +17,7 @@ from .text import Texts
 
 # Adam moves a parameter by about its learning rate, whatever its size: that of alphas is relative to their mean.
 ALPHA_LR = 10
-BLOCKS = ("blocks", "group", "rotation", "norms", "attention_bits")
+_BLOCKS = ("blocks", "group", "rotation", "norms", "gate_bits", "attention_bits")
 _FINETUNING = ("ste", "rounding", "fixed_alpha", "alpha_lr", "steps", "lr", "batch_size", "length", "validation",
                "evaluations", "seed")  # fmt: skip
 _OWN_MODEL = ("layers", "width", "vocabulary", "pretrain_steps", "pretrain_lr")
@@ -119,6 +119,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     signed("--rotation", type=positive(int), metavar="N", help="size of a Hadamard rotation of the inputs of Linears")
     signed("--norms", choices=("exact", "coarse"), help="norm and staircase in one, with this gradient")
     signed(
+        "--gate-bits",
+        type=int,
+        choices=range(2, 9),
+        metavar="N",
+        help="bits of gate and up, at least those of the run (default those of the run)",
+    )
+    signed(
         "--attention-bits",
         type=int,
         choices=range(2, 9),
@@ -158,7 +165,7 @@ def check(args: argparse.Namespace) -> None:
     Raises ExperimentError, naming the option.
     """
     args.blocks |= args.model == smollm2.NAME
-    given = [name for name in BLOCKS[1:] if getattr(args, name) is not None]
+    given = [name for name in _BLOCKS[1:] if getattr(args, name) is not None]
     if given and not args.blocks:
         raise ExperimentError(f"--{given[0].replace('_', '-')} needs --blocks")
     args.group, args.attention_bits = args.group or 64, args.attention_bits or 8
@@ -178,7 +185,7 @@ def results_config(args: argparse.Namespace, texts: dict[str, Texts]) -> dict:
     """Everything that results depend on: runs are added to a results file only if it agrees."""
     names = ("model",) if args.model else _OWN_MODEL
     config = {name: getattr(args, name) for name in (*names, *_FINETUNING)}
-    config |= {name: getattr(args, name) for name in BLOCKS if args.blocks} | adapters(args)
+    config |= of_blocks(args) | adapters(args)
     return config | {f"{name}_sha256": part.sha256 for name, part in texts.items()}
 
 
@@ -189,6 +196,12 @@ def training_config(args: argparse.Namespace, phase: str, steps: int, device: to
         "phase": phase, "steps": steps, "every": math.ceil(steps / args.evaluations), **more,
         **{name: getattr(args, name) for name in names}, "device": str(device), "threads": torch.get_num_threads(),
     }  # fmt: skip
+
+
+def of_blocks(args: argparse.Namespace) -> dict:
+    """The options of blocks; --gate-bits, whose default depends on the run, only if given."""
+    options = {name: getattr(args, name) for name in _BLOCKS if args.blocks}
+    return {name: value for name, value in options.items() if name != "gate_bits" or value is not None}
 
 
 def adapters(args: argparse.Namespace) -> dict:
