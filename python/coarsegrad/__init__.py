@@ -18,6 +18,7 @@ from .packing import pack_activations_, packed_activations
 from .quantization import calibrate, quantize_, stats
 from .signed import QSigned, hadamard, qsigned, qsigned_codes, rotate_weight_
 from .ste import check_ste, register_ste, stes
+from .weights import qweight, weight_codes, weight_scale
 
 try:
     __version__ = importlib.metadata.version("coarsegrad")
@@ -47,10 +48,13 @@ __all__ = [
     "qsigned",
     "qsigned_codes",
     "quantize_",
+    "qweight",
     "register_ste",
     "rotate_weight_",
     "saved_memory",
     "stats",
     "stes",
     "use_backend",
+    "weight_codes",
+    "weight_scale",
 ]
