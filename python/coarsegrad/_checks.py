@@ -161,7 +161,7 @@ def check_weight(weight: Tensor, bits: int, channel_dim: int | None) -> int | No
     count = weight.numel()
     if channel_dim is not None:
         channel_dim = check_channel_dim(channel_dim, weight.dim(), "weight")
-        count = math.prod(size for dim, size in enumerate(weight.shape) if dim != channel_dim)
+        count //= max(1, weight.size(channel_dim))
     if count > MOST_WEIGHTS:
         raise ValueError(f"weight must have at most 2**25 elements for each scale, got {count}")
     return channel_dim
