@@ -15,6 +15,7 @@ from .nn import QReLU
 from .norms import norm_staircase
 from .optim import keep_positive, param_groups
 from .packing import pack_activations_, packed_activations
+from .parametrization import QWeight
 from .quantization import calibrate, quantize_, stats
 from .signed import QSigned, hadamard, qsigned, qsigned_codes, rotate_weight_
 from .ste import check_ste, register_ste, stes
@@ -28,6 +29,7 @@ except importlib.metadata.PackageNotFoundError:  # run from the sources, not ins
 __all__ = [
     "QReLU",
     "QSigned",
+    "QWeight",
     "backends",
     "calibrate",
     "check_ste",
