@@ -13,7 +13,7 @@ from .integer import convert
 from .memory import saved_memory
 from .nn import QReLU
 from .norms import norm_staircase
-from .optim import keep_positive, param_groups
+from .optim import blended, keep_positive, param_groups
 from .packing import pack_activations_, packed_activations
 from .parametrization import QWeight
 from .quantization import calibrate, quantize_, stats
@@ -31,6 +31,7 @@ __all__ = [
     "QSigned",
     "QWeight",
     "backends",
+    "blended",
     "calibrate",
     "check_ste",
     "convert",
