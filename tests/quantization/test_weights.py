@@ -244,6 +244,13 @@ def test_weights_alone():
     assert len(cg.quantize_(no_relu, weight_bits=8).weights) == 1
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_it_keeps_the_mode(training):
+    model = mlp().train(training)
+    cg.quantize_(model, None, weight_bits=2)
+    assert {module.training for module in model.modules()} == {training}
+
+
 def test_a_filter_and_several_calls():
     model = mlp()
     cg.quantize_(model, None, weight_bits=8, filter_fn=lambda layer, name: name in ("0", "4"))

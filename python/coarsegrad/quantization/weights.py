@@ -123,9 +123,10 @@ def _check_others(
             )
 
 
-def _put_on(layer: nn.Module, quantizer: QWeight, report: QuantizeReport) -> None:
+def _put_on(layer: Any, quantizer: QWeight, report: QuantizeReport) -> None:
     order, before = list(layer._parameters), report._classes.get(layer, (None, type(layer)))[1]
     register_parametrization(layer, "weight", quantizer)
+    layer.parametrizations.train(layer.training)  # torch has new containers train
     report._classes[layer] = type(layer), before
     report._undo_steps.append(functools.partial(_take_off, layer, order))
 
