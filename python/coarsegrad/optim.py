@@ -75,7 +75,7 @@ def blended(optimizer: torch.optim.Optimizer, model: nn.Module, rho: float = 1e-
     Raises TypeError or ValueError if rho is no such number, if the model has no QWeight, or the optimizer none of the
     parameters that have one.
 
-    Source: Yin et al. 2019, arXiv 1808.05240, algorithm 1.
+    Source: Yin et al. 2018, arXiv 1808.05240.
     """
     if isinstance(rho, bool) or not isinstance(rho, (int, float)):
         raise TypeError(f"rho must be a number from 0 to 1, got {rho!r}")

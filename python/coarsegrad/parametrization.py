@@ -42,7 +42,7 @@ class QWeight(nn.Module):
 
     Raises TypeError or ValueError with the argument's name, what was got and what was wanted.
 
-    Source: Yin et al. 2019, arXiv 1808.05240 (the projections, and training with them; see `coarsegrad.blended`).
+    Source: Yin et al. 2018, arXiv 1808.05240 (training with projected weights; see `coarsegrad.blended`).
     """
 
     def __init__(self, bits: WeightBits, channel_dim: int | None = 0, *, groups: int = 1) -> None:
