@@ -138,15 +138,11 @@ def test_one_scale_for_a_whole_weight():
 
 
 def test_a_weight_that_is_computed_from_the_quantized_one_is_rounded_anew():
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.act, self.layer = cg.QReLU(4), nn.Linear(8, 4, bias=False)
-
+    class Scaled(nn.Linear):
         def forward(self, x):
-            return nn.functional.linear(self.act(x), self.layer.weight * torch.arange(1, 9))
+            return nn.functional.linear(x, self.weight * torch.arange(1, 9), self.bias)
 
-    model, x = Scaled().eval(), torch.randn(16, 8)
+    model, x = nn.Sequential(cg.QReLU(4), Scaled(8, 4)).eval(), torch.randn(16, 8)
     cg.quantize_(model, None, weight_bits=1)
     converted = cg.convert(model, (x,), weight_bits=8)
     with torch.no_grad():
