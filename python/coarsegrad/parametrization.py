@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from ._dtensor import is_dtensor
 from ._types import WeightBits
+from .packing import record_source
 from .weights import qweight, weight_codes
 
 _codes: Any = weight_codes  # which `overridable` types as returning one tensor
@@ -38,7 +39,8 @@ class QWeight(nn.Module):
     that share a weight may each have a QWeight. It has no parameters and no state.
 
     Saved for backward: nothing. The layer that multiplies by Q(w) saves it, which is no parameter: as many bytes as w,
-    from the forward to the backward, unless the layer is checkpointed.
+    from the forward to the backward. Inside `packed_activations` it saves w instead, which is there anyway, and the
+    backward finds Q(w) again; compiled graphs do not.
 
     Raises TypeError or ValueError with the argument's name, what was got and what was wanted.
 
@@ -59,6 +61,11 @@ class QWeight(nn.Module):
         self.groups = groups
 
     def forward(self, weight: Tensor) -> Tensor:
+        quantized = self._quantized(weight)
+        record_source(self._quantized, weight, quantized)
+        return quantized
+
+    def _quantized(self, weight: Tensor) -> Tensor:
         if self.groups == 1:
             return qweight(weight, self.bits, channel_dim=self.channel_dim)
         return self._by_group(weight, lambda rows: qweight(rows, self.bits))

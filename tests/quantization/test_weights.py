@@ -206,19 +206,38 @@ def test_a_model_on_the_meta_device():
     assert torch.equal(model[0].weight, cg.qweight(original(model[0]), 2))
 
 
-def test_packing_still_saves_the_codes_of_a_layers_input():
-    """And of the weight Q(w), as many bytes as w."""
-    layer, act, x = nn.Linear(64, 32), cg.QReLU(4, ste="relu"), torch.randn(16, 64, requires_grad=True)
-    plain = cg.saved_memory(nn.Sequential(act, layer), x).total
-    put_on(layer, 2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "grouped"])
+def test_packed_a_layer_saves_the_codes_of_its_input_and_no_weight(kind, dtype):
+    """Unpacked it saves Q(w), as many bytes as w. In bfloat16 by autocast."""
+    grouped = (lambda: nn.ConvTranspose2d(6, 9, 3, groups=3), (2, 6, 4, 4), None)
+    make, shape, _ = {**LAYERS, "grouped": grouped}[kind]
+    layer, act, x = make(), cg.QReLU(4, ste="relu"), torch.randn(shape, requires_grad=True)
+    cg.quantize_(layer, None, weight_bits=2)
     model = nn.Sequential(act, layer)
-    whole = cg.saved_memory(model, x).total
-    grads = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
-    with cg.pack_activations_(model):
-        packed = cg.saved_memory(model, x).total
-        again = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
-    assert all(map(torch.equal, grads, again))
-    assert whole - plain == 64 * 32 * 4 and whole - packed >= 16 * 64 * 7 // 2
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        whole = cg.saved_memory(model, x).total
+        y = model(x)
+        with cg.packed_activations():
+            again = model(x)
+        with cg.pack_activations_(model):
+            packed = cg.saved_memory(model, x).total
+    given = [x, *model.parameters()]
+    grads = [torch.autograd.grad(out.float().square().sum(), given) for out in (y, again)]
+    assert all(map(torch.equal, *grads))
+    assert packed < whole - original(layer).numel() * dtype.itemsize
+    if dtype == torch.float32:
+        assert packed == x.numel() // 2 + act.alpha.nbytes
+
+
+def test_a_weight_that_changes_before_the_backward_is_an_error():
+    layer = put_on(nn.Linear(4, 4), 2)
+    with cg.packed_activations():
+        y = layer(torch.randn(2, 4, requires_grad=True))
+    with torch.no_grad():
+        original(layer).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 # ------------------------------------------------------------------------------------------- quantize_
