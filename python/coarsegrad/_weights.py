@@ -53,17 +53,11 @@ def _staircase(weight: Tensor, scale: Tensor, bits: int, channel_dim: int | None
     return ops.qsigned_forward.default(weight, alpha, bits, None, False, codes, channel_dim)
 
 
-def _below(op):
-    def call(*args):
-        if in_functorch_kernel():
-            return below_autograd_with_derivatives(op, *args)
-        with below_autograd():
-            return op(*args)
-
-    return call
-
-
-_qweight_below = _below(ops.qweight.default)
+def _qweight_below(weight, bits, channel_dim):
+    if in_functorch_kernel():
+        return below_autograd_with_derivatives(ops.qweight.default, weight, bits, channel_dim)
+    with below_autograd():
+        return ops.qweight.default(weight, bits, channel_dim)
 
 
 def _qweight_autograd(weight, bits, channel_dim):
@@ -86,16 +80,7 @@ class _StraightThrough(torch.autograd.Function):
 _library.impl("qweight", _qweight, "CompositeExplicitAutograd")
 _library.impl("qweight", _qweight_autograd, "Autograd")
 _library.impl("weight_codes", _weight_codes, "CompositeExplicitAutograd")
-
-
-def _constant(op):
-    """The Autograd kernel of an op without a gradient."""
-    below = _below(op)
-    return lambda weight, bits, channel_dim: below(weight.detach(), bits, channel_dim)
-
-
-for _name in ("weight_scale", "weight_codes"):
-    _library.impl(_name, _constant(getattr(ops, _name).default), "Autograd")
+_library.impl("weight_codes", torch.library.fallthrough_kernel, "Autograd")
 
 
 # ------------------------------------------------------------------------------------------------ vmap

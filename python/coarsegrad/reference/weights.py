@@ -82,11 +82,11 @@ def _ternary(m: Tensor) -> tuple[Tensor, Tensor]:
 def _gridded(m: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """(<m, k>, <k, k>) of the best codes k of a grid of scales."""
     divisors, unit, shift = WEIGHT_GRIDS[bits]
-    largest, short = m.amax(1).clamp(min=1), m >> 16
+    largest, short = m.amax(1).clamp(min=1), (m >> 16).int()
     best = torch.full_like(largest, -1, dtype=torch.float64)
-    chosen = torch.zeros_like(largest)
+    chosen = torch.zeros_like(largest, dtype=torch.int32)
     for divisor in divisors:
-        inverse = (divisor << (16 + shift - unit)) // largest
+        inverse = ((divisor << (16 + shift - unit)) // largest).int()
         k = _search_codes(short, inverse, bits, shift)
         explained = (short * k).sum(1).double().square() / k.square().sum(1).clamp(min=1).double()
         better = explained > best
@@ -96,4 +96,5 @@ def _gridded(m: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _search_codes(short: Tensor, inverse: Tensor, bits: int, shift: int) -> Tensor:
+    """int32, as is all that they are made of: short < 2**15, inverse < 2**16 - 2**10."""
     return ((short * inverse[:, None] + (1 << (shift - 1))) >> shift).clamp(max=top_level(bits))
