@@ -67,7 +67,13 @@ def test_scales_and_levels(backend, bits, dtype):
 
 @pytest.mark.parametrize("bits", WEIGHT_BITS)
 def test_other_distributions(backend, bits):
-    """Heavy tails, whose best scales cut the largest off; one magnitude; two; quantized weights; ties."""
+    """Heavy tails, whose best scales cut the largest off; one magnitude; two; quantized weights; ties; and magnitudes
+    of which any number has those from half its mean on."""
+    flat = torch.arange(1, 401).double().rsqrt()
+    check(
+        torch.stack([flat, flat * torch.linspace(1, 1.001, 400), flat.flip(0) * torch.linspace(1, 1.1, 400)]).float(),
+        bits,
+    )
     for seed in range(4):
         heavy = normal(3, 200, seed=seed) / normal(3, 200, seed=seed + 100).abs()
         far = normal(3, 64, seed=seed)

@@ -16,6 +16,7 @@ from .._types import top_level, wide_dtype
 from .staircase import rows_of
 
 _CHUNK = 2**22  # weights at a time
+_CODES = 2**20  # codes of them at a time
 
 # The largest magnitude over the scales that are tried, in units of 2**-unit; magnitudes of 15 bits times 16 bits of
 # 1 / scale are codes in units of 2**-shift.
@@ -83,18 +84,20 @@ def _gridded(m: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """(<m, k>, <k, k>) of the best codes k of a grid of scales."""
     divisors, unit, shift = WEIGHT_GRIDS[bits]
     largest, short = m.amax(1).clamp(min=1), (m >> 16).int()
-    best = torch.full_like(largest, -1, dtype=torch.float64)
-    chosen = torch.zeros_like(largest, dtype=torch.int32)
-    for divisor in divisors:
-        inverse = ((divisor << (16 + shift - unit)) // largest).int()
-        k = _search_codes(short, inverse, bits, shift)
-        explained = (short * k).sum(1).double().square() / k.square().sum(1).clamp(min=1).double()
-        better = explained > best
-        best, chosen = torch.where(better, explained, best), torch.where(better, inverse, chosen)
-    k = _search_codes(short, chosen, bits, shift)
+    tried = torch.arange(len(divisors), device=m.device)[:, None]
+    inverses = ((torch.tensor(divisors, device=m.device)[:, None] << (16 + shift - unit)) // largest).int()
+    some = inverses.split(max(1, _CODES // m.numel()))
+    explained = torch.cat([_explained(short, _search_codes(short, i, bits, shift)) for i in some])
+    first = torch.where(explained == explained.amax(0), tried, len(divisors)).amin(0, keepdim=True)
+    k = _search_codes(short, inverses.gather(0, first)[0], bits, shift)
     return (m * k).sum(1), k.square().sum(1).clamp(min=1)
 
 
 def _search_codes(short: Tensor, inverse: Tensor, bits: int, shift: int) -> Tensor:
-    """int32, as is all that they are made of: short < 2**15, inverse < 2**16 - 2**10."""
-    return ((short * inverse[:, None] + (1 << (shift - 1))) >> shift).clamp(max=top_level(bits))
+    """[..., R, n] of inverses [..., R]. All is int32: short < 2**15, inverse < 2**16 - 2**10."""
+    return ((short * inverse[..., None] + (1 << (shift - 1))) >> shift).clamp(max=top_level(bits))
+
+
+def _explained(short: Tensor, k: Tensor) -> Tensor:
+    """What codes take off the squared error of 0, [..., R]."""
+    return (short * k).sum(-1).double().square() / k.square().sum(-1).clamp(min=1).double()
