@@ -112,6 +112,15 @@ struct Hadamard {
   void* y;
 };
 
+// The scale of quantized weights: one for each row of `length` consecutive weights.
+struct WeightScale {
+  Dtype dtype;
+  int bits;
+  int64_t rows, length;
+  const void* weight;
+  void* scale;  // [rows], in the compute type
+};
+
 // A layer on codes. An image is [height, width, channels]; a weight row, one per output channel, is [kernel height,
 // kernel width, channels / groups] in blocks of 32 bytes (docs/spec.md). A Linear is a 1 x 1 convolution of images of
 // one pixel.

@@ -146,6 +146,14 @@ inline void check_hadamard(const at::Tensor& x, int64_t size) {
   TORCH_CHECK_VALUE((size & (size - 1)) == 0, "size must be a power of two, got ", size);
 }
 
+// Weights of few bits, with channels first if there is a scale for each.
+inline void check_weight(const at::Tensor& weight, int64_t bits, bool channels) {
+  TORCH_CHECK_VALUE(bits == 8 || bits == 4 || bits == 2 || bits == 1, "bits must be one of 8, 4, 2, 1, got ", bits);
+  int64_t count = 1;
+  for (int64_t dim = channels ? 1 : 0; dim < weight.dim(); ++dim) count *= weight.size(dim);
+  TORCH_CHECK_VALUE(count <= int64_t{1} << 25, "weight must have at most 2**25 elements for each scale, got ", count);
+}
+
 inline void check_signed_bits(int64_t bits) {
   check_bits(bits);
   TORCH_CHECK_VALUE(bits != 1, "bits must be an int in 2..8 for the signed staircase, got 1");

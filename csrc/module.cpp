@@ -47,6 +47,7 @@ PYBIND11_MODULE(_C, m) {
   cg::register_cpu(libraries.emplace_back(MAKE_TORCH_LIBRARY_IMPL(coarsegrad, CPU)));
   cg::register_integer_cpu(libraries.back());
   cg::register_signed_cpu(libraries.back());
+  cg::register_weights_cpu(libraries.back());
 #ifdef CG_HAVE_CUDA
   cg::register_cuda(libraries.emplace_back(MAKE_TORCH_LIBRARY_IMPL(coarsegrad, CUDA)));
   cg::register_signed_cuda(libraries.back());

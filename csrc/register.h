@@ -34,6 +34,7 @@ using QReluInplaceOp = at::Tensor&(at::Tensor& x, const at::Tensor& alpha, int64
 void register_cpu(torch::Library& library);
 void register_integer_cpu(torch::Library& library);
 void register_signed_cpu(torch::Library& library);
+void register_weights_cpu(torch::Library& library);
 void register_cuda(torch::Library& library);  // in a build with csrc/cuda
 void register_signed_cuda(torch::Library& library);
 void register_autograd(torch::Library& library);

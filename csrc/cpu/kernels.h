@@ -38,6 +38,9 @@ struct SignedKernels {
   void (*dequantize)(const SignedDequantize&, int64_t begin, int64_t end);
   // Tiles [begin, end); scratch is for a tile in the compute type.
   void (*hadamard)(const Hadamard&, int64_t begin, int64_t end, void* scratch);
+  // Rows [begin, end); room for the numbers of a row in whole blocks, and as much for numbers of two bits, or half for
+  // those of more.
+  void (*weight_scales)(const WeightScale&, int64_t begin, int64_t end, int32_t* magnitudes, void* more);
 };
 
 // Each runs blocks [begin, end); with `partial`, whole chunks.

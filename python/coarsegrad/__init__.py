@@ -13,11 +13,13 @@ from .integer import convert
 from .memory import saved_memory
 from .nn import QReLU
 from .norms import norm_staircase
-from .optim import keep_positive, param_groups
+from .optim import blended, keep_positive, param_groups
 from .packing import pack_activations_, packed_activations
+from .parametrization import QWeight
 from .quantization import calibrate, quantize_, stats
 from .signed import QSigned, hadamard, qsigned, qsigned_codes, rotate_weight_
 from .ste import check_ste, register_ste, stes
+from .weights import qweight, weight_codes, weight_scale
 
 try:
     __version__ = importlib.metadata.version("coarsegrad")
@@ -27,7 +29,9 @@ except importlib.metadata.PackageNotFoundError:  # run from the sources, not ins
 __all__ = [
     "QReLU",
     "QSigned",
+    "QWeight",
     "backends",
+    "blended",
     "calibrate",
     "check_ste",
     "convert",
@@ -47,10 +51,13 @@ __all__ = [
     "qsigned",
     "qsigned_codes",
     "quantize_",
+    "qweight",
     "register_ste",
     "rotate_weight_",
     "saved_memory",
     "stats",
     "stes",
     "use_backend",
+    "weight_codes",
+    "weight_scale",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._text import one_of
-from ._types import DTYPES, packed_bytes, wide_dtype
+from ._types import DTYPES, MOST_WEIGHTS, WEIGHT_BITS, packed_bytes, wide_dtype
 
 
 def check_bits(bits: int) -> None:
@@ -40,18 +40,22 @@ def check_alpha_scale(alpha_scale: float | str) -> None:
         raise ValueError(f"alpha_scale must be finite, or 'lsq', got {alpha_scale}")
 
 
+def check_channel_dim(channel_dim: int, dim: int, argument: str = "x") -> int:
+    """channel_dim counted from the front, for an x of `dim` dimensions."""
+    if type(channel_dim) is not int:
+        raise TypeError(f"channel_dim must be an int or None, got {channel_dim!r}")
+    if not -dim <= channel_dim < dim:
+        raise ValueError(f"channel_dim must be a dimension of {argument}, which has {dim}, got {channel_dim}")
+    return channel_dim % dim
+
+
 def check_alpha(
     alpha: Tensor | float, channel_dim: int | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, int | None]:
     """(alpha as a tensor, channel_dim counted from the front) for x of this shape. A tensor's values are not read."""
     size = 1
     if channel_dim is not None:
-        if type(channel_dim) is not int:
-            raise TypeError(f"channel_dim must be an int or None, got {channel_dim!r}")
-        dim = len(shape)
-        if not -dim <= channel_dim < dim:
-            raise ValueError(f"channel_dim must be a dimension of x, which has {dim}, got {channel_dim}")
-        channel_dim = channel_dim % dim
+        channel_dim = check_channel_dim(channel_dim, len(shape))
         size = shape[channel_dim]
     if not isinstance(alpha, Tensor):
         check_number("alpha", alpha)
@@ -144,6 +148,23 @@ def check_signed_alpha(
     if alpha.device != device:
         raise ValueError(f"alpha must be on the device of the codes, {device}, got {alpha.device}")
     return alpha, size // groups if groups else 1, None
+
+
+def check_weight(weight: Tensor, bits: int, channel_dim: int | None) -> int | None:
+    """Check the arguments of a quantized weight; returns channel_dim counted from the front."""
+    check_x(weight, "weight")
+    known = ", ".join(map(str, WEIGHT_BITS))
+    if type(bits) is not int:
+        raise TypeError(f"bits must be an int, one of {known}, got {bits!r}")
+    if bits not in WEIGHT_BITS:
+        raise ValueError(f"bits must be one of {known}, got {bits}")
+    count = weight.numel()
+    if channel_dim is not None:
+        channel_dim = check_channel_dim(channel_dim, weight.dim(), "weight")
+        count //= max(1, weight.size(channel_dim))
+    if count > MOST_WEIGHTS:
+        raise ValueError(f"weight must have at most 2**25 elements for each scale, got {count}")
+    return channel_dim
 
 
 def check_slopes(slopes: Tensor, grad_y: Tensor, bits: int) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_arguments, check_hadamard, check_signed
+from ._checks import check_arguments, check_hadamard, check_signed, check_weight
 from ._torch_internals import suggest_memory_format, tag_compile_caches
 from ._types import CODE_WIDTH, MASK_WIDTH, MaskKind, Rounding, packed_bytes, parse, wide_dtype
 from .ste import GPrime, get_ste, real_numbers
@@ -87,6 +87,10 @@ _SCHEMAS = (
     # group: None if alpha is not dynamic.
     "qsigned_dequantize(Tensor codes, Tensor alpha, int bits, SymInt? group, SymInt[] shape, ScalarType dtype,"
     " int? channel_dim, MemoryFormat memory_format) -> Tensor",
+    # Weights of few bits: _weights.py.
+    "weight_scale(Tensor weight, int bits, int? channel_dim) -> Tensor",
+    "weight_codes(Tensor weight, int bits, int? channel_dim) -> (Tensor codes, Tensor scale)",
+    "qweight(Tensor weight, int bits, int? channel_dim) -> Tensor",
     # act(gate) * up: gated.py.
     "gated_product(Tensor gate, Tensor up, str activation) -> Tensor",
     "gated_product_backward(Tensor grad_out, Tensor gate, Tensor up, str activation)"
@@ -126,6 +130,7 @@ KERNELS = {
     "qsigned_forward": "qsigned_forward",
     "qsigned_dequantize": "qsigned_dequantize",
     "hadamard": "hadamard",
+    "weight_scale": "weight_scale",
 }
 
 # ---------------------------------------------------------------------------------------------- shapes
@@ -286,6 +291,24 @@ def _(x, size):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+@_fake("weight_scale")
+def _(weight, bits, channel_dim):
+    channel_dim = check_weight(weight, bits, channel_dim)
+    return weight.new_empty(() if channel_dim is None else weight.size(channel_dim), dtype=wide_dtype(weight.dtype))
+
+
+@_fake("weight_codes")
+def _(weight, bits, channel_dim):
+    scale = ops.weight_scale.default(weight, bits, channel_dim)
+    return torch.empty_like(weight, dtype=torch.int8, memory_format=suggest_memory_format(weight)), scale
+
+
+@_fake("qweight")
+def _(weight, bits, channel_dim):
+    check_weight(weight, bits, channel_dim)
+    return _new_y(weight)
+
+
 # ------------------------------------------------------------------------------------- default kernels
 
 _warned_devices: set[str] = set()
@@ -314,8 +337,9 @@ def reference_kernel(op: str, why_not_triton: Callable[[], str | None] = lambda:
 
 
 for _name in KERNELS:
-    # A custom STE is expected to run on the reference: no warning.
-    _kernel = reference.qrelu_backward if _name == "qrelu_backward_custom" else reference_kernel(_name)
+    # A custom STE is expected to run on the reference, and the scale of weights on a GPU: no warning.
+    _quiet = _name in ("qrelu_backward_custom", "weight_scale")
+    _kernel = getattr(reference, KERNELS[_name]) if _quiet else reference_kernel(_name)
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
 _library.impl("qsigned_backward", reference.qsigned_backward, "CompositeExplicitAutograd")
 

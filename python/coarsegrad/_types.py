@@ -71,12 +71,14 @@ SteName: TypeAlias = (
 SignedSteName: TypeAlias = Literal["clipped", "identity"]
 SignedAlphaGradName: TypeAlias = Literal["exact", "chain"]
 AlphaScale: TypeAlias = float | Literal["lsq"]
+WeightBits: TypeAlias = Literal[8, 4, 2, 1]
 
 BUILT_IN = tuple(Ste.__members__)
 ROUNDINGS = tuple(Rounding.__members__)
 ALPHA_GRADS = tuple(AlphaGrad.__members__)
 SIGNED_STES = get_args(SignedSteName)
 SIGNED_ALPHA_GRADS = get_args(SignedAlphaGradName)
+WEIGHT_BITS = get_args(WeightBits)
 
 _Option = TypeVar("_Option", bound=IntEnum)
 
@@ -96,6 +98,9 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which x of `dtype` is computed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
+
+# The most weights that share a scale: then no sum of integers overflows (docs/spec.md, section 7).
+MOST_WEIGHTS = 2**25
 
 # The most bits for which Inductor fuses a qrelu of which nothing is saved: a comparison and a select for each level.
 INDUCTOR_BITS = 4

@@ -273,6 +273,10 @@ def _integer_kernels(device: str) -> str:
     return f"{kernels} kernels{isa}"
 
 
+def _weight_kernels(device: str) -> str:
+    return "native kernels" if device == "cpu" and _ops.native is not None else "plain torch"
+
+
 def info() -> str:
     """Versions, the native library, threads, the backend of each device, and what is slow here, as text."""
     from . import __version__
@@ -294,6 +298,7 @@ def info() -> str:
             text = ", ".join(value) if isinstance(value, list) else str(value)
             lines.append((f"  built: {fact.replace('_', ' ')}", text))
     lines += [("integer layers", f"on {device}: {_integer_kernels(device)}") for device in _device_types()]
+    lines += [("weight scales", f"on {device}: {_weight_kernels(device)}") for device in _device_types()]
     lines.append(("torch.compile", f"fused by Inductor up to {INDUCTOR_BITS} bits if nothing is saved, else a call"))
     width = max(len(name) for name, _ in lines)
     text = "\n".join(f"{name.ljust(width)}  {value}" for name, value in lines) + f"\n\n{backends()!r}"

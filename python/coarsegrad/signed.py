@@ -23,6 +23,7 @@ from ._types import (
 )
 from .functional import overridable
 from .packing import active_packing, packs_graph
+from .parametrization import float_weight
 from .reference import signed_scale
 
 _qsigned = _ops.ops.qsigned.default
@@ -269,7 +270,8 @@ class QSigned(torch.nn.Module):
 def rotate_weight_(layer: torch.nn.Linear, size: int) -> None:
     """Rotate the weight of a Linear whose input is rotated: y = (x H) (W H)^T = x W^T, up to rounding.
 
-    layer: an nn.Linear; its weight is changed in place. Calling it twice restores the weight, up to rounding.
+    layer: an nn.Linear; its weight, under a `QWeight` the float one, is changed in place. Calling it twice restores the
+        weight, up to rounding.
     size: that of the rotation (`hadamard`); it must divide in_features.
 
     Raises TypeError or ValueError with the argument's name, what was got and what was wanted.
@@ -277,4 +279,7 @@ def rotate_weight_(layer: torch.nn.Linear, size: int) -> None:
     if not isinstance(layer, torch.nn.Linear):
         raise TypeError(f"layer must be an nn.Linear, got {type(layer).__name__}")
     check_group("size", size, layer.in_features)
-    layer.weight.copy_(hadamard(layer.weight, size))
+    weight = float_weight(layer)
+    if weight is None:
+        raise ValueError("layer must have a weight that is a parameter, got one that is computed")
+    weight.copy_(hadamard(weight, size))

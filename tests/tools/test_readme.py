@@ -23,6 +23,7 @@ PAGES_WITH_CODE = {
     "integer.md",
     "memory.md",
     "spec.md",
+    "weights.md",
 }
 
 

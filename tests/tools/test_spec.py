@@ -55,4 +55,5 @@ def test_sections_keep_their_numbers():
         "4. What is saved for backward",
         "5. The signed staircase",
         "6. Integer layers",
+        "7. Weights",
     ]

@@ -17,22 +17,22 @@ CSRC = ROOT / "csrc"
 ORDER = {
     "coarsegrad": """
         _text  _types  _inductor  _torch_internals  ste  _checks  _alphas  reference
-        _build  _C  _ops  _autograd  _signed  _fused
-        packing  integer  triton  backends  _dtensor  functional  nn  signed  gated  norms
+        _build  _C  _ops  _autograd  _signed  _weights  _fused
+        packing  _dtensor  functional  weights  parametrization  integer  triton  backends  nn  signed  gated  norms
         blocks  quantization  optim  memory  experiments  testing  __init__  __main__
     """.split(),
     "coarsegrad.packing": "saved  records  function  graphs  hooks  blocks  __init__".split(),
     "coarsegrad.blocks": "tags  conversion  norms  inputs  gates  attention  __init__".split(),
-    "coarsegrad.reference": "bits  staircase  signed  __init__".split(),
+    "coarsegrad.reference": "bits  staircase  signed  weights  __init__".split(),
     "coarsegrad.triton": """
         staircase  ste  kernels  qrelu  signed_kernels  signed  layer_kernels  layers  __init__
     """.split(),
     "coarsegrad.integer": """
-        weights  checks  reference  ops  exact  layers  moves  pools  sums  flow  report  rewriting  conversion
-        __init__
+        weights  checks  reference  ops  exact  layers  trained  moves  pools  sums  flow  names  report  rewriting
+        conversion  __init__
     """.split(),
     "coarsegrad.quantization": """
-        relus  source  editing  rewriting  running  frames  recording  report  surgery  dynamic  quantize
+        relus  source  editing  rewriting  running  frames  recording  report  surgery  dynamic  weights  quantize
         histogram  counting  watching  calibration  code_stats  __init__
     """.split(),
     "coarsegrad.experiments": """

@@ -4,6 +4,7 @@
 #include "tables.h"
 
 #include "../x86/compare_key.h"
+#include "../x86/search_codes.h"
 
 namespace cg::avx2 {
 

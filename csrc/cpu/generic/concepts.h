@@ -105,6 +105,13 @@ concept HasTables = requires(const A* entries, const uint8_t* codes) {
 };
 static_assert(HasTables<Vec<float>, float> && HasTables<Vec<double>, double>);
 
+// search_codes<top, shift>(): sums over the codes of whole registers of short magnitudes (weights.h).
+template <int kTop>
+concept SearchesCodes = requires(const int16_t* from, int count, int32_t inverse, int32_t (&sums)[2]) {
+  search_codes<kTop, 4>(from, count, inverse, sums);
+};
+static_assert(SearchesCodes<7> && SearchesCodes<127>);
+
 // CompareKey<T>: a register of numbers of T as what is compared fast (math/dtype.h). A staircase of up to kCompareBits
 // is made by comparisons, one of up to kSearchBits by look-ups, and one of more bits by arithmetic if kArithmetic; if
 // none of these, on vectors. floats() makes a Vec or a Pair, in an order of its own; rounded() is the way back.

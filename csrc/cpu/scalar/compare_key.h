@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../generic/no_compare_key.h"
+#include "search_codes.h"
 #include "tables.h"
 
 namespace cg::scalar {

@@ -2,8 +2,9 @@
 
 #include "../generic/hadamard.h"
 #include "../generic/signed.h"
+#include "../generic/weights.h"
 
 namespace cg {
 const SignedKernels kSignedKernelsDefault = {scalar::signed_alphas, scalar::signed_forward, scalar::signed_dequantize,
-                                             scalar::hadamard};
+                                             scalar::hadamard, scalar::weight_scales};
 }

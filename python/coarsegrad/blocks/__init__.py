@@ -12,11 +12,11 @@ from torch import nn
 from .attention import convert_attention, has_attention
 from .conversion import Conversion, Staircase, settings_of
 from .gates import GatedForward, convert_gates
-from .inputs import StaircaseInput, convert_inputs
+from .inputs import StaircaseInput, convert_inputs, is_transposed
 from .norms import checked_gradient, convert_norms
 from .tags import close_forward, open_forward
 
-__all__ = ["BlockOptions", "Conversion", "Staircase", "convert_blocks", "has_staircases"]
+__all__ = ["BlockOptions", "Conversion", "Staircase", "convert_blocks", "has_staircases", "is_transposed"]
 
 
 class BlockOptions:

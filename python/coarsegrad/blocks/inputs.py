@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import QReLU, QReLUConv2d, QReLULinear
+from ..parametrization import float_weight
 from ..signed import QSigned, hadamard
 from .conversion import CannotConvert, Conversion
 from .norms import staircased_norm
@@ -83,10 +84,10 @@ def features(layer: Any) -> int | None:
         return layer.in_features
     if isinstance(layer, _CONVS):
         return 0
-    return layer.nx if _is_transposed(layer) else None
+    return layer.nx if is_transposed(layer) else None
 
 
-def _is_transposed(layer: nn.Module) -> bool:
+def is_transposed(layer: nn.Module) -> bool:
     """Whether this is a linear layer of transformers whose weight is [in, out]."""
     module = sys.modules.get("transformers.pytorch_utils")
     return module is not None and isinstance(layer, module.Conv1D)
@@ -130,7 +131,7 @@ def _staircase_for(
 
 
 def _why_not_rotated(layer: nn.Module, size: int, rotation: int, owners: collections.Counter[int]) -> str:
-    weight = layer._parameters.get("weight")
+    weight = float_weight(layer)
     if not size:
         return "a convolution reads channels, not rows"
     if size % rotation:
@@ -143,6 +144,6 @@ def _why_not_rotated(layer: nn.Module, size: int, rotation: int, owners: collect
 @torch.no_grad()
 def _rotate_(layer: nn.Module, size: int) -> None:
     """Rotate the weight over the layer's input features. Twice gives the weight again, up to rounding."""
-    weight: Any = layer.weight
-    rows = weight.t() if _is_transposed(layer) else weight
+    weight: Any = float_weight(layer)
+    rows = weight.t() if is_transposed(layer) else weight
     rows.copy_(hadamard(rows, size))

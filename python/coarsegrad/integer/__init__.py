@@ -1,10 +1,11 @@
 """Integer inference: layers that read codes and integer weights, and add exactly."""
 
-from .checks import check_conv2d, check_linear
+from .._types import WEIGHT_BITS
+from .checks import check_conv2d, check_linear, check_weight_bits
 from .conversion import convert
 from .ops import KERNELS, integer_kernels, serving, warn_if_slow
 from .report import Converted, ConvertReport, Stayed
-from .weights import WEIGHT_BITS, round_weights
+from .weights import round_weights
 
 __all__ = [
     "KERNELS",
@@ -14,6 +15,7 @@ __all__ = [
     "Stayed",
     "check_conv2d",
     "check_linear",
+    "check_weight_bits",
     "convert",
     "integer_kernels",
     "round_weights",

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_bits
-from .weights import WEIGHT_BITS, row_bytes
+from .._types import WEIGHT_BITS
+from .weights import row_bytes
 
 
 def check_weight_bits(weight_bits: int) -> None:

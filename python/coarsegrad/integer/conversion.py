@@ -13,12 +13,13 @@ from .._torch_internals import set_preserved, tree_leaves, tree_map, without_tra
 from .checks import check_weight_bits
 from .ops import warn_if_slow
 from .rewriting import Rewriting
+from .trained import trained_codes, with_plain_weights
 
 _INTEGER_OP = "coarsegrad.integer_"
 
 
 def convert(
-    model: nn.Module, example_inputs: tuple, *, weight_bits: int | Mapping[str, int] = 8
+    model: nn.Module, example_inputs: tuple, *, weight_bits: int | Mapping[str, int] | None = None
 ) -> torch.fx.GraphModule:
     """A copy of a trained network for inference in which layers that read the output of a QReLU compute with integers.
 
@@ -36,26 +37,29 @@ def convert(
     example_inputs: a tuple of the model's positional arguments, on its device. The model is exported with them by
         torch.export; the first dimension of tensors is dynamic.
     weight_bits: 8 (integers in -127..127), 4 (-7..7), 2 (-2..1) or 1 (-1, 1): for all layers, or by the name of the
-        layer's module, 8 for those not named. Each output channel has a scale. 8 bits are nearly lossless by rounding
-        alone; 2 and 1 are for networks whose weights were trained for it.
+        layer's module; 8 for those not named, and for all if None. Each output channel has a scale. 8 bits are nearly
+        lossless by rounding alone; 2 and 1 are for networks whose weights were trained for it. A layer with a `QWeight`
+        has the codes and scales of that, and its bits: weight_bits must be None, leave it out, or agree.
 
     Returns a GraphModule in evaluation mode. Its `report` lists what became integer, and what stays float and why. The
     first time that there are no compiled kernels for its integer layers on their device, a warning says so.
 
-    Raises TypeError or ValueError for a wrong argument, a model in training mode, without a QReLU, or converted before;
-    and ValueError, with the reason, where the model does not run on example_inputs or torch.export cannot export it.
+    Raises TypeError or ValueError for a wrong argument, such as weight_bits that contradict a QWeight, a model in
+    training mode, without a QReLU, or converted before; and ValueError, with the reason, where the model does not run
+    on example_inputs or torch.export cannot export it.
 
     Source: Jacob et al. 2018, arXiv 1712.05877 (integer inference of networks trained with quantization).
     """
     _check(model, example_inputs, weight_bits)
-    graph_module = _exported(model, example_inputs)
+    trained = trained_codes(model)
+    graph_module = _exported(with_plain_weights(model) if trained else model, example_inputs)
     targets = {str(node.target) for node in graph_module.graph.nodes}
     if any(target.startswith(_INTEGER_OP) for target in targets):
         raise ValueError("model is converted already")
     if not any(target.startswith("coarsegrad.qrelu") for target in targets):
         raise ValueError("model must have a QReLU that runs on example_inputs; coarsegrad.quantize_ puts them in")
     _check_shapes_in(graph_module)
-    rewriting = Rewriting(graph_module, weight_bits)
+    rewriting = Rewriting(graph_module, weight_bits, trained)
     rewriting.run()
     converted = torch.fx.GraphModule(graph_module, without_tracer(graph_module.graph), type(model).__name__)
     _own_tensors(converted)
@@ -103,7 +107,7 @@ def _own_tensors(module: nn.Module) -> None:
                 part._buffers[name] = buffer.detach().clone()
 
 
-def _check(model: nn.Module, example_inputs: tuple, weight_bits: int | Mapping[str, int]) -> None:
+def _check(model: nn.Module, example_inputs: tuple, weight_bits: int | Mapping[str, int] | None) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if not isinstance(example_inputs, tuple):
@@ -114,9 +118,12 @@ def _check(model: nn.Module, example_inputs: tuple, weight_bits: int | Mapping[s
     meta = next((name for name, t in tensors if t.is_meta), None)
     if meta is not None:
         raise ValueError(f"model must hold values, but {meta} is on the meta device")
-    for bits in weight_bits.values() if isinstance(weight_bits, Mapping) else [weight_bits]:
+    given = weight_bits.values() if isinstance(weight_bits, Mapping) else [8 if weight_bits is None else weight_bits]
+    for bits in given:
         check_weight_bits(bits)
-    training = next((name for name, module in model.named_modules() if module.training), None)
+    # torch leaves the containers of a parametrization in training mode; they compute nothing.
+    modules = [(name, m) for name, m in model.named_modules() if not isinstance(m, (nn.ModuleDict, nn.ModuleList))]
+    training = next((name for name, module in modules if module.training), None)
     if training is not None:
         raise ValueError(f"model must be in evaluation mode, but {training or 'it'} is in training mode: model.eval()")
 

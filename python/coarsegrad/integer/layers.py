@@ -62,21 +62,24 @@ def integer_layer(
     weight_bits: int,
     norm: Norm | None = None,
     staircase: Staircase | None = None,
+    trained: tuple[Tensor, Tensor] | None = None,
 ) -> IntegerLayer:
     """The integer form of one layer. Raises CannotConvert.
 
     weight: [C, ...], a row in the order in which the op reads codes. The input is step * code, with codes of at most
     levels. step: one number; or one of each weight, in a shape that broadcasts against weight, and then the weights are
-    multiplied by it before rounding.
+    multiplied by it before rounding. trained: the integers, as flat rows, and their scales, instead of rounding.
     """
     tensors = [weight, bias, *([norm.mean, norm.var, norm.weight, norm.bias] if norm else [])]
     if not all(bool(t.isfinite().all()) for t in tensors if t is not None):
         raise CannotConvert("its parameters are not all finite")
     rows = weight.detach().double().cpu()
     if isinstance(step, Tensor):
+        if trained is not None:
+            raise CannotConvert("its input has several steps, which the codes of its QWeight cannot take in")
         rows, step = rows * step.cpu(), Fraction(1)
     rows, sign = rows.flatten(1), _signs(norm, rows.size(0))
-    integers, scales = choose_weights(rows, weight_bits)
+    integers, scales = choose_weights(rows, weight_bits) if trained is None else trained
     numbers = _numbers(integers * sign, scales, step, levels, bias, norm, staircase)
     if numbers[2] is not None and weight_bits == 2 and bool((integers * sign == 2).any()):
         # Thresholds are for sums that v rises with, and 2 bits hold no opposite of -2.

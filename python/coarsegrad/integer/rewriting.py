@@ -18,31 +18,38 @@ from .._types import Rounding, wide_dtype
 from .flow import CONVOLUTIONS, CONVOLUTIONS_1D, LAYERS, QRELUS, CodeFlow, normalize
 from .layers import CannotConvert, IntegerLayer, Norm, Staircase, integer_layer
 from .moves import MAX_POOLS, arguments, aten, each, first_input, is_identity, is_move, per_input, target
+from .names import described, name_of, op_name, source, weight_name
 from .pools import max_pool
 from .report import Converted, ConvertReport, Stayed
 from .sums import AVERAGES, average, weighted_sum
+from .trained import TrainedCodes
 
 
 class Rewriting:
     """One conversion of an exported module, in place."""
 
-    def __init__(self, module: torch.fx.GraphModule, weight_bits: int | Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        module: torch.fx.GraphModule,
+        weight_bits: int | Mapping[str, int] | None,
+        trained: Mapping[str, TrainedCodes],
+    ) -> None:
         normalize(module.graph)
         self._module, self._graph = module, module.graph
         self._flow = CodeFlow(module)
-        self._weight_bits = weight_bits
+        self._weight_bits, self._trained = weight_bits, trained
         self._code_nodes: dict[Node, Node] = {}  # node that carries codes -> the node of the codes themselves
         self.report = ConvertReport()
 
     def run(self) -> None:
         layers = [node for node in self._graph.nodes if node.target in LAYERS]
-        self._check_names([_name(node) for node in layers])
+        self._check_names([name_of(node) for node in layers])
         for layer in layers:
             if layer.args[0] in self._flow.codes:
                 self._convert(layer)
             else:
-                source = _source(layer.args[0])
-                self._stays(layer, f"reads {_described(source)}, {self._flow.why_not.get(source, 'not codes')}")
+                read = source(layer.args[0])
+                self._stays(layer, f"reads {described(read)}, {self._flow.why_not.get(read, 'not codes')}")
         self._finish()
         self._graph.lint()
         self._module.recompile()
@@ -51,17 +58,30 @@ class Rewriting:
         if isinstance(self._weight_bits, Mapping) and (unknown := set(self._weight_bits) - set(names)):
             raise ValueError(f"weight_bits must name layers of {sorted(set(names))}, got {sorted(unknown, key=str)}")
 
+    def _check_trained(self, layer: Node) -> None:
+        name, codes, wanted = name_of(layer), self._trained_codes(layer), self._weight_bits
+        asked = wanted.get(name) if isinstance(wanted, Mapping) else wanted
+        if codes is not None and asked not in (None, codes.bits):
+            raise ValueError(f"weight_bits must be {codes.bits} for {name}, as its QWeight has, or None, got {asked}")
+
+    def _trained_codes(self, layer: Node) -> TrainedCodes | None:
+        """What a layer's QWeight has, if the layer reads that very weight."""
+        return self._trained.get(name_of(layer)) if weight_name(layer) is not None else None
+
     def _bits_of(self, layer: Node) -> int:
+        if (codes := self._trained_codes(layer)) is not None:
+            return codes.bits
         if isinstance(self._weight_bits, Mapping):
-            return self._weight_bits.get(_name(layer), 8)
-        return self._weight_bits
+            return self._weight_bits.get(name_of(layer), 8)
+        return 8 if self._weight_bits is None else self._weight_bits
 
     def _stays(self, node: Node, why: str) -> None:
-        self.report.stayed.append(Stayed(_name(node), _described(node), why))
+        self.report.stayed.append(Stayed(name_of(node), described(node), why))
 
     # ---------------------------------------------------------------------------------------- layers
 
     def _convert(self, layer: Node) -> None:
+        self._check_trained(layer)
         norm, between, qrelu = self._after(layer)
         try:
             integer = self._integer_layer(layer, norm, qrelu)
@@ -115,10 +135,10 @@ class Rewriting:
         step = self._flow.step(x)
         if isinstance(step, Tensor):
             step = _row_steps(layer, weight, step)
-        rows = _rows(layer, weight)
-        return integer_layer(
-            rows, bias, step, self._flow.codes[x].levels, self._bits_of(layer), self._norm(norm), self._staircase(qrelu)
-        )
+        codes = self._trained_codes(layer)
+        chosen = None if codes is None else (_rows(layer, codes.integers).flatten(1).cpu(), codes.by_row())
+        rows, levels, bits = _rows(layer, weight), self._flow.codes[x].levels, self._bits_of(layer)
+        return integer_layer(rows, bias, step, levels, bits, self._norm(norm), self._staircase(qrelu), chosen)
 
     def _norm(self, norm: Node | None) -> Norm | None:
         if norm is None:
@@ -156,7 +176,7 @@ class Rewriting:
 
     def _emit(self, layer: Node, integer: IntegerLayer, levels: int | None) -> Node:
         """The op of an integer layer; levels: of its output codes, None for floats."""
-        weight, scale, offset, thresholds = self._stored(_name(layer), integer)
+        weight, scale, offset, thresholds = self._stored(name_of(layer), integer)
         x = first_input(layer)
         codes, bits = self._code_node(x), self._flow.codes[x].bits
         staircase = () if levels is None else (thresholds, levels)
@@ -246,8 +266,8 @@ class Rewriting:
             if node.op in ("call_function", "get_attr") and not node.users and not node.is_impure():
                 self._graph.erase_node(node)
             elif node in self._code_nodes and (node.target in QRELUS or self._has_one_step(node)):
-                why = f"reads codes of {_name(node)} as floats"
-                readers += [Stayed(_name(user), _described(user), why) for user in reversed(node.users)]
+                why = f"reads codes of {name_of(node)} as floats"
+                readers += [Stayed(name_of(user), described(user), why) for user in reversed(node.users)]
                 self._dequantize(node)
             elif node.target in QRELUS and node in self._flow.codes:
                 self._stays(node, "no layer reads it as codes")
@@ -283,10 +303,11 @@ class Rewriting:
     def _record(self, layer: Node, norm: Node | None, integer: IntegerLayer, codes: bool) -> None:
         given, report = arguments(layer), self.report
         weight, bias = self._known(given["weight"]), self._flow.constant(given["bias"])
-        what, output = f"{_op(layer)} {list(weight.shape)}", "codes" if codes else "float"
-        how = [f"with {_name(norm)}"] if norm else []
+        what, output = f"{op_name(layer)} {list(weight.shape)}", "codes" if codes else "float"
+        how = [f"with {name_of(norm)}"] if norm else []
         how += ["by thresholds"] if integer.thresholds is not None else []
-        report.converted.append(Converted(_name(layer), what, self._bits_of(layer), output, "; ".join(how)))
+        how += ["as trained"] if self._trained_codes(layer) is not None else []
+        report.converted.append(Converted(name_of(layer), what, self._bits_of(layer), output, "; ".join(how)))
         report.device = integer.weight.device.type
         report.integer_bytes += sum(t.nbytes for t in vars(integer).values() if t is not None)
         report.float_bytes += sum(t.nbytes for t in (weight, bias) if t is not None)
@@ -327,32 +348,3 @@ def _padding(padding: str | int | list[int], kernel: list[int], dilation: list[i
         return each(padding, len(kernel)), each(padding, len(kernel))
     total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation)]
     return [n // 2 for n in total], [n - n // 2 for n in total]
-
-
-def _name(node: Node) -> str:
-    """The module that a node is of, by its weight's name where it has one."""
-    weight = node.args[1] if node.target in LAYERS else None
-    if isinstance(weight, Node) and weight.op == "get_attr" and target(weight).endswith(".weight"):
-        return target(weight).removesuffix(".weight")
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return stack[-1][0] if stack else node.name
-
-
-def _source(node: Node) -> Node:
-    """Where the values of a node come from, before moves."""
-    while is_move(node) and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _op(node: Node) -> str:
-    packet = getattr(node.target, "overloadpacket", node.target)
-    return getattr(packet, "__name__", str(packet))
-
-
-def _described(node: Node) -> str:
-    if node.op in ("placeholder", "output"):
-        return "an input of the model" if node.op == "placeholder" else "the output of the model"
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    kind = str(stack[-1][1]).rpartition(".")[2].rstrip("'>") if stack else ""
-    return f"{_op(node)} of {kind}" if kind else _op(node)

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WEIGHT_BITS = (8, 4, 2, 1)
 _BLOCK = 32  # bytes: one AVX2 register, two of NEON, half of one of AVX-512
 
 # (the least and the largest integer, the scales that are tried for a row, as divisors of its largest magnitude)

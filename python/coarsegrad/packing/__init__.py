@@ -7,7 +7,7 @@ bit. Every view of y shares that storage, and the record is freed with it.
 
 from .blocks import pack_activations_, packed_activations
 from .graphs import packs_graph
-from .hooks import Packing, active_packing, packing_of, record_codes, record_product, square
+from .hooks import Packing, active_packing, packing_of, record_codes, record_product, record_source, square
 
 __all__ = [
     "Packing",
@@ -18,5 +18,6 @@ __all__ = [
     "packs_graph",
     "record_codes",
     "record_product",
+    "record_source",
     "square",
 ]

@@ -69,6 +69,15 @@ def record_codes(y: Tensor, codes: Tensor, alpha: Tensor, bits: int, group: int)
     record.publish(y)
 
 
+def record_source(op: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> None:
+    """Let y = op(x) be saved as x, from which op then makes it again. Of tensors x that live anyway."""
+    if active_packing() is None:
+        return
+    record = OutputRecord(y, (x.detach(),), None, Decoder(y, op))
+    record.attach_to(y)
+    record.publish(y)
+
+
 def record_product(op: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, product: Tensor) -> None:
     """Let product = op(a, b), elementwise, be saved as the codes of a and b, if both are outputs."""
     if active_packing() is None:

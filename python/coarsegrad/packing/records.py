@@ -14,6 +14,7 @@ from .._torch_internals import Hooks, metadata_of, raw_saved, saved_scalar, view
 from .saved import Decoder, SavedTensor, SharedMask
 
 _RECORD = "_coarsegrad_record"  # attribute of a storage; key in the metadata of a node
+_VIEWS = ("ViewBackward0", "UnsafeViewBackward0")
 
 
 class SavedView:
@@ -156,7 +157,7 @@ def record_of(t: Tensor) -> OutputRecord | None:
 def _converted(node: Node, result: Tensor) -> OutputRecord | None:
     """The record of a copy in another dtype, as autocast makes of a float32 output, or of a view of one."""
     origin = node.next_functions[0][0]
-    while origin is not None and origin.name() in ("ViewBackward0", "UnsafeViewBackward0"):
+    while origin is not None and _RECORD not in metadata_of(origin) and origin.name() in _VIEWS:
         origin = origin.next_functions[0][0]
     record = None if origin is None else metadata_of(origin).get(_RECORD, lambda: None)()
     return record and record.converted(result)

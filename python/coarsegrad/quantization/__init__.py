@@ -4,7 +4,7 @@ from ..blocks import Staircase
 from .calibration import METHODS, CalibratedLayer, CalibrationReport, calibrate
 from .code_stats import LayerStats, StatsReport, stats
 from .quantize import quantize_
-from .report import QuantizeReport, Replaced, Skipped
+from .report import QuantizedWeight, QuantizeReport, Replaced, Skipped
 
 __all__ = [
     "METHODS",
@@ -12,6 +12,7 @@ __all__ = [
     "CalibrationReport",
     "LayerStats",
     "QuantizeReport",
+    "QuantizedWeight",
     "Replaced",
     "Skipped",
     "Staircase",

@@ -1,4 +1,4 @@
-"""`quantize_`: replaces the ReLUs of any model by QReLUs, and inserts signed staircases, with a report and an undo."""
+"""`quantize_`: QReLUs for the ReLUs of any model, signed staircases, low-bit weights; with a report and an undo."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
+from .._types import WeightBits
 from ..blocks import BlockOptions, Conversion, convert_blocks
+from ..integer import check_weight_bits
 from ..nn import QReLU
 from .dynamic import DynamicConversion
 from .report import QuantizeReport, Skipped
 from .rewriting import find_calls, original
 from .surgery import Surgery
+from .weights import quantize_weights
 
 _WHY_PER_LAYER = {
     "inplace": "a QReLU is in place if the activation it replaces was",
@@ -26,7 +29,7 @@ _WHY_PER_LAYER = {
 
 def quantize_(
     model: nn.Module,
-    bits: int = 4,
+    bits: int | None = 4,
     *,
     rounding: str = "nearest",
     replace: tuple[type[nn.Module], ...] = (nn.ReLU, nn.ReLU6),
@@ -37,10 +40,12 @@ def quantize_(
     gates: int | Mapping[str, Any] | None = None,
     attention: int | Mapping[str, Any] | None = None,
     norms: str | None = None,
+    weight_bits: WeightBits | None = None,
     **settings: Any,
 ) -> QuantizeReport:
     """Replaces every ReLU of `model` by a `QReLU`, in place, and reports what was and was not replaced. On request it
-    also inserts signed staircases (`qsigned`, with a dynamic alpha), with which blocks without a ReLU keep codes.
+    also inserts signed staircases (`qsigned`, with a dynamic alpha), with which blocks without a ReLU keep codes, and
+    quantizes the weights (`QWeight`).
 
     Each place where an activation is called gets its own QReLU, with its own alpha. Found without running the model:
 
@@ -71,7 +76,7 @@ def quantize_(
     transformer encoder no longer uses its fused kernel, which contains a relu.
 
     model: any nn.Module, not yet compiled or wrapped (DDP, FSDP, accelerate's hooks): do that to the result.
-    bits: 1..8.
+    bits: 1..8. None: no activation is replaced; then example_inputs, fold_dropout and settings must not be given.
     rounding: "nearest" loses least accuracy on a network trained with ReLU (`python -m coarsegrad rounding`). The
         others are "ceil", QReLU's own default, and "hwgq". With ste `relu` and a fixed alpha "nearest" saves one more
         bit per element.
@@ -98,21 +103,27 @@ def quantize_(
     norms: the gradient of RMSNorm and LayerNorm where a layer with a staircase of `inputs` reads their output, as for
         `norm_staircase`: None: their own. "exact": the same, from x alone. "coarse": from the codes. Where something
         else reads the output as well, such as a residual sum, the norm also saves what it saves without.
+    weight_bits: 8, 4, 2 or 1 bits for the weight of every Linear, Conv1d to Conv3d, ConvTranspose1d to 3d, and Conv1D
+        of transformers, with a scale per output channel: each gets a `QWeight`, after a rotation of `inputs`. Further
+        calls with a filter_fn give other layers other bits. Not quantized are weights shared with an embedding, and
+        what `get_output_embeddings()` of a model of transformers returns; put a QWeight on it to have it.
     settings: keywords of `QReLU`, the same for all. By default alpha is a placeholder, the best for unit Gaussian
         inputs, to be set by `calibrate`.
 
     The signed staircases are hooks and attributes of instances: no class, submodule or entry of a state_dict is added,
-    and copies and pickles of the model have them. `filter_fn` is asked for each layer, gated MLP, attention module and
-    norm. In code compiled by torch.compile the output of a norm must not be written to in place before a layer reads
-    it. In a checkpointed function a norm outside of it has its own gradient for the layers inside.
+    and copies and pickles of the model have them. A layer with a QWeight has another class, and its weight another name
+    in the state_dict; it can be copied, but not pickled. `filter_fn` is asked for each layer, gated MLP, attention
+    module and norm. In code compiled by torch.compile the output of a norm must not be written to in place before a
+    layer reads it. In a checkpointed function a norm outside of it has its own gradient for the layers inside.
 
     A second call on the same model converts what is left. Returns a `QuantizeReport`; its `undo()` restores the model,
     rotated weights up to rounding.
 
     Raises TypeError or ValueError for what QReLU refuses, for keywords that differ from layer to layer (inplace,
     squared, dropout, num_channels, channel_dim), if `model` is itself an activation, if nothing was replaced and the
-    model had no QReLU and no signed staircase was asked for, and if an option for these finds nothing to convert; the
-    message lists what was skipped. Raises what the model raises on `example_inputs`, and
+    model had no QReLU and nothing else was asked for, and if an option finds nothing to convert; the message lists what
+    was skipped. For weight_bits also if a layer has a parametrization other than a QWeight, or if a weight belongs to
+    two modules of which one is not quantized. Raises what the model raises on `example_inputs`, and
     RuntimeError if the model, with float activations in the QReLUs, computes something else. The model is unchanged
     after an error.
     """
@@ -127,28 +138,38 @@ def quantize_(
     for name in settings.keys() & _WHY_PER_LAYER:
         raise TypeError(f"{name} cannot be set for all QReLUs: {_WHY_PER_LAYER[name]}")
     blocks = BlockOptions(inputs, gates, attention, norms)
-    settings["rounding"] = rounding
-    QReLU(bits, **settings)  # raises for wrong settings before anything is changed
-    surgery = Surgery(model, bits, tuple(replace), filter_fn or (lambda module, name: True), fold_dropout, settings)
-    report = surgery.report
-    conversion = None if example_inputs is None else DynamicConversion(surgery, example_inputs)
+    if weight_bits is not None:
+        check_weight_bits(weight_bits)
+    wanted, surgery = filter_fn or (lambda module, name: True), None
+    if bits is not None:
+        settings["rounding"] = rounding
+        QReLU(bits, **settings)  # raises for wrong settings before anything is changed
+        surgery = Surgery(model, bits, tuple(replace), wanted, fold_dropout, settings)
+    elif settings or fold_dropout or example_inputs is not None:
+        raise TypeError("bits must be 1..8 with arguments for QReLUs, got None")
+    report = QuantizeReport(_searched=False) if surgery is None else surgery.report
+    conversion = None if surgery is None or example_inputs is None else DynamicConversion(surgery, example_inputs)
     try:
-        surgery.run()
+        if surgery is not None:
+            surgery.run()
         if conversion is not None:
             conversion.run()
         if blocks:
-            _convert_blocks(surgery, blocks)
+            _convert_blocks(model, wanted, report, blocks)
+        if weight_bits is not None:  # after rotations
+            quantize_weights(model, weight_bits, wanted, report)
     except BaseException:
         report.undo()
         raise
-    if not report.replaced and not report.already and not blocks:
+    if not report.replaced and not report.already and not blocks and weight_bits is None:
         raise ValueError(_why_nothing_replaced(model, replace, report))
     return report
 
 
-def _convert_blocks(surgery: Surgery, options: BlockOptions) -> None:
-    report = surgery.report
-    made = Conversion(surgery.model, surgery.wanted, report.staircases, undo_steps=report._undo_steps)
+def _convert_blocks(
+    model: nn.Module, wanted: Callable[[nn.Module, str], bool], report: QuantizeReport, options: BlockOptions
+) -> None:
+    made = Conversion(model, wanted, report.staircases, undo_steps=report._undo_steps)
     convert_blocks(made, options)
     report.skipped += [Skipped(*entry) for entry in made.skipped]
 

@@ -4,7 +4,7 @@ Functions have the signatures of the ops of the same name (_ops.py); an option m
 thresholds, quotients and sums are float32, or float64 if x is float64.
 """
 
-from .bits import pack, unpack
+from .bits import from_memory_order, pack, unpack
 from .signed import (
     group_alphas,
     hadamard,
@@ -21,23 +21,28 @@ from .staircase import (
     levels,
     lsq_scale,
     number_of_scale,
+    per_element,
     qrelu_backward,
     qrelu_codes,
     qrelu_forward,
     qrelu_forward_,
     thresholds,
 )
+from .weights import WEIGHT_GRIDS, weight_scale
 
 __all__ = [
+    "WEIGHT_GRIDS",
     "_codes",
     "backward_from_slopes",
     "dequantize",
+    "from_memory_order",
     "group_alphas",
     "hadamard",
     "levels",
     "lsq_scale",
     "number_of_scale",
     "pack",
+    "per_element",
     "qrelu_backward",
     "qrelu_codes",
     "qrelu_forward",
@@ -49,4 +54,5 @@ __all__ = [
     "signed_scale",
     "thresholds",
     "unpack",
+    "weight_scale",
 ]

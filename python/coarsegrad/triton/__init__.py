@@ -1,5 +1,6 @@
 """The ops in Triton, for GPUs that the native library does not serve. Only this package imports triton."""
 
+from ..reference import weight_scale  # in plain torch, on any device
 from .layers import (
     integer_conv2d,
     integer_conv2d_float,
@@ -27,4 +28,5 @@ __all__ = [
     "qrelu_forward_",
     "qsigned_dequantize",
     "qsigned_forward",
+    "weight_scale",
 ]
