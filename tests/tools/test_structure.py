@@ -36,8 +36,8 @@ ORDER = {
         histogram  counting  watching  calibration  code_stats  __init__
     """.split(),
     "coarsegrad.experiments": """
-        files  arguments  download  measure  figures  checkpoints  data  cifar  text  smollm2  models  transformers
-        training  language  integers  mnist
+        files  arguments  download  measure  figures  processes  checkpoints  data  cifar  text  smollm2  models
+        transformers  training  language  integers  mnist
         table_runs  table_training  table_summary  table_figures  table  mnist_table  cifar_table
         synthetic_summary  synthetic_figures  synthetic
         finetune_options  finetune_report  finetune  rounding_report  rounding_tasks  rounding  memory

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from . import processes
 from .files import ExperimentError, replacing
 
 
@@ -17,8 +18,13 @@ def seed_of(*words: object) -> int:
 
 
 def save_checkpoint(path: Path, config: dict, parts: dict, history: list[dict]) -> None:
-    """Write the configuration, the history and the state_dict of each of the named parts."""
-    states = {name: part.state_dict() for name, part in parts.items()}
+    """Write the configuration, the history and the state_dict of each of the named parts, from process 0.
+
+    All processes must call this: shards are gathered.
+    """
+    states = {name: processes.whole(part.state_dict()) for name, part in parts.items()}
+    if processes.rank():
+        return
     with replacing(path) as file:
         torch.save({"config": config, "history": history, **states}, file)
 
@@ -41,7 +47,7 @@ def load_checkpoint(path: Path, config: dict, parts: dict) -> list[dict]:
             f"{path} is from a run with another configuration ({differences(there, config)}); {remedy}"
         )
     for name, part in parts.items():
-        part.load_state_dict(saved[name])
+        processes.load(part, saved[name])
     return history
 
 

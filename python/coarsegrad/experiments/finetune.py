@@ -16,7 +16,8 @@ from ..memory import saved_memory
 from ..nn import QReLU
 from ..packing import pack_activations_
 from ..quantization import QuantizeReport, calibrate, quantize_, stats
-from .arguments import ending, usable_device
+from . import processes
+from .arguments import ending
 from .checkpoints import differences
 from .files import ExperimentError
 from .finetune_options import ALPHA_LR, adapters, add_arguments, check, of_blocks, results_config, training_config
@@ -34,11 +35,11 @@ _TIMED_STEPS, _TIMED_SECONDS = 20, 60  # at most, and at least 3 steps
 
 def main(args: argparse.Namespace) -> None:
     """Run the command. Exits with a message and status 1 for an error of the user, with 130 after Ctrl-C."""
-    with ending("finetune", f"Finished steps are saved in {args.out}"):
-        _run(args)
+    with ending("finetune", f"Finished steps are saved in {args.out}"), processes.joined(args.device) as device:
+        _run(args, device)
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace, device: torch.device) -> None:
     try:
         from . import finetune_report, language
     except ImportError as error:
@@ -47,14 +48,14 @@ def _run(args: argparse.Namespace) -> None:
             "extra finetune"
         ) from error
     check(args)
-    device = usable_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     language.transformers.utils.logging.disable_progress_bar()
-    texts = {"data": load_texts(args.data) if args.data else shakespeare()[1]}
-    if not args.model:
-        folder = args.pretrain_data
-        texts["pretrain_data"] = load_texts(folder, "--pretrain-data") if folder else shakespeare()[0]
+    with processes.in_turn():
+        texts = {"data": load_texts(args.data) if args.data else shakespeare()[1]}
+        if not args.model:
+            folder = args.pretrain_data
+            texts["pretrain_data"] = load_texts(folder, "--pretrain-data") if folder else shakespeare()[0]
     results = _results(args, texts)
     names = ["float", *(f"{bits}bit" for bits in args.bits)]
     if any(name not in results["runs"] for name in names):
@@ -65,8 +66,10 @@ def _run(args: argparse.Namespace) -> None:
         for name, bits in zip(names, [None, *args.bits]):
             if name not in results["runs"]:
                 results["runs"][name] = job.run(name, bits)
-                finetune_report.save(results, args.out)
-    finetune_report.write(results, args.out)
+                if processes.rank() == 0:
+                    finetune_report.save(results, args.out)
+    if processes.rank() == 0:
+        finetune_report.write(results, args.out)
     print(f"\n{finetune_report.summary(results)}\n")
     print(*(args.out / name for name in finetune_report.FILES), sep="\n")
 
@@ -94,18 +97,26 @@ def _pretrain(args: argparse.Namespace, texts: Texts, device: torch.device) -> t
     from . import language
 
     config = training_config(
-        args, "pretraining", args.pretrain_steps, device, lr=args.pretrain_lr, layers=args.layers, width=args.width,
+        args, "pretraining", args.pretrain_steps, lr=args.pretrain_lr, layers=args.layers, width=args.width,
         vocabulary=args.vocabulary, data=texts.sha256,
     )  # fmt: skip
     tokenizer = language.train_tokenizer(texts.train, args.vocabulary)
     train, validation = _blocks(args, tokenizer, texts, "pretraining", device)
-    torch.manual_seed(args.seed)
-    model: Any = language.small_opt(tokenizer, args.layers, args.width, args.length).to(device)
-    optimizer = language.make_optimizer(model, args.pretrain_lr)
-    history = language.fit(model, optimizer, train, validation, config, args.out / "checkpoints" / "pretraining.pt")
+
+    def new() -> nn.Module:
+        torch.manual_seed(args.seed)
+        return language.small_opt(tokenizer, args.layers, args.width, args.length).to(device)
+
+    batch = processes.share(train[: args.batch_size])
+    trained = processes.parallel(new(), args.parallel, lambda model: language.next_token_loss(model, batch))
+    optimizer = language.make_optimizer(trained, args.pretrain_lr)
+    history = language.fit(trained, optimizer, train, validation, config, args.out / "checkpoints" / "pretraining.pt")
+    model: Any = processes.local(trained, new)
     folder = args.out / "checkpoints" / "pretrained"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if processes.rank() == 0:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    processes.wait()
     return history, folder
 
 
@@ -115,6 +126,11 @@ def _blocks(
     from . import language
 
     train = language.blocks(tokenizer, texts.train, args.length, what)
+    if len(train) < processes.count():
+        raise ExperimentError(
+            f"the {what} text is {len(train)} blocks of --length {args.length}, less than one for each of "
+            f"{processes.count()} processes"
+        )
     validation = language.blocks(tokenizer, texts.validation, args.length, "validation")
     return train.to(device), language.evenly(validation, args.validation).to(device)
 
@@ -126,7 +142,8 @@ class _Job:
         from . import language
 
         self._args, self._device, self._language = args, device, language
-        self._start, tokenizer = language.load_pretrained(source)
+        with processes.in_turn():
+            self._start, tokenizer = language.load_pretrained(source)
         self._start.to(device)
         positions = getattr(self._start.config, "max_position_embeddings", None)
         if positions is not None and args.length > positions:
@@ -144,22 +161,20 @@ class _Job:
         if bits:
             more |= {key: getattr(args, key) for key in ("ste", "rounding", "fixed_alpha", "alpha_lr")}
             more |= of_blocks(args)
-        config = training_config(args, name, args.steps, self._device, **more, **adapters(args))
-        model = self._trainable()
+        config = training_config(args, name, args.steps, **more, **adapters(args))
+        model = self._trainable(bits)
         result: dict = {"bits": bits}
         if bits:
-            self._quantize(model, bits)
             if _alphas(model):
-                used = min(_CALIBRATION_BATCHES * args.batch_size, len(self._train))
-                calibrate(model, ({"input_ids": batch} for batch in self._train[:used].split(args.batch_size)))
+                self._calibrate(model)
             result["logits"] = self._closeness(model)
         calibrated = _alphas(model)
-        if bits:
-            pack_activations_(model)
-        optimizer = language.make_optimizer(model, args.lr, self._alpha_lr(calibrated))
+        batch = processes.share(self._train[: args.batch_size])
+        trained = self._parallel(model, batch)
+        optimizer = language.make_optimizer(trained, args.lr, self._alpha_lr(calibrated))
         checkpoint = args.out / "checkpoints" / f"{name}.pt"
-        result["history"] = language.fit(model, optimizer, self._train, self._validation, config, checkpoint)
-        batch = self._train[: args.batch_size]
+        result["history"] = language.fit(trained, optimizer, self._train, self._validation, config, checkpoint)
+        model = processes.local(trained, lambda: self._trainable(bits))
         if bits:
             alphas = _alphas(model)
             result["layers"] = {
@@ -172,7 +187,7 @@ class _Job:
         model.train()
         result["kept_bytes"] = saved_memory(lambda: language.next_token_loss(model, batch)).total
         if bits:
-            result["step_seconds"] = self._step_seconds(model, optimizer, batch)
+            result["step_seconds"] = self._step_seconds(trained, optimizer, batch)
         elif not args.blocks:
             result["silent_loss"] = self._silent_loss()
         return result | {"environment": environment(self._device)}
@@ -194,13 +209,26 @@ class _Job:
             what = "cannot be quantized" if args.blocks else "has no ReLU"
             raise ExperimentError(f"--model {args.model} {what}: {error}") from error
 
-    def _trainable(self) -> nn.Module:
-        """A copy of the float model, to be trained."""
+    def _trainable(self, bits: int | None) -> nn.Module:
+        """A copy of the float model, to be trained; with bits, converted and packed."""
         model = copy.deepcopy(self._start)
-        if self._args.lora is None:
-            return model
-        torch.manual_seed(self._args.seed)  # of the adapters' weights
-        return self._language.with_lora(model, self._args.lora)
+        if self._args.lora is not None:
+            torch.manual_seed(self._args.seed)  # of the adapters' weights
+            model = self._language.with_lora(model, self._args.lora)
+        if bits:
+            self._quantize(model, bits)
+            pack_activations_(model)
+        return model
+
+    def _parallel(self, model: nn.Module, batch: Tensor) -> nn.Module:
+        return processes.parallel(model, self._args.parallel, lambda m: self._language.next_token_loss(m, batch))
+
+    def _calibrate(self, model: nn.Module) -> None:
+        """Each process calibrates on its share of the first batches; all get the same alphas."""
+        used = self._train[: _CALIBRATION_BATCHES * self._args.batch_size]
+        share = used[processes.rank() :: processes.count()]
+        batches = share.split(self._args.batch_size // processes.count())
+        calibrate(model, ({"input_ids": batch} for batch in batches))
 
     def _alpha_lr(self, alphas: dict[str, float]) -> float | None:
         relative = self._args.alpha_lr or ALPHA_LR * self._args.lr
@@ -230,10 +258,11 @@ class _Job:
     def _step_seconds(self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> dict[str, float]:
         """Median time of a training step of the float model and of this one, in turn. This changes both models."""
         language = self._language
-        other = self._trainable().train()
+        other = self._parallel(self._trainable(None).train(), batch)
         pairs = {"float": (other, language.make_optimizer(other, self._args.lr)), "quantized": (model, optimizer)}
         steps = {name: lambda pair=pair: language.train_step(*pair, batch) for name, pair in pairs.items()}
         (first,) = interleaved_times({"quantized": steps["quantized"]}, 1, self._device)["quantized"]
+        first = processes.mean(torch.tensor(first, device=self._device)).item()  # the same rounds in all processes
         rounds = min(_TIMED_STEPS, max(3, round(_TIMED_SECONDS / (2 * first))))
         times = interleaved_times(steps, rounds, self._device)
         return {name: statistics.median(seconds) for name, seconds in times.items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..ste import ROUNDINGS, stes
-from . import smollm2
+from . import processes, smollm2
 from .arguments import positive
 from .download import cache_folder
 from .files import ExperimentError
@@ -47,6 +47,10 @@ figure; OUT/checkpoints/ is only needed for training. Running the same command a
 continues from the last checkpoint, with the same results as without the interruption
 (bit for bit on a CPU); with other --bits it adds runs. If OUT has results of another
 configuration, the command stops and reports the difference.
+
+torchrun --nproc-per-node N -m coarsegrad finetune ... trains on N processes, by DDP
+or, with --parallel fsdp, FSDP2; with --device cuda, on a GPU each. The batches are
+those of one process. Weights, alphas and results agree up to rounding.
 """
 
 
@@ -86,7 +90,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RATE",
         help="peak learning rate, after a warm-up; decays to 0 along half a cosine (default 0.0005)",
     )
-    add("--batch-size", type=positive(int), default=16, metavar="N", help="blocks per step (default 16)")
+    add(
+        "--batch-size",
+        type=positive(int),
+        default=16,
+        metavar="N",
+        help="blocks per step, of all processes together (default 16)",
+    )
     add("--length", type=positive(int), default=128, metavar="N", help="tokens per block (default 128)")
     add(
         "--validation",
@@ -103,7 +113,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of evaluations and checkpoints per training (default 10)",
     )
     add("--seed", type=int, default=0, help="seed of the weights and the order of the blocks (default 0)")
-    add("--device", default="cpu", help="a torch device: cpu, cuda, cuda:1 (default cpu)")
+    add("--device", default="cpu", help="a torch device: cpu, cuda, cuda:1; under torchrun cpu or cuda (default cpu)")
+    add(
+        "--parallel",
+        choices=processes.MODES,
+        help="under torchrun, whether each process has all weights or a shard of them (default ddp)",
+    )
     add("--threads", type=positive(int), metavar="N", help="threads on a CPU (default: torch's choice)")
     add(
         "--out",
@@ -170,6 +185,8 @@ def check(args: argparse.Namespace) -> None:
         raise ExperimentError(f"--{given[0].replace('_', '-')} needs --blocks")
     args.group, args.attention_bits = args.group or 64, args.attention_bits or 8
     args.bits = args.bits or ([8, 6, 4] if args.blocks else [8, 4, 2, 1])
+    if processes.launched():
+        args.parallel = args.parallel or processes.MODES[0]
     heads = max(1, args.width // 64)
     if args.width % heads:
         raise ExperimentError(f"--width must be a multiple of 64, or below 128, got {args.width}")
@@ -177,6 +194,14 @@ def check(args: argparse.Namespace) -> None:
         raise ExperimentError(f"--length must be at least 2, got {args.length}")
     if args.blocks and 1 in args.bits:
         raise ExperimentError("--bits must be 2 to 8 with --blocks, got 1")
+    if args.parallel and not processes.launched():
+        raise ExperimentError(
+            f"--parallel {args.parallel} needs torchrun: torchrun --nproc-per-node N -m coarsegrad finetune ..."
+        )
+    if args.batch_size % processes.count():
+        raise ExperimentError(
+            f"--batch-size must be a multiple of the {processes.count()} processes, got {args.batch_size}"
+        )
     if args.fixed_alpha and args.alpha_lr:
         raise ExperimentError("--alpha-lr and --fixed-alpha exclude each other: the first is for learned alphas")
 
@@ -185,16 +210,17 @@ def results_config(args: argparse.Namespace, texts: dict[str, Texts]) -> dict:
     """Everything that results depend on: runs are added to a results file only if it agrees."""
     names = ("model",) if args.model else _OWN_MODEL
     config = {name: getattr(args, name) for name in (*names, *_FINETUNING)}
-    config |= of_blocks(args) | adapters(args)
+    config |= of_blocks(args) | adapters(args) | _parallel(args)
     return config | {f"{name}_sha256": part.sha256 for name, part in texts.items()}
 
 
-def training_config(args: argparse.Namespace, phase: str, steps: int, device: torch.device, **more: object) -> dict:
+def training_config(args: argparse.Namespace, phase: str, steps: int, **more: object) -> dict:
     """Everything that a training depends on: a checkpoint is resumed only if it agrees."""
     names = ("batch_size", "length", "validation", "seed")
     return {
         "phase": phase, "steps": steps, "every": math.ceil(steps / args.evaluations), **more,
-        **{name: getattr(args, name) for name in names}, "device": str(device), "threads": torch.get_num_threads(),
+        **{name: getattr(args, name) for name in names}, "device": str(torch.device(args.device)),
+        "threads": torch.get_num_threads(), **_parallel(args),
     }  # fmt: skip
 
 
@@ -206,3 +232,7 @@ def of_blocks(args: argparse.Namespace) -> dict:
 
 def adapters(args: argparse.Namespace) -> dict:
     return {"lora": args.lora} if args.lora else {}
+
+
+def _parallel(args: argparse.Namespace) -> dict:
+    return {"parallel": args.parallel, "processes": processes.count()} if args.parallel else {}

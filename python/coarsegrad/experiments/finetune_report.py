@@ -86,11 +86,13 @@ def summary(results: dict) -> str:
             f"before training, with calibrated alphas, and after. With all activations set to 0 it is {silent} before"
         )
         column = "activations: bytes saved for their outputs and masks, relative to float"
+    processes = config.get("processes", 1)
+    each = f" in each of {processes} processes ({config['parallel']})" if "parallel" in config else ""
     notes = (
         f"{pretrained}ppl: perplexity on the validation text {when}. vs float: ppl after, relative to "
         "float. logits: relative error before training. same top: how often the most likely token is that of float, "
-        f"before training. saved: for backward in a step on {config['batch_size']} x {config['length']} tokens, "
-        f"without weights. {column}. step: median time "
+        f"before training. saved: for backward in a step{each} on {config['batch_size'] // processes} x "
+        f"{config['length']} tokens, without weights. {column}. step: median time "
         f"of a packed training step, relative to float, in turn: {environment['cpu']}, device {environment['device']}, "
         f"threads {environment['threads']}, torch {environment['torch']}, backend {environment['backend']}."
     )
@@ -119,5 +121,6 @@ def _figure(results: dict) -> Figure:
         bars.legend(loc="lower right")
     else:
         bars.bar(list(runs), [run["kept_bytes"] / 2**20 for run in runs.values()])
-    bars.set(ylabel="MiB saved for backward", title="One training step")
+    each = ", per process" if "parallel" in results["config"] else ""
+    bars.set(ylabel=f"MiB saved for backward{each}", title="One training step")
     return figure

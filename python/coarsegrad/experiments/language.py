@@ -1,7 +1,7 @@
 """Causal language models: tokens, a small OPT, loading a pretrained model, perplexity and the training loop.
 
 Everything random in a step depends only on (seed, step), so a resumed run computes what an uninterrupted one does; on a
-CPU bit for bit, given the same number of threads.
+CPU bit for bit, given the same number of threads. Under torchrun, each process computes its share of every batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from ..optim import keep_positive, param_groups
-from . import smollm2
+from . import processes, smollm2
 from .checkpoints import load_checkpoint, save_checkpoint, seed_of
 from .files import ExperimentError
 
@@ -159,8 +159,10 @@ def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
 def validation_loss(model: nn.Module, tokens: Tensor, batch_size: int) -> float:
     """Mean of -log p(next token) over all blocks [N, T], in evaluation mode; its exp is the perplexity."""
     model.eval()
-    batches = tokens.split(batch_size)
-    return sum(next_token_loss(model, batch).item() * len(batch) for batch in batches) / len(tokens)
+    total = 0.0
+    for batch in tokens.split(batch_size):
+        total += processes.mean(next_token_loss(model, processes.share(batch))).item() * len(batch)
+    return total / len(tokens)
 
 
 def batch_of(tokens: Tensor, step: int, batch_size: int, seed: int) -> Tensor:
@@ -209,7 +211,7 @@ def fit(
     """
     phase, steps, every, batch_size = (config[name] for name in ("phase", "steps", "every", "batch_size"))
     scheduler = LambdaLR(optimizer, _rate(steps))
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    parts = {"model": processes.unwrapped(model), "optimizer": optimizer, "scheduler": scheduler}
     history = load_checkpoint(checkpoint, config, parts)
     if not history:
         history = [{"step": 0, "loss": None, "validation_loss": validation_loss(model, validation, batch_size)}]
@@ -219,10 +221,11 @@ def fit(
     with tqdm(total=steps, initial=step, desc=phase, unit="step", leave=False, disable=None) as bar:
         while step < steps:
             start, total, first = time.perf_counter(), 0.0, step
-            torch.manual_seed(seed_of(config["seed"], step))
+            torch.manual_seed(seed_of(config["seed"], step) ^ processes.rank())
             model.train()
             while step < min(first + every, steps):
-                loss = train_step(model, optimizer, batch_of(train, step, batch_size, config["seed"])).item()
+                batch = processes.share(batch_of(train, step, batch_size, config["seed"]))
+                loss = processes.mean(train_step(model, optimizer, batch)).item()
                 if not math.isfinite(loss):
                     raise ExperimentError(
                         f"the loss is {loss} in step {step + 1} of {phase}: training diverged; try a lower rate"
