@@ -256,6 +256,14 @@ def test_blocks_without_relu(folders, whole, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "of float" in printed and "self_attn.q_proj" in printed and "lm_head" not in printed
     assert re.search(r"self_attn +q, k and v +8\b", printed) and re.search(r"mlp +gate and up +8\b", printed)
+    run(folders, tmp_path / "out", "--model", model, *blocks, "--bits", "3", "--by-kind")
+    kinds = json.loads((tmp_path / "out" / "results.json").read_text())["by_kind"]["3"]
+    assert list(kinds) == [
+        "none", "gate and up", "q, k and v", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
+    ]  # fmt: skip
+    first = math.exp(report["runs"]["float"]["history"][0]["validation_loss"])
+    assert kinds["none"] == first and len(set(kinds.values())) == len(kinds)
+    assert re.search(r"^o_proj +[0-9.]+ [-+][0-9.]+%$", capsys.readouterr().out, flags=re.MULTILINE)
     with pytest.raises(SystemExit, match="group: 16 there, 32 now"):
         run(folders, tmp_path / "out", "--model", model, *blocks, "--group", "32")
 
@@ -375,6 +383,7 @@ def test_help():
         (["--rotation", "16"], "--rotation needs --blocks"),
         (["--attention-bits", "4"], "--attention-bits needs --blocks"),
         (["--gate-bits", "8"], "--gate-bits needs --blocks"),
+        (["--by-kind"], "--by-kind needs --blocks"),
         (["--device", "nonsense"], "--device nonsense cannot be used"),
         (["--data", "/nowhere"], "--data /nowhere lacks the folder train"),
         (["--pretrain-data", "/nowhere"], "--pretrain-data /nowhere lacks the folder train"),

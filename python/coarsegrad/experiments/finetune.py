@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..memory import saved_memory
 from ..nn import QReLU
@@ -58,7 +60,8 @@ def _run(args: argparse.Namespace, device: torch.device) -> None:
             texts["pretrain_data"] = load_texts(folder, "--pretrain-data") if folder else shakespeare()[0]
     results = _results(args, texts)
     names = ["float", *(f"{bits}bit" for bits in args.bits)]
-    if any(name not in results["runs"] for name in names):
+    kinds = [bits for bits in args.bits if args.by_kind and str(bits) not in results.get("by_kind", {})]
+    if kinds or any(name not in results["runs"] for name in names):
         (args.out / "checkpoints").mkdir(parents=True, exist_ok=True)
         if not args.model:
             results["pretraining"], source = _pretrain(args, texts["pretrain_data"], device)
@@ -68,6 +71,10 @@ def _run(args: argparse.Namespace, device: torch.device) -> None:
                 results["runs"][name] = job.run(name, bits)
                 if processes.rank() == 0:
                     finetune_report.save(results, args.out)
+        for bits in kinds:
+            results.setdefault("by_kind", {})[str(bits)] = job.by_kind(bits)
+            if processes.rank() == 0:
+                finetune_report.save(results, args.out)
     if processes.rank() == 0:
         finetune_report.write(results, args.out)
     print(f"\n{finetune_report.summary(results)}\n")
@@ -135,6 +142,9 @@ def _blocks(
     return train.to(device), language.evenly(validation, args.validation).to(device)
 
 
+_OPTIONS = {"input": "inputs", "gate and up": "gates", "q, k and v": "attention"}  # of quantize_, by a report's words
+
+
 class _Job:
     """Fine-tuning of one model on one text, once for each number of bits."""
 
@@ -192,17 +202,41 @@ class _Job:
             result["silent_loss"] = self._silent_loss()
         return result | {"environment": environment(self._device)}
 
-    def _quantize(self, model: nn.Module, bits: int) -> QuantizeReport:
+    def by_kind(self, bits: int) -> dict[str, float]:
+        """The perplexity before training with one kind of staircase alone, and with "none": in front of the layers of
+        one name, in gated MLPs, or in attention."""
+        report = self._quantize(copy.deepcopy(self._start), bits)
+        kinds: dict[str, tuple[str, set[str]]] = {}
+        for staircase in report.staircases:
+            if option := _OPTIONS.get(staircase.of):
+                kind = staircase.name.rpartition(".")[2] if option == "inputs" else staircase.of
+                kinds.setdefault(kind, (option, set()))[1].add(staircase.name)
+        found = {"none": self._perplexity(self._start)}
+        for kind, only in tqdm(kinds.items(), f"{bits}bit, by kind", unit="kind", leave=False, disable=None):
+            model = copy.deepcopy(self._start)
+            self._quantize(model, bits, only)
+            found[kind] = self._perplexity(model)
+        return found
+
+    def _perplexity(self, model: nn.Module) -> float:
+        return math.exp(self._language.validation_loss(model, self._validation, self._args.batch_size))
+
+    def _quantize(self, model: nn.Module, bits: int, only: tuple[str, set[str]] | None = None) -> QuantizeReport:
+        """only: (an option of `quantize_` for blocks, the modules to convert by it); None for all."""
         args = self._args
-        settings = {"ste": args.ste, "rounding": args.rounding, "learn_alpha": not args.fixed_alpha}
+        settings: dict[str, Any] = {"ste": args.ste, "rounding": args.rounding, "learn_alpha": not args.fixed_alpha}
         if args.blocks:
-            settings |= {
+            blocks = {
                 "inputs": {"bits": bits, "group": args.group, "rotation": args.rotation}, "norms": args.norms,
                 "gates": {"bits": max(bits, args.gate_bits or 0), "group": args.group},
                 "attention": max(bits, args.attention_bits),
-                # The logits' layer, and an adapter's second matrix, which reads a few numbers, stay as they are.
-                "filter_fn": lambda module, name: "lm_head" not in name and "lora_B" not in name,
             }  # fmt: skip
+            option, names = only or (None, set())
+            settings |= blocks if option is None else {option: blocks[option]}
+            # The logits' layer, and an adapter's second matrix, which reads a few numbers, stay as they are.
+            settings["filter_fn"] = lambda module, name: (
+                name in names if option else "lm_head" not in name and "lora_B" not in name
+            )
         try:
             return quantize_(model, bits, **settings)
         except ValueError as error:

@@ -147,6 +147,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="bits of queries, keys and values, at least those of the run (default 8)",
     )
+    signed(
+        "--by-kind",
+        action="store_true",
+        default=None,
+        help="also report the perplexity before training with one kind of staircase alone",
+    )
     own = parser.add_argument_group("the small OPT, without --model").add_argument
     own("--pretrain-data", type=Path, metavar="FOLDER", help="like --data, to pretrain on")
     own("--pretrain-steps", type=positive(int), default=1600, metavar="N", help="steps of pretraining (default 1600)")
@@ -180,7 +186,7 @@ def check(args: argparse.Namespace) -> None:
     Raises ExperimentError, naming the option.
     """
     args.blocks |= args.model == smollm2.NAME
-    given = [name for name in _BLOCKS[1:] if getattr(args, name) is not None]
+    given = [name for name in (*_BLOCKS[1:], "by_kind") if getattr(args, name) is not None]
     if given and not args.blocks:
         raise ExperimentError(f"--{given[0].replace('_', '-')} needs --blocks")
     args.group, args.attention_bits = args.group or 64, args.attention_bits or 8

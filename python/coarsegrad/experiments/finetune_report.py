@@ -96,6 +96,26 @@ def summary(results: dict) -> str:
         f"of a packed training step, relative to float, in turn: {environment['cpu']}, device {environment['device']}, "
         f"threads {environment['threads']}, torch {environment['torch']}, backend {environment['backend']}."
     )
+    tables = [format_table(header, rows), textwrap.fill(notes, 110)]
+    if by_kind := results.get("by_kind"):
+        tables += [_kinds(by_kind)]
+    return "\n\n".join(tables)
+
+
+def _kinds(by_kind: dict[str, dict[str, float]]) -> str:
+    """A row for each kind of staircase."""
+    header = ("staircases", *(f"{bits}bit" for bits in by_kind))
+    rows = []
+    for kind in next(iter(by_kind.values())):
+        cells = []
+        for found in by_kind.values():
+            more = "" if kind == "none" else f" {found[kind] / found['none'] - 1:+.2%}"
+            cells.append(f"{found[kind]:.3f}{more}")
+        rows.append((kind, *cells))
+    notes = (
+        "Perplexity before training with the staircases of one kind alone: in front of the layers of that name, in "
+        "gated MLPs, or in attention."
+    )
     return f"{format_table(header, rows)}\n\n{textwrap.fill(notes, 110)}"
 
 
