@@ -8,7 +8,6 @@ import io
 import json
 import math
 import os
-import random
 import re
 import sys
 import tarfile
@@ -20,28 +19,13 @@ import torch
 import transformers
 from interruptions import count_calls
 from paths import ROOT
+from small_finetune import BATCH, LENGTH, WIDTH, llama_folder, outcome, run, write_texts
 
 from coarsegrad.experiments import download, finetune, finetune_report, language, results, smollm2, text
 from coarsegrad.experiments.files import ExperimentError
 
-WIDTH, LENGTH, BATCH = 16, 16, 4
-OPTIONS = [
-    "--layers", "2", "--width", str(WIDTH), "--vocabulary", "300", "--length", str(LENGTH), "--batch-size", str(BATCH),
-    "--pretrain-steps", "6", "--steps", "4", "--evaluations", "2", "--validation", "5", "--bits", "8", "1",
-    "--threads", "1", "--lr", "0.01",
-]  # fmt: skip
 RUNS = ["float", "8bit", "1bit"]
 RESULTS = ROOT / "bench" / "results" / "finetune"
-
-
-def write_texts(folder, seed):
-    generator = random.Random(seed)
-    words = ["".join(generator.choices("abcdefgh", k=4)) for _ in range(20)]
-    for part, size in (("train", 700), ("validation", 100)):
-        (folder / part).mkdir(parents=True)
-        for name in "ab":
-            (folder / part / f"{name}.txt").write_text(" ".join(generator.choices(words, k=size)))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +40,6 @@ def small_and_contained(monkeypatch, tmp_path):
     monkeypatch.setenv("COARSEGRAD_CACHE", str(tmp_path / "cache"))
 
 
-def run(folders, out, *options):
-    parser = argparse.ArgumentParser()
-    finetune.add_arguments(parser)
-    threads = torch.get_num_threads()
-    texts = ["--pretrain-data", str(folders[0]), "--data", str(folders[1])]
-    try:
-        finetune.main(parser.parse_args([*texts, "--out", str(out), *OPTIONS, *options]))
-    finally:
-        torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def whole(folders, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
@@ -74,17 +47,6 @@ def whole(folders, tmp_path_factory):
         patch.setattr(finetune, "_TIMED_STEPS", 1)
         run(folders, out)
     return out
-
-
-def outcome(out):
-    """All numbers that must not depend on interruptions."""
-
-    def without_times(value):
-        if isinstance(value, dict):
-            return {k: without_times(v) for k, v in value.items() if k not in ("seconds", "step_seconds")}
-        return [without_times(v) for v in value] if isinstance(value, list) else value
-
-    return without_times(json.loads((out / "results.json").read_text()))
 
 
 def contents(out):
@@ -226,20 +188,6 @@ def test_a_model_without_relu_is_refused(folders, whole, tmp_path):
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-def llama_folder(folder, whole):
-    """The trained tokenizer with an untrained Llama, whose blocks have no ReLU."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(whole / "checkpoints" / "pretrained", local_files_only=True)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=LENGTH, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 def test_blocks_without_relu(folders, whole, tmp_path, capsys):
     model = llama_folder(tmp_path / "model", whole)
     blocks = ["--blocks", "--group", "16", "--rotation", "16", "--norms", "coarse", "--bits", "8", "3"]
@@ -369,6 +317,7 @@ def test_help():
         "smollm2",
         "--blocks",
         "same results",
+        "torchrun --nproc-per-node",
     ):
         assert words in printed
 
@@ -381,6 +330,7 @@ def test_help():
         (["--fixed-alpha", "--alpha-lr", "1"], "--alpha-lr and --fixed-alpha exclude each other"),
         (["--blocks"], "--bits must be 2 to 8 with --blocks, got 1"),
         (["--rotation", "16"], "--rotation needs --blocks"),
+        (["--parallel", "fsdp"], "--parallel fsdp needs torchrun: torchrun --nproc-per-node"),
         (["--attention-bits", "4"], "--attention-bits needs --blocks"),
         (["--gate-bits", "8"], "--gate-bits needs --blocks"),
         (["--by-kind"], "--by-kind needs --blocks"),

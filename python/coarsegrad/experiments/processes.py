@@ -5,8 +5,10 @@ Without torchrun there is one process, number 0, and every function here is triv
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -62,10 +64,18 @@ def joined(device: str) -> Iterator[torch.device]:
         with _quiet() if number else contextlib.nullcontext():
             yield own
     except BaseException:
+        atexit.register(exit_at_once)
         if not _is_first(store):
             raise SystemExit(1) from None
         raise
     dist.destroy_process_group()
+
+
+def exit_at_once() -> None:
+    """The end of a process that failed: without taking the group apart, which the others still use."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _own_device(name: str) -> torch.device:
