@@ -448,12 +448,21 @@ def test_pip_refuses_another_archive_before_its_code_runs(monkeypatch, tmp_path,
 # The results that are in the repository
 
 
-def test_the_page_of_the_docs_is_that_of_the_results():
-    page = RESULTS.parent.parent.parent / "docs" / "finetune-results.md"
+@pytest.mark.parametrize(
+    "page, folder, bits",
+    [
+        ("finetune-results.md", "finetune", [None, 8, 4, 2, 1]),
+        ("smollm2-results.md", "finetune-smollm2", [None, 8, 6, 4]),
+        ("smollm2-results.md", "finetune-smollm2-4bit", [None, 4]),
+    ],
+)
+def test_the_pages_of_the_docs_are_those_of_the_results(page, folder, bits):
+    page = ROOT / "docs" / page
     assert results.render(page.read_text(), page.parent) == page.read_text()
-    runs = finetune_report.ordered(json.loads((RESULTS / "results.json").read_text()))
-    assert [run["bits"] for run in runs.values()] == [None, 8, 4, 2, 1]
+    runs = finetune_report.ordered(json.loads((RESULTS.with_name(folder) / "results.json").read_text()))
+    assert [run["bits"] for run in runs.values()] == bits
     assert all("dirty" not in run["environment"]["git"] for run in runs.values())
+    assert f"(../bench/results/{folder}/finetune.png)" in page.read_text()
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]"])

@@ -79,7 +79,7 @@ def launched(*command):
     paths = os.pathsep.join([str(TESTS), os.environ["PYTHONPATH"]])
     return subprocess.run(
         [*torchrun, *command], env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True,
-        text=True,
+        text=True, timeout=900,
     )  # fmt: skip
 
 
