@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import oracle
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import coarsegrad as cg
-from coarsegrad._types import AlphaGrad, MaskKind, Rounding, Ste
+from coarsegrad._types import WEIGHT_BITS, AlphaGrad, MaskKind, Rounding, Ste
 
 ALPHA = torch.tensor([0.4])
 CHANNEL_ALPHA = torch.tensor([0.3, 0.4, 0.5])
@@ -179,6 +181,15 @@ def hadamard_samples():
     yield sample(0, 8), 8
 
 
+def weight_samples():
+    for bits, channel_dim in itertools.product(WEIGHT_BITS, (0, -1, None)):
+        for weight in (
+            sample(4, 5).requires_grad_(), sample(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+            sample(3, 4, dtype=torch.bfloat16).t(), sample(0, 3),
+        ):  # fmt: skip
+            yield weight, bits, channel_dim
+
+
 SAMPLES = {
     "qrelu": qrelu_samples,
     "qrelu_": lambda: qrelu_samples(inplace=True),
@@ -204,6 +215,9 @@ SAMPLES = {
     "qsigned_backward": signed_backward_samples,
     "qsigned_dequantize": signed_dequantize_samples,
     "hadamard": hadamard_samples,
+    "qweight": weight_samples,
+    "weight_scale": weight_samples,
+    "weight_codes": weight_samples,
     "gated_product": gated_samples,
     "gated_product_backward": lambda: gated_samples(with_gradient=True),
     "linear_backward_from_codes": layer_backward_samples,
