@@ -454,6 +454,7 @@ def test_pip_refuses_another_archive_before_its_code_runs(monkeypatch, tmp_path,
         ("finetune-results.md", "finetune", [None, 8, 4, 2, 1]),
         ("smollm2-results.md", "finetune-smollm2", [None, 8, 6, 4]),
         ("smollm2-results.md", "finetune-smollm2-4bit", [None, 4]),
+        ("smollm2-results.md", "finetune-smollm2-lora", [None, 8, 6]),
     ],
 )
 def test_the_pages_of_the_docs_are_those_of_the_results(page, folder, bits):
