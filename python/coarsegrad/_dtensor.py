@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -22,6 +22,14 @@ def is_dtensor(x: object) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
+def is_sharded(placement: Any, dim: int | None = None) -> bool:
+    """Whether processes have different elements, along `dim` if given. Of torch's strided shards its own is_shard says
+    no."""
+    if placement.is_replicate() or placement.is_partial():
+        return False
+    return dim is None or placement.dim == dim
+
+
 def on_shards(function: Callable[..., Tensor], x: DTensor, alpha: Tensor, channel_dim: int | None) -> DTensor:
     """function(x, alpha), elementwise in x and in x's memory format, on the local tensors.
 
@@ -33,13 +41,13 @@ def on_shards(function: Callable[..., Tensor], x: DTensor, alpha: Tensor, channe
     mesh = x.device_mesh
     placements = tuple(Replicate() if p.is_partial() else p for p in x.placements)
     x = x.redistribute(mesh, placements)
-    by_channel = [channel_dim is not None and p.is_shard(channel_dim % x.dim()) for p in placements]
+    by_channel = [channel_dim is not None and is_sharded(p, channel_dim % x.dim()) for p in placements]
     if any(by and type(p) is not Shard for by, p in zip(by_channel, placements)):
-        raise NotImplementedError(f"qrelu supports no per-channel alpha for a DTensor placed as {x.placements}")
+        raise NotImplementedError(f"alpha per channel takes no DTensor placed as {x.placements}")
     if not isinstance(alpha, DTensor):
         alpha = DTensor.from_local(alpha, mesh, [Replicate()] * mesh.ndim, run_check=False)
     alpha = alpha.redistribute(mesh, [Shard(0) if by else Replicate() for by in by_channel])
-    shares = [Shard(0) if by else Partial() if p.is_shard() else p for by, p in zip(by_channel, placements)]
+    shares = [Shard(0) if by else Partial() if is_sharded(p) else p for by, p in zip(by_channel, placements)]
     y = function(x.to_local(), alpha.to_local(grad_placements=shares))
     dense = x.is_contiguous(memory_format=suggest_memory_format(x))
     stride = x.stride() if dense else make_contiguous_strides_for(x.shape)

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _ops
 from ._alphas import initial_alpha, keep_wide
 from ._checks import check_alpha_scale, check_group, check_hadamard, check_option, check_signed, checked_values
-from ._dtensor import is_dtensor, on_shards
+from ._dtensor import is_dtensor, is_sharded, on_shards
 from ._torch_internals import nested_like
 from ._types import (
     SIGNED_ALPHA_GRADS,
@@ -115,7 +115,7 @@ def _sharded(x, alpha, bits, group, settings):
     if alpha is not None:
         call = functools.partial(qsigned, bits=bits, **settings)
         return on_shards(call, x, alpha, settings["channel_dim"])
-    if any(p.is_shard(x.dim() - 1) for p in x.placements):
+    if any(is_sharded(p, x.dim() - 1) for p in x.placements):
         raise NotImplementedError(
             f"qsigned with a dynamic alpha needs whole rows, got a DTensor placed as {x.placements}"
         )

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import coarsegrad as cg
 
@@ -103,6 +104,17 @@ def in_each_process(rank, folder):
         cg.qrelu_codes(distribute_tensor(X, mesh, [Shard(0)]), ONE, 2)
     with pytest.raises(ValueError, match=r"alpha must have shape \[1\]"):
         cg.qrelu(distribute_tensor(X, mesh, [Shard(0)]), torch.ones(2), 2)
+    local = X[:, 4 * rank : 4 * rank + 4].contiguous()
+    strided = DTensor.from_local(local, mesh, [_StridedShard(1, split_factor=2)], run_check=False)
+    for staircase in (cg.qrelu, cg.qsigned):
+        with pytest.raises(NotImplementedError, match="alpha per channel takes no DTensor placed as"):
+            staircase(strided, CHANNELS, 2, channel_dim=1)
+    with pytest.raises(NotImplementedError, match="needs whole rows, got a DTensor placed as"):
+        cg.qsigned(strided, None, 4)
+    alpha = ONE.clone().requires_grad_()
+    y = cg.qrelu(strided, alpha, 2, alpha_grad="exact")
+    y.to_local().sum().backward()
+    found["strided"] = [whole(alpha.grad)]
     fused = cg.nn.QReLULinear(cg.QReLU(2, alpha=0.3), nn.Linear(8, 4, bias=False))
     with torch.no_grad():
         fused.layer.weight.copy_(DY[:4])
@@ -149,6 +161,13 @@ def test_outputs_and_gradients(found, case, where):
             assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
             for grad, wanted in zip(got[2:], want[2:], strict=True):
                 torch.testing.assert_close(grad, wanted)
+
+
+def test_alphas_gradient_is_summed_over_strided_shards(found):
+    alpha = ONE.clone().requires_grad_()
+    cg.qrelu(X, alpha, 2, alpha_grad="exact").sum().backward()
+    for process in found:
+        torch.testing.assert_close(process["strided"][0], alpha.grad)
 
 
 @pytest.mark.parametrize("name", ["plain", "packed"])
