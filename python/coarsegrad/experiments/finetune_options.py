@@ -26,8 +26,9 @@ _DESCRIPTION = """
 Fine-tunes a causal language model: in float, and with each number of bits from the
 same weights, on the same batches in the same order. The bits are those of its ReLUs,
 or, with --blocks, of the inputs of its layers but the last, of gated MLPs and of
-attention, as in Llama or Qwen. Reports the perplexity on held-out text before (with calibrated alphas) and
-after, the bytes saved for backward, and the time of a step relative to float.
+attention, as in Llama or Qwen. Reports the perplexity on held-out text before (with
+calibrated alphas) and after, the bytes saved for backward, and the time of a step
+relative to float.
 """
 _EPILOG = f"""
 --model takes what AutoModelForCausalLM and AutoTokenizer load: a folder, in which
