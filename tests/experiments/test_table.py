@@ -31,7 +31,9 @@ STES = (*BUILT_IN, "reverse_exponential_step")
 BATCH = 8
 RUNS = (Run("full", 2, "relu"), Run("full", 2, "identity"), Run("short", 4, "relu", seed=1),
         Run("short", 4, "relu", "exact", True, seed=1),
-        Run("short", 4, "clipped_relu+relu+clipped_relu", seed=1, range_bits=2))  # fmt: skip
+        Run("short", 4, "clipped_relu+relu+clipped_relu", seed=1, range_bits=2),
+        Run("short", 4, "relu", seed=1, weight_bits=1), Run("short", 4, "relu", seed=1, weight_bits=1, rho=0.5),
+        Run("short", 4, "relu", seed=1, weight_bits=2))  # fmt: skip
 
 
 def small_load(folder):
@@ -73,6 +75,8 @@ def outcome(out):
     for result in read.values():
         for row in result["history"]:
             del row["seconds"]
+        for network in ("float", "simulated", "integer") if result.get("integers") else ():
+            del result["integers"][network]["batch_seconds"]
     return read
 
 
@@ -107,7 +111,7 @@ def test_what_it_leaves(whole):
         best = max(history, key=lambda epoch: epoch["test_accuracy"])
         assert (float(row["best_test_accuracy"]), int(row["best_epoch"])) == (best["test_accuracy"], best["epoch"])
     assert sorted(path.name for path in whole.glob("*.png")) == [
-        "accuracy-full.png", "accuracy-short.png", "features-full.png"]  # fmt: skip
+        "accuracy-full.png", "accuracy-short.png", "features-full.png", "weights-short.png"]  # fmt: skip
     alphas = got["short/4bit-relu-exact_alpha-per_channel-seed1/results.json"]["alpha"]
     assert all(alphas[f"act{i}"]["min"] < alphas[f"act{i}"]["max"] for i in (1, 2, 3))
     alphas = got["short/4bit-clipped_relu+relu+clipped_relu-range_of_2bit-seed1/results.json"]["alpha"]
@@ -130,6 +134,33 @@ def test_the_shares_are_those_of_the_network_that_a_run_ends_with(whole, tmp_pat
         assert got[name]["zero"] == pytest.approx((u <= 0).double().mean().item(), abs=1e-4)
         assert got[name]["saturated"] == pytest.approx((u > 3).double().mean().item(), abs=1e-4)
         assert 0 < got[name]["saturated"] < got[name]["zero"] < 1
+
+
+def test_weights_of_few_bits(whole):
+    """They are those that a run ends with, as integers, and the blended step has another result than the plain one."""
+    runs = RUNS[-3:]
+    names = [run.name for run in runs]
+    assert names == [
+        "short/4bit-relu-1bit_weights-seed1", "short/4bit-relu-1bit_weights-rho0.5-seed1",
+        "short/4bit-relu-2bit_weights-seed1"]  # fmt: skip
+    rows, ended = dict(zip(RUNS, csv.DictReader((whole / "runs.csv").open()))), {}
+    for run in runs:
+        result = json.loads((whole / run.name / "results.json").read_text())
+        found = result["integers"]
+        assert found["differing"] == 0 and found["weight_bits"] == run.weight_bits
+        model = models.quantized(models.lenet5(nn.ReLU), 4, "relu", weight_bits=run.weight_bits)
+        model.load_state_dict(torch.load(whole / run.name / "checkpoint.pt")["model"])
+        ended[run] = model.state_dict()["fc1.parametrizations.weight.original"]
+        test = small_load(None)[1]
+        accuracy = (model.eval()(test.x).argmax(1) == test.y).double().mean().item()
+        assert found["simulated"]["test_accuracy"] == found["integer"]["test_accuracy"] == accuracy
+        assert accuracy == result["history"][-1]["test_accuracy"]
+        # conv2 and fc1 and fc2 read codes; conv1 stays float
+        weights = 20 * 50 * 25 + 800 * 500 + 500 * 10
+        least = 4 * 20 * 25 + weights * run.weight_bits / 8
+        assert least < found["integer"]["bytes"] < least + 20_000 < found["float"]["bytes"] / 12
+        assert float(rows[run]["integer_test_accuracy"]) == accuracy
+    assert not torch.equal(ended[runs[0]], ended[runs[1]])
 
 
 def test_an_estimator_for_each_activation():
@@ -239,8 +270,8 @@ def test_parts_of_a_table(whole, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Not run: all." in printed
     assert (
-        "Not run: at 4 bits `relu-exact_alpha-per_channel`, `clipped_relu+relu+clipped_relu-range_of_2bit`."
-        in " ".join(printed.split())
+        "Not run: at 4 bits `relu-exact_alpha-per_channel`, `clipped_relu+relu+clipped_relu-range_of_2bit`, "
+        "`relu-1bit_weights`, `relu-1bit_weights-rho0.5`, `relu-2bit_weights`." in " ".join(printed.split())
     )
 
 
@@ -329,6 +360,29 @@ def test_summary_means_and_spreads():
     assert "seed 1 (2) start from more than one float network" in plain and "seed 0" not in plain
 
 
+def test_summary_of_weights_of_few_bits():
+    def network(bytes, seconds, accuracy):
+        return {"test_accuracy": accuracy, "bytes": bytes, "batch_seconds": seconds}
+
+    one_bit = Run("short", 4, "relu", weight_bits=1)
+    runs = [
+        Run("short", 4, "relu"),
+        one_bit,
+        *(dataclasses.replace(one_bit, **how) for how in ({"seed": 1}, {"rho": 1e-5})),
+    ]
+    done = [made_up(run, 0.9, accuracy) for run, accuracy in zip(runs, (0.993, 0.99, 0.992, 0.994))]
+    for (_, result), share, differing in zip(done[1:], (20, 30, 25), (0, 3, 1)):
+        result["integers"] = {"float": network(614400, 4e-3, 0.994), "integer": network(614400 // share, 1e-3, 0.98),
+                              "differing": differing, "weight_bits": 1}  # fmt: skip
+    small = dataclasses.replace(SMALL, runs=(*runs, Run("short", 4, "relu", weight_bits=2)))
+    rows = [" ".join(line.split()) for line in "".join(summary(small, "short", done)).splitlines()]
+    assert "4 relu yes 1 99.30 99.30 99.40" in rows
+    assert "4 relu 32 1 99.30 99.30 -0.10" in rows
+    assert "4 relu 1 0 2 99.10 +- 0.14 99.10 +- 0.14 -0.30 +- 0.14 98.00 +- 0.00 3 25 1/25.0 0.25x" in rows
+    assert "4 relu 1 1e-05 1 99.40 99.40 +0.00 98.00 1 24 1/25.0 0.25x" in rows
+    assert any("Not run: at 4 bits `relu-2bit_weights`." in row for row in rows)
+
+
 def test_summary_of_an_estimator_for_each_layer_and_of_another_range():
     mixed, ranged = Run("full", 2, "relu+clipped_relu+relu"), Run("full", 2, "relu", range_bits=4)
     then = Run("full", 2, "relu_then_clipped_relu")
@@ -367,6 +421,12 @@ def test_the_grids(name, whole_table):
     if name == "mnist":
         short = {(r.bits, r.ste, r.seed) for r in whole_table.runs if r.schedule == "short" and not r.learn_alpha}
         assert short == set(product(bits, STES, (0, 1, 2)))
+        weights = {(r.schedule, r.bits, r.weight_bits, r.rho, r.seed) for r in whole_table.runs if r.weight_bits}
+        grid = [
+            *product(["short"], bits, bits, (None, 1e-5), (0, 1, 2)),
+            *product(["full"], bits, bits, (None, 1e-5), [0]),
+        ]
+        assert weights == set(grid) and len(weights) == 54 + 18
         learned = {(r.learn_alpha, r.per_channel, r.seed) for r in whole_table.runs if r.learn_alpha}
         assert learned == set(product(ALPHA_GRADS, (False, True), (0, 1, 2)))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .._text import format_table
 from ..integer import ConvertReport, convert, round_weights
@@ -23,21 +24,15 @@ _MOST_DIFFERING = 1e-3
 
 
 def measure_integers(float_model: nn.Module, model: nn.Module, test: Split, batch: Split, weight_bits: int) -> dict:
-    """Test accuracy, bytes and seconds per batch of the float network, of `model` and of `model` converted.
-
-    Raises ExperimentError if the converted network and the simulated one, `model` with its weights rounded, predict
-    different classes for more than one image in a thousand.
-    """
+    """Test accuracy, bytes and seconds per batch of the float network, of `model` and of `model` converted; and the
+    number of test images for which the converted network and the simulated one, `model` with its weights rounded,
+    predict different classes. weight_bits: of the weights that are not trained to few bits."""
     model = copy.deepcopy(model).eval()
     converted = convert(model, (batch.x,), weight_bits=weight_bits)
     report: Any = converted.report
     predictions = _predictions(converted, test.x)
     expected = _predictions(_simulated(model, report), test.x)
     differing = int((predictions != expected).sum())
-    if differing > _MOST_DIFFERING * len(test.y):
-        raise ExperimentError(
-            f"the converted network and the simulated one differ in {differing} of {len(test.y)} predictions"
-        )
     networks = {"float": copy.deepcopy(float_model).eval(), "simulated": model, "integer": converted}
     seconds = interleaved_times(
         {name: functools.partial(_forward, network, batch.x) for name, network in networks.items()},
@@ -53,6 +48,16 @@ def measure_integers(float_model: nn.Module, model: nn.Module, test: Split, batc
         for name, network in networks.items()
     }
     return results | {"weight_bits": weight_bits, "differing": differing, "report": str(report)}
+
+
+def check_same(results: dict, images: int) -> None:
+    """Raises ExperimentError if the converted and the simulated network of `measure_integers` predict different classes
+    for more than one image in a thousand."""
+    differing = results["differing"]
+    if differing > _MOST_DIFFERING * images:
+        raise ExperimentError(
+            f"the converted network and the simulated one differ in {differing} of {images} predictions"
+        )
 
 
 def integers_table(results: dict, images: int, batch_size: int, bits: int) -> str:
@@ -80,6 +85,8 @@ def _simulated(model: nn.Module, report: ConvertReport) -> nn.Module:
     """The network with the weights of its integer layers rounded, in floats."""
     model = copy.deepcopy(model)
     for row in report.converted:
+        if is_parametrized(model.get_submodule(row.name), "weight"):  # trained to few bits: it is rounded as it is
+            continue
         weight = model.get_parameter(f"{row.name}.weight")
         weight.data = round_weights(weight, row.weight_bits).to(weight.dtype)
     return model

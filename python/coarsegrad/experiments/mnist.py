@@ -24,7 +24,7 @@ from .arguments import ending, positive, usable_device
 from .data import Mnist, Split, load_mnist
 from .download import cache_folder
 from .files import ExperimentError, replacing
-from .integers import integers_table, measure_integers
+from .integers import check_same, integers_table, measure_integers
 from .measure import environment, interleaved_times, peak_bytes
 from .models import lenet5, quantized
 from .training import ALPHA_LR, fit, make_optimizer, train_step
@@ -145,6 +145,7 @@ def _run(args: argparse.Namespace) -> None:
     integers = None
     if args.convert:
         integers = measure_integers(float_model, model, mnist.test, batch, args.convert)
+        check_same(integers, len(mnist.test.y))
     report = {"config": config, "environment": environment(device), "results": results, "history": history}
     with replacing(folder / "results.json") as file:
         file.write(json.dumps(report | {"integers": integers}, indent=2).encode() + b"\n")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._types import RoundingName
 from ..nn import QReLU, half_gaussian_alpha
+from ..quantization import quantize_
 
 
 def lenet5(activation: Callable[[], nn.Module]) -> nn.Sequential:
@@ -155,6 +156,7 @@ def quantized(
     learn_alpha: str | None = None,
     per_channel: bool = False,
     range_bits: int | None = None,
+    weight_bits: Literal[8, 4, 2, 1] | None = None,
 ) -> nn.Module:
     """A copy of a trained network with a QReLU in place of each nn.ReLU.
 
@@ -162,6 +164,7 @@ def quantized(
     `learn_alpha` is the rule of alpha's gradient; None keeps alpha fixed at the half-Gaussian optimum.
     `per_channel`: one alpha per channel of the BatchNorm before the activation, instead of one per activation.
     `range_bits`: choose alpha so that the top level is that of the optimum at this number of bits instead of `bits`.
+    `weight_bits`: of the weights of all layers; None keeps them float.
     """
     learn: dict[str, Any] = {} if learn_alpha is None else {"learn_alpha": True, "alpha_grad": learn_alpha}
     alpha = None
@@ -184,4 +187,6 @@ def quantized(
                     bits, alpha=alpha, ste=next(remaining), rounding=rounding, num_channels=num_channels, **learn
                 )
                 setattr(parent, name, activation.to(device))
+    if weight_bits is not None:
+        quantize_(model, bits=None, weight_bits=weight_bits)
     return model

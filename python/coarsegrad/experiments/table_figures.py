@@ -19,22 +19,29 @@ def figure_paths(folder: Path, schedule: str) -> dict[str, Path]:
     return {
         "Test error by epoch": folder / f"accuracy-{schedule}.png",
         "Inputs of the last layer on two principal components": folder / f"features-{schedule}.png",
+        "Test error by bits of the weights": folder / f"weights-{schedule}.png",
     }
 
 
 def draw(table: Table, results: list[tuple[Run, dict]], folder: Path) -> list[Path]:
-    """Draw two figures for each schedule with finished runs, of the runs with fixed alpha. Returns their paths."""
+    """Draw the figures of each schedule, of its finished runs with fixed alpha. Returns their paths."""
     paths = []
     for name, schedule in table.schedules.items():
-        mine = [(run, result) for run, result in results if run.schedule == name and run.learn_alpha is None]
-        if not mine:
-            continue
-        figures = [_accuracy(mine, f"{table.title}, {schedule.epochs} epochs")]
+        fixed = [(run, result) for run, result in results if run.schedule == name and run.learn_alpha is None]
+        mine = [(run, result) for run, result in fixed if run.weight_bits is None]
+        figures: list[Figure | None] = [None, None, None]
+        title = f"{table.title}, {schedule.epochs} epochs"
+        if mine:
+            figures[0] = _accuracy(mine, title)
         shown = [(run, result) for run, result in mine if run.seed == 0 and result["features"]]
         float_results = folder / float_folder(schedule, 0) / "results.json"
         if shown and float_results.exists():
-            figures.append(_features(json.loads(float_results.read_text()), shown, table.title))
+            figures[1] = _features(json.loads(float_results.read_text()), shown, table.title)
+        if len(mine) < len(fixed):
+            figures[2] = _weights(fixed, title)
         for path, figure in zip(figure_paths(folder, name).values(), figures):
+            if figure is None:
+                continue
             with replacing(path) as file:
                 figure.savefig(file, format="png", dpi=110)
             paths.append(path)
@@ -61,6 +68,49 @@ def _accuracy(results: list[tuple[Run, dict]], title: str) -> Figure:
         axes.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("test error, 100 - accuracy (%)")
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _weights(results: list[tuple[Run, dict]], title: str) -> Figure:
+    """Test error after the last epoch by bits of the weights, mean and range over the seeds: a panel per number of bits
+    of the activations, with a line for each kind of step."""
+    trained = [run for run, _ in results if run.weight_bits is not None]
+    bits, stes = sorted({run.bits for run in trained}), {run.ste for run in trained}
+    # Plain and blended steps at float weights are one.
+    lines = [(ste, rho) for ste in sorted(stes) for rho in sorted({run.rho or 0.0 for run in trained})]
+    widths = [32, *sorted({run.weight_bits or 32 for run in trained}, reverse=True)]
+    figure = Figure(figsize=(max(7.5, 3.2 * len(bits)), 3.6), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(1, len(bits), sharey=True, squeeze=False)[0]
+    drawn = {}
+    for axes, b in zip(panels, bits):
+        for number, (ste, rho) in enumerate(lines):
+            errors = {
+                width: [
+                    100 * (1 - result["history"][-1]["test_accuracy"])
+                    for run, result in results
+                    if (run.bits, run.ste, run.weight_bits or 32) == (b, ste, width)
+                    and run.range_bits is None and not result["diverged"]
+                    and (width == 32 or (run.rho or 0.0) == rho)
+                ]
+                for width in widths
+            }  # fmt: skip
+            at = [i for i, width in enumerate(widths) if errors[width]]
+            if not at:
+                continue
+            each = [errors[widths[i]] for i in at]
+            means = [sum(some) / len(some) for some in each]
+            spread = [[m - min(some) for m, some in zip(means, each)], [max(some) - m for m, some in zip(means, each)]]
+            place = [i + 0.06 * number for i in at]
+            name = f"{ste}, rho {rho:g}"
+            drawn[name] = axes.errorbar(place, means, spread, color=f"C{number}", marker="o", markersize=4, capsize=3)
+        axes.set(xlabel="bits of a weight", yscale="log", title=f"activations of {b} bit{'s' if b > 1 else ''}")
+        axes.set_xticks(range(len(widths)), [str(width) for width in widths])
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:.2g}")
+        axes.grid(alpha=0.3, which="both")
+    panels[0].set_ylabel("test error, 100 - accuracy (%)")
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 

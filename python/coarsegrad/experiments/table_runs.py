@@ -37,7 +37,8 @@ class Schedule:
 class Run:
     """One training with low-bit activations, from the float network of the same seed; see `models.quantized`.
 
-    ste may be "A_then_B": A until the first drop of the learning rate, then B.
+    ste may be "A_then_B": A until the first drop of the learning rate, then B. rho: of the blended step that trains
+    quantized weights; None for the plain one.
     """
 
     schedule: str
@@ -47,6 +48,8 @@ class Run:
     per_channel: bool = False
     seed: int = 0
     range_bits: int | None = None
+    weight_bits: int | None = None
+    rho: float | None = None
 
     @property
     def name(self) -> str:
@@ -56,7 +59,9 @@ class Run:
     def variant(self) -> str:
         alpha = f"-{self.learn_alpha}_alpha" if self.learn_alpha else ""
         of_range = f"-range_of_{self.range_bits}bit" if self.range_bits else ""
-        return self.ste + alpha + ("-per_channel" if self.per_channel else "") + of_range
+        weights = f"-{self.weight_bits}bit_weights" if self.weight_bits else ""
+        blended = f"-rho{self.rho:g}" if self.rho else ""
+        return self.ste + alpha + ("-per_channel" if self.per_channel else "") + of_range + weights + blended
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,11 @@ def read_results(table: Table, run: Run, out: Path, sha256: str | None = None) -
     return result
 
 
+def integers_of(result: dict) -> dict:
+    """What `measure_integers` found of the network that a run ended with; empty for one with float weights."""
+    return result.get("integers") or {}
+
+
 def write_results(report: dict, path: Path) -> None:
     with replacing(path) as file:
         file.write(json.dumps(report).encode() + b"\n")
@@ -123,6 +133,7 @@ def write_csv(results: list[tuple[Run, dict]], path: Path) -> None:
             "float_test_accuracy": result["start"]["test_accuracy"],
             "test_accuracy": history[-1]["test_accuracy"] if history else None,
             "best_test_accuracy": best.get("test_accuracy"), "best_epoch": best.get("epoch"),
+            "integer_test_accuracy": integers_of(result).get("integer", {}).get("test_accuracy"),
             "seconds": round(sum(row["seconds"] for row in history), 1),
         })  # fmt: skip
     text = io.StringIO()

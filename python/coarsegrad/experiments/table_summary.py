@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from .._text import format_table
 from ..ste import get_ste
-from .table_runs import Run, Schedule, Table
+from .table_runs import Run, Schedule, Table, integers_of
 
 Results = list[tuple[Run, dict]]
 
@@ -18,7 +18,8 @@ def summary(table: Table, schedule: str, results: Results) -> Iterator[str]:
     """The paragraphs about the runs of one schedule, with trailing newlines."""
     mine = [(run, result) for run, result in results if run.schedule == schedule]
     yield _paragraph(f"Schedule `{schedule}`: {_schedule(table.schedules[schedule])}.")
-    fixed = [(run, result) for run, result in mine if run.learn_alpha is None]
+    weights = [(run, result) for run, result in mine if run.weight_bits is not None]
+    fixed = [(run, result) for run, result in mine if run.learn_alpha is None and run.weight_bits is None]
     learned = [(run, result) for run, result in mine if run.learn_alpha is not None]
     if fixed:
         yield _indented(_fixed_table(fixed, table.schedules[schedule], table.published if schedule == "full" else {}))
@@ -27,6 +28,11 @@ def summary(table: Table, schedule: str, results: Results) -> Iterator[str]:
         base = [(run, result) for run, result in fixed if (run.bits, run.ste) in kinds and run.range_bits is None]
         yield "With fixed and with learned alpha:\n\n"
         yield _indented(_learned_table(base + learned))
+    if weights:
+        kinds = {(run.bits, run.ste) for run, _ in weights}
+        base = [(run, result) for run, result in fixed if (run.bits, run.ste) in kinds and run.range_bits is None]
+        yield "With weights of few bits, and the same networks converted to integers:\n\n"
+        yield _indented(_weights_table(base + weights))
     planned = [run for run in table.runs if run.schedule == schedule]
     if missing := _missing(planned, [run for run, _ in mine]):
         yield _paragraph(f"Not run: {missing}.")
@@ -82,6 +88,50 @@ def _learned_table(results: Results) -> str:
     return format_table(header, rows)
 
 
+def _weights_table(results: Results) -> str:
+    """Accuracies, bytes and times of the integers are means; differing predictions are those of all seeds."""
+    header = (
+        "bits", "ste", "weight bits", "rho", "seeds", "last epoch (%)", "best epoch (%)", "minus float (points)",
+        "integers (%)", "differing", "KiB", "of float", "time of float",
+    )  # fmt: skip
+    rows = []
+    for key, cell in _cells(results, lambda run: (run.bits, run.ste, run.weight_bits, run.rho)):
+        bits, ste, weight_bits, rho = key
+        rho_text = "" if weight_bits is None else f"{rho or 0:g}"
+        row = (
+            str(bits),
+            ste,
+            str(weight_bits or 32),
+            rho_text,
+            str(len(cell)),
+            *_accuracies(cell)[:2],
+            _minus_float(cell),
+        )
+        rows.append(((-bits, -(weight_bits or 32), rho or 0), (*row, *_integers(cell))))
+    return format_table(header, [row for _, row in sorted(rows, key=lambda pair: pair[0])])
+
+
+def _minus_float(cell: Results) -> str:
+    """The accuracy of the last epoch minus that of the float network of the same seed, mean and spread."""
+    whole = [result for _, result in cell if not result["diverged"]]
+    return _mean([r["history"][-1]["test_accuracy"] - r["start"]["test_accuracy"] for r in whole], "+.2f")
+
+
+def _integers(cell: Results) -> tuple[str, ...]:
+    """Of the converted networks: accuracy, predictions unlike the trained one's, bytes, and bytes and time of float."""
+    found = [integers for _, result in cell if (integers := integers_of(result))]
+    if not found:
+        return 5 * ("",)
+    pairs = [(one["integer"], one["float"]) for one in found]
+    return (
+        _mean([integer["test_accuracy"] for integer, _ in pairs]),
+        str(sum(one["differing"] for one in found)),
+        f"{statistics.mean(integer['bytes'] for integer, _ in pairs) / 1024:.0f}",
+        f"1/{statistics.mean(base['bytes'] / integer['bytes'] for integer, base in pairs):.1f}",
+        f"{statistics.mean(integer['batch_seconds'] / base['batch_seconds'] for integer, base in pairs):.2f}x",
+    )
+
+
 def _cells(results: Results, key) -> Iterable[tuple[tuple, Results]]:
     cells: dict[tuple, Results] = {}
     for run, result in results:
@@ -106,12 +156,12 @@ def _shares(cell: Results, of: str) -> str:
     return " ".join(f"{100 * statistics.mean(layer[of] for layer in layers):.0f}" for layers in zip(*found))
 
 
-def _mean(accuracies: list[float]) -> str:
+def _mean(accuracies: list[float], form: str = ".2f") -> str:
     if not accuracies:
         return ""
     percent = [100 * accuracy for accuracy in accuracies]
     spread = f" +- {statistics.stdev(percent):.2f}" if len(percent) > 1 else ""
-    return f"{statistics.mean(percent):.2f}{spread}"
+    return f"{statistics.mean(percent):{form}}{spread}"
 
 
 def _alpha(spreads: list[dict[str, float]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ..nn import QReLU
 from ..quantization import stats
 from .data import Split
+from .integers import measure_integers
 from .models import quantized
 from .table_runs import Run, Table, config_of, float_folder, write_results
 from .training import Diverged, fit
@@ -40,26 +42,39 @@ class Session:
         if jobs == 1:
             for run in runs:
                 print(f"\n{run.name}", flush=True)
-                self.train(run)
+                self.train(run)()
             return
         starts = {float_folder(self.table.schedules[run.schedule], run.seed): run for run in runs}
         for run in starts.values():  # no two threads may train the same one
             self._float_network(run)
         with ThreadPoolExecutor(jobs) as pool:
-            training = [pool.submit(self.train, run, f"{run.name}  ") for run in runs]
+            training = {pool.submit(self.train, run, f"{run.name}  "): run for run in runs}
+            at_the_end = []
             try:
                 for future in as_completed(training):
-                    future.result()
+                    write = future.result()
+                    if training[future].weight_bits is None:
+                        write()
+                    else:
+                        at_the_end.append(write)
             except BaseException:
                 self.stopped.set()
                 pool.shutdown(cancel_futures=True)
                 raise
+        for write in at_the_end:
+            write()
 
-    def train(self, run: Run, name: str = "") -> None:
-        """Train `run` and write its results; divergence is a result. `name` is a prefix of each line printed."""
+    def train(self, run: Run, name: str = "") -> Callable[[], None]:
+        """Train `run`; divergence is a result. `name` is a prefix of each line printed.
+
+        Returns what writes the results. With weights of few bits it must wait until no thread trains: it converts the
+        network by torch.export, which patches modules of all threads. The checkpoint has the training until then.
+        """
         float_model, start = self._float_network(run)
         ste, _, later = run.ste.partition("_then_")
-        model = quantized(float_model, run.bits, ste, "ceil", run.learn_alpha, run.per_channel, run.range_bits)
+        weight_bits: Any = run.weight_bits
+        alphas = run.learn_alpha, run.per_channel, run.range_bits
+        model = quantized(float_model, run.bits, ste, "ceil", *alphas, weight_bits)
         config = config_of(self.table, run) | {"data": self.sha256}
         folder = self.out / run.name
 
@@ -74,13 +89,22 @@ class Session:
         except Diverged as error:
             print(error)
             history, diverged = error.history, True
-        report = {
-            "config": config, "environment": self.environment, "start": start, "diverged": diverged,
-            "alpha": {name: _spread(m.alpha) for name, m in model.named_modules() if isinstance(m, QReLU)},
-            "shares": None if diverged else _shares(model, self.test_set),
-            "features": None if diverged or run.seed else project(model, self.test_set), "history": history,
-        }  # fmt: skip
-        write_results(report, folder / "results.json")
+
+        def write() -> None:
+            integers = None
+            if weight_bits and not diverged:
+                batch = self.test_set.first(self.table.schedules[run.schedule].batch_size)
+                integers = measure_integers(float_model, model, self.test_set, batch, weight_bits)
+            report = {
+                "config": config, "environment": self.environment, "start": start, "diverged": diverged,
+                "alpha": {name: _spread(m.alpha) for name, m in model.named_modules() if isinstance(m, QReLU)},
+                "shares": None if diverged else _shares(model, self.test_set),
+                "features": None if diverged or run.seed else project(model, self.test_set),
+                "integers": integers, "history": history,
+            }  # fmt: skip
+            write_results(report, folder / "results.json")
+
+        return write
 
     def _float_network(self, run: Run) -> tuple[nn.Module, dict]:
         """The trained network that `run` starts from, and what the results of `run` record about it."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from ..optim import keep_positive, param_groups
+from ..optim import blended, keep_positive, param_groups
 from .checkpoints import load_checkpoint, save_checkpoint, seed_of
 from .data import Split
 from .files import ExperimentError
@@ -46,9 +46,12 @@ class Diverged(ExperimentError):
         self.history = history
 
 
-def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9 and rate `lr`; learned alphas have rate `ALPHA_LR * lr` and stay positive."""
-    return keep_positive(torch.optim.SGD(param_groups(model, lr, alpha_lr=ALPHA_LR * lr), momentum=0.9), model)
+def make_optimizer(model: nn.Module, lr: float, rho: float | None = None) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9 and rate `lr`; learned alphas have rate `ALPHA_LR * lr` and stay positive. With `rho`,
+    quantized weights are blended before each step."""
+    sgd = torch.optim.SGD(param_groups(model, lr, alpha_lr=ALPHA_LR * lr), momentum=0.9)
+    optimizer = keep_positive(sgd, model)
+    return optimizer if rho is None else blended(optimizer, model, rho)
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,11 +89,11 @@ def fit(
     """Train `model` in place and return its history, one dict per epoch. `name` is a prefix of each line printed.
 
     `config` has phase, epochs, batch_size, lr, seed, and everything else that results depend on. With "lr_drops", a
-    list of epochs, lr is divided by 10 after each of them; otherwise it decays to 0 along half a cosine. If
-    `checkpoint` exists, training continues from there, or ends at once if it is complete. An epoch uses every sample
-    once, except an incomplete last batch; `augment` transforms a batch before its step. `before_epoch` is called with
-    the number of completed epochs. It may change what a step does only when lr drops, because a step captured on a GPU
-    is only recaptured then.
+    list of epochs, lr is divided by 10 after each of them; otherwise it decays to 0 along half a cosine. With "rho",
+    steps are blended. If `checkpoint` exists, training continues from there, or ends at once if it is complete. An
+    epoch uses every sample once, except an incomplete last batch; `augment` transforms a batch before its step.
+    `before_epoch` is called with the number of completed epochs. It may change what a step does only when lr drops,
+    because a step captured on a GPU is only recaptured then.
 
     Raises ExperimentError if the checkpoint has another configuration or cannot be read, or if the training set is
     smaller than one batch, and Diverged if the loss is not finite; the checkpoint keeps the finished epochs.
@@ -98,7 +101,7 @@ def fit(
     batches = len(train.y) // config["batch_size"]
     if batches == 0:
         raise ExperimentError(f"--batch-size {config['batch_size']} is more than the {len(train.y)} training images")
-    optimizer = make_optimizer(model, config["lr"])
+    optimizer = make_optimizer(model, config["lr"], config.get("rho"))
     scheduler = LambdaLR(optimizer, _lr_factor(batches, config["epochs"], config.get("lr_drops")))
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     history = load_checkpoint(checkpoint, config, parts)
