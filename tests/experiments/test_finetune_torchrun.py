@@ -23,6 +23,7 @@ from coarsegrad.experiments.files import ExperimentError
 
 WORLD, MODES = 2, ("ddp", "fsdp")
 OPT = ["--bits", "4", "--steps", "4"]
+WEIGHTS = ["--weight-bits", "8", "--head-bits", "8", "--rho", "0.01"]
 LLAMA = ["--blocks", "--group", "16", "--bits", "4", "--steps", "2", "--model"]
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
 finetune._TIMED_STEPS = 1
@@ -71,6 +72,7 @@ def in_each_process(folder, what):
         if what == "all":
             model = [*LLAMA, str(folder / "llama"), "--lora", "2"]
             joined_again(folders, folder / f"lora-{mode}", *model, "--parallel", mode)
+        joined_again(folders, folder / f"weights-{mode}", *OPT, *WEIGHTS, "--parallel", mode)
 
 
 def launched(*command):
@@ -89,6 +91,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("torchrun")
     folders = [write_texts(folder / name, name) for name in ("pretrain", "finetune")]
     run(folders, folder / "opt-one", *OPT)
+    run(folders, folder / "weights-one", *OPT, *WEIGHTS)
     llama = llama_folder(folder / "llama", folder / "opt-one")
     if importlib.util.find_spec("peft") is not None:
         run(folders, folder / "lora-one", *LLAMA, llama, "--lora", "2")
@@ -107,7 +110,7 @@ def checkpoint(out, name):
     return torch.load(out / "checkpoints" / f"{name}.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("kind", ["opt", pytest.param("lora", marks=needs_peft)])
+@pytest.mark.parametrize("kind", ["opt", "weights", pytest.param("lora", marks=needs_peft)])
 @pytest.mark.parametrize("mode", MODES)
 def test_training_is_that_of_one_process(folder, printed, kind, mode):
     one, both = (outcome(folder / f"{kind}-{name}") for name in ("one", mode))
@@ -144,7 +147,7 @@ def test_a_resumed_run_gives_the_same_bits(folder, printed, mode):
 
 
 def test_one_process_prints_and_writes(folder, printed):
-    runs = len(MODES) * (3 if "lora" in "".join(os.listdir(folder)) else 2)
+    runs = len(MODES) * (4 if "lora" in "".join(os.listdir(folder)) else 3)
     assert printed.count("4bit 0/") == printed.count("ppl after, relative to") == runs
     assert printed.count("float 0/") == runs
     assert "step in each of 2 processes (fsdp) on 2 x 16 tokens" in " ".join(printed.split())

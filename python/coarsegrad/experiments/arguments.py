@@ -23,6 +23,14 @@ def positive(kind: type) -> Callable[[str], float]:
     return parse
 
 
+def share(text: str) -> float:
+    """An argparse `type`: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError
+    return value
+
+
 def usable_device(name: str) -> torch.device:
     """The device named by --device, checked to work. Raises ExperimentError if it does not.
 

@@ -22,7 +22,16 @@ from . import processes
 from .arguments import ending
 from .checkpoints import differences
 from .files import ExperimentError
-from .finetune_options import ALPHA_LR, adapters, add_arguments, check, of_blocks, results_config, training_config
+from .finetune_options import (
+    ALPHA_LR,
+    adapters,
+    add_arguments,
+    check,
+    of_blocks,
+    of_weights,
+    results_config,
+    training_config,
+)
 from .measure import environment, interleaved_times
 from .text import Texts, load_texts, shakespeare
 
@@ -170,7 +179,7 @@ class _Job:
         more = {"bits": bits, "lr": args.lr, "data": self._data, "start": self._digest}
         if bits:
             more |= {key: getattr(args, key) for key in ("ste", "rounding", "fixed_alpha", "alpha_lr")}
-            more |= of_blocks(args)
+            more |= of_blocks(args) | of_weights(args)
         config = training_config(args, name, args.steps, **more, **adapters(args))
         model = self._trainable(bits)
         result: dict = {"bits": bits}
@@ -181,7 +190,7 @@ class _Job:
         calibrated = _alphas(model)
         batch = processes.share(self._train[: args.batch_size])
         trained = self._parallel(model, batch)
-        optimizer = language.make_optimizer(trained, args.lr, self._alpha_lr(calibrated))
+        optimizer = language.make_optimizer(trained, args.lr, self._alpha_lr(calibrated), args.rho if bits else None)
         checkpoint = args.out / "checkpoints" / f"{name}.pt"
         result["history"] = language.fit(trained, optimizer, self._train, self._validation, config, checkpoint)
         model = processes.local(trained, lambda: self._trainable(bits))
@@ -204,7 +213,7 @@ class _Job:
 
     def by_kind(self, bits: int) -> dict[str, float]:
         """The perplexity before training with one kind of staircase alone, and with "none": in front of the layers of
-        one name, in gated MLPs, or in attention."""
+        one name, in gated MLPs, or in attention; or with quantized weights alone."""
         report = self._quantize(copy.deepcopy(self._start), bits)
         kinds: dict[str, tuple[str, set[str]]] = {}
         for staircase in report.staircases:
@@ -216,6 +225,10 @@ class _Job:
             model = copy.deepcopy(self._start)
             self._quantize(model, bits, only)
             found[kind] = self._perplexity(model)
+        if of_weights(self._args):
+            model = copy.deepcopy(self._start)
+            self._quantize_weights(model)
+            found["weights"] = self._perplexity(model)
         return found
 
     def _perplexity(self, model: nn.Module) -> float:
@@ -251,8 +264,20 @@ class _Job:
             model = self._language.with_lora(model, self._args.lora)
         if bits:
             self._quantize(model, bits)
+            self._quantize_weights(model)
             pack_activations_(model)
         return model
+
+    def _quantize_weights(self, model: nn.Module) -> None:
+        """Those of the layers but the last, and those of the last, as asked for; not those of adapters."""
+        args = self._args
+        if args.weight_bits:
+            try:
+                quantize_(model, None, weight_bits=args.weight_bits, filter_fn=lambda _, name: "lora_" not in name)
+            except ValueError as error:
+                raise ExperimentError(f"--model {args.model} cannot have quantized weights: {error}") from error
+        if args.head_bits:
+            self._language.quantize_head(model, args.head_bits)
 
     def _parallel(self, model: nn.Module, batch: Tensor) -> nn.Module:
         return processes.parallel(model, self._args.parallel, lambda m: self._language.next_token_loss(m, batch))

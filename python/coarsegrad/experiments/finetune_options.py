@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from ..integer import WEIGHT_BITS
 from ..ste import ROUNDINGS, stes
 from . import processes, smollm2
-from .arguments import positive
+from .arguments import positive, share
 from .download import cache_folder
 from .files import ExperimentError
 from .text import Texts
@@ -20,13 +21,15 @@ ALPHA_LR = 10
 _BLOCKS = ("blocks", "group", "rotation", "norms", "gate_bits", "attention_bits")
 _FINETUNING = ("ste", "rounding", "fixed_alpha", "alpha_lr", "steps", "lr", "batch_size", "length", "validation",
                "evaluations", "seed")  # fmt: skip
+_WEIGHTS = ("weight_bits", "head_bits", "rho")
 _OWN_MODEL = ("layers", "width", "vocabulary", "pretrain_steps", "pretrain_lr")
 
 _DESCRIPTION = """
 Fine-tunes a causal language model: in float, and with each number of bits from the
 same weights, on the same batches in the same order. The bits are those of its ReLUs,
 or, with --blocks, of the inputs of its layers but the last, of gated MLPs and of
-attention, as in Llama or Qwen. Reports the perplexity on held-out text before (with
+attention, as in Llama or Qwen; with --weight-bits, weights are quantized as well.
+Reports the perplexity on held-out text before (with
 calibrated alphas) and after, the bytes saved for backward, and the time of a step
 relative to float.
 """
@@ -129,6 +132,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoints and results (default runs/finetune)",
     )
     add("--lora", type=positive(int), metavar="RANK", help="train adapters of this rank on frozen weights (needs peft)")
+    weights = parser.add_argument_group("weights of few bits").add_argument
+    weights(
+        "--weight-bits",
+        type=int,
+        choices=WEIGHT_BITS,
+        metavar="N",
+        help="bits of the weights of all layers but the last, 8, 4, 2 or 1, in each run but float (default: float)",
+    )
+    weights(
+        "--head-bits",
+        type=int,
+        choices=WEIGHT_BITS,
+        metavar="N",
+        help="bits of the weight of the last layer, and of the embedding if that shares it (default: float)",
+    )
+    weights("--rho", type=share, metavar="RHO", help="blends each step by RHO, 0 to 1, such as 1e-5 (default 0)")
     signed = parser.add_argument_group("models without ReLU").add_argument
     signed("--blocks", action="store_true", help="signed staircases in every block; no ReLU is needed")
     signed("--group", type=positive(int), metavar="N", help="elements that share an alpha (default 64)")
@@ -190,6 +209,8 @@ def check(args: argparse.Namespace) -> None:
     given = [name for name in (*_BLOCKS[1:], "by_kind") if getattr(args, name) is not None]
     if given and not args.blocks:
         raise ExperimentError(f"--{given[0].replace('_', '-')} needs --blocks")
+    if args.rho is not None and not (args.weight_bits or args.head_bits):
+        raise ExperimentError("--rho needs --weight-bits or --head-bits: it blends quantized weights")
     args.group, args.attention_bits = args.group or 64, args.attention_bits or 8
     args.bits = args.bits or ([8, 6, 4] if args.blocks else [8, 4, 2, 1])
     if processes.launched():
@@ -217,7 +238,7 @@ def results_config(args: argparse.Namespace, texts: dict[str, Texts]) -> dict:
     """Everything that results depend on: runs are added to a results file only if it agrees."""
     names = ("model",) if args.model else _OWN_MODEL
     config = {name: getattr(args, name) for name in (*names, *_FINETUNING)}
-    config |= of_blocks(args) | adapters(args) | _parallel(args)
+    config |= of_blocks(args) | of_weights(args) | adapters(args) | _parallel(args)
     return config | {f"{name}_sha256": part.sha256 for name, part in texts.items()}
 
 
@@ -235,6 +256,11 @@ def of_blocks(args: argparse.Namespace) -> dict:
     """The options of blocks; --gate-bits, whose default depends on the run, only if given."""
     options = {name: getattr(args, name) for name in _BLOCKS if args.blocks}
     return {name: value for name, value in options.items() if name != "gate_bits" or value is not None}
+
+
+def of_weights(args: argparse.Namespace) -> dict:
+    """The options of quantized weights that are given."""
+    return {name: getattr(args, name) for name in _WEIGHTS if getattr(args, name) is not None}
 
 
 def adapters(args: argparse.Namespace) -> dict:

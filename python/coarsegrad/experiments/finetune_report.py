@@ -86,10 +86,11 @@ def summary(results: dict) -> str:
             f"before training, with calibrated alphas, and after. With all activations set to 0 it is {silent} before"
         )
         column = "activations: bytes saved for their outputs and masks, relative to float"
+    weights = _weights(config)
     processes = config.get("processes", 1)
     each = f" in each of {processes} processes ({config['parallel']})" if "parallel" in config else ""
     notes = (
-        f"{pretrained}ppl: perplexity on the validation text {when}. vs float: ppl after, relative to "
+        f"{pretrained}{weights}ppl: perplexity on the validation text {when}. vs float: ppl after, relative to "
         "float. logits: relative error before training. same top: how often the most likely token is that of float, "
         f"before training. saved: for backward in a step{each} on {config['batch_size'] // processes} x "
         f"{config['length']} tokens, without weights. {column}. step: median time "
@@ -102,6 +103,19 @@ def summary(results: dict) -> str:
     return "\n\n".join(tables)
 
 
+def _weights(config: dict) -> str:
+    """What is said of quantized weights, if there are any."""
+    parts = [
+        f"{config[name]} bits{of}"
+        for name, of in (("weight_bits", " in all layers but the last"), ("head_bits", " in the last layer"))
+        if name in config
+    ]
+    if not parts:
+        return ""
+    step = f"blended steps, rho {config['rho']:g}" if config.get("rho") else "plain steps"
+    return f"The weights of all runs but float have {' and '.join(parts)}, trained by {step}. "
+
+
 def _kinds(by_kind: dict[str, dict[str, float]]) -> str:
     """A row for each kind of staircase."""
     header = ("staircases", *(f"{bits}bit" for bits in by_kind))
@@ -112,9 +126,10 @@ def _kinds(by_kind: dict[str, dict[str, float]]) -> str:
             more = "" if kind == "none" else f" {found[kind] / found['none'] - 1:+.2%}"
             cells.append(f"{found[kind]:.3f}{more}")
         rows.append((kind, *cells))
+    weights = "; or with quantized weights alone" if "weights" in next(iter(by_kind.values())) else ""
     notes = (
         "Perplexity before training with the staircases of one kind alone: in front of the layers of that name, in "
-        "gated MLPs, or in attention."
+        f"gated MLPs, or in attention{weights}."
     )
     return f"{format_table(header, rows)}\n\n{textwrap.fill(notes, 110)}"
 

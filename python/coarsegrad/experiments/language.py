@@ -13,17 +13,19 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from ..optim import keep_positive, param_groups
+from ..optim import blended, keep_positive, param_groups
+from ..parametrization import QWeight
 from . import processes, smollm2
 from .checkpoints import load_checkpoint, save_checkpoint, seed_of
 from .files import ExperimentError
@@ -130,6 +132,21 @@ def with_lora(model: nn.Module, rank: int) -> nn.Module:
     return peft.get_peft_model(model, config)  # type: ignore[arg-type]
 
 
+def quantize_head(model: nn.Module, bits: Literal[8, 4, 2, 1]) -> None:
+    """Give the output layer weights of `bits` bits, and the embedding too if that shares them.
+
+    Raises ExperimentError if there is no output layer.
+    """
+    transformer: Any = next((m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)), None)
+    head = transformer and transformer.get_output_embeddings()
+    if head is None:
+        raise ExperimentError(f"--head-bits needs a model with an output layer, got a {type(model).__name__}")
+    weight = head.weight
+    for module in list(model.modules()):
+        if module._parameters.get("weight") is weight:
+            register_parametrization(module, "weight", QWeight(bits))
+
+
 def without_cache(model: nn.Module) -> nn.Module:
     """The model, configured not to return keys and values for generation."""
     config: Any = model.config
@@ -176,10 +193,14 @@ def batch_of(tokens: Tensor, step: int, batch_size: int, seed: int) -> Tensor:
     return tokens[torch.stack(chosen).to(tokens.device)]
 
 
-def make_optimizer(model: nn.Module, lr: float, alpha_lr: float | None = None) -> torch.optim.Optimizer:
-    """AdamW, with learned alphas in a second group with rate `alpha_lr` and no weight decay."""
+def make_optimizer(
+    model: nn.Module, lr: float, alpha_lr: float | None = None, rho: float | None = None
+) -> torch.optim.Optimizer:
+    """AdamW, with learned alphas in a second group with rate `alpha_lr` and no weight decay. With `rho`, quantized
+    weights are blended before each step."""
     groups = param_groups(model, lr, WEIGHT_DECAY, alpha_lr=alpha_lr)
-    return keep_positive(torch.optim.AdamW(groups), model)
+    optimizer = keep_positive(torch.optim.AdamW(groups), model)
+    return optimizer if rho is None else blended(optimizer, model, rho)
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor) -> Tensor:
