@@ -174,7 +174,7 @@ def _(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim):
 def _compiled_form() -> str:
     """A digest of what decides how these ops are compiled."""
     folder = Path(__file__).parent
-    files = (folder / "_inductor.py", folder / "packing" / "graphs.py")
+    files = (folder / "_inductor.py", folder / "_inductor_gates.py", folder / "packing" / "graphs.py")
     text = repr(_SCHEMAS).encode() + b"".join(file.read_bytes() for file in files)
     return f"coarsegrad-{hashlib.sha256(text).hexdigest()[:16]}"
 
@@ -185,6 +185,7 @@ def _teach_inductor() -> None:
         tag_compile_caches(_compiled_form())
     if "torch._inductor.lowering" in sys.modules:
         importlib.import_module(f"{__package__}._inductor")
+        importlib.import_module(f"{__package__}._inductor_gates").install()
 
 
 @_fake("qrelu_forward")

@@ -300,6 +300,7 @@ def info() -> str:
     lines += [("integer layers", f"on {device}: {_integer_kernels(device)}") for device in _device_types()]
     lines += [("weight scales", f"on {device}: {_weight_kernels(device)}") for device in _device_types()]
     lines.append(("torch.compile", f"fused by Inductor up to {INDUCTOR_BITS} bits if nothing is saved, else a call"))
+    lines.append(("  training", "on cpu its gate is fused too, and nothing saved, between layers that keep its input"))
     width = max(len(name) for name, _ in lines)
     text = "\n".join(f"{name.ljust(width)}  {value}" for name, value in lines) + f"\n\n{backends()!r}"
     if reasons := _slow_reasons():

@@ -1,0 +1,171 @@
+"""Compiled training in which a qrelu's bits for backward cost nothing: the op's gradient, nothing saved, no call."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import coarsegrad as cg
+from coarsegrad import _inductor_gates
+
+inductor = pytest.importorskip("torch._inductor.utils")
+C = 8
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
+    torch._dynamo.reset()
+
+
+class Block(nn.Module):
+    """Convolution, BatchNorm and activation, twice, with a sum: what ResNets are made of."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, C, 3, padding=1, bias=False), nn.BatchNorm2d(C)
+        self.conv2, self.norm2 = nn.Conv2d(C, C, 3, padding=1, bias=False), nn.BatchNorm2d(C)
+        self.act1, self.act2, self.head = activation(), activation(), nn.Linear(C, 10)
+
+    def forward(self, x):
+        x = self.act1(self.norm1(self.conv1(x)))
+        return self.head(self.act2(self.norm2(self.conv2(x)) + x).mean((2, 3)))
+
+
+def step(function, *inputs):
+    """(the output, what was saved for backward, the code of both graphs)."""
+    saved = {}
+
+    def pack(t):
+        saved[t.untyped_storage()._cdata] = t
+        return t
+
+    def run():
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = function(*inputs)
+        y.square().sum().backward()
+        return y
+
+    y, code = inductor.run_and_get_code(run)
+    return y, list(saved.values()), "".join(code)
+
+
+def blocks(activation, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = Block(activation).to(dtype)
+    return model, copy.deepcopy(model), torch.randn(16, 3, 8, 8, dtype=dtype)
+
+
+def calls(code):
+    return code.count("coarsegrad.qrelu")
+
+
+@pytest.mark.parametrize(
+    "ste, rounding, dtype", [("clipped_relu", "nearest", torch.float32), ("relu", "hwgq", torch.float64)]
+)
+def test_a_resnet_saves_nothing_for_its_activations(monkeypatch, ste, rounding, dtype):
+    model, called, x = blocks(lambda: cg.QReLU(2, alpha=0.5, ste=ste, rounding=rounding), dtype)
+    y, saved, code = step(torch.compile(model, fullgraph=True), x)
+    assert calls(code) == 0
+    # The outputs of the convolutions and of the first activation, as its reader needs it.
+    assert sum(t.numel() == 16 * C * 64 for t in saved) == 3
+    assert not any(t.dtype in (torch.bool, torch.uint8) for t in saved)
+    monkeypatch.setattr(_inductor_gates, "_gated", lambda node: None)
+    torch._dynamo.reset()
+    wanted, _, code = step(torch.compile(called, fullgraph=True), x)
+    assert calls(code) >= 4
+    torch.testing.assert_close(y, wanted)
+    for (name, p), q in zip(model.named_parameters(), called.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
+def edges(dtype, alpha, bits):
+    """Both ends of what passes, with their neighbours, and what is special."""
+    infinity = torch.tensor(float("inf"), dtype=dtype)
+    numbers = torch.cat([torch.zeros(1, dtype=dtype), alpha.to(dtype).flatten() * (2**bits - 1)])
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-45, -1e-45], dtype=dtype)
+    return torch.cat([numbers, numbers.nextafter(infinity), numbers.nextafter(-infinity), special])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gradient_is_that_of_the_op_at_both_ends(dtype):
+    """x is a difference of tensors that the backward reads for something else, so that it is found again."""
+    settings = list(itertools.product(("relu", "clipped_relu"), (1, 2, 4), (None, 1, -2)))
+    alphas = [torch.tensor([0.3] if dim is None else [0.3, 0.1, 1e-3]) for _, _, dim in settings]
+
+    def inputs():
+        for (_, bits, _), alpha in zip(settings, alphas):
+            some = edges(dtype, alpha, bits)
+            x = some.expand(2, 3, -1).clone().requires_grad_()
+            yield x, torch.zeros_like(x).requires_grad_()
+
+    def function(pairs):
+        total = 0
+        for (ste, bits, dim), alpha, (x, other) in zip(settings, alphas, pairs):
+            y = cg.qrelu(x - other, alpha, bits, ste=ste, rounding="nearest", channel_dim=dim)
+            total = total + (y * torch.cos(x) * torch.cos(other)).nan_to_num(0.0, 0.0, 0.0).sum()
+        return total
+
+    compiled, eager = list(inputs()), list(inputs())
+    _, saved, code = step(torch.compile(function, fullgraph=True), compiled)
+    assert calls(code) == 0 and not any(t.dtype == torch.uint8 for t in saved)
+    function(eager).square().sum().backward()
+    for setting, (_, got), (x, want) in zip(settings, compiled, eager):
+        closed = got.grad == 0
+        assert torch.equal(closed, want.grad == 0), setting
+        assert closed.any() and not closed.all()
+
+
+def mlp(activation):
+    return nn.Sequential(nn.Linear(64, 64), activation(), nn.Linear(64, 64))
+
+
+KEPT = {
+    "its input is not saved by what made it": (mlp, {}),
+    "more levels than Inductor gets": (None, {"bits": 5}),
+    "a learned alpha": (None, {"learn_alpha": True}),
+    "a slope that needs x": (None, {"ste": "reverse_exponential"}),
+}
+
+
+@pytest.mark.parametrize("why", KEPT)
+def test_what_stays_a_call(why):
+    make, settings = KEPT[why]
+    settings = {"bits": 2, "alpha": 0.5, "ste": "clipped_relu", **settings}
+    torch.manual_seed(0)
+    model = (make or Block)(lambda: cg.QReLU(**settings))
+    x = torch.randn(16, 64) if make else torch.randn(16, 3, 8, 8)
+    _, _, code = step(torch.compile(model, fullgraph=True), x)
+    assert calls(code) >= 2
+
+
+def test_bfloat16_stays_a_call():
+    model, _, x = blocks(lambda: cg.QReLU(2, alpha=0.5, ste="clipped_relu", rounding="nearest"), torch.bfloat16)
+    _, _, code = step(torch.compile(model, fullgraph=True), x)
+    assert calls(code) >= 4
+
+
+def test_a_pass_of_the_users_own_still_runs():
+    seen = []
+    model, _, x = blocks(lambda: cg.QReLU(2, alpha=0.5, ste="clipped_relu", rounding="nearest"))
+    with torch._inductor.config.patch(joint_custom_post_pass=lambda graph: seen.append(graph)):
+        _, _, code = step(torch.compile(model, fullgraph=True), x)
+    assert seen and calls(code) == 0
+
+
+def test_any_batch_size():
+    model, called, _ = blocks(lambda: cg.QReLU(2, alpha=0.5, ste="clipped_relu", rounding="nearest"))
+    run = torch.compile(model, fullgraph=True, dynamic=True)
+    for size in (4, 6):
+        x = torch.randn(size, 3, 8, 8)
+        y, saved, code = step(run, x)
+        assert calls(code) == 0 and not any(t.dtype in (torch.bool, torch.uint8) for t in saved)
+        called(x).square().sum().backward()
+    for p, q in zip(model.parameters(), called.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3)
