@@ -35,7 +35,8 @@ inline constexpr Named<Rounding> kRoundings[] = {
 inline constexpr Named<MaskKind> kMaskKinds[] = {{"nothing", MaskKind::nothing},
                                                  {"positive", MaskKind::positive},
                                                  {"inside", MaskKind::inside},
-                                                 {"state", MaskKind::state}};
+                                                 {"state", MaskKind::state},
+                                                 {"near", MaskKind::near}};
 
 // The ops that users' graphs contain take names; the ops that these call take the enumerators' numbers.
 template <class E, size_t N>
@@ -77,10 +78,13 @@ struct Saved {
 
 inline Saved saved(Ste ste, Rounding rounding, AlphaGrad rule, bool need_grad_x, bool need_grad_alpha) {
   const Needs gate = need_grad_x ? needs_of(ste) : Needs::nothing;
-  if (gate == Needs::x || (need_grad_alpha && rule == AlphaGrad::chain)) return {MaskKind::nothing, false, true};
-  if (need_grad_alpha && rule != AlphaGrad::exact) return {MaskKind::state, false, false};
+  const bool by_state = need_grad_alpha && (rule == AlphaGrad::three_valued || rule == AlphaGrad::two_valued);
+  if (gate == Needs::x || (need_grad_alpha && rule == AlphaGrad::chain) || (gate == Needs::near && by_state))
+    return {MaskKind::nothing, false, true};  // no state tells what is near
+  if (by_state) return {MaskKind::state, false, false};
   Saved saved{MaskKind::nothing, need_grad_alpha, false};
   if (gate == Needs::inside) saved.mask = MaskKind::inside;
+  if (gate == Needs::near) saved.mask = MaskKind::near;
   // Under ceil and hwgq T[1] = 0, so that x > 0 is c > 0.
   if (gate == Needs::positive && !(saved.codes && rounding != Rounding::nearest)) saved.mask = MaskKind::positive;
   return saved;

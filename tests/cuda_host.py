@@ -15,8 +15,8 @@ from torch import Tensor
 OPS = ("forward", "backward", "dequantize", "backward_from_slopes", "signed_forward", "signed_dequantize", "hadamard")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ROUNDINGS = ("ceil", "nearest", "hwgq")
-MASKS = ("nothing", "positive", "inside", "state")
-STES = ("identity", "relu", "clipped_relu", "log_tailed_relu", "reverse_exponential")
+MASKS = ("nothing", "positive", "inside", "state", "near")
+STES = ("identity", "relu", "clipped_relu", "log_tailed_relu", "reverse_exponential", "trust")
 ALPHA_GRADS = ("exact", "three_valued", "two_valued", "chain")
 BUFFERS = ("alpha", "x", "y", "mask", "codes", "grad_y", "grad_x", "grad_alpha", "slopes", "group_alphas")
 

@@ -13,8 +13,9 @@ import torch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 ROUNDINGS = ("ceil", "nearest", "hwgq")
-STES = ("identity", "relu", "clipped_relu", "log_tailed_relu", "reverse_exponential")
-MASKED_STES = ("identity", "relu", "clipped_relu")
+STES = ("identity", "relu", "clipped_relu", "log_tailed_relu", "reverse_exponential", "trust")
+MASKED_STES = ("identity", "relu", "clipped_relu", "trust")
+X_STES = ("log_tailed_relu", "reverse_exponential")
 ALPHA_GRADS = ("exact", "three_valued", "two_valued", "chain")
 CODE_WIDTH = {1: 1, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 
@@ -39,6 +40,12 @@ def thresholds(alpha: torch.Tensor, bits: int, dtype: torch.dtype, rounding: str
     if rounding == "hwgq":
         middle[:, 0] = 0
     return middle
+
+
+def ends(alpha: torch.Tensor, bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half a stair outside of the range: -alpha/2 and L[q] + alpha/2, each [C] in the wide dtype."""
+    half = alpha.detach().to(wide(dtype)) / 2
+    return -half, levels(alpha, bits, dtype)[:, -1].to(wide(dtype)) + half
 
 
 def to_rows(x: torch.Tensor, channel_dim: int | None) -> torch.Tensor:
@@ -82,6 +89,12 @@ def per_element(values: torch.Tensor, x: torch.Tensor, channel_dim: int | None) 
     return values.reshape(shape)
 
 
+def saves_x(ste: str, alpha_grad: str | None, need_x: bool = True) -> bool:
+    """Whether x itself is saved. alpha_grad is None if alpha is fixed. A state does not tell what trust needs."""
+    by_state = alpha_grad in ("three_valued", "two_valued")
+    return alpha_grad == "chain" or (need_x and (ste in X_STES or (ste == "trust" and by_state)))
+
+
 class Staircase64:
     """Everything about one call in float64: gates, g'(u), dx and the terms of dalpha."""
 
@@ -98,9 +111,13 @@ class Staircase64:
         self.below = self.x <= 0
         self.above = self.x > top
         self.inside = ~self.below & ~self.above
+        low, high = (end.to(step.dtype) for end in ends(alpha, bits, x.dtype))
+        self.near = (self.x >= per_element(low, x, channel_dim)) & (self.x <= per_element(high, x, channel_dim))
 
     def slope(self, ste: str) -> torch.Tensor:
         """g'(u): the table of the specification, and 1 for NaN."""
+        if ste == "trust":
+            return (self.near | self.nan).double()
         u, q, one = self.u, self.q, torch.ones_like(self.u)
         positive = {
             "identity": one,

@@ -58,12 +58,12 @@ def assert_forward(x, alpha, bits, rounding, mask, channel_dim=None):
 def test_forward(dtype, rounding, bits):
     """Per channel and per tensor; the kind of mask goes round."""
     alpha, x = channels_of_hard_inputs(dtype, bits, rounding, ALPHAS if bits < 6 else ALPHAS[bits - 6 :: 3])
-    assert_forward(x, alpha, bits, rounding, ("nothing", "positive", "inside", "state")[bits % 4], 0)
+    assert_forward(x, alpha, bits, rounding, ("nothing", "positive", "inside", "state", "near")[bits % 5], 0)
     for i in range(0, len(alpha), 2 if bits < 5 else len(alpha)):
         assert_forward(x[i], alpha[i : i + 1], bits, rounding, "state")
 
 
-@pytest.mark.parametrize("mask", ("positive", "inside", "state"))
+@pytest.mark.parametrize("mask", ("positive", "inside", "state", "near"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_mask_codes_alone_in_place_and_back(dtype, mask):
     alpha, x = channels_of_hard_inputs(dtype, 3, "nearest")
@@ -163,7 +163,8 @@ def test_sizes(count):
     x, dy, alpha = ordinary(count), ordinary(count, seed=1), torch.tensor([0.4])
     for dtype in (torch.float32, torch.bfloat16):
         for bits in (1, 2, 4, 8):
-            assert_forward(x.to(dtype), alpha, bits, "ceil", "state")
+            for mask in ("state", "near"):
+                assert_forward(x.to(dtype), alpha, bits, "ceil", mask)
         for case in (("clipped_relu", None), ("relu", "exact"), ("clipped_relu", "three_valued"), ("relu", "chain")):
             ste, rule = case
             assert_backward(backward_arguments(x.to(dtype), alpha, dy.to(dtype), 2, ste, "ceil", rule, None))
@@ -190,7 +191,14 @@ def test_channels(shape, channel_dim, memory_format):
     dy = ordinary(*shape, seed=1).contiguous(memory_format=memory_format)
     alpha = torch.linspace(0.2, 0.9, shape[channel_dim])
     assert_forward(x, alpha, 3, "ceil", "inside", channel_dim)
-    for ste, rule in (("relu", "exact"), ("clipped_relu", "two_valued"), ("log_tailed_relu", "chain")):
+    assert_forward(x, alpha, 3, "ceil", "near", channel_dim)
+    for ste, rule in (
+        ("relu", "exact"),
+        ("clipped_relu", "two_valued"),
+        ("log_tailed_relu", "chain"),
+        ("trust", "exact"),
+        ("trust", "two_valued"),
+    ):
         for need_x in (True, False):
             assert_backward(backward_arguments(x, alpha, dy, 3, ste, "nearest", rule, channel_dim, need_x, scale=0.25))
 

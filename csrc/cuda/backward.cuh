@@ -206,7 +206,7 @@ CG_D Gradients<compute_t<T>> gradients(const Backward& a, compute_t<T> x, comput
                                        bool sum) {
   using A = compute_t<T>;
   const A q = A((1 << a.bits) - 1);
-  const Point<A> p{x, x / alpha, q, A(1) / q, level<T>(q, alpha)};
+  const Point<A> p{x, alpha, x / alpha, q, A(1) / q, level<T>(q, alpha)};
   const A g = slope<SteT>(p);
   A factor = A(0);
   if (sum) {
@@ -240,7 +240,7 @@ CG_D Chunk gradients_of_chunk(const Backward& a, const Chunk& x_chunk, const Chu
 #pragma unroll
   for (int i = 0; i < kChunk<T>; ++i) {
     const Alpha<T>& own = alpha_of(i);
-    const Point<float> p{x[i], quotient(x[i], own.value, own.inverse), q, inverse_q, own.top(q)};
+    const Point<float> p{x[i], own.value, quotient(x[i], own.value, own.inverse), q, inverse_q, own.top(q)};
     const float g = slope<SteT>(p);
     if (sum) {
       float factor = fminf(code[i], q);  // of NaN it is q

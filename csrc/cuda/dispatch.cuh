@@ -70,6 +70,7 @@ void launch_forward(const Forward& a, Stream stream) {
             case MaskKind::positive: return run_kind(Constant<MaskKind::positive>{});
             case MaskKind::inside: return run_kind(Constant<MaskKind::inside>{});
             case MaskKind::state: return run_kind(Constant<MaskKind::state>{});
+            case MaskKind::near: return run_kind(Constant<MaskKind::near>{});
           }
         }
       }

@@ -12,10 +12,14 @@ struct SavedBits {
 };
 
 // The mask bits of element i of a chunk.
-template <class A>
-CG_D uint32_t mask_of(MaskKind kind, A x, A top, int i) {
+template <class T>
+CG_D uint32_t mask_of(MaskKind kind, compute_t<T> x, const Alpha<T>& alpha, compute_t<T> q, int i) {
+  const compute_t<T> top = alpha.top(q);
   if (kind == MaskKind::state) return (is_positive(x) ? 1u << 2 * i : 0) + (x > top ? 1u << 2 * i : 0);
-  return (kind == MaskKind::inside ? is_positive(x) & !(x > top) : is_positive(x)) ? 1u << i : 0;
+  const bool bit = kind == MaskKind::near     ? is_near(x, alpha.value, top)
+                   : kind == MaskKind::inside ? is_positive(x) & !(x > top)
+                                              : is_positive(x);
+  return bit ? 1u << i : 0;
 }
 
 // A chunk's codes k + zero, `width` bits each, taken from the low bits of code + 2^23.
@@ -44,7 +48,7 @@ CG_D SavedBits forward_chunk(const Forward& a, int64_t chunk, const Chunk& words
   SavedBits saved;
   if (kind != MaskKind::nothing) {
 #pragma unroll
-    for (int i = 0; i < kChunk<T>; ++i) saved.mask |= mask_of(kind, x[i], alpha_of(i).top(q), i);
+    for (int i = 0; i < kChunk<T>; ++i) saved.mask |= mask_of<T>(kind, x[i], alpha_of(i), q, i);
   }
   if (codes) {
 #pragma unroll
@@ -68,7 +72,7 @@ CG_D SavedBits forward_one_by_one(const Forward& a, int64_t chunk, int count, Ma
     const A x = widen(static_cast<const T*>(a.x)[start + i]);
     const Quantized<A> result = quantize_one<T, R>(x, alpha, q);
     if (a.y) static_cast<T*>(a.y)[start + i] = narrow<T>(result.y);
-    saved.mask |= mask_of(kind, x, alpha.top(q), i);
+    saved.mask |= mask_of<T>(kind, x, alpha, q, i);
     if (codes) saved.codes |= static_cast<uint64_t>(result.code) << (i * packed_width(a.bits));
   }
   return saved;

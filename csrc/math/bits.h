@@ -6,8 +6,8 @@
 
 namespace cg {
 
-// The bits saved for backward: x > 0; 0 < x <= L[q]; or two bits, 0 / inside / above.
-enum class MaskKind { nothing, positive, inside, state };
+// The bits saved for backward: x > 0; 0 < x <= L[q]; two bits, 0 / inside / above; or -alpha/2 <= x <= L[q] + alpha/2.
+enum class MaskKind { nothing, positive, inside, state, near };
 
 CG_HD int mask_width(MaskKind kind) { return kind == MaskKind::nothing ? 0 : kind == MaskKind::state ? 2 : 1; }
 

@@ -12,12 +12,13 @@
 
 namespace cg {
 
-#define CG_FOR_EACH_STE(X)          \
-  X(identity, Identity)             \
-  X(relu, Relu)                     \
-  X(clipped_relu, ClippedRelu)      \
-  X(log_tailed_relu, LogTailedRelu) \
-  X(reverse_exponential, ReverseExponential)
+#define CG_FOR_EACH_STE(X)                   \
+  X(identity, Identity)                      \
+  X(relu, Relu)                              \
+  X(clipped_relu, ClippedRelu)               \
+  X(log_tailed_relu, LogTailedRelu)          \
+  X(reverse_exponential, ReverseExponential) \
+  X(trust, Trust)
 
 enum class Ste {
 #define CG_NAME(name, Struct) name,
@@ -25,11 +26,11 @@ enum class Ste {
 #undef CG_NAME
 };
 
-enum class Needs { nothing, positive, inside, x };
+enum class Needs { nothing, positive, inside, near, x };
 
 template <class F>
 struct Point {
-  F x, u, q, inverse_q, top;  // u = x / alpha, inverse_q = 1 / q, top = L[q]
+  F x, alpha, u, q, inverse_q, top;  // u = x / alpha, inverse_q = 1 / q, top = L[q]
 };
 
 template <class F>
@@ -39,6 +40,12 @@ CG_HD auto is_positive(F x) {
 template <class F>
 CG_HD auto is_inside(const Point<F>& p) {
   return !((p.x <= F(0)) | (p.x > p.top));
+}
+// Within half a stair of the range [0, top]; the sum is rounded once.
+template <class F>
+CG_HD auto is_near(F x, F alpha, F top) {
+  const F half = mul(alpha, F(0.5));
+  return !((x < F(0) - half) | (x > top + half));
 }
 
 // 2^n for an integer n in the exponent range: n + bias lands in the low bits of a number whose ulp is one.
@@ -154,6 +161,18 @@ struct ReverseExponential {
   template <class F>
   static CG_HD F g(const Point<F>& p) {
     return exp_minus(quotient(max_of(p.u, F(0)), p.q, p.inverse_q));
+  }
+};
+
+struct Trust {
+  static constexpr Needs kNeeds = Needs::near;
+  template <class F>
+  static CG_HD auto gate(const Point<F>& p) {
+    return is_near(p.x, p.alpha, p.top);
+  }
+  template <class F>
+  static CG_HD F g(const Point<F>&) {
+    return F(1);
   }
 };
 

@@ -22,6 +22,7 @@ class Ste(IntEnum):
     clipped_relu = 2
     log_tailed_relu = 3
     reverse_exponential = 4
+    trust = 5
 
 
 class Rounding(IntEnum):
@@ -42,16 +43,18 @@ class AlphaGrad(IntEnum):
 
 
 class MaskKind(IntEnum):
-    """The bits of x that are saved for backward: none; x > 0; 0 < x <= L[q]; or two bits, 0 / inside / above."""
+    """The bits of x that are saved for backward: none; x > 0; 0 < x <= L[q]; two bits, 0 / inside / above; or
+    -alpha/2 <= x <= L[q] + alpha/2."""
 
     nothing = 0
     positive = 1
     inside = 2
     state = 3
+    near = 4
 
 
-# What dx depends on: nothing, the bit x > 0, the bit 0 < x <= L[q], the code of x, or x itself.
-Needs: TypeAlias = Literal["nothing", "positive", "inside", "codes", "x"]
+# What dx depends on: nothing, the bit x > 0, the bit 0 < x <= L[q], that of MaskKind.near, the code of x, or x itself.
+Needs: TypeAlias = Literal["nothing", "positive", "inside", "near", "codes", "x"]
 
 RoundingName: TypeAlias = Literal["ceil", "nearest", "hwgq"]
 AlphaGradName: TypeAlias = Literal["exact", "three_valued", "two_valued", "chain"]
@@ -63,6 +66,7 @@ SteName: TypeAlias = (
         "clipped_relu",
         "log_tailed_relu",
         "reverse_exponential",
+        "trust",
         "reverse_exponential_step",
     ]
     | str
@@ -107,7 +111,7 @@ INDUCTOR_BITS = 4
 
 # Bits of one packed code: a power of two, so that no code straddles two bytes.
 CODE_WIDTH = {1: 1, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
-MASK_WIDTH: dict[int, int] = {MaskKind.nothing: 0, MaskKind.positive: 1, MaskKind.inside: 1, MaskKind.state: 2}
+MASK_WIDTH: dict[int, int] = {kind: {MaskKind.nothing: 0, MaskKind.state: 2}.get(kind, 1) for kind in MaskKind}
 
 
 def top_level(bits: int) -> int:

@@ -162,8 +162,8 @@ def qrelu(
         CPU. On a GPU, where reading it would cost a sync, and in code that Inductor fuses, it makes the output NaN.
     bits: 1..8.
     ste: the coarse gradient g', a name in `stes()`: "identity", "relu", "clipped_relu", "log_tailed_relu",
-        "reverse_exponential", "reverse_exponential_step" (g' at the code instead of u: constant on each stair), or a
-        custom STE (`register_ste`).
+        "reverse_exponential", "trust", "reverse_exponential_step" (g' at the code instead of u: constant on each
+        stair), or a custom STE (`register_ste`).
     rounding: the thresholds T. "ceil": T[k] = L[k-1], so that every x > 0 gives at least alpha. "nearest": the
         midpoints between levels. "hwgq": as "nearest", but T[1] = 0.
     alpha_grad: the factor A if alpha requires grad. It is 0 for x <= 0 and q for x > L[q]; in between, "exact" is c,
@@ -174,12 +174,13 @@ def qrelu(
 
     Returns y, in x's dtype and memory format (contiguous or channels-last).
 
-    Saved for backward, in bits per element, if only x requires grad: 0 for identity; 1 for relu and clipped_relu; the
-    codes for reverse_exponential_step (bits rounded up to 1, 2, 4 or 8); x itself for the others. If alpha requires
-    grad: for "exact" the codes, plus 1 for clipped_relu and, under "nearest", relu; for "two_valued" and "three_valued"
-    2, plus the codes for reverse_exponential_step; for "chain", and for an STE that needs x, x itself. Nothing is saved
-    if no gradient is needed. There is a second derivative if alpha is fixed and x is not saved, and no forward-mode
-    derivative. Inside `packed_activations` the next layer saves y as its codes.
+    Saved for backward, in bits per element, if only x requires grad: 0 for identity; 1 for relu, clipped_relu and
+    trust; the codes for reverse_exponential_step (bits rounded up to 1, 2, 4 or 8); x itself for the others. If alpha
+    requires grad: for "exact" the codes, plus 1 for clipped_relu, trust and, under "nearest", relu; for "two_valued"
+    and "three_valued" 2, plus the codes for reverse_exponential_step, but x itself for trust; for "chain", and for an
+    STE that needs x, x itself. Nothing is saved if no gradient is needed. There is a second derivative if alpha is
+    fixed and x is not saved, and no forward-mode derivative. Inside `packed_activations` the next layer saves y as its
+    codes.
 
     Raises TypeError or ValueError with the argument's name, what was got and what was wanted; ValueError for
     inplace=True if x would be saved. Nothing is computed or changed in that case.
@@ -187,7 +188,7 @@ def qrelu(
     Sources: Yin et al. 2019, arXiv 1903.05662, and Long, Yin, Xin 2021, arXiv 2011.11256 (coarse gradients); Yin et
     al. 2018, arXiv 1808.05240 ("exact", "three_valued"); Choi et al. 2018, arXiv 1805.06085 ("two_valued"); Esser et
     al. 2020, arXiv 1902.08153 ("lsq", and "chain" with "nearest" and clipped_relu); Cai et al. 2017, arXiv 1702.00953
-    ("hwgq").
+    ("hwgq"); Panferov et al. 2025, arXiv 2502.05003 (trust).
     """
     if has_torch_function_variadic(x, alpha):  # as `overridable` does
         return handle_torch_function(

@@ -52,6 +52,7 @@ _BENGIO = "Bengio et al. 2013, arXiv 1308.3432"
 _CAI = "Cai et al. 2017, arXiv 1702.00953"
 _YIN = "Yin et al. 2019, arXiv 1903.05662"
 _LONG = "Long et al. 2021, arXiv 2011.11256"
+_PANFEROV = "Panferov et al. 2025, arXiv 2502.05003"
 
 GPrime = Callable[[Tensor, int], Tensor]
 
@@ -61,8 +62,8 @@ class STE:
     """One straight-through estimator.
 
     name: the name of the STE in every argument `ste`.
-    needs: what dx depends on: "nothing", "positive" (the bit x > 0), "inside" (the bit 0 < x <= L[q]), "codes" (u is
-        the code c, so that g' is constant on each stair) or "x".
+    needs: what dx depends on: "nothing", "positive" (the bit x > 0), "inside" (the bit 0 < x <= L[q]), "near" (the bit
+        -alpha/2 <= x <= L[q] + alpha/2), "codes" (u is the code c, so that g' is constant on each stair) or "x".
     gprime: g'(u, q) -> Tensor of u's shape and dtype; u is never NaN.
     in_class: whether it is in the convergence class: g'(u) = 0 for u <= 0, 0 < delta <= g'(u) <= delta~ for u > 0
         (on bounded inputs).
@@ -102,6 +103,10 @@ def _log_tailed_relu(u: Tensor, q: int) -> Tensor:
 
 def _reverse_exponential(u: Tensor, q: int) -> Tensor:
     return torch.where(u <= 0, 0.0, torch.exp(-u / q))
+
+
+def _trust(u: Tensor, q: int) -> Tensor:
+    return ((u >= -0.5) & (u <= q + 0.5)).to(u.dtype)
 
 
 _BUILT_IN = (
@@ -165,6 +170,16 @@ _BUILT_IN = (
             (15.0, 15, 0.36787944117144233),
         ),
         paper=_LONG,
+    ),
+    STE(
+        name="trust",
+        needs="near",
+        gprime=_trust,
+        in_class=False,
+        passes_zero=True,
+        formula="1 if -1/2 <= u <= q + 1/2 else 0",
+        points=((-2.0, 3, 0.0), (-0.5, 3, 1.0), (0.0, 3, 1.0), (2.0, 3, 1.0), (3.5, 3, 1.0), (3.75, 3, 0.0)),
+        paper=_PANFEROV,
     ),
 )
 # Not compiled in: the kernels are given the slope of each code. Derived in docs/step-constant.md.
@@ -322,7 +337,8 @@ def _check_gprime(name: str, gprime: GPrime, needs: Needs) -> None:
     for q in (2**bits - 1 for bits in range(1, 9)):
         positive = _sample_positive(q, 4.0 * q)
         u = torch.cat([-positive, positive.new_zeros(1), positive])
-        bit = {"nothing": u == u, "positive": u > 0, "inside": (u > 0) & (u <= q)}[needs]
+        near = (u >= -0.5) & (u <= q + 0.5)
+        bit = {"nothing": u == u, "positive": u > 0, "inside": (u > 0) & (u <= q), "near": near}[needs]
         g = gprime(u, q)
         for part in (bit, ~bit):
             if bool((g[part] != g[part][:1]).any()):
@@ -350,11 +366,12 @@ def register_ste(
         NaN (the gradient of a NaN passes, for every STE); q = 2**bits - 1. Returns a tensor of u's shape and dtype.
     needs: what g' depends on, and so what is saved for backward. "x" (default) always works. A piecewise constant g'
         saves less: "nothing" if it is constant, "positive" if it depends on u > 0 only (1 bit per element), "inside" if
-        it depends on 0 < u <= q only (1 bit per element). "codes" makes any g' constant on each stair, g'(c) for the
-        code c = 0..q, and saves the packed codes. gprime is then called once per number of bits, dtype and device.
+        it depends on 0 < u <= q only (1 bit per element), "near" if on -1/2 <= u <= q + 1/2 only (1 bit per element).
+        "codes" makes any g' constant on each stair, g'(c) for the code c = 0..q, and saves the packed codes. gprime is
+        then called once per number of bits, dtype and device.
     formula, paper: text for the table of `stes`.
     triton: g' as a @triton.jit function (u, q), with u a float32 or float64 block and q a compile-time int. It is never
-        called for a NaN. If needs is a bit, u is 0.5 or -0.5; if needs is "codes", u is the code. It is not compared
+        called for a NaN. If needs is a bit, u is 0.5 or -1; if needs is "codes", u is the code. It is not compared
         with gprime here; `coarsegrad.testing.triton_ulps_apart` does that in Triton's interpreter. In float32 on an
         NVIDIA GPU, unlike there, `/` errs by 2 ulps, and somewhat more by a literal, and tl.ceil, tl.floor, tl.exp2,
         tl.sqrt and tl.rsqrt take subnormals for 0.
@@ -404,12 +421,13 @@ def codes_give(mask: int, rounding: int) -> bool:
 def saved(needs: Needs, rounding: int, alpha_grad: int, need_grad_x: bool, need_grad_alpha: bool) -> Saved:
     """The least that these gradients can be computed from. needs: of the STE."""
     gate = needs if need_grad_x else "nothing"
-    if gate == "x" or (need_grad_alpha and alpha_grad == AlphaGrad.chain):
-        return Saved(MaskKind.nothing.value, False, True)
+    by_state = need_grad_alpha and alpha_grad in (AlphaGrad.three_valued, AlphaGrad.two_valued)
+    if gate == "x" or (need_grad_alpha and alpha_grad == AlphaGrad.chain) or (gate == "near" and by_state):
+        return Saved(MaskKind.nothing.value, False, True)  # no state tells what is near
     mask = MaskKind["nothing" if gate == "codes" else gate].value
     if not need_grad_alpha:
         return Saved(mask, gate == "codes", False)
-    if alpha_grad != AlphaGrad.exact:
+    if by_state:
         return Saved(MaskKind.state.value, gate == "codes", False)
     return Saved(MaskKind.nothing.value if codes_give(mask, rounding) else mask, True, False)
 
@@ -420,5 +438,9 @@ def check_inplace(
     """A ValueError if x must not be overwritten because it is saved for backward."""
     rule = parse("alpha_grad", alpha_grad, AlphaGrad)
     if saved(get_ste(ste).needs, parse("rounding", rounding, Rounding), rule, need_grad_x, need_grad_alpha).x:
-        because = f"alpha_grad={alpha_grad!r}" if need_grad_alpha and rule == AlphaGrad.chain else f"ste={ste!r}"
+        because = f"ste={ste!r}"
+        if need_grad_alpha and get_ste(ste).needs != "x":
+            because = (
+                f"alpha_grad={alpha_grad!r}" if rule == AlphaGrad.chain else f"{because}, alpha_grad={alpha_grad!r}"
+            )
         raise ValueError(f"inplace=True would overwrite x, which the backward needs for {because}; use inplace=False")

@@ -48,13 +48,14 @@ def serving(backend_id: str) -> Iterator[None]:
 
 @real_numbers()
 def hard_inputs(alpha: float, bits: int, rounding: str, dtype: torch.dtype) -> Tensor:
-    """1-d x of dtype: every level and threshold with both neighbours in dtype, both signs, and all special values.
+    """1-d x of dtype: every level and threshold, and half a stair outside of the range, with both neighbours in dtype,
+    both signs, and all special values.
 
     A threshold between two numbers of dtype is represented by those two.
     """
     step = torch.tensor([alpha], dtype=torch.float64)
     edges = [reference.levels(step, bits, dtype)[0], reference.thresholds(step, bits, dtype, rounding)[0]]
-    on = torch.cat(edges).to(dtype)
+    on = torch.cat([*edges, step / 2, edges[0][-1:] + step / 2]).to(dtype)
     neighbours = [torch.nextafter(on, torch.full_like(on, end)) for end in (-math.inf, math.inf)]
     finite = torch.finfo(dtype)
     tiny = [finite.smallest_normal, finite.smallest_normal / 2, finite.smallest_normal * finite.eps]

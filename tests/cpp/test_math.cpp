@@ -211,7 +211,7 @@ void test_half_precision() {
 // alpha = 2, two bits: q = 3, top = 6.
 template <class A>
 Point<A> at(A x) {
-  return {x, x / A(2), A(3), A(1) / A(3), A(6)};
+  return {x, A(2), x / A(2), A(3), A(1) / A(3), A(6)};
 }
 template <class Ste, class A>
 A slope(A x) {
@@ -233,7 +233,7 @@ void test_fast_slope() {
       const Slope fast(alpha, q);
       for (float x = alpha * 0x1p-20f; x <= most; x *= 1.001f) {
         const double u = double(x) / alpha;
-        const double wanted = slope<Ste>(Point<double>{x, u, q, 1.0 / q, double(q) * alpha});
+        const double wanted = slope<Ste>(Point<double>{x, alpha, u, q, 1.0 / q, double(q) * alpha});
         CHECK(std::fabs(fast.at(x) - wanted) <= 0x1p-12 * wanted);
       }
       CHECK(most > 60 * q * alpha && fast.at(most) > 0);
@@ -258,6 +258,9 @@ void test_stes() {
   }
   CHECK(slope<Relu>(above) == 1);
   CHECK(slope<ClippedRelu>(above) == 0);
+  for (const A x : {A(-1), A(0), A(6), A(7)}) CHECK(slope<Trust>(x) == 1);
+  for (const A x : {-kInf<A>, std::nextafter(A(-1), A(-2)), std::nextafter(A(7), A(8)), kInf<A>})
+    CHECK(slope<Trust>(x) == 0);
   CHECK(slope<LogTailedRelu>(A(8)) == A(0.5));   // u = 4: 1 / (4 - 3 + 1)
   CHECK(slope<LogTailedRelu>(A(20)) == A(0.125));  // u = 10: 1 / (10 - 3 + 1)
   CHECK(slope<ReverseExponential>(tiny) == 1);

@@ -255,7 +255,7 @@ def channel_cases(dtype):
         x = torch.stack([make_x(dtype, a.item(), bits, rounding, rows * inner, n + i).view(rows, inner)
                          for i, a in enumerate(alpha)], 1).reshape(-1)  # fmt: skip
         settings = {"shape": shape, "offset": n % 2, "seed": n}
-        yield forward_case(x, alpha, bits, rounding, MASKS[n % 4], n % 3 == 0, **settings)
+        yield forward_case(x, alpha, bits, rounding, MASKS[n % len(MASKS)], n % 3 == 0, **settings)
         codes = reference.qrelu_codes(x.view(shape), alpha, bits, rounding, 1)
         yield dequantize_case(codes, alpha, bits, shape, dtype, 1, offset=n % 2, seed=n)
         grad_y = make_grad(dtype, count, n)
@@ -310,7 +310,7 @@ def test_every_number_of_16_bits(program, dtype):
         # The last two: where the distance of numbers is largest beside alpha, at the 8-bit levels of bfloat16; and in
         # float16, alpha at its least.
         for value in (*torch.logspace(-6, 4, 3, base=math.e).tolist(), 256 / 129, 2.0**-24):
-            cases.append(forward_case(x, alpha_tensor([value], dtype), bits, rounding, MASKS[n % 4], True))
+            cases.append(forward_case(x, alpha_tensor([value], dtype), bits, rounding, MASKS[n % len(MASKS)], True))
     check(program, cases)
 
 

@@ -73,6 +73,7 @@ BY_NAME = {
     "the fma of nearest rounds upwards": "forward, nearest",
     ">= for > at a threshold of nearest": "forward, nearest",
     "the dead zone of nearest under hwgq": "forward, hwgq",
+    "the end of what is near outside": "forward, ceil",
     "rows of channels that are no chunks": "backward from what is saved",
     **dict.fromkeys(
         ("channels of a chunk that are one", "the channel of another's alpha", "totals that stay where they are",
@@ -111,6 +112,7 @@ MUTANTS = {
     "alphas of the wrong channels": ("alphas.cuh", "segment % alphas.channels", "start % alphas.channels"),
     "channels that do not start again": ("alphas.cuh", "if (++at_ == end_) at_ = first_;", "++at_;\n      if (at_ == end_) --at_;"),
     "the top level outside": ("forward.cuh", "is_positive(x) & !(x > top)", "is_positive(x) & !(x >= top)"),
+    "the end of what is near outside": ("../math/ste.h", "(x > top + half)", "(x >= top + half)"),
     "the gate of NaN shut": ("../math/ste.h", "return !(x <= F(0));", "return x > F(0);"),
     "halves of a word swapped": ("chunk.cuh", "narrow<T>(low).bits | static_cast<uint32_t>(narrow<T>(high).bits) << 16", "narrow<T>(high).bits | static_cast<uint32_t>(narrow<T>(low).bits) << 16"),
     "nibbles of a byte swapped": ("chunk.cuh", "static_cast<uint8_t>(own | next << 4)", "static_cast<uint8_t>(next | own << 4)"),

@@ -21,7 +21,7 @@ from coarsegrad._types import ALPHA_GRADS, BUILT_IN, ROUNDINGS, AlphaGrad, MaskK
 from coarsegrad.testing import hard_inputs, ulps_apart
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MASKS = ("nothing", "positive", "inside", "state")
+MASKS = ("nothing", "positive", "inside", "state", "near")
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 

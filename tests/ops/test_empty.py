@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,7 @@ SHAPES = [(0,), (0, 8), (4, 0), (2, 0, 3, 3), (0, 2, 3, 3, 3)]
 @pytest.mark.parametrize("shape", SHAPES)
 def test_qrelu(reference_or_native, shape, learned, packing):
     for ste, rounding, rule, inplace in itertools.product(cg.stes(), ROUNDINGS, ALPHA_GRADS, (False, True)):
-        keeps_x = ste in ("log_tailed_relu", "reverse_exponential") or (learned and rule == "chain")
-        if inplace and keeps_x:
+        if inplace and oracle.saves_x(ste, rule if learned else None):
             continue
         leaf, alpha = torch.empty(shape, requires_grad=True), torch.tensor([0.3], requires_grad=learned)
         with cg.packed_activations() if packing else torch.enable_grad():

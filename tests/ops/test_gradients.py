@@ -1,6 +1,6 @@
 """dx of every STE and dalpha of every rule, against float64 oracles.
 
-Tolerances. Masked STEs (identity, relu, clipped_relu): dx is bit-equal. STEs with a division or an exp: in
+Tolerances. Masked STEs (identity, relu, clipped_relu, trust): dx is bit-equal. STEs with a division or an exp: in
 float32 and float64 within `3 + 2 * condition` ulps, where condition = |u g''(u) / g'(u)| is what the two roundings
 of u = x / alpha grow to in g'(u) (|u / q| for reverse_exponential); in the half dtypes, computed in float32,
 within 1 ulp of the dtype. dalpha: the error relative to the sum of the magnitudes added is at most 1e-5 (1e-12 in
@@ -38,7 +38,9 @@ def gradient_case(dtype, rounding, bits):
     alpha = torch.cat([torch.tensor([0.5, 1.0]), oracle.log_uniform(6, 1e-2, 1e1, seed=bits)])
     points = oracle.threshold_points(alpha, bits, dtype, rounding)[:, :120]
     top = oracle.levels(alpha, bits, dtype)[:, -1:]
-    edge = torch.cat([oracle.down(top), top, oracle.up(top), torch.zeros_like(top), -torch.zeros_like(top)], 1)
+    ends = torch.stack(oracle.ends(alpha, bits, dtype), 1).to(dtype)
+    on = torch.cat([top, ends], 1)
+    edge = torch.cat([oracle.down(on), on, oracle.up(on), torch.zeros_like(top), -torch.zeros_like(top)], 1)
     random = torch.randn(len(alpha), 203, generator=generator) * alpha[:, None] * 2**bits
     x = torch.cat([points, edge, random.to(dtype)], 1)
     return alpha, x, torch.randn(x.shape, generator=generator).to(dtype)
@@ -139,6 +141,7 @@ HAND_SLOPES = {
     "clipped_relu": [0, 0, 1, 1, 1, 1, 0, 0],
     "log_tailed_relu": [0, 0, 1, 1, 1, 1, 1 / 2, 1 / 4],
     "reverse_exponential": [0, 0] + [math.exp(-u / 3) for u in (0.5, 1, 1.5, 3, 4, 6)],
+    "trust": [0, 1, 1, 1, 1, 1, 0, 0],
 }
 
 

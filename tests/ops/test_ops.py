@@ -52,7 +52,7 @@ def qrelu_samples(inplace=False):
 
 
 def saving_samples():
-    for kind, codes in zip(MaskKind, (False, False, True, False)):
+    for kind, codes in zip(MaskKind, (False, False, True, False, False), strict=True):
         for *arguments, channel_dim in forward_samples(lambda channel_dim: (channel_dim,)):
             yield (*arguments, int(Rounding.nearest), int(kind), codes, channel_dim)
 
@@ -68,6 +68,9 @@ def backward_samples(ste_of=lambda name: int(Ste[name])):
         ("relu", "exact"),
         ("clipped_relu", "exact"),
         ("clipped_relu", "three_valued"),
+        ("trust", None),
+        ("trust", "exact"),
+        ("trust", "three_valued"),
         ("relu", "two_valued"),
         ("relu", "chain"),
         ("reverse_exponential", "exact"),
@@ -304,7 +307,8 @@ def test_lsq_compiles_once_for_all_lengths(reference_or_native, fresh_compiler, 
 def test_compile_in_place(reference_or_native, fresh_compiler, ste, alpha_grad):
     def function(x, alpha):
         hidden = x * 2
-        y = cg.qrelu(hidden, alpha, 2, ste=ste, alpha_grad=alpha_grad or "exact", inplace=True)
+        inplace = not oracle.saves_x(ste, alpha_grad)
+        y = cg.qrelu(hidden, alpha, 2, ste=ste, alpha_grad=alpha_grad or "exact", inplace=inplace)
         return y + hidden
 
     def make_inputs(size):

@@ -22,12 +22,10 @@ def expected_bytes(ste, rounding, alpha_grad, need_x, n, bits, itemsize):
     """The rule spelled out case by case. alpha_grad None: alpha is fixed."""
     bit, state = math.ceil(n / 8), math.ceil(2 * n / 8)
     codes = math.ceil(n * oracle.CODE_WIDTH[bits] / 8)
-    if need_x and ste in ("log_tailed_relu", "reverse_exponential"):
+    if oracle.saves_x(ste, alpha_grad, need_x):
         return n * itemsize  # x serves both gradients
     if alpha_grad is None:
-        return {"identity": 0, "relu": bit, "clipped_relu": bit}[ste]
-    if alpha_grad == "chain":
-        return n * itemsize
+        return {"identity": 0, "relu": bit, "clipped_relu": bit, "trust": bit}[ste]
     if alpha_grad in ("three_valued", "two_valued"):
         return state  # the gate is read from the state
     if not need_x or ste == "identity":
@@ -99,16 +97,16 @@ def test_bytes_kept(reference_or_native, ste, rounding, alpha_grad, bits):
                 y = cg.qrelu(x, alpha, bits, ste=ste, rounding=rounding, alpha_grad=alpha_grad or "exact")
             want = expected_bytes(ste, rounding, alpha_grad, need_x, n, bits, x.element_size())
             assert kept.bytes == want, [(t.dtype, tuple(t.shape)) for t in kept.state]
-            keeps_x = ste in ("log_tailed_relu", "reverse_exponential") and need_x or alpha_grad == "chain"
-            assert kept.keeps_alpha == keeps_x
+            assert kept.keeps_alpha == oracle.saves_x(ste, alpha_grad, need_x)
             y.sum().backward()
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 4096, 100_003])
 def test_one_bit_per_element(reference_or_native, n):
-    """The headline: ceil(n / 8) for relu and clipped_relu, nothing for identity, in any dtype."""
+    """The headline: ceil(n / 8) for relu, clipped_relu and trust, nothing for identity, in any dtype."""
     for dtype in oracle.DTYPES:
-        for ste, want in (("identity", 0), ("relu", math.ceil(n / 8)), ("clipped_relu", math.ceil(n / 8))):
+        for ste in oracle.MASKED_STES:
+            want = 0 if ste == "identity" else math.ceil(n / 8)
             x, alpha = make(n, dtype)
             with Kept(alpha) as kept:
                 cg.qrelu(x.requires_grad_(), alpha, 2, ste=ste)

@@ -97,7 +97,7 @@ def test_shapes_of_a_linear():
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 8])
-@pytest.mark.parametrize("ste", ["identity", "relu", "clipped_relu"])
+@pytest.mark.parametrize("ste", oracle.MASKED_STES)
 def test_bytes_kept(ste, bits):
     n, width = 3 * 7 * 24, oracle.CODE_WIDTH[bits]
     x, _, weight, bias = tensors("linear", torch.bfloat16)
@@ -107,7 +107,7 @@ def test_bytes_kept(ste, bits):
             weight.requires_grad_(trainable)
             with Kept(alpha, weight, bias) as kept:
                 out = fused("linear", x, alpha, weight, bias, bits, ste=ste, rounding=rounding)
-            mask = ste == "clipped_relu" or (ste == "relu" and (rounding == "nearest" or not trainable))
+            mask = ste in ("clipped_relu", "trust") or (ste == "relu" and (rounding == "nearest" or not trainable))
             assert kept.bytes == n * (width * trainable + mask) // 8
             out.float().sum().backward()
 

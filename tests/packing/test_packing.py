@@ -88,12 +88,12 @@ def test_levels_that_collapse_or_overflow(alpha):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_bytes_between_two_linears(bits, dtype):
-    """relu b bits, clipped_relu b + 1, beside one copy of alpha."""
+    """relu b bits, clipped_relu and trust b + 1, beside one copy of alpha."""
     n, width = 64 * 40, oracle.CODE_WIDTH[bits]
     first, second = nn.Linear(16, 40, dtype=dtype), nn.Linear(40, 8, dtype=dtype)
     x = torch.randn(64, 16).to(dtype)
     alpha = torch.tensor([0.3])
-    for ste, want in (("relu", width), ("clipped_relu", width + 1), ("identity", width)):
+    for ste, want in (("relu", width), ("clipped_relu", width + 1), ("trust", width + 1), ("identity", width)):
         for trainable in (True, False):
             second.requires_grad_(trainable)
 
@@ -126,12 +126,12 @@ def test_bytes_with_a_learned_alpha(alpha_grad, rounding):
 
         got, _ = kept_bytes(forward, x, alpha, *first.parameters(), *second.parameters())
         codes = n * 2 // 8
-        if alpha_grad == "chain" or ste in ("log_tailed_relu", "reverse_exponential"):
+        if oracle.saves_x(ste, alpha_grad):
             beside = 4 * n
         elif alpha_grad != "exact":
             beside = n * 2 // 8
         else:
-            beside = n // 8 if ste == "clipped_relu" or (ste == "relu" and rounding == "nearest") else 0
+            beside = n // 8 if ste in ("clipped_relu", "trust") or (ste == "relu" and rounding == "nearest") else 0
         assert got == codes + beside + 4, ste
 
 

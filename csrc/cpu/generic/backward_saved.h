@@ -175,7 +175,7 @@ void backward_saved(const Backward& args, int64_t begin, int64_t end) {
   using U = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
   constexpr int kCount = Lanes<V>::kCount;
   const Backward a = args;
-  const bool one_bit = a.kind == MaskKind::positive || a.kind == MaskKind::inside;
+  const bool one_bit = a.kind != MaskKind::nothing && a.kind != MaskKind::state;
   if (one_bit && a.grad_x && !a.partial && !a.codes) begin = backward_mask<U>(a, begin, end);
   ChannelSums<A> sums(a);
   const auto weights = [&] {

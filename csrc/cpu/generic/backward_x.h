@@ -50,8 +50,8 @@ CG_HD void dx_run(const T* x, const T* grad_y, T* dx, int64_t count, bool stream
   const auto dx_of = [&](auto v, auto dy, int64_t i) {  // of a Vec, a Pair or a Pair of Pairs
     using F = decltype(v);
     const F u = kApproximate ? mul(v, F(source.inverse_at(i))) : v / F(source.alpha_at(i));
-    const V top = level<T>(q, source.alpha_at(i));
-    return times_slope_at<SteT, kApproximate>(dy, Point<F>{v, u, F(q), F(inverse_q), F(top)});
+    const V alpha = source.alpha_at(i), top = level<T>(q, alpha);
+    return times_slope_at<SteT, kApproximate>(dy, Point<F>{v, F(alpha), u, F(q), F(inverse_q), F(top)});
   };
   for (int64_t end = 0; end < count;) {
     int64_t i = end;
@@ -138,7 +138,7 @@ CG_HD void add_terms(const Backward& a, const T* x, const T* grad_y, const Sourc
   if (by_code) codes_block(a, x, source, codes);
   for (int i = 0; i < kBlock; i += Lanes<V>::kCount) {
     const V alpha = source.alpha_at(i), v = Io<T>::load(x + i);
-    const Point<V> p{v, v / alpha, q, V(A(1)) / q, level<T>(q, alpha)};
+    const Point<V> p{v, alpha, v / alpha, q, V(A(1)) / q, level<T>(q, alpha)};
     V value;
     if (by_code) {
       value = Lanes<V>::load_codes(codes + i);

@@ -62,13 +62,15 @@ CG_HD void read_packed(const uint8_t* from, int64_t block, int count, uint64_t* 
   }
 }
 
-CG_HD void write_mask(uint8_t* to, MaskKind kind, int64_t block, int count, uint64_t inside, uint64_t above) {
+CG_HD void write_mask(uint8_t* to, MaskKind kind, int64_t block, int count, uint64_t inside, uint64_t above,
+                      uint64_t near) {
   if (kind == MaskKind::state) {
     uint64_t words[2];
     bitpack_states(inside, above, words);
     write_packed<2>(to, block, count, words);
   } else {
     if (kind == MaskKind::positive) inside |= above;
+    if (kind == MaskKind::near) inside = near & (~uint64_t{0} >> (kBlock - count));  // the zeros behind x are near
     write_packed<1>(to, block, count, &inside);
   }
 }

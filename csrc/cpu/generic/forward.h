@@ -11,6 +11,20 @@
 namespace cg::CG_ISA {
 namespace {
 
+// The bits of a block's x that are near the range. Not inlined: it would be in each of the loops, which have no use of
+// their own for its numbers.
+template <class T, class Source>
+__attribute__((noinline)) uint64_t near_bits(const T* x, const Source& source, int bits) {
+  using V = Vec<compute_t<T>>;
+  const V q(compute_t<T>((1 << bits) - 1));
+  uint64_t near = 0;
+  for (int i = 0; i < kBlock; i += Lanes<V>::kCount) {
+    const V alpha = source.alpha_at(i);
+    near |= Lanes<V>::bits(is_near(Io<T>::load(x + i), alpha, level<T>(q, alpha))) << i;
+  }
+  return near;
+}
+
 template <class T, Rounding R, bool kRegular, bool kCodes, class Source>
 void forward_range(const Forward& args, int64_t first, int64_t last, const Source& source) {
   using A = compute_t<T>;
@@ -26,6 +40,7 @@ void forward_range(const Forward& args, int64_t first, int64_t last, const Sourc
     T* y = whole ? static_cast<T*>(a.y) + block * kBlock : y_copy;
     uint8_t codes[kBlock];
     uint64_t positive = 0, above = 0;
+    const uint64_t near = a.kind == MaskKind::near ? near_bits(x, source, a.bits) : 0;  // first, as y may be x
     for (int i = 0; i < kBlock; i += Lanes<V>::kCount) {
       const V v = Io<T>::load(x + i), alpha = source.alpha_at(i);
       const Quantized<V> result = quantize_vec<T, R, kRegular>(v, alpha, source.inverse_at(i), q);
@@ -36,7 +51,7 @@ void forward_range(const Forward& args, int64_t first, int64_t last, const Sourc
       if constexpr (kCodes) Lanes<V>::store_codes(codes + i, result.code);
     }
     if (a.y && count < kBlock) memcpy(static_cast<T*>(a.y) + block * kBlock, y_copy, count * sizeof(T));
-    if (a.mask) write_mask(a.mask, a.kind, block, count, positive & ~above, above);
+    if (a.mask) write_mask(a.mask, a.kind, block, count, positive & ~above, above, near);
     if constexpr (kCodes) write_codes(a.codes, block, count, packed_width(a.bits), codes);
   }
 }
@@ -77,6 +92,10 @@ void forward_staircase(const Forward& args, int64_t first, int64_t last, const S
         continue;
       }
       prefetch(x);
+      if (kind == MaskKind::near) {  // first, as y may be x
+        const uint64_t near = near_bits(static_cast<const T*>(a.x) + block * kBlock, source.of(block), bits);
+        write_packed<1>(mask_of_all, block, kBlock, &near);
+      }
       Element y_unused[kBlock];
       Element* y = y_of_all ? y_of_all + block * kBlock : y_unused;
       uint8_t* mask = mask_of_all + block * mask_bytes;

@@ -25,8 +25,9 @@ def packed_activations() -> Iterator[None]:
     If nobody saves y, because the next layer is frozen, its codes are freed with it.
 
     Bits per element for y and its coarse gradient together, with b the width of a packed code: relu b (b + 1 under
-    "nearest"), clipped_relu b + 1, identity b; an STE that needs x still saves x, plus b bits. A learned alpha adds
-    nothing under "exact", and replaces the mask by a 2-bit state under "two_valued" and "three_valued". A copy of alpha
+    "nearest"), clipped_relu and trust b + 1, identity b; an STE that needs x still saves x, plus b bits. A learned
+    alpha adds nothing under "exact", and replaces the mask by a 2-bit state (of trust by x) under "two_valued" and
+    "three_valued". A copy of alpha
     is saved as well, because its value may change before the backward. For an output of `qsigned` it is b, or b + 1 for
     "clipped" with a given alpha, and 16 / group with a dynamic one; a `gated_product` of two outputs is saved as their
     codes.

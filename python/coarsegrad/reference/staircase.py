@@ -90,6 +90,13 @@ def _state(x: Tensor, alpha: Tensor, bits: int, channel_dim: int | None) -> Tens
     return (~(x <= 0)).to(torch.uint8) + (x.to(top.dtype) > top)
 
 
+def _near(x: Tensor, alpha: Tensor, bits: int, channel_dim: int | None) -> Tensor:
+    """Whether -alpha/2 <= x <= L[q] + alpha/2; true for NaN."""
+    half = alpha / 2
+    low, high = (per_element(end, x, channel_dim) for end in (-half, levels(alpha, bits, x.dtype)[:, -1] + half))
+    return ~((x.to(half.dtype) < low) | (x.to(half.dtype) > high))
+
+
 _BIT_OF_STATE = {MaskKind.positive: lambda state: state != 0, MaskKind.inside: lambda state: state == 1}
 
 
@@ -104,7 +111,9 @@ def _forward(
     code = _codes(x, alpha, bits, rounding, channel_dim)
     y = torch.where(x.isnan(), x, _from_codes(code, alpha, x.dtype, channel_dim))
     packed_mask, packed_codes = (torch.empty(0, dtype=torch.uint8, device=x.device) for _ in range(2))
-    if kind != MaskKind.nothing:
+    if kind == MaskKind.near:
+        packed_mask = pack(to_memory_order(_near(x, alpha, bits, channel_dim).to(torch.uint8), memory_format), 1)
+    elif kind != MaskKind.nothing:
         state = _state(x, alpha, bits, channel_dim)
         bit = state if kind == MaskKind.state else _BIT_OF_STATE[kind](state).to(torch.uint8)
         packed_mask = pack(to_memory_order(bit, memory_format), MASK_WIDTH[kind])
@@ -223,6 +232,8 @@ def qrelu_backward(
         bit = unpacked(mask, MASK_WIDTH[mask_kind]) != 0
     if state is not None and row.needs in ("positive", "inside"):
         bit = _BIT_OF_STATE[MaskKind[row.needs]](state)
+    if x is not None and row.needs == "near":
+        bit = _near(x, step, bits, channel_dim)
 
     def slope() -> Tensor:
         """g'(u), and 1 for NaN."""
@@ -233,7 +244,7 @@ def qrelu_backward(
         if row.needs == "nothing":
             return row.gprime(torch.full_like(dy, 0.5), q)
         # g' depends on the bit alone: any u with that bit will do.
-        return row.gprime(torch.where(bit, 0.5, -0.5).to(dy.dtype), q)
+        return row.gprime(torch.where(bit, 0.5, -1.0).to(dy.dtype), q)
 
     grad_x, grad_alpha = grad_y.new_empty(0), dy.new_empty(0)
     if need_grad_x:

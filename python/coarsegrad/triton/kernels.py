@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .staircase import code_of, divide, narrow, state_of, widen
+from .staircase import code_of, divide, narrow, near_of, state_of, widen
 
 # ------------------------------------------------------------------------------------------ memory
 
@@ -125,6 +125,8 @@ def _forward_block(
         state = state_of(x, alpha, DTYPE, BITS)
         if MASK == "state":
             store_packed(mask_ptr, state, start, count, 2, TAIL)
+        elif MASK == "near":
+            store_packed(mask_ptr, near_of(x, alpha, DTYPE, BITS).to(tl.int32), start, count, 1, TAIL)
         elif MASK == "inside":
             store_packed(mask_ptr, (state == 1).to(tl.int32), start, count, 1, TAIL)
         else:
@@ -211,15 +213,17 @@ def _slope_and_factor(
         g = GPRIME(half, q)
     else:
         # g' depends on the bit alone: any u with that bit will do.
-        if MASK == "positive" or MASK == "inside":
+        if MASK == "positive" or MASK == "inside" or MASK == "near":
             bit = saved != 0
         elif MASK == "nothing" and x is None:
             bit = code != 0
         elif NEEDS == "inside":
             bit = state == 1
+        elif NEEDS == "near":
+            bit = near_of(x, alpha, DTYPE, BITS)
         else:
             bit = state != 0
-        g = GPRIME(tl.where(bit, half, -half), q)
+        g = GPRIME(tl.where(bit, half, -1.0), q)
     if RULE is None:
         return g, g
     else:

@@ -214,6 +214,14 @@ def state_of(x, alpha, DTYPE: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def near_of(x, alpha, DTYPE: tl.constexpr, BITS: tl.constexpr):
+    """Whether -alpha/2 <= x <= L[q] + alpha/2; true for NaN."""
+    half = alpha * 0.5
+    outside = (x < -half) | (x > level(2.0**BITS - 1, alpha, DTYPE) + half)
+    return tl.where(outside, 0, 1) != 0
+
+
+@triton.jit
 def signed_code_by_guess(x, alpha, inverse, DTYPE: tl.constexpr, BITS: tl.constexpr):
     """k = c - p for a regular alpha, from 1 / alpha with an error of a few ulps.
 

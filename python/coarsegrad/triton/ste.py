@@ -67,6 +67,11 @@ def reverse_exponential(u, q):
 
 
 @triton.jit
+def trust(u, q):
+    return tl.where((u >= -0.5) & (u <= q + 0.5), 1.0, 0.0).to(u.dtype)
+
+
+@triton.jit
 def exact(state, code, u, g, q):
     return code
 
@@ -86,5 +91,5 @@ def chain(state, code, u, g, q):
     return code - tl.where(g == 0, 0.0, u * g)
 
 
-STES = {f.__name__: f for f in (identity, relu, clipped_relu, log_tailed_relu, reverse_exponential)}
+STES = {f.__name__: f for f in (identity, relu, clipped_relu, log_tailed_relu, reverse_exponential, trust)}
 ALPHA_GRADS = {f.__name__: f for f in (exact, three_valued, two_valued, chain)}
