@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 
 import coarsegrad as cg
-from coarsegrad.ste import ROUNDINGS
+from coarsegrad.ste import BUILT_IN, ROUNDINGS
 
 from .activations import IMPLEMENTATIONS
 from .engines import ENGINES, OURS
@@ -219,8 +219,8 @@ _STAIRS = {
 
 
 def staircase_figure() -> Figure:
-    """The staircase at 2 bits for every rounding, and g'(u) of every STE, as computed by coarsegrad."""
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    """The staircase at 2 bits for every rounding, and g'(u) of every compiled STE, as computed by coarsegrad."""
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
     forward, backward = figure.subfigures(1, 2, width_ratios=(1, 1.2))
     _draw_staircases(forward)
@@ -256,7 +256,7 @@ def _draw_staircases(figure: SubFigure) -> None:
 
 
 def _draw_gradients(figure: SubFigure) -> None:
-    table = [ste for ste in cg.stes().values() if ste.needs != "codes"]
+    table = [cg.stes()[name] for name in BUILT_IN]
     panels = figure.subplots(len(table), 1, sharex=True, sharey=True)
     u = torch.linspace(-1.5, 3 * _TOP_CODE, 4201, dtype=torch.float64)
     colors = itertools.cycle((_VERMILION, _GREEN, _BLUE, _PURPLE, _ORANGE))

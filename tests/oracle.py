@@ -16,6 +16,7 @@ ROUNDINGS = ("ceil", "nearest", "hwgq")
 STES = ("identity", "relu", "clipped_relu", "log_tailed_relu", "reverse_exponential", "trust")
 MASKED_STES = ("identity", "relu", "clipped_relu", "trust")
 X_STES = ("log_tailed_relu", "reverse_exponential")
+SOFT_STES = ("dsq", "stable_qat")  # in the table, and not compiled in
 ALPHA_GRADS = ("exact", "three_valued", "two_valued", "chain")
 CODE_WIDTH = {1: 1, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 
@@ -92,7 +93,7 @@ def per_element(values: torch.Tensor, x: torch.Tensor, channel_dim: int | None) 
 def saves_x(ste: str, alpha_grad: str | None, need_x: bool = True) -> bool:
     """Whether x itself is saved. alpha_grad is None if alpha is fixed. A state does not tell what trust needs."""
     by_state = alpha_grad in ("three_valued", "two_valued")
-    return alpha_grad == "chain" or (need_x and (ste in X_STES or (ste == "trust" and by_state)))
+    return alpha_grad == "chain" or (need_x and (ste in (*X_STES, *SOFT_STES) or (ste == "trust" and by_state)))
 
 
 class Staircase64:

@@ -419,6 +419,25 @@ def test_an_own_ste_runs_in_triton(function, gprime, needs, rule, arithmetic, mo
         assert dalpha_triton.item() == pytest.approx(dalpha.item(), rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "dtype, bits", [(torch.float32, 1), (torch.float32, 4), (torch.float64, 2), (torch.float64, 8)]
+)
+@pytest.mark.parametrize("ste", [ste.name for ste in cg.stes().values() if isinstance(ste.triton, str)])
+def test_stes_that_follow_the_thresholds(ste, dtype, bits):
+    """Under each rounding, around each threshold and level and between them. Another exponential, another sine."""
+    assert triton_ulps_apart(ste, bits, dtype) <= 8
+    x, dy = ordinary(500, dtype=dtype).abs() * 2**bits, ordinary(500, dtype=dtype, seed=1)
+    for rounding in ROUNDINGS:
+        found = []
+        for backend in ("reference", "triton"):
+            leaf, alpha = x.clone().requires_grad_(), torch.tensor([0.4], requires_grad=True)
+            with cg.use_backend(backend):
+                cg.qrelu(leaf, alpha, bits, ste=ste, rounding=rounding, alpha_grad="chain").backward(dy)
+            found.append((leaf.grad, alpha.grad))
+        assert ulps_apart(found[0][0], found[1][0]).max() <= 8
+        torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-4)
+
+
 def test_a_wrong_triton_form_is_seen():
     with cg.register_ste("own", OWN[1][1], triton=wrong):
         assert triton_ulps_apart("own") > 1000

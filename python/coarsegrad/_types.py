@@ -68,6 +68,8 @@ SteName: TypeAlias = (
         "reverse_exponential",
         "trust",
         "reverse_exponential_step",
+        "dsq",
+        "stable_qat",
     ]
     | str
 )

@@ -163,7 +163,7 @@ def qrelu(
     bits: 1..8.
     ste: the coarse gradient g', a name in `stes()`: "identity", "relu", "clipped_relu", "log_tailed_relu",
         "reverse_exponential", "trust", "reverse_exponential_step" (g' at the code instead of u: constant on each
-        stair), or a custom STE (`register_ste`).
+        stair), "dsq" and "stable_qat" (torch operations, or Triton), or a custom STE (`register_ste`).
     rounding: the thresholds T. "ceil": T[k] = L[k-1], so that every x > 0 gives at least alpha. "nearest": the
         midpoints between levels. "hwgq": as "nearest", but T[1] = 0.
     alpha_grad: the factor A if alpha requires grad. It is 0 for x <= 0 and q for x > L[q]; in between, "exact" is c,
@@ -188,7 +188,8 @@ def qrelu(
     Sources: Yin et al. 2019, arXiv 1903.05662, and Long, Yin, Xin 2021, arXiv 2011.11256 (coarse gradients); Yin et
     al. 2018, arXiv 1808.05240 ("exact", "three_valued"); Choi et al. 2018, arXiv 1805.06085 ("two_valued"); Esser et
     al. 2020, arXiv 1902.08153 ("lsq", and "chain" with "nearest" and clipped_relu); Cai et al. 2017, arXiv 1702.00953
-    ("hwgq"); Panferov et al. 2025, arXiv 2502.05003 (trust).
+    ("hwgq"); Panferov et al. 2025, arXiv 2502.05003 (trust); Gong et al. 2019,
+    arXiv 1908.05033 (dsq); Chen et al. 2026, arXiv 2601.19320 (stable_qat).
     """
     if has_torch_function_variadic(x, alpha):  # as `overridable` does
         return handle_torch_function(

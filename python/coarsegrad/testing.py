@@ -78,19 +78,23 @@ def ulps_apart(a: Tensor, b: Tensor) -> Tensor:
 
 @real_numbers()
 def triton_ulps_apart(ste: str, bits: int = 4, dtype: torch.dtype = torch.float32) -> int:
-    """The largest distance in ulps between g' in Triton and in plain torch, around every level.
+    """The largest distance in ulps between g' in Triton and in plain torch, around every level, under "ceil"; if g'
+    depends on the rounding, under any.
 
     ste: the name of an STE with a Triton form. dtype: float32 or float64. Needs TRITON_INTERPRET=1 in the environment
     of the process.
     """
-    x = hard_inputs(0.5, bits, "ceil", dtype)
-    x = x[x.isfinite() & (x.abs() < 2.0**40)]
-    # "chain" passes x and alpha, from which both compute what the STE needs.
-    settings = (bits, ste, Rounding.ceil, AlphaGrad.chain, 1.0, None, True, True)
-    arguments = (torch.ones_like(x), torch.tensor([0.5], dtype=dtype), x, None, None, *settings)
-    if get_ste(ste).triton is None:
+    row, most = get_ste(ste), 0
+    if row.triton is None:
         raise ValueError(f"ste {ste!r} has no Triton form")
-    with use_backend("triton"):
-        by_triton, _ = _ops.ops.qrelu_backward_custom.default(*arguments)
-    by_torch, _ = reference.qrelu_backward(*arguments)
-    return int(ulps_apart(by_triton, by_torch).max())
+    for rounding in Rounding if row.by_rounding else (Rounding.ceil,):
+        x = hard_inputs(0.5, bits, rounding.name, dtype)
+        x = x[x.isfinite() & (x.abs() < 2.0**40)]
+        # "chain" passes x and alpha, from which both compute what the STE needs.
+        settings = (bits, ste, rounding, AlphaGrad.chain, 1.0, None, True, True)
+        arguments = (torch.ones_like(x), torch.tensor([0.5], dtype=dtype), x, None, None, *settings)
+        with use_backend("triton"):
+            by_triton, _ = _ops.ops.qrelu_backward_custom.default(*arguments)
+        by_torch, _ = reference.qrelu_backward(*arguments)
+        most = max(most, int(ulps_apart(by_triton, by_torch).max()))
+    return most

@@ -48,6 +48,11 @@ classified correctly. On half of the data it can.
 """
 
 
+_STES = (
+    "identity", "relu", "clipped_relu", "log_tailed_relu", "reverse_exponential", "reverse_exponential_step",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Data:
     """`classes` subspaces of `dim` dimensions each; all principal angles between any two are `angle` degrees."""
@@ -158,7 +163,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m coarsegrad synthetic` to `parser`."""
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     add = parser.add_argument
-    add("--stes", nargs="+", choices=list(stes()), default=list(stes()), metavar="STE", help="STEs (default all)")
+    known = ", ".join(_STES)
+    add("--stes", nargs="+", choices=list(stes()), default=list(_STES), metavar="STE", help=f"STEs (default {known})")
     add(
         "--bits",
         nargs="+",

@@ -238,7 +238,7 @@ def qrelu_backward(
     def slope() -> Tensor:
         """g'(u), and 1 for NaN."""
         if row.needs == "x":
-            return torch.where(u.isnan(), 1.0, row.gprime(u, q))
+            return torch.where(u.isnan(), 1.0, row.at(u, q, rounding.name))
         if row.needs == "codes":
             return row.gprime(code.to(dy.dtype), q)
         if row.needs == "nothing":

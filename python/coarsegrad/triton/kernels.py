@@ -207,6 +207,8 @@ def _slope_and_factor(
         u = tl.where((x > 0) & (u < tiny), tiny, u)
     if NEEDS == "x":
         g = tl.where(u == u, GPRIME(u, q), 1.0)
+    elif NEEDS == "x and rounding":
+        g = tl.where(u == u, GPRIME(u, q, ROUNDING), 1.0)
     elif NEEDS == "codes":
         g = GPRIME(code.to(dy.dtype), q)
     elif NEEDS == "nothing":

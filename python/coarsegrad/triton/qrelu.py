@@ -200,6 +200,8 @@ def qrelu_backward(
     row, memory_format = ste_of(ste), suggest_memory_format(grad_y)
     mode, rule = parse("rounding", rounding, Rounding), parse("alpha_grad", alpha_grad, AlphaGrad)
     gprime = mirror.STES[row.name] if row.name in BUILT_IN else row.triton
+    if isinstance(gprime, str):
+        gprime = getattr(mirror, gprime)
     if gprime is None:
         raise ValueError(f"ste {row.name!r} has no Triton form")
     mask_kind, saves_codes, saves_x = saved(row.needs, mode, rule, need_grad_x, need_grad_alpha)
@@ -226,7 +228,7 @@ def qrelu_backward(
     )
     switches = {
         "BITS": bits, "CODE_WIDTH": width, "GPRIME": gprime, "ROUNDING": mode.name, "MASK": MaskKind(mask_kind).name,
-        "NEEDS": row.needs if need_grad_x or saves_x else "nothing",
+        "NEEDS": "nothing" if not (need_grad_x or saves_x) else "x and rounding" if row.by_rounding else row.needs,
         "RULE": mirror.ALPHA_GRADS[rule.name] if need_grad_alpha else None,
     }  # fmt: skip
 

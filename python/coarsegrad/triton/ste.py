@@ -11,9 +11,11 @@ import math
 import triton
 import triton.language as tl
 
+from ..ste import DSQ_SLOPE, DSQ_STRETCH, STABLE_QAT
 from .staircase import divide, pow2, round_to_integer
 
-_INVERSE_FACTORIALS = tl.constexpr(tuple(1 / math.factorial(k) for k in range(14)))
+_INVERSE_FACTORIALS = tl.constexpr(tuple(1 / math.factorial(k) for k in range(24)))
+_PI, _DSQ_SLOPE, _DSQ_STRETCH, _STABLE_QAT = map(tl.constexpr, (math.pi, DSQ_SLOPE, DSQ_STRETCH, STABLE_QAT))
 
 
 @triton.jit
@@ -69,6 +71,40 @@ def reverse_exponential(u, q):
 @triton.jit
 def trust(u, q):
     return tl.where((u >= -0.5) & (u <= q + 0.5), 1.0, 0.0).to(u.dtype)
+
+
+@triton.jit
+def _to_threshold(u, q, ROUNDING: tl.constexpr):
+    """The distance from 0 < u <= q to the nearest threshold in units of alpha, at most 1/2. Any number for other u."""
+    u = tl.where((u > 0) & (u <= q), u, 0.0)
+    if ROUNDING == "ceil":
+        threshold = tl.minimum(round_to_integer(u), q - 1.0)
+    else:
+        threshold = tl.floor(u) + 0.5
+        if ROUNDING == "hwgq":
+            threshold = tl.where(u < 1, 0.0, threshold)
+    return tl.minimum(tl.abs(u - threshold), 0.5)
+
+
+@triton.jit
+def dsq(u, q, ROUNDING: tl.constexpr):
+    tail = exp_minus(_to_threshold(u, q, ROUNDING) * (2 * _DSQ_SLOPE))
+    slope = divide(tail * (2 * _DSQ_SLOPE * _DSQ_STRETCH), (1 + tail) * (1 + tail))
+    return tl.where((u > 0) & (u <= q), slope, 0.0)
+
+
+@triton.jit
+def stable_qat(u, q, ROUNDING: tl.constexpr):
+    # 1 - cos by Taylor's series, which loses nothing near a level.
+    angle = (0.5 - _to_threshold(u, q, ROUNDING)) * _PI
+    square = angle * angle
+    terms: tl.constexpr = 11 if u.dtype == tl.float64 else 7
+    series = tl.full(u.shape, _INVERSE_FACTORIALS[2 * terms], u.dtype)
+    for k in tl.static_range(terms - 1):
+        series = series * -square + _INVERSE_FACTORIALS[2 * (terms - 1 - k)]
+    below_one = series * square * _STABLE_QAT
+    slope = divide(below_one + (1 - _STABLE_QAT), -below_one + (1 + _STABLE_QAT))
+    return tl.where((u > 0) & (u <= q), slope, 0.0)
 
 
 @triton.jit
