@@ -90,7 +90,9 @@ _SCHEMAS = (
     # Weights of few bits: _weights.py.
     "weight_scale(Tensor weight, int bits, int? channel_dim) -> Tensor",
     "weight_codes(Tensor weight, int bits, int? channel_dim) -> (Tensor codes, Tensor scale)",
-    "qweight(Tensor weight, int bits, int? channel_dim) -> Tensor",
+    'qweight(Tensor weight, int bits, int? channel_dim, str ste="identity") -> Tensor',
+    # limit: the largest magnitude with a gradient, one for each scale.
+    "qweight_forward(Tensor weight, int bits, int? channel_dim, str ste) -> (Tensor y, Tensor limit)",
     # act(gate) * up: gated.py.
     "gated_product(Tensor gate, Tensor up, str activation) -> Tensor",
     "gated_product_backward(Tensor grad_out, Tensor gate, Tensor up, str activation)"
@@ -305,9 +307,14 @@ def _(weight, bits, channel_dim):
 
 
 @_fake("qweight")
-def _(weight, bits, channel_dim):
+def _(weight, bits, channel_dim, ste="identity"):
     check_weight(weight, bits, channel_dim)
     return _new_y(weight)
+
+
+@_fake("qweight_forward")
+def _(weight, bits, channel_dim, ste):
+    return _new_y(weight), ops.weight_scale.default(weight, bits, channel_dim)
 
 
 # ------------------------------------------------------------------------------------- default kernels

@@ -78,6 +78,7 @@ SignedSteName: TypeAlias = Literal["clipped", "identity"]
 SignedAlphaGradName: TypeAlias = Literal["exact", "chain"]
 AlphaScale: TypeAlias = float | Literal["lsq"]
 WeightBits: TypeAlias = Literal[8, 4, 2, 1]
+WeightSteName: TypeAlias = Literal["identity", "clipped", "trust"]
 
 BUILT_IN = tuple(Ste.__members__)
 ROUNDINGS = tuple(Rounding.__members__)
@@ -85,6 +86,7 @@ ALPHA_GRADS = tuple(AlphaGrad.__members__)
 SIGNED_STES = get_args(SignedSteName)
 SIGNED_ALPHA_GRADS = get_args(SignedAlphaGradName)
 WEIGHT_BITS = get_args(WeightBits)
+WEIGHT_STES = get_args(WeightSteName)
 
 _Option = TypeVar("_Option", bound=IntEnum)
 

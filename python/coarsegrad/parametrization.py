@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from ._dtensor import is_dtensor
-from ._types import WeightBits
+from ._types import WeightBits, WeightSteName
 from .packing import record_source
 from .weights import qweight, weight_codes
 
@@ -21,7 +21,7 @@ class QWeight(nn.Module):
     """A weight of few bits, as a parametrization: the layer computes with Q(w), the parameter stays the float w.
 
         Q(w) = s * k,   k in -p..p,   p = 2**(bits - 1) - 1;   one bit: k in -1, 1
-        dw = dQ
+        dw = dQ * g'(w)
 
     `torch.nn.utils.parametrize.register_parametrization(layer, "weight", QWeight(2))` puts it on a layer, as
     `quantize_(model, weight_bits=2)` does on all. Each output channel has the scale s of least squared error, found
@@ -32,22 +32,26 @@ class QWeight(nn.Module):
         nn.ConvTranspose. None: one scale for all of it.
     groups: those of an nn.ConvTranspose, whose weight [C_in, C_out / groups, ...] then has C_out scales: channel_dim
         must be 1.
+    ste: the coarse gradient g': "identity" is 1; "clipped" and "trust" are 0 for a weight above the top level, or above
+        it by half the distance of two levels (`coarsegrad.qweight`).
 
     All else is torch's: the parameter stays the same object, so that optimizers keep it, and is called
     `parametrizations.weight.original` in the state_dict; assigning to `layer.weight` sets it; `remove_parametrizations`
     leaves Q(w), or w with leave_parametrized=False; deep copies work, and pickling the whole layer is an error. Layers
     that share a weight may each have a QWeight. It has no parameters and no state.
 
-    Saved for backward: nothing. The layer that multiplies by Q(w) saves it, which is no parameter: as many bytes as w,
-    from the forward to the backward. Inside `packed_activations` it saves w instead, which is there anyway, and the
-    backward finds Q(w) again; compiled graphs do not.
+    Saved for backward: nothing but w. The layer that multiplies by Q(w) saves it, which is no parameter: as many bytes
+    as w, from the forward to the backward. Inside `packed_activations` it saves w instead, which is there anyway, and
+    the backward finds Q(w) again; compiled graphs do not.
 
     Raises TypeError or ValueError with the argument's name, what was got and what was wanted.
 
     Source: Yin et al. 2018, arXiv 1808.05240 (training with projected weights; see `coarsegrad.blended`).
     """
 
-    def __init__(self, bits: WeightBits, channel_dim: int | None = 0, *, groups: int = 1) -> None:
+    def __init__(
+        self, bits: WeightBits, channel_dim: int | None = 0, *, groups: int = 1, ste: WeightSteName = "identity"
+    ) -> None:
         super().__init__()
         if channel_dim is not None and type(channel_dim) is not int:
             raise TypeError(f"channel_dim must be an int or None, got {channel_dim!r}")
@@ -55,10 +59,11 @@ class QWeight(nn.Module):
             raise ValueError(f"groups must be an int >= 1, got {groups!r}")
         if groups > 1 and channel_dim != 1:
             raise ValueError(f"groups must be 1 unless channel_dim is 1, got {groups} and channel_dim={channel_dim}")
-        qweight(torch.zeros(1, 1), bits)  # raises for wrong bits
+        qweight(torch.zeros(1, 1), bits, ste=ste)  # raises for a wrong one
         self.bits = bits
         self.channel_dim = channel_dim
         self.groups = groups
+        self.ste: WeightSteName = ste
 
     def forward(self, weight: Tensor) -> Tensor:
         quantized = self._quantized(weight)
@@ -67,8 +72,8 @@ class QWeight(nn.Module):
 
     def _quantized(self, weight: Tensor) -> Tensor:
         if self.groups == 1:
-            return qweight(weight, self.bits, channel_dim=self.channel_dim)
-        return self._by_group(weight, lambda rows: qweight(rows, self.bits))
+            return qweight(weight, self.bits, channel_dim=self.channel_dim, ste=self.ste)
+        return self._by_group(weight, lambda rows: qweight(rows, self.bits, ste=self.ste))
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight
@@ -95,6 +100,7 @@ class QWeight(nn.Module):
         words = [f"bits={self.bits}"]
         words += [f"channel_dim={self.channel_dim}"] if self.channel_dim != 0 else []
         words += [f"groups={self.groups}"] if self.groups != 1 else []
+        words += [f"ste={self.ste!r}"] if self.ste != "identity" else []
         return ", ".join(words)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import _ops, _weights  # noqa: F401 (the kernels)
-from ._checks import check_weight
-from ._types import WeightBits
+from ._checks import check_option, check_weight
+from ._types import WEIGHT_STES, WeightBits, WeightSteName
 from .functional import overridable
 
 _weight_scale = _ops.ops.weight_scale.default
@@ -56,21 +56,30 @@ def weight_codes(weight: Tensor, bits: WeightBits, *, channel_dim: int | None = 
 
 
 @overridable
-def qweight(weight: Tensor, bits: WeightBits, *, channel_dim: int | None = 0) -> Tensor:
+def qweight(
+    weight: Tensor, bits: WeightBits, *, channel_dim: int | None = 0, ste: WeightSteName = "identity"
+) -> Tensor:
     """Weights of few bits: the nearest of the levels s * k, with the scale s of `weight_scale`.
 
         y = s * k,  k = clamp(round(w / s), -p, p),  p = 2**(bits - 1) - 1;  one bit: k = 1 if w >= 0, else -1
-        dw = dy
+        dw = dy * g'(w)
 
     Levels and thresholds are those of `qsigned` with alpha = s, bit for bit.
 
-    Arguments and errors are those of `weight_scale`.
+    ste: the coarse gradient g'. "identity": 1. "clipped": 1 where |w| is at most the top level s * p (one bit: s), else
+        0. "trust": 1 where |w| is at most that and half the distance of two levels, |w - y| <= s / 2 (one bit: s), else
+        0. With the last two a weight outside is moved by no gradient. s counts as a constant.
 
-    Returns y, in weight's dtype and memory format. Where the scale is NaN, so is y.
+    The other arguments and errors are those of `weight_scale`.
 
-    Nothing is saved for backward: the gradient is the identity, of any order. There is no forward-mode derivative.
+    Returns y, in weight's dtype and memory format. Where the scale is NaN, so is y, and gradients pass.
 
-    Sources: Bengio et al. 2013, arXiv 1308.3432 (straight-through gradients), and those of `weight_scale`.
+    Saved for backward: nothing for "identity", whose gradient is the identity of any order; else weight itself and a
+    number for each scale. There is no forward-mode derivative.
+
+    Sources: Bengio et al. 2013, arXiv 1308.3432 ("identity"); Esser et al. 2020, arXiv 1902.08153, and Liu et al. 2025,
+    arXiv 2502.02631 ("clipped"); Panferov et al. 2025, arXiv 2502.05003 ("trust"); and those of `weight_scale`.
     """
     check_weight(weight, bits, channel_dim)
-    return _qweight(weight, bits, channel_dim)
+    check_option("ste", ste, WEIGHT_STES)
+    return _qweight(weight, bits, channel_dim, ste)

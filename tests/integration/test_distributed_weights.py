@@ -26,7 +26,7 @@ def made():
         nn.Conv1d(4, 5, 3), nn.ReLU(), nn.ConvTranspose1d(5, 6, 3), nn.ReLU(),
         nn.ConvTranspose1d(6, 6, 1, groups=2), nn.Flatten(), nn.Linear(36, 3),
     )  # fmt: skip
-    cg.quantize_(model, 4, weight_bits=2)
+    cg.quantize_(model, 4, weight_bits=2, weight_ste="trust")
     cg.pack_activations_(model)
     return model
 

@@ -193,6 +193,12 @@ def weight_samples():
             yield weight, bits, channel_dim
 
 
+def qweight_samples():
+    yield from weight_samples()
+    for ste, samples in itertools.product(("clipped", "trust"), list(weight_samples())[::5]):
+        yield *samples, ste
+
+
 SAMPLES = {
     "qrelu": qrelu_samples,
     "qrelu_": lambda: qrelu_samples(inplace=True),
@@ -218,7 +224,8 @@ SAMPLES = {
     "qsigned_backward": signed_backward_samples,
     "qsigned_dequantize": signed_dequantize_samples,
     "hadamard": hadamard_samples,
-    "qweight": weight_samples,
+    "qweight": qweight_samples,
+    "qweight_forward": lambda: [(weight.detach(), *rest, "trust") for weight, *rest in weight_samples()],
     "weight_scale": weight_samples,
     "weight_codes": weight_samples,
     "gated_product": gated_samples,

@@ -237,6 +237,73 @@ def test_the_gradient_is_the_identity(reference_or_native, dtype):
             assert not cg.qweight(weight, bits).requires_grad
 
 
+def limits(weight, bits, channel_dim, ste):
+    """The largest magnitude with a gradient, beside each weight; infinite for a scale of 0."""
+    scale = oracle_weights.scale(weight, bits, channel_dim)
+    p = max(2 ** (bits - 1) - 1, 1)
+    half = (scale if bits == 1 else scale / 2) if ste == "trust" else 0
+    limit = torch.where(scale == 0, math.inf, (scale * p).to(weight.dtype).to(scale.dtype) + half)
+    return oracle.per_element(limit, weight, channel_dim)
+
+
+@pytest.mark.parametrize("ste", ["clipped", "trust"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+def test_the_gradient_of_the_others_is_a_select(reference_or_native, bits, dtype, ste):
+    for channel_dim in (0, 1, None):
+        weight = normal(6, 70, dtype=dtype) ** 3
+        weight[1], weight[2, 3] = 0, math.nan
+        leaf, dy = weight.clone().requires_grad_(), normal(6, 70, dtype=dtype, seed=1)
+        inside = ~(weight.abs().double() > limits(weight, bits, channel_dim, ste).double())
+        dy = torch.where(inside, dy, math.inf)
+        y = cg.qweight(leaf, bits, channel_dim=channel_dim, ste=ste)
+        assert oracle.same_bits(y, cg.qweight(weight, bits, channel_dim=channel_dim))
+        (dx,) = torch.autograd.grad(y, leaf, dy)
+        assert oracle.same_bits(dx, torch.where(inside, dy, 0.0)) and inside.any()
+        assert channel_dim is None or bits > 2 or not inside.all()  # of more bits the top level is near the largest
+        (grad,) = torch.autograd.grad((cg.qweight(leaf, bits, ste=ste) ** 2).sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(grad.sum(), leaf)
+        within = ~(weight.abs().double() > limits(weight, bits, 0, ste).double())
+        assert torch.equal(second, 2.0 * within)
+
+
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+def test_trust_is_the_distance_to_a_level(reference_or_native, bits):
+    """|w - Q(w)| at most half the distance of two levels. Quotients of float64, but for the scale."""
+    weight = normal(5, 300).double().requires_grad_()
+    y, scale = cg.qweight(weight, bits, ste="trust"), cg.weight_scale(weight, bits)[:, None]
+    near = (weight - y).abs() <= (scale if bits == 1 else scale / 2)
+    (dx,) = torch.autograd.grad(y.sum(), weight)
+    assert torch.equal(dx == 1, near) and (bits > 2 or not near.all())
+    clipped = torch.autograd.grad(cg.qweight(weight, bits, ste="clipped").sum(), weight)[0]
+    assert (clipped <= dx).all() and (bits == 8 or (clipped < dx).any())
+
+
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+def test_the_ends_of_the_gradient(reference_or_native, bits):
+    """Within and outside of s * p, for trust and half a step. Added weights move s by less than they lie apart."""
+    p, steps = max(2 ** (bits - 1) - 1, 1), {"clipped": 0.0, "trust": 1.0 if bits == 1 else 0.5}
+    rest = torch.tensor([-1.0, 1.0] * 500) if bits == 1 else (torch.arange(2000.0) % (2 * p + 1) - p)
+    for ste, more in steps.items():
+        found = set()
+        for at in (p + more - 2**-6, p + more, p + more + 2**-6):
+            weight = torch.cat([rest, torch.tensor([at, -at])]).requires_grad_()
+            limit = limits(weight.detach(), bits, None, ste)
+            (dx,) = torch.autograd.grad(cg.qweight(weight, bits, channel_dim=None, ste=ste).sum(), weight)
+            assert torch.equal(dx == 0, weight.detach().abs() > limit)
+            found.add(bool(dx[-1]))
+        assert found == {True, False}
+
+
+def test_the_others_save_the_weight_and_their_limits():
+    for bits, ste in itertools.product(WEIGHT_BITS, ("clipped", "trust")):
+        saved, weight = [], normal(4, 5).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            y = cg.qweight(weight, bits, ste=ste)
+        assert [t.shape for t in saved] == [(4, 5), (4,)] and saved[0].data_ptr() == weight.data_ptr()
+        assert y.requires_grad
+
+
 def test_nothing_is_saved():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -269,25 +336,28 @@ def test_vmap(reference_or_native, op, channel_dim):
 def test_functorch_gradients(reference_or_native):
     weights, x = normal(3, 4, 5), normal(3, 5, seed=1)
 
-    def loss(w, x):
-        return (cg.qweight(w, 4) @ x).square().sum()
+    for ste, channel_dim in itertools.product(("identity", "clipped", "trust"), (0, 1, None)):
 
-    got = torch.func.vmap(torch.func.grad(loss))(weights, x)
-    for g, w, v in zip(got, weights, x):
-        leaf = w.clone().requires_grad_()
-        loss(leaf, v).backward()
-        torch.testing.assert_close(g, leaf.grad)
+        def loss(w, x, ste=ste, channel_dim=channel_dim):
+            return (cg.qweight(w, 4, channel_dim=channel_dim, ste=ste) @ x).square().sum()
+
+        got = torch.func.vmap(torch.func.grad(loss))(weights, x)
+        for g, w, v in zip(got, weights, x):
+            leaf = w.clone().requires_grad_()
+            loss(leaf, v).backward()
+            torch.testing.assert_close(g, leaf.grad)
     jacobian = torch.func.jacrev(lambda w: cg.qweight(w, 2))(weights[0])
     assert torch.equal(jacobian.reshape(20, 20), torch.eye(20))
 
 
+@pytest.mark.parametrize("ste", ["identity", "clipped", "trust"])
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("bits", WEIGHT_BITS)
-def test_compile(reference_or_native, bits, dynamic):
+def test_compile(reference_or_native, bits, dynamic, ste):
     torch._dynamo.reset()
 
     def layer(w, x):
-        return torch.nn.functional.linear(x, cg.qweight(w, bits)) + cg.weight_scale(w, bits)
+        return torch.nn.functional.linear(x, cg.qweight(w, bits, ste=ste)) + cg.weight_scale(w, bits)
 
     compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for size in (6, 9):
@@ -328,6 +398,10 @@ def test_bad_input(reference_or_native, call):
             call(bad, 4)
     with pytest.raises(TypeError, match="weight must be a Tensor, got list"):
         call([1.0], 4)
+    if call is cg.qweight:
+        for bad in ("relu", None, 1):
+            with pytest.raises(ValueError, match="unknown ste .*, must be one of 'identity', 'clipped', 'trust'"):
+                call(weight, 4, ste=bad)
     with pytest.raises(TypeError, match="weight must be a dense Tensor, got one of layout torch.sparse_coo"):
         call(weight.to_sparse(), 4)
     for channel_dim in (2, -3):

@@ -74,6 +74,41 @@ def test_a_grouped_transposed_convolution_has_a_scale_per_output_channel(bits):
     assert torch.equal(codes * steps, want)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("ste", ["clipped", "trust"])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gradients_that_are_zero_outside(kind, bits, ste, packed):
+    """What qweight's gradient is, whatever the layer saves."""
+    make, shape, function = LAYERS[kind]
+    layer, x = make(), torch.randn(shape)
+    weight = layer.weight
+    with torch.no_grad():
+        weight.mul_(weight.abs())  # heavy tails
+    leaf = weight.detach().clone().requires_grad_()
+    want = cg.qweight(leaf, bits, channel_dim=1 if "Transpose" in type(layer).__name__ else 0, ste=ste)
+    function(x, want, layer.bias).square().sum().backward()
+    report = cg.quantize_(layer, None, weight_bits=bits, weight_ste=ste)
+    assert layer.parametrizations.weight[0].ste == ste
+    with cg.packed_activations() if packed else torch.enable_grad():
+        y = layer(x).square().sum()
+    y.backward()
+    assert torch.equal(weight.grad, leaf.grad) and weight.grad.any()
+    assert bits > 2 or ste == "trust" or (weight.grad == 0).any()
+    report.undo()
+
+
+def test_gradients_that_are_zero_outside_of_a_grouped_transposed_convolution():
+    layer, x = nn.ConvTranspose2d(4, 6, 3, groups=2), torch.randn(2, 4, 5, 5)
+    weight = layer.weight.detach().clone()
+    put_on(layer, 2, channel_dim=1, groups=2, ste="clipped")
+    layer(x).square().sum().backward()
+    parts = weight.unflatten(0, (2, 2)).transpose(1, 2).flatten(0, 1)  # a row for each output channel
+    outside = parts.abs() > cg.weight_scale(parts, 2)[:, None, None, None]
+    grad = original(layer).grad.unflatten(0, (2, 2)).transpose(1, 2).flatten(0, 1)
+    assert torch.equal(grad == 0, outside) and outside.any()
+
+
 def test_one_scale_for_a_whole_weight():
     layer = put_on(nn.Linear(8, 4), 2, channel_dim=None)
     assert torch.equal(layer.weight, cg.qweight(original(layer), 2, channel_dim=None))
@@ -81,8 +116,15 @@ def test_one_scale_for_a_whole_weight():
 
 
 def test_its_repr():
-    texts = [repr(cg.QWeight(*args, **more)) for args, more in (((2,), {}), ((1, None), {}), ((4, 1), {"groups": 2}))]
-    assert texts == ["QWeight(bits=2)", "QWeight(bits=1, channel_dim=None)", "QWeight(bits=4, channel_dim=1, groups=2)"]
+    texts = [
+        repr(cg.QWeight(*args, **more))
+        for args, more in (((2,), {}), ((1, None), {"ste": "trust"}), ((4, 1), {"groups": 2}))
+    ]
+    assert texts == [
+        "QWeight(bits=2)",
+        "QWeight(bits=1, channel_dim=None, ste='trust')",
+        "QWeight(bits=4, channel_dim=1, groups=2)",
+    ]
 
 
 # ------------------------------------------------------------------------------------ torch's own tools
@@ -426,6 +468,12 @@ def test_bad_arguments():
         cg.QWeight(2, 1, groups=0)
     with pytest.raises(ValueError, match="groups must be 1 unless channel_dim is 1, got 2 and channel_dim=0"):
         cg.QWeight(2, groups=2)
+    with pytest.raises(ValueError, match="unknown ste 'relu', must be one of 'identity', 'clipped', 'trust'"):
+        cg.QWeight(2, ste="relu")
+    with pytest.raises(ValueError, match="unknown weight_ste 'relu', must be one of 'identity', 'clipped', 'trust'"):
+        cg.quantize_(mlp(), weight_bits=2, weight_ste="relu")
+    with pytest.raises(TypeError, match="weight_ste needs weight_bits, got 'trust' without"):
+        cg.quantize_(mlp(), weight_ste="trust")
     with pytest.raises(ValueError, match="channel_dim must be a dimension"):
         put_on(nn.Linear(4, 4), 2, channel_dim=2)
     with pytest.raises(TypeError, match="bits must be 1..8 with arguments for QReLUs, got None"):

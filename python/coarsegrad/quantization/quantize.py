@@ -8,7 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
-from .._types import WeightBits
+from .._checks import check_option
+from .._types import WEIGHT_STES, WeightBits, WeightSteName
 from ..blocks import BlockOptions, Conversion, convert_blocks
 from ..integer import check_weight_bits
 from ..nn import QReLU
@@ -41,6 +42,7 @@ def quantize_(
     attention: int | Mapping[str, Any] | None = None,
     norms: str | None = None,
     weight_bits: WeightBits | None = None,
+    weight_ste: WeightSteName = "identity",
     **settings: Any,
 ) -> QuantizeReport:
     """Replaces every ReLU of `model` by a `QReLU`, in place, and reports what was and was not replaced. On request it
@@ -107,6 +109,7 @@ def quantize_(
         of transformers, with a scale per output channel: each gets a `QWeight`, after a rotation of `inputs`. Further
         calls with a filter_fn give other layers other bits. Not quantized are weights shared with an embedding, and
         what `get_output_embeddings()` of a model of transformers returns; put a QWeight on it to have it.
+    weight_ste: the coarse gradient of these weights: "identity", "clipped" or "trust" (`qweight`).
     settings: keywords of `QReLU`, the same for all. By default alpha is a placeholder, the best for unit Gaussian
         inputs, to be set by `calibrate`.
 
@@ -140,6 +143,9 @@ def quantize_(
     blocks = BlockOptions(inputs, gates, attention, norms)
     if weight_bits is not None:
         check_weight_bits(weight_bits)
+        check_option("weight_ste", weight_ste, WEIGHT_STES)
+    elif weight_ste != "identity":
+        raise TypeError(f"weight_ste needs weight_bits, got {weight_ste!r} without")
     wanted, surgery = filter_fn or (lambda module, name: True), None
     if bits is not None:
         settings["rounding"] = rounding
@@ -157,7 +163,7 @@ def quantize_(
         if blocks:
             _convert_blocks(model, wanted, report, blocks)
         if weight_bits is not None:  # after rotations
-            quantize_weights(model, weight_bits, wanted, report)
+            quantize_weights(model, weight_bits, weight_ste, wanted, report)
     except BaseException:
         report.undo()
         raise

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
-from .._types import DTYPES, WeightBits
+from .._types import DTYPES, WeightBits, WeightSteName
 from ..blocks import is_transposed
 from ..parametrization import QWeight, qweight_of
 from .report import QuantizedWeight, QuantizeReport, Skipped
@@ -32,7 +32,11 @@ class _Owner:
 
 
 def quantize_weights(
-    model: nn.Module, bits: WeightBits, wanted: Callable[[nn.Module, str], bool], report: QuantizeReport
+    model: nn.Module,
+    bits: WeightBits,
+    ste: WeightSteName,
+    wanted: Callable[[nn.Module, str], bool],
+    report: QuantizeReport,
 ) -> None:
     """Put the QWeights on, and say so in the report. Raises ValueError; then undo what the report has."""
     skipped = len(report.skipped)
@@ -40,7 +44,7 @@ def quantize_weights(
     heads = _heads(model)
     found: dict[nn.Module, tuple[str, QWeight]] = {}
     for name, layer in model.named_modules():
-        quantizer = _quantizer_for(layer, bits)
+        quantizer = _quantizer_for(layer, bits, ste)
         if quantizer is None or not wanted(layer, name):
             continue
         if why := _why_not(name, layer, layer in heads, owners):
@@ -59,12 +63,12 @@ def quantize_weights(
         report.weights.append(_quantized(name, layer, quantizer))
 
 
-def _quantizer_for(layer: nn.Module, bits: WeightBits) -> QWeight | None:
+def _quantizer_for(layer: nn.Module, bits: WeightBits, ste: WeightSteName) -> QWeight | None:
     if isinstance(layer, (nn.Linear, *_CONVS)):
-        return QWeight(bits)
+        return QWeight(bits, ste=ste)
     if isinstance(layer, _TRANSPOSED):
-        return QWeight(bits, 1, groups=layer.groups)
-    return QWeight(bits, 1) if is_transposed(layer) else None
+        return QWeight(bits, 1, groups=layer.groups, ste=ste)
+    return QWeight(bits, 1, ste=ste) if is_transposed(layer) else None
 
 
 def _owners(model: nn.Module) -> dict[int, list[_Owner]]:
