@@ -19,10 +19,10 @@ ORDER = {
         _text  _types  _inductor  _torch_internals  ste  _checks  _alphas  reference
         _build  _C  _ops  _autograd  _inductor_gates  _signed  _weights  _fused
         packing  _dtensor  functional  weights  parametrization  integer  triton  backends  nn  signed  gated  norms
-        blocks  quantization  optim  memory  experiments  testing  __init__  __main__
+        blocks  quantization  optim  memory  integrations  experiments  testing  __init__  __main__
     """.split(),
     "coarsegrad.packing": "saved  records  function  graphs  hooks  blocks  __init__".split(),
-    "coarsegrad.blocks": "tags  conversion  norms  inputs  gates  attention  __init__".split(),
+    "coarsegrad.blocks": "tags  conversion  norms  inputs  gates  attention  description  __init__".split(),
     "coarsegrad.reference": "bits  staircase  signed  weights  __init__".split(),
     "coarsegrad.triton": """
         staircase  ste  kernels  qrelu  signed_kernels  signed  layer_kernels  layers  __init__
@@ -32,9 +32,10 @@ ORDER = {
         conversion  __init__
     """.split(),
     "coarsegrad.quantization": """
-        relus  source  editing  rewriting  running  frames  recording  report  surgery  dynamic  weights  quantize
-        histogram  counting  watching  calibration  code_stats  __init__
+        relus  source  editing  rewriting  running  frames  recording  report  surgery  dynamic  weights  description
+        quantize  histogram  counting  watching  calibration  code_stats  __init__
     """.split(),
+    "coarsegrad.integrations": "hook  transformers  __init__".split(),
     "coarsegrad.experiments": """
         files  arguments  download  measure  figures  processes  checkpoints  data  cifar  text  smollm2  models
         transformers  training  language  integers  mnist

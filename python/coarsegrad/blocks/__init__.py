@@ -9,14 +9,25 @@ from collections.abc import Callable
 
 from torch import nn
 
-from .attention import convert_attention, has_attention
+from .attention import attention_of, convert_attention
 from .conversion import Conversion, Staircase, settings_of
+from .description import KEYS, described, rebuild
 from .gates import GatedForward, convert_gates
 from .inputs import StaircaseInput, convert_inputs, is_transposed
 from .norms import checked_gradient, convert_norms
 from .tags import close_forward, open_forward
 
-__all__ = ["BlockOptions", "Conversion", "Staircase", "convert_blocks", "has_staircases", "is_transposed"]
+__all__ = [
+    "KEYS",
+    "BlockOptions",
+    "Conversion",
+    "Staircase",
+    "convert_blocks",
+    "described",
+    "has_staircases",
+    "is_transposed",
+    "rebuild",
+]
 
 
 class BlockOptions:
@@ -70,6 +81,6 @@ def has_staircases(model: nn.Module) -> bool:
     return any(
         any(isinstance(hook, StaircaseInput) for hook in module._forward_pre_hooks.values())
         or isinstance(vars(module).get("forward"), GatedForward)
-        or has_attention(module)
+        or attention_of(module) is not None
         for module in model.modules()
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -78,9 +78,19 @@ def convert_attention(conversion: Conversion, settings: dict[str, Any]) -> None:
         _set_implementation(conversion, config)
 
 
-def has_attention(module: nn.Module) -> bool:
-    """Whether `convert_attention` has converted a module."""
-    return _STAIRCASES in vars(module)
+def attention_of(module: nn.Module) -> Attention | None:
+    """What `convert_attention` has given to a module."""
+    return vars(module).get(_STAIRCASES)
+
+
+def give_attention(conversion: Conversion, found: Iterable[tuple[nn.Module, QSigned | None]]) -> None:
+    """Give modules that `convert_attention` converted in another copy of the model their staircases."""
+    configs: dict[int, Any] = {}
+    for module, staircase in found:
+        conversion.set(module, _STAIRCASES, _attention(module, staircase))
+        configs[id(module.config)] = module.config
+    for config in configs.values():
+        _set_implementation(conversion, config)
 
 
 def _calls(module: nn.Module, name: str) -> bool:
@@ -97,12 +107,17 @@ def _attention_for(module: Any, settings: dict[str, Any], wanted: bool) -> Atten
     group, size = settings.get("group"), getattr(module, "head_dim", None)
     if wanted and group is not None and isinstance(size, int) and size % group:
         raise CannotConvert(f"a group of {group} does not divide the {size} features of a head")
+    return _attention(module, QSigned(**settings) if wanted else None)
+
+
+def _attention(module: Any, staircase: QSigned | None) -> Attention:
+    """The staircase around the implementation that the module's config names."""
     names = inspect.unwrap(type(module).forward).__globals__
     name = module.config._attn_implementation or "eager"
     inner = names["ALL_ATTENTION_FUNCTIONS"].get_interface(name, names.get("eager_attention_forward"))
     if inner is None:
         raise CannotConvert(f"its implementation, {name!r}, is part of its forward")
-    return Attention(name, inner, QSigned(**settings) if wanted else None)
+    return Attention(name, inner, staircase)
 
 
 def _set_implementation(conversion: Conversion, config: Any) -> None:

@@ -15,7 +15,7 @@ from .inputs import features
 from .tags import mark_codes
 
 
-class _Names(NamedTuple):
+class Names(NamedTuple):
     """The attributes of a gated MLP. up: None if the gate's layer computes both."""
 
     gate: str
@@ -24,10 +24,10 @@ class _Names(NamedTuple):
 
 
 _FORMS = (
-    _Names("gate_proj", "up_proj", "down_proj"),  # Llama, Qwen, Mistral, Gemma
-    _Names("w1", "w3", "w2"),  # Mixtral
-    _Names("wi_0", "wi_1", "wo"),  # T5
-    _Names("gate_up_proj", None, "down_proj"),  # Phi-3, GLM
+    Names("gate_proj", "up_proj", "down_proj"),  # Llama, Qwen, Mistral, Gemma
+    Names("w1", "w3", "w2"),  # Mixtral
+    Names("wi_0", "wi_1", "wo"),  # T5
+    Names("gate_up_proj", None, "down_proj"),  # Phi-3, GLM
 )
 _ACTIVATION = ("act_fn", "activation_fn", "act", "activation")
 _BETWEEN = ("ffn_sub_norm", "dropout")  # what may stand between the product and the last layer
@@ -42,7 +42,7 @@ class GatedForward:
     def __init__(
         self,
         mlp: nn.Module,
-        names: _Names,
+        names: Names,
         act: str | None,
         activation: ActivationName,
         staircase: QSigned | None,
@@ -89,7 +89,7 @@ def convert_gates(conversion: Conversion, settings: dict[str, Any]) -> None:
         conversion.add(name, "gate and up" if forward.act is None else "up", QSigned(**settings), note)
 
 
-def _has(mlp: nn.Module, names: _Names) -> bool:
+def _has(mlp: nn.Module, names: Names) -> bool:
     layers = [getattr(mlp, name, None) for name in names if name is not None]
     return all(isinstance(layer, nn.Module) and _size(layer) is not None for layer in layers)
 
@@ -99,7 +99,7 @@ def _size(layer: Any) -> int | None:
     return features(getattr(layer, "base_layer", layer))
 
 
-def _forward_for(mlp: nn.Module, names: _Names, settings: dict[str, Any]) -> GatedForward:
+def _forward_for(mlp: nn.Module, names: Names, settings: dict[str, Any]) -> GatedForward:
     if isinstance(vars(mlp).get("forward"), GatedForward):
         raise CannotConvert("it has staircases already")
     if "forward" in vars(mlp):
@@ -134,7 +134,7 @@ def _name_of(act: Any) -> ActivationName:
     raise CannotConvert(f"its activation is none of {', '.join(ACTIVATIONS)}")
 
 
-def _why_different(mlp: nn.Module, forward: GatedForward, names: _Names) -> str:
+def _why_different(mlp: nn.Module, forward: GatedForward, names: Names) -> str:
     """Why another forward is not the module's: it gives other bits on a random input. "" if it is."""
     layer: Any = getattr(mlp, names.gate)
     weight = layer.weight

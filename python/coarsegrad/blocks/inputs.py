@@ -43,7 +43,7 @@ class StaircaseInput:
         return self.staircase(x) if y is None else y
 
 
-def _mark_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+def mark_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     """A forward hook of QReLUs and QSigneds."""
     return mark_codes(output)
 
@@ -74,7 +74,7 @@ def convert_inputs(conversion: Conversion, settings: dict[str, Any]) -> dict[obj
             made.setdefault(hook.key, staircase)
     for module in conversion.model.modules():
         if isinstance(module, (QReLU, QSigned)):
-            conversion.hook(module.register_forward_hook(_mark_output))
+            conversion.hook(module.register_forward_hook(mark_output))
     return made
 
 

@@ -5,13 +5,14 @@ output y carries a record, from which the hooks learn what to save instead: the 
 bit. Every view of y shares that storage, and the record is freed with it.
 """
 
-from .blocks import pack_activations_, packed_activations
+from .blocks import is_packed, pack_activations_, packed_activations
 from .graphs import packs_graph
 from .hooks import Packing, active_packing, packing_of, record_codes, record_product, record_source, square
 
 __all__ = [
     "Packing",
     "active_packing",
+    "is_packed",
     "pack_activations_",
     "packed_activations",
     "packing_of",

@@ -105,6 +105,11 @@ class PackedModel:
         self.remove()
 
 
+def is_packed(model: nn.Module) -> bool:
+    """Whether `pack_activations_` was given this module, and not undone."""
+    return any(hook is _open for hook in model._forward_pre_hooks.values())
+
+
 def pack_activations_(model: nn.Module) -> PackedModel:
     """Run every forward of `model` inside `packed_activations`, until the handle's `remove()`.
 

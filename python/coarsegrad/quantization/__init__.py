@@ -3,11 +3,13 @@
 from ..blocks import Staircase
 from .calibration import METHODS, CalibratedLayer, CalibrationReport, calibrate
 from .code_stats import LayerStats, StatsReport, stats
-from .quantize import quantize_
+from .description import check_description, describe, is_converted, loaded_tensors, rebuild_
+from .quantize import ON_QUANTIZE, check_arguments, quantize_
 from .report import QuantizedWeight, QuantizeReport, Replaced, Skipped
 
 __all__ = [
     "METHODS",
+    "ON_QUANTIZE",
     "CalibratedLayer",
     "CalibrationReport",
     "LayerStats",
@@ -18,6 +20,12 @@ __all__ = [
     "Staircase",
     "StatsReport",
     "calibrate",
+    "check_arguments",
+    "check_description",
+    "describe",
+    "is_converted",
+    "loaded_tensors",
     "quantize_",
+    "rebuild_",
     "stats",
 ]

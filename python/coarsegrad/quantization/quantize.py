@@ -28,6 +28,10 @@ _WHY_PER_LAYER = {
 }
 
 
+# Who is told of each model after its conversion; each returns an undo step.
+ON_QUANTIZE: list[Callable[[nn.Module], Callable[[], None]]] = []
+
+
 def quantize_(
     model: nn.Module,
     bits: int | None = 4,
@@ -132,27 +136,15 @@ def quantize_(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if not isinstance(replace, (tuple, list)) or not all(
-        isinstance(c, type) and issubclass(c, nn.Module) and c is not nn.Module for c in replace
-    ):
-        raise TypeError(f"replace must be a tuple of module classes, got {replace!r}")
-    if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"filter_fn must be callable, got {filter_fn!r}")
-    for name in settings.keys() & _WHY_PER_LAYER:
-        raise TypeError(f"{name} cannot be set for all QReLUs: {_WHY_PER_LAYER[name]}")
-    blocks = BlockOptions(inputs, gates, attention, norms)
-    if weight_bits is not None:
-        check_weight_bits(weight_bits)
-        check_option("weight_ste", weight_ste, WEIGHT_STES)
-    elif weight_ste != "identity":
-        raise TypeError(f"weight_ste needs weight_bits, got {weight_ste!r} without")
+    blocks = check_arguments(
+        bits, rounding=rounding, replace=replace, filter_fn=filter_fn, fold_dropout=fold_dropout,
+        example_inputs=example_inputs, inputs=inputs, gates=gates, attention=attention, norms=norms,
+        weight_bits=weight_bits, weight_ste=weight_ste, **settings,
+    )  # fmt: skip
     wanted, surgery = filter_fn or (lambda module, name: True), None
     if bits is not None:
         settings["rounding"] = rounding
-        QReLU(bits, **settings)  # raises for wrong settings before anything is changed
         surgery = Surgery(model, bits, tuple(replace), wanted, fold_dropout, settings)
-    elif settings or fold_dropout or example_inputs is not None:
-        raise TypeError("bits must be 1..8 with arguments for QReLUs, got None")
     report = QuantizeReport(_searched=False) if surgery is None else surgery.report
     conversion = None if surgery is None or example_inputs is None else DynamicConversion(surgery, example_inputs)
     try:
@@ -169,7 +161,47 @@ def quantize_(
         raise
     if not report.replaced and not report.already and not blocks and weight_bits is None:
         raise ValueError(_why_nothing_replaced(model, replace, report))
+    for tell in ON_QUANTIZE:
+        report._undo_steps.insert(0, tell(model))
     return report
+
+
+def check_arguments(
+    bits: int | None = 4,
+    *,
+    rounding: str = "nearest",
+    replace: object = (nn.ReLU, nn.ReLU6),
+    filter_fn: object = None,
+    fold_dropout: bool = False,
+    example_inputs: object = None,
+    inputs: object = None,
+    gates: object = None,
+    attention: object = None,
+    norms: str | None = None,
+    weight_bits: int | None = None,
+    weight_ste: str = "identity",
+    **settings: Any,
+) -> BlockOptions:
+    """Raise what `quantize_` raises for its arguments, without a model. Returns those for blocks."""
+    if not isinstance(replace, (tuple, list)) or not all(
+        isinstance(c, type) and issubclass(c, nn.Module) and c is not nn.Module for c in replace
+    ):
+        raise TypeError(f"replace must be a tuple of module classes, got {replace!r}")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be callable, got {filter_fn!r}")
+    for name in settings.keys() & _WHY_PER_LAYER:
+        raise TypeError(f"{name} cannot be set for all QReLUs: {_WHY_PER_LAYER[name]}")
+    blocks = BlockOptions(inputs, gates, attention, norms)
+    if weight_bits is not None:
+        check_weight_bits(weight_bits)
+        check_option("weight_ste", weight_ste, WEIGHT_STES)
+    elif weight_ste != "identity":
+        raise TypeError(f"weight_ste needs weight_bits, got {weight_ste!r} without")
+    if bits is not None:
+        QReLU(bits, **{**settings, "rounding": rounding})
+    elif settings or fold_dropout or example_inputs is not None:
+        raise TypeError("bits must be 1..8 with arguments for QReLUs, got None")
+    return blocks
 
 
 def _convert_blocks(

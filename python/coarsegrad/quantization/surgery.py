@@ -94,6 +94,10 @@ class Surgery:
                 self._replace_nodes(name, owner)
             else:
                 self._replace_calls(name, owner, [call for call in calls if call.function])
+        self.finish()
+
+    def finish(self) -> None:
+        """What is to be done after all QReLUs are in place."""
         self._update_references()
         self._disable_fused_kernels()
 
@@ -318,6 +322,15 @@ class Surgery:
 
         setattr(owner, attribute, module)
         self.report._undo_steps.append(undo)
+
+    def put_again(self, owner: nn.Module, attribute: str, module: nn.Module) -> None:
+        """Put a module where it was in another copy of the model, in the place of a module, of a function, or new."""
+        old = owner._modules.get(attribute)
+        if old is None and callable(vars(owner).get(attribute)):
+            del owner.__dict__[attribute]
+        self.put(owner, attribute, module)
+        if old is not None:
+            self._children_replaced.setdefault(old, []).append((owner, module))
 
     def _update_references(self) -> None:
         """Update lists, dicts, bound methods and the like, in attributes of modules, that hold a replaced module."""

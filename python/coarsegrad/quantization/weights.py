@@ -59,7 +59,7 @@ def quantize_weights(
     for layer, (name, quantizer) in found.items():
         _check_others(name, layer, quantizer, owners, found)
     for layer, (name, quantizer) in found.items():
-        _put_on(layer, quantizer, report)
+        put_on(layer, quantizer, report)
         report.weights.append(_quantized(name, layer, quantizer))
 
 
@@ -127,7 +127,7 @@ def _check_others(
             )
 
 
-def _put_on(layer: Any, quantizer: QWeight, report: QuantizeReport) -> None:
+def put_on(layer: Any, quantizer: QWeight, report: QuantizeReport) -> None:
     order, before = list(layer._parameters), report._classes.get(layer, (None, type(layer)))[1]
     register_parametrization(layer, "weight", quantizer)
     layer.parametrizations.train(layer.training)  # torch has new containers train
