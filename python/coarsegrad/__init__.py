@@ -4,8 +4,9 @@ The function is `qrelu`, the module `QReLU`. `python -m coarsegrad info` reports
 """
 
 import importlib.metadata
+from typing import Any
 
-from . import nn
+from . import integrations, nn
 from .backends import backends, use_backend
 from .functional import dequantize, qrelu, qrelu_codes, qrelu_conv2d, qrelu_linear
 from .gated import gated_product
@@ -25,6 +26,14 @@ try:
     __version__ = importlib.metadata.version("coarsegrad")
 except importlib.metadata.PackageNotFoundError:  # run from the sources, not installed
     __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    """What needs other packages."""
+    if name == "CoarseGradConfig":
+        return integrations.CoarseGradConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "QReLU",
