@@ -64,9 +64,19 @@ def convert(
     converted = torch.fx.GraphModule(graph_module, without_tracer(graph_module.graph), type(model).__name__)
     _own_tensors(converted)
     set_preserved(converted, "report", rewriting.report)
+    if hasattr(model, "save_pretrained"):
+        set_preserved(converted, "save_pretrained", _refuse_save_pretrained)
     if rewriting.report.converted:
         warn_if_slow(rewriting.report.device)
     return converted.eval()
+
+
+def _refuse_save_pretrained(*args: object, **kwargs: object) -> None:
+    """The method of models of transformers, which a graph has no config for."""
+    raise TypeError(
+        "save_pretrained cannot save the graph that convert returns: save the model that it was made from, and convert"
+        " that again after from_pretrained, which gives the same integers; or torch.save the graph"
+    )
 
 
 class InputShapes(nn.Module):
