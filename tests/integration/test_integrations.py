@@ -257,12 +257,14 @@ def test_saved_and_loaded(family, tmp_path):
 
 
 def test_what_save_pretrained_saves(tmp_path):
-    """The alphas too; from_pretrained makes the float model and says that it left them."""
+    """The alphas too, for `load_model` as well; a float model says that it has no place for them."""
     model, batch = converted(opt, 4, learn_alpha=True)
     model.save_pretrained(tmp_path)
     names = {f"{name}.{what}" for name in alphas(model) for what in ("alpha", "_extra_state")}
     assert names <= load_file(tmp_path / "model.safetensors").keys()
-    float_model, info = hf.OPTForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    config = hf.OPTConfig.from_pretrained(tmp_path)
+    del config.quantization_config
+    float_model, info = hf.OPTForCausalLM.from_pretrained(tmp_path, config=config, output_loading_info=True)
     assert set(info["unexpected_keys"]) == names and not info["missing_keys"]
     cg.quantize_(float_model, 4, learn_alpha=True)
     assert not torch.equal(logits(float_model, batch), logits(model, batch))

@@ -20,6 +20,7 @@ PAGES_WITH_CODE = {
     "estimators.md",
     "fine-tuning.md",
     "guide.md",
+    "hugging-face.md",
     "integer.md",
     "memory.md",
     "spec.md",
