@@ -98,6 +98,8 @@ def test_round_trip(name, tmp_path):
     assert type(loaded).__name__ == type(model).__name__ and not loaded.training
     assert_equal(model, loaded, batch)
     assert_equal(model, again(loaded, tmp_path / "twice"), batch)
+    if name in ("opt", "t5", "vit", "bert", "nemotron") or "blocks" in name:
+        assert "rewritten" not in describe(loaded)  # it does not depend on sources of transformers
     configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path, tmp_path / "twice")]
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
 
@@ -509,6 +511,16 @@ def test_what_cannot_be_described_is_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_fused_layer_put_in_by_hand_is_an_error_when_it_is_loaded(tmp_path):
+    model, _ = built(opt)
+    layer = model.model.decoder.layers[0]
+    layer.fc2 = cg.nn.QReLULinear(cg.QReLU(4), layer.fc2)
+    keep_when_saved(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="layers.0.fc2.activation: Linear has no module or function 'activation'"):
+        hf.OPTForCausalLM.from_pretrained(tmp_path)
+
+
 def test_another_quantizer_keeps_its_config(tmp_path):
     model, _ = MADE["opt"]()
     model.config.quantization_config = {"quant_method": "theirs"}
@@ -544,6 +556,7 @@ print(sum(type(m).__name__ == "QReLU" for m in model.modules()), "QReLUs")
         "import transformers.modeling_utils, coarsegrad",
         "import coarsegrad.integrations.transformers",
         "import coarsegrad; coarsegrad.CoarseGradConfig(4)",
+        "import coarsegrad, importlib.util; importlib.util.find_spec('transformers.quantizers.auto')",
     ],
 )
 def test_importing_coarsegrad_suffices(imports, tmp_path):

@@ -19,7 +19,7 @@ def after_import(module: str, ours: str) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds what Python finds, once, and has `ours` imported after it was run."""
+    """Finds what Python finds, and has `ours` imported after that is run for the first time."""
 
     def __init__(self, module: str, ours: str) -> None:
         self._module, self._ours = module, ours
@@ -31,10 +31,10 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            sys.meta_path.remove(self)
             run = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
+                sys.meta_path.remove(self)
                 run(module)
                 _import(fullname, self._ours)
 
