@@ -79,7 +79,7 @@ MADE = {
     "llama, 4 bits, rotated, exact norms": lambda: blocks(
         "llama", inputs={"bits": 4, "group": 16, "rotation": 16}, norms="exact", gates={"bits": 4, "group": 32}
     ),
-    "gpt2, one bit weights": lambda: blocks("gpt2", weight_bits=1),
+    "gpt2, one bit weights": lambda: blocks("gpt2", weight_bits=1, weight_ste="trust"),
     "opt, both, 2 bit weights": lambda: converted(opt, 4, learn_alpha=True, inputs=8, attention=8, weight_bits=2),
 }
 

@@ -30,6 +30,7 @@ from .weights import put_on
 # The settings of a module, besides those of its alpha.
 _QRELU = ("bits", "ste", "rounding", "alpha_grad", "alpha_scale", "channel_dim", "inplace", "dropout", "squared")
 _QSIGNED = ("bits", "group", "rotation", "ste", "alpha_grad", "alpha_scale", "channel_dim")
+_QWEIGHT = ("bits", "channel_dim", "groups", "ste")
 _ALPHA = ("alpha", "dtype", "num_channels", "learn_alpha")
 _EDIT = ("where", "span", "site", "argument", "if_relu", "keys", "keyed", "keyed_callee")
 # What a description has, by kind, and the keys of each entry, which also has the names of its modules.
@@ -39,7 +40,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "identities": (),
     "rewritten": ("edits", "sources"),
     **KEYS,
-    "weights": ("bits", "channel_dim", "groups"),
+    "weights": _QWEIGHT,
     "packed": (),
 }
 
@@ -163,8 +164,7 @@ def _found(model: nn.Module) -> Iterator[tuple[str, str, dict[str, Any]]]:
                 f"{name} has more parametrizations than its QWeight: remove them before the model is saved"
             )
         if (quantizer := qweight_of(module)) is not None:
-            settings = {"bits": quantizer.bits, "channel_dim": quantizer.channel_dim, "groups": quantizer.groups}
-            yield "weights", name, settings
+            yield "weights", name, {key: getattr(quantizer, key) for key in _QWEIGHT}
         if is_packed(module):
             yield "packed", name, {}
 
