@@ -112,6 +112,20 @@ struct Hadamard {
   void* y;
 };
 
+// RMSNorm, or LayerNorm if mean is given, of rows of `length` consecutive elements.
+struct Norm {
+  Dtype dtype;
+  int64_t rows, length;
+  double eps;
+  bool rounds_twice;  // to x's dtype before the product with weight too
+  const void* x;
+  const void* weight;  // [length], in the compute type
+  const void* bias;    // likewise, or null
+  void* out;
+  void* mean;     // [rows], in the compute type, or null
+  void* inverse;  // [rows], in the compute type
+};
+
 // The scale of quantized weights: one for each row of `length` consecutive weights.
 struct WeightScale {
   Dtype dtype;

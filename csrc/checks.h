@@ -180,6 +180,22 @@ inline int64_t check_signed(const at::Tensor& x, bool alpha_given, int64_t bits,
   return group.value_or(size);
 }
 
+// A norm over x's last dimension.
+inline void check_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                       const std::optional<at::Tensor>& bias) {
+  TORCH_CHECK_VALUE(x.dim() > 0, "x must have at least one dimension, got a 0-d tensor");
+  const auto check = [&](const char* argument, const at::Tensor& parameter) {
+    TORCH_CHECK_VALUE(parameter.dim() == 1 && parameter.size(0) == x.size(-1), argument, " must have shape [",
+                      x.size(-1), "] (x's last dimension), got ", parameter.sizes());
+    TORCH_CHECK_VALUE(parameter.device() == x.device(), argument, " must be on the device of x, ", x.device(), ", got ",
+                      parameter.device());
+    TORCH_CHECK_TYPE(at::isFloatingType(parameter.scalar_type()), argument, " must be of a floating dtype, got ",
+                     parameter.scalar_type());
+  };
+  if (weight) check("weight", *weight);
+  if (bias) check("bias", *bias);
+}
+
 // Those of y's dynamic alpha.
 inline void check_group_alphas(const at::Tensor& alpha, const at::Tensor& y, int64_t group) {
   TORCH_CHECK_VALUE(group >= 1 && y.numel() % group == 0 && alpha.numel() == y.numel() / group,

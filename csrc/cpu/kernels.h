@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../arguments.h"
+#include "../math/norm.h"
 
 namespace cg {
 
@@ -28,6 +29,9 @@ struct UnpackCodes {
 // Hadamard's rotation is in tiles: one block, or as many small ones as make 64 elements.
 constexpr int64_t hadamard_tile(int64_t size) { return size < kBlock ? kBlock : size; }
 
+// The row, in whole blocks, and the lanes of its sums.
+constexpr int64_t norm_scratch(int64_t length) { return (length + kBlock - 1) / kBlock * kBlock + kNormLanes; }
+
 // The signed staircase, compiled in files of its own. Each runs blocks [begin, end). Groups are channels of `alphas`,
 // as many as x has, and are never 0 in the forward: kAlphaOfZeros.
 struct SignedKernels {
@@ -38,6 +42,8 @@ struct SignedKernels {
   void (*dequantize)(const SignedDequantize&, int64_t begin, int64_t end);
   // Tiles [begin, end); scratch is for a tile in the compute type.
   void (*hadamard)(const Hadamard&, int64_t begin, int64_t end, void* scratch);
+  // Rows [begin, end); norm_scratch() numbers of the compute type. weight and bias go on to whole blocks.
+  void (*norm)(const Norm&, int64_t begin, int64_t end, void* scratch);
   // Rows [begin, end); room for the numbers of a row in whole blocks, and as much for numbers of two bits, or half for
   // those of more.
   void (*weight_scales)(const WeightScale&, int64_t begin, int64_t end, int32_t* magnitudes, void* more);

@@ -1,5 +1,5 @@
-// The signed staircase and Hadamard's rotation: checks, allocation, how the work is cut, and the kernels of the
-// instruction set in use.
+// The signed staircase, Hadamard's rotation, and norms before both: checks, allocation, how the work is cut, and the
+// kernels of the instruction set in use.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -46,23 +46,27 @@ struct DynamicAlphas {
   }
 };
 
-// Elements [begin, end) of a, where a group and a block begin.
+// Elements [begin, end) of a, where a group and a block begin, but for x.
 SignedForward part_of(SignedForward a, int64_t begin, int64_t end, int64_t element_size) {
   a.count = end - begin;
   a.group_alphas += begin / a.group;
-  a.x = static_cast<const char*>(a.x) + begin * element_size;
   a.y = static_cast<char*>(a.y) + begin * element_size;
   if (a.mask) a.mask += begin / 8;
   if (a.codes) a.codes += packed_bytes(begin, packed_width(a.bits));
   return a;
 }
 
-void forward_in_chunks(const SignedForward& a, int64_t chunk, int64_t element_size) {
+// x_of_thread()(begin, end): where a thread finds elements [begin, end) of x.
+template <class XOfThread>
+void forward_in_chunks(const SignedForward& a, int64_t chunk, int64_t element_size, const XOfThread& x_of_thread) {
   const int64_t chunks = (a.count + chunk - 1) / chunk, grain = std::max<int64_t>(1, kGrainBlocks * kBlock / chunk);
   at::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
     const DynamicAlphas found(a, chunk / a.group);
+    const auto x_of = x_of_thread();
     for (int64_t i = begin; i < end; ++i) {
-      SignedForward part = part_of(a, i * chunk, std::min((i + 1) * chunk, a.count), element_size);
+      const int64_t first = i * chunk, last = std::min(first + chunk, a.count);
+      SignedForward part = part_of(a, first, last, element_size);
+      part.x = x_of(first, last);
       const int64_t groups = part.count / a.group;
       part.alphas = found.alphas(groups, found.find(part, 0, groups));
       signed_kernels(part.alphas.regular).forward(part, 0, block_total(part.count));
@@ -75,9 +79,18 @@ void forward_given(const SignedForward& a) {
   at::parallel_for(0, block_total(a.count), kGrainBlocks, [&](int64_t begin, int64_t end) { run(a, begin, end); });
 }
 
+// Whole blocks and whole multiples of `unit`: as many as are up to kChunk elements, or one.
+int64_t chunk_of(int64_t unit) {
+  unit = std::lcm(unit, int64_t{kBlock});
+  return std::max(unit, kChunk / unit * unit);
+}
+
 void forward_dynamic(SignedForward a, int64_t element_size) {
-  const int64_t unit = std::lcm(a.group, int64_t{kBlock}), chunk = std::max(unit, kChunk / unit * unit);
-  if (chunk <= kMaxChunk) return forward_in_chunks(a, chunk, element_size);
+  if (const int64_t chunk = chunk_of(a.group); chunk <= kMaxChunk) {
+    return forward_in_chunks(a, chunk, element_size, [&] {
+      return [&](int64_t begin, int64_t) { return static_cast<const char*>(a.x) + begin * element_size; };
+    });
+  }
   const int64_t groups = a.count / a.group;
   const DynamicAlphas found(a, groups);
   std::atomic<bool> regular = true;
@@ -152,24 +165,156 @@ Tensor qsigned_dequantize(const Tensor& codes, const Tensor& alpha, int64_t bits
   return y;
 }
 
-Tensor hadamard(const Tensor& x, int64_t size) {
+Hadamard hadamard_of(Dtype dtype, int64_t size) {
   Hadamard a{};
-  a.dtype = dtype_of(x, "x");
-  check_hadamard(x, size);
-  const Tensor dense = x.contiguous();
-  Tensor y = empty_in(dense, at::MemoryFormat::Contiguous);
-  a.count = dense.numel();
+  a.dtype = dtype;
   a.size = size;
   a.scale = std::sqrt(1 / static_cast<double>(size));
-  a.x = dense.const_data_ptr();
-  a.y = y.mutable_data_ptr();
-  const int64_t tile = hadamard_tile(size), tiles = (a.count + tile - 1) / tile;
+  return a;
+}
+
+// All of x, by several threads.
+void rotate(const Hadamard& a) {
+  const int64_t tile = hadamard_tile(a.size), tiles = (a.count + tile - 1) / tile;
   const auto run = signed_kernels().hadamard;
   at::parallel_for(0, tiles, std::max<int64_t>(1, kGrainBlocks * kBlock / tile), [&](int64_t begin, int64_t end) {
     const Tensor scratch = at::detail::empty_cpu({tile}, wide_dtype(a.dtype));
     run(a, begin, end, scratch.data_ptr());
   });
+}
+
+Tensor hadamard(const Tensor& x, int64_t size) {
+  const Dtype dtype = dtype_of(x, "x");
+  check_hadamard(x, size);
+  Hadamard a = hadamard_of(dtype, size);
+  const Tensor dense = x.contiguous();
+  Tensor y = empty_in(dense, at::MemoryFormat::Contiguous);
+  a.count = dense.numel();
+  a.x = dense.const_data_ptr();
+  a.y = y.mutable_data_ptr();
+  rotate(a);
   return y;
+}
+
+// A parameter of a norm in the compute type, as the kernels take it: plus `shift`, or ones if there is none.
+Tensor whole_blocks(const std::optional<Tensor>& parameter, int64_t length, at::ScalarType wide, double shift) {
+  Tensor padded = at::detail::empty_cpu({block_total(length) * kBlock}, wide);
+  if (!parameter) return padded.fill_(1);
+  Tensor values = padded.narrow(0, 0, length);
+  values.copy_(parameter->detach());
+  if (shift != 0) values.add_(shift);
+  return padded;
+}
+
+// All rows, by several threads.
+void norm_rows(const Norm& a) {
+  const auto run = signed_kernels().norm;
+  const int64_t grain = std::max<int64_t>(1, kGrainBlocks * kBlock / std::max<int64_t>(a.length, 1));
+  at::parallel_for(0, a.rows, grain, [&](int64_t begin, int64_t end) {
+    const Tensor scratch = at::detail::empty_cpu({norm_scratch(a.length)}, wide_dtype(a.dtype));
+    run(a, begin, end, scratch.mutable_data_ptr());
+  });
+}
+
+// The rows of n from `first` on; out is given, or n's.
+Norm rows_from(Norm n, int64_t first, int64_t element_size, void* out) {
+  const int64_t bytes = first * n.length * element_size,
+                wide = n.dtype == Dtype::float64 ? sizeof(double) : sizeof(float);
+  n.x = static_cast<const char*>(n.x) + bytes;
+  n.out = out ? out : static_cast<char*>(n.out) + bytes;
+  if (n.mean) n.mean = static_cast<char*>(n.mean) + first * wide;
+  n.inverse = static_cast<char*>(n.inverse) + first * wide;
+  return n;
+}
+
+// The norm, rotated by r unless its size is 0, and its staircase, in chunks of whole rows.
+void staircase_in_chunks(const Norm& n, const Hadamard& r, const SignedForward& a, int64_t chunk, at::ScalarType type) {
+  const int64_t element_size = at::elementSize(type);
+  forward_in_chunks(a, chunk, element_size, [&] {
+    const int64_t room = std::max(norm_scratch(n.length), r.size > 0 ? hadamard_tile(r.size) : 0);
+    const Tensor scratch = at::detail::empty_cpu({room}, wide_dtype(n.dtype));
+    const Tensor made = at::detail::empty_cpu({n.out && r.size == 0 ? 0 : chunk}, type);
+    return [&n, &r, element_size, scratch, made](int64_t begin, int64_t end) -> const void* {
+      void* const buffer = made.mutable_data_ptr();
+      const int64_t first = begin / n.length;
+      const Norm rows = rows_from(n, first, element_size, n.out ? nullptr : buffer);
+      signed_kernels().norm(rows, 0, end / n.length - first, scratch.mutable_data_ptr());
+      if (r.size == 0) return rows.out;
+      Hadamard part = r;
+      part.count = end - begin;
+      part.x = rows.out;
+      part.y = buffer;
+      const int64_t tile = hadamard_tile(r.size);
+      signed_kernels().hadamard(part, 0, (part.count + tile - 1) / tile, scratch.mutable_data_ptr());
+      return buffer;
+    };
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_qsigned(
+    const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps, bool centred,
+    bool shifted, bool rounds_twice, std::optional<int64_t> bits, std::optional<int64_t> group,
+    std::optional<int64_t> rotation, bool output, bool codes) {
+  Norm n{};
+  n.dtype = dtype_of(x, "x");
+  check_norm(x, weight, bias);
+  TORCH_CHECK_VALUE(bits || output, "output must be True if bits is None, got False");
+  const Tensor dense = x.contiguous();
+  n.length = x.size(-1);
+  n.rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
+  n.eps = eps;
+  n.rounds_twice = rounds_twice;
+  n.x = dense.const_data_ptr();
+  const auto wide = wide_dtype(n.dtype), type = x.scalar_type();
+  const Tensor factors = whole_blocks(weight, n.length, wide, shifted ? 1 : 0);
+  n.weight = factors.const_data_ptr();
+  Tensor terms;
+  if (bias) {
+    terms = whole_blocks(bias, n.length, wide, 0);
+    n.bias = terms.const_data_ptr();
+  }
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = 1;
+  const auto none = [](at::ScalarType of) { return at::detail::empty_cpu({0}, of); };
+  Tensor mean = centred ? at::detail::empty_cpu(shape, wide) : none(wide), inverse = at::detail::empty_cpu(shape, wide);
+  if (centred) n.mean = mean.mutable_data_ptr();
+  n.inverse = inverse.mutable_data_ptr();
+  Tensor normed = output ? empty_in(dense, at::MemoryFormat::Contiguous) : none(type);
+  if (output) n.out = normed.mutable_data_ptr();
+  if (!bits) {
+    norm_rows(n);
+    return {normed, none(type), empty_bytes(0), none(at::kBFloat16), mean, inverse};
+  }
+  SignedForward a{};
+  a.dtype = n.dtype;
+  a.group = check_signed(x, false, *bits, group, std::nullopt);
+  a.bits = static_cast<int>(*bits);
+  a.count = x.numel();
+  Hadamard r{};
+  if (rotation) {
+    check_hadamard(x, *rotation);
+    r = hadamard_of(n.dtype, *rotation);
+  }
+  Tensor y = empty_in(dense, at::MemoryFormat::Contiguous);
+  Tensor packed_codes = empty_bytes(codes ? packed_bytes(a.count, packed_width(a.bits)) : 0);
+  shape.back() = n.length / a.group;
+  Tensor found = at::detail::empty_cpu(shape, at::kBFloat16);
+  a.group_alphas = static_cast<bf16*>(found.mutable_data_ptr());
+  a.y = y.mutable_data_ptr();
+  a.stream = streams(y);
+  if (codes) a.codes = packed_codes.mutable_data_ptr<uint8_t>();
+  const int64_t chunk = a.count > 0 ? chunk_of(n.length) : kMaxChunk + 1;
+  if (chunk <= kMaxChunk) {
+    staircase_in_chunks(n, r, a, chunk, type);
+  } else {
+    Tensor whole = output ? normed : empty_in(dense, at::MemoryFormat::Contiguous);
+    n.out = whole.mutable_data_ptr();
+    norm_rows(n);
+    if (rotation) whole = hadamard(whole, *rotation);
+    a.x = whole.const_data_ptr();
+    if (a.count > 0) forward_dynamic(a, dense.element_size());
+  }
+  return {normed, y, packed_codes, found, mean, inverse};
 }
 
 }  // namespace
@@ -178,6 +323,7 @@ void register_signed_cpu(torch::Library& library) {
   library.impl("qsigned_forward", qsigned_forward);
   library.impl("qsigned_dequantize", qsigned_dequantize);
   library.impl("hadamard", hadamard);
+  library.impl("norm_qsigned", norm_qsigned);
 }
 
 }  // namespace cg

@@ -129,6 +129,35 @@ def check_signed(
     return None, group, None
 
 
+def check_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, bits: int | None, group: int | None, rotation: int | None,
+    output: bool,
+) -> int | None:  # fmt: skip
+    """Check the arguments of a norm and its staircase, none if bits is None; returns the group as a number."""
+    check_x(x)
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, got a 0-d tensor")
+    for argument, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is None:
+            continue
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"{argument} must be a Tensor or None, got {type(parameter).__name__}")
+        if parameter.dim() != 1 or parameter.size(0) != x.size(-1):
+            size = x.size(-1)
+            raise ValueError(f"{argument} must have shape [{size}] (x's last dimension), got {list(parameter.shape)}")
+        if parameter.device != x.device:
+            raise ValueError(f"{argument} must be on the device of x, {x.device}, got {parameter.device}")
+        if not parameter.is_floating_point():
+            raise TypeError(f"{argument} must be of a floating dtype, got {parameter.dtype}")
+    if bits is None:
+        if not output:
+            raise ValueError("output must be True if bits is None, got False")
+        return None
+    if rotation is not None:
+        check_hadamard(x, rotation)
+    return check_signed(x, None, bits, group, None)[1]
+
+
 def check_signed_alpha(
     alpha: Tensor | float, channel_dim: int | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, int | None, int | None]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import check_arguments, check_hadamard, check_signed, check_weight
+from ._checks import check_arguments, check_hadamard, check_norm, check_signed, check_weight
 from ._torch_internals import suggest_memory_format, tag_compile_caches
 from ._types import CODE_WIDTH, MASK_WIDTH, MaskKind, Rounding, packed_bytes, parse, wide_dtype
 from .ste import GPrime, get_ste, real_numbers
@@ -35,6 +35,12 @@ _RULE = "int rounding, int alpha_grad, float alpha_scale, int? channel_dim, bool
 _OUTPUT = "int bits, SymInt[] shape, ScalarType dtype, int? channel_dim, MemoryFormat memory_format"
 # alpha: None if it is dynamic, one for each `group` elements of the last dimension (None: all of it).
 _QSIGNED = "int bits, SymInt? group, str ste, str alpha_grad, float alpha_scale, int? channel_dim"
+# A norm over the last dimension, n * weight + bias; centred: a LayerNorm; shifted: weight is 1 + weight; rounds_twice:
+# n is rounded to x's dtype too. Then a signed staircase with dynamic alphas, unless bits is None.
+_NORM_QSIGNED = (
+    "Tensor x, Tensor? weight, Tensor? bias, float eps, bool centred, bool shifted, bool rounds_twice, int? bits,"
+    " SymInt? group, SymInt? rotation, bool output, bool codes"
+)
 _CONV = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 
 _INTEGER_LAYER = "Tensor codes, Tensor weight, int bits, int weight_bits, Tensor scale, Tensor offset"
@@ -87,6 +93,12 @@ _SCHEMAS = (
     # group: None if alpha is not dynamic.
     "qsigned_dequantize(Tensor codes, Tensor alpha, int bits, SymInt? group, SymInt[] shape, ScalarType dtype,"
     " int? channel_dim, MemoryFormat memory_format) -> Tensor",
+    # A norm and the staircase of its output: norms.py. output: whether to return the norm's own output. mean: [0]
+    # unless centred; inverse: 1 / the deviation; both wide, [..., 1].
+    f"norm_qsigned({_NORM_QSIGNED}) -> (Tensor output, Tensor y, Tensor codes, Tensor alpha, Tensor mean,"
+    " Tensor inverse)",
+    f"norm_qsigned_packed({_NORM_QSIGNED}) -> (Tensor output, Tensor y, Tensor codes, Tensor alpha, Tensor mean,"
+    " Tensor inverse)",
     # Weights of few bits: _weights.py.
     "weight_scale(Tensor weight, int bits, int? channel_dim) -> Tensor",
     "weight_codes(Tensor weight, int bits, int? channel_dim) -> (Tensor codes, Tensor scale)",
@@ -132,6 +144,7 @@ KERNELS = {
     "qsigned_forward": "qsigned_forward",
     "qsigned_dequantize": "qsigned_dequantize",
     "hadamard": "hadamard",
+    "norm_qsigned": "norm_qsigned",
     "weight_scale": "weight_scale",
 }
 
@@ -294,6 +307,23 @@ def _(x, size):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+@_fake("norm_qsigned")
+@_fake("norm_qsigned_packed")
+def _(x, weight, bias, eps, centred, shifted, rounds_twice, bits, group, rotation, output, codes):
+    _teach_inductor()
+    group = check_norm(x, weight, bias, bits, group, rotation, output)
+    wide, rows = wide_dtype(x.dtype), list(x.shape[:-1])
+    dense, none = torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(0)
+    return (
+        dense if output else none,
+        torch.empty_like(dense) if bits is not None else x.new_empty(0),
+        x.new_empty(0 if bits is None or not codes else packed_bytes(x.numel(), CODE_WIDTH[bits]), dtype=torch.uint8),
+        x.new_empty([0] if bits is None else [*rows, x.size(-1) // group], dtype=torch.bfloat16),
+        x.new_empty([*rows, 1] if centred else [0], dtype=wide),
+        x.new_empty([*rows, 1], dtype=wide),
+    )
+
+
 @_fake("weight_scale")
 def _(weight, bits, channel_dim):
     channel_dim = check_weight(weight, bits, channel_dim)
@@ -331,7 +361,7 @@ def reference_kernel(op: str, why_not_triton: Callable[[], str | None] = lambda:
         device = args[0].device.type
         if not native_switched_off and device not in _warned_devices:
             _warned_devices.add(device)
-            why_not = f"its native library: {why_not_native(device)}"
+            why_not = f"its native library: {why_not_native(device) or f'has no kernel of {op}'}"
             if triton := why_not_triton():
                 why_not += f"; Triton: {triton}"
             warnings.warn(

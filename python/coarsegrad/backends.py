@@ -194,6 +194,10 @@ def use_backend(name: str) -> AbstractContextManager[None]:
     return _block(name)
 
 
+# The ops that the native library has no kernel of for a GPU, though it may serve that.
+_NEVER_NATIVE = ("qrelu_backward_custom", "norm_qsigned")
+
+
 def _triton_kernel(op: str):
     """Triton's kernel, imported on first call; the reference's if Triton is unavailable."""
     on_reference = _ops.reference_kernel(op, lambda: _no_triton)
@@ -223,7 +227,7 @@ def _triton_layer_kernel(op: str):
 _triton_library = torch.library.Library("coarsegrad", "IMPL")
 for _device in _TRITON_DEVICES:
     for _op in _ops.KERNELS:
-        if _ops.why_not_native(_device) is not None or _op == "qrelu_backward_custom":
+        if _ops.why_not_native(_device) is not None or _op in _NEVER_NATIVE:
             _triton_library.impl(_op, _triton_kernel(_op), dispatch_key(_device))
     if _device not in integer.serving:
         for _op in integer.KERNELS:
@@ -277,6 +281,12 @@ def _weight_kernels(device: str) -> str:
     return "native kernels" if device == "cpu" and _ops.native is not None else "plain torch"
 
 
+def _norm_kernels(device: str) -> str:
+    if device == "cpu":
+        return "native kernels" if _ops.native is not None else "plain torch"
+    return "a Triton kernel" if device in _TRITON_DEVICES and _load_triton() is not None else "plain torch"
+
+
 def info() -> str:
     """Versions, the native library, threads, the backend of each device, and what is slow here, as text."""
     from . import __version__
@@ -299,6 +309,7 @@ def info() -> str:
             lines.append((f"  built: {fact.replace('_', ' ')}", text))
     lines += [("integer layers", f"on {device}: {_integer_kernels(device)}") for device in _device_types()]
     lines += [("weight scales", f"on {device}: {_weight_kernels(device)}") for device in _device_types()]
+    lines += [("norms in one pass", f"on {device}: {_norm_kernels(device)}") for device in _device_types()]
     lines.append(("torch.compile", f"fused by Inductor up to {INDUCTOR_BITS} bits if nothing is saved, else a call"))
     lines.append(("  training", "on cpu its gate is fused too, and nothing saved, between layers that keep its input"))
     width = max(len(name) for name, _ in lines)

@@ -184,6 +184,21 @@ def hadamard_samples():
     yield sample(0, 8), 8
 
 
+def norm_samples():
+    """x has no gradient here: norms.py has it in autograd functions."""
+    for dtype, centred, staircase in (
+        (torch.float32, True, (4, 16, 16)), (torch.bfloat16, False, (8, None, None)), (torch.float64, True, (None,) * 3)
+    ):  # fmt: skip
+        weight, bias = sample(48, dtype=dtype, seed=1), sample(48, seed=2) if centred else None
+        for x in (
+            sample(3, 48, dtype=dtype),
+            sample(2, 48, 5, dtype=dtype).transpose(1, 2),
+            sample(0, 48, dtype=dtype),
+        ):
+            flags = (x.dim() == 3 or staircase[0] is None, x.dim() == 2 and staircase[0] is not None)
+            yield x, weight, bias, 1e-5, centred, x.dim() == 3, dtype == torch.bfloat16, *staircase, *flags
+
+
 def weight_samples():
     for bits, channel_dim in itertools.product(WEIGHT_BITS, (0, -1, None)):
         for weight in (
@@ -224,6 +239,8 @@ SAMPLES = {
     "qsigned_backward": signed_backward_samples,
     "qsigned_dequantize": signed_dequantize_samples,
     "hadamard": hadamard_samples,
+    "norm_qsigned": norm_samples,
+    "norm_qsigned_packed": lambda: list(norm_samples())[::2],
     "qweight": qweight_samples,
     "qweight_forward": lambda: [(weight.detach(), *rest, "trust") for weight, *rest in weight_samples()],
     "weight_scale": weight_samples,

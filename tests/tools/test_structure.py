@@ -23,9 +23,9 @@ ORDER = {
     """.split(),
     "coarsegrad.packing": "saved  records  function  graphs  hooks  blocks  __init__".split(),
     "coarsegrad.blocks": "tags  conversion  norms  inputs  gates  attention  description  __init__".split(),
-    "coarsegrad.reference": "bits  staircase  signed  weights  __init__".split(),
+    "coarsegrad.reference": "bits  staircase  signed  norm  weights  __init__".split(),
     "coarsegrad.triton": """
-        staircase  ste  kernels  qrelu  signed_kernels  signed  layer_kernels  layers  __init__
+        staircase  ste  kernels  qrelu  signed_kernels  signed  norm_kernels  norm  layer_kernels  layers  __init__
     """.split(),
     "coarsegrad.integer": """
         weights  checks  reference  ops  exact  layers  trained  moves  pools  sums  flow  names  report  rewriting

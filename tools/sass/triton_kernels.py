@@ -58,11 +58,13 @@ class TritonKernel(Kernel):
 def _launches(name: str, dtype: str, op: str, *of_op: object) -> list[TritonKernel]:
     """The kernels that an op on activations launches; nothing runs."""
     from coarsegrad import triton
-    from coarsegrad.triton import kernels, qrelu, signed, signed_kernels
+    from coarsegrad.triton import kernels, norm, norm_kernels, qrelu, signed, signed_kernels
 
-    with _recorded(kernels, qrelu) as found, _recorded(signed_kernels, signed) as found_too:
+    pairs = (kernels, qrelu), (signed_kernels, signed), (norm_kernels, norm)
+    with contextlib.ExitStack() as stack:
+        found = [stack.enter_context(_recorded(*pair)) for pair in pairs]
         getattr(triton, op)(*of_op)
-    return [_kernel(name, dtype, function, arguments) for function, arguments in found + found_too]
+    return [_kernel(name, dtype, function, arguments) for function, arguments in itertools.chain(*found)]
 
 
 @contextlib.contextmanager
@@ -96,12 +98,12 @@ def _kernel(name: str, dtype: str, function: str, arguments: dict[str, object]) 
             reads.discard("x_ptr")
         width = MASK_WIDTH[MaskKind[arguments.get("MASK", "inside")]] if "mask_ptr" in given else 0
         width += arguments["CODE_WIDTH"] if "codes_ptr" in given else 0
-        data = Data(getattr(torch, dtype).itemsize, len(reads), len(given & {"y_ptr", "dx_ptr"}), width)
+        data = Data(getattr(torch, dtype).itemsize, len(reads), len(given & {"y_ptr", "dx_ptr", "out_ptr"}), width)
         wide = arguments.get("OCTETS", True)
         wide = wide and arguments.get("group", 8) % 8 == 0
         if function == "hadamard_kernel":  # which may have float32 sums on one side
             wide = arguments["x_ptr"].dtype == arguments["y_ptr"].dtype
-    aligned = function in ("qsigned_groups_kernel", "hadamard_kernel")
+    aligned = function in ("qsigned_groups_kernel", "hadamard_kernel", "norm_qsigned_kernel")
     return TritonKernel(f"Triton {name}: {function}", dtype, function, data, wide=wide, arguments=arguments,
                         aligned=aligned)  # fmt: skip
 
@@ -167,6 +169,16 @@ def hadamard(name: str, dtype: str, size: int) -> list[TritonKernel]:
     return _launches(name, dtype, "hadamard", torch.empty(2**18, dtype=getattr(torch, dtype)), size)
 
 
+def norm(name: str, dtype: str, length: int, kind: str = "rms", group: int | None = None, rotation: int | None = None,
+         bits: int | None = 4, output: bool = False, twice: bool = False) -> list[TritonKernel]:  # fmt: skip
+    """A norm and its staircase; "layer" with a bias, "rms" with 1 + weight."""
+    x = torch.empty(2**18 // length, length, dtype=getattr(torch, dtype))
+    centred, weight = kind == "layer", x[0]
+    staircase = (bits, group, rotation) if bits else (None, None, None)
+    of_op = x, weight, weight if centred else None, 1e-5, centred, not centred, twice, *staircase, output or not bits
+    return _launches(name, dtype, "norm_qsigned", *of_op, bool(bits))
+
+
 def layer(name: str, bits: int, weight_bits: int, output: str, channels: int | None = None) -> TritonKernel:
     """A layer on codes. output: "float", "affine" or "thresholds"; channels: of a 3 x 3 convolution's input, None for a
     Linear."""
@@ -212,6 +224,8 @@ def examples() -> list[TritonKernel]:
         *signed_dequantize("signed, dequantize, groups of 32", "bfloat16", 32),
         *hadamard("Hadamard, 64", "bfloat16", 64),
         *hadamard("Hadamard, 4096", "bfloat16", 4096),
+        *norm("norm, signed, rows", "bfloat16", 768),
+        *norm("norm, signed, groups of 32", "bfloat16", 4096, group=32),
     ]
 
 
@@ -223,6 +237,7 @@ def in_float64() -> list[TritonKernel]:
         *backward("backward, channels", "float64", "reverse_exponential", "chain", layout="innermost"),
         *signed_forward("signed", "float64", True, 8),
         *signed_groups("signed, groups", "float64", 32, 8),
+        *norm("norm, signed", "float64", 768, "layer", group=32),
     ]
 
 
@@ -263,6 +278,18 @@ def covering(archs: tuple[str, ...]) -> list[tuple[str, TritonKernel]]:
         (signed_forward, {**signed_bits, "mask": (False, True), **codes, "layout": ("one", "by octet", "by element")}),
         (signed_groups, {**signed_bits, **codes, "group": (3, 32, 4096, 11008)}),
         (hadamard, {"size": (64, 4096, 2**14)}),
+        (
+            norm,
+            {
+                "length": (96, 768, 4096),
+                "kind": ("rms", "layer"),
+                "group": (None, 32),
+                "bits": (None, 2, 4, 8),
+                "rotation": (None, 32),
+                "output": (False, True),
+                "twice": (False, True),
+            },
+        ),
     ):
         for setting in pairwise(arch=archs, dtype=tuple(DTYPES), **options):
             name = " ".join(map(str, setting.values()))
@@ -280,11 +307,11 @@ def compiled(kernel: TritonKernel, arch: str, folder: Path = CACHE, **options: o
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from coarsegrad.triton import kernels, layer_kernels, signed_kernels
+    from coarsegrad.triton import kernels, layer_kernels, norm_kernels, signed_kernels
 
     if triton.knobs.runtime.interpret:
         raise SassError("with TRITON_INTERPRET=1 Triton compiles nothing; unset it")
-    modules = kernels, layer_kernels, signed_kernels
+    modules = kernels, layer_kernels, signed_kernels, norm_kernels
     function = next(getattr(each, kernel.expression) for each in modules if hasattr(each, kernel.expression))
 
     def type_of(name: str, value: object) -> str:

@@ -20,6 +20,7 @@ from .._autograd import Settings, qrelu_with_derivative, qrelu_with_derivative_
 from .._signed import qsigned_with_derivative
 from .._torch_internals import (
     OpOverload,
+    below_autograd,
     install_joint_graph_pass,
     is_recomputed,
     is_tangent,
@@ -69,12 +70,14 @@ class _Output:
     """The output y of a forward op in a joint graph."""
 
     unpacked: OpOverload  # the op that takes the place of the `_packed` one
-    _CODES: int  # the position of the codes in its result; of y it is 0
+    _Y = 0  # the positions of y and of the codes in its result
+    _CODES: int
+    _ASKED = 5  # the position of the argument that asks for codes
 
     def __init__(self, forward: fx.Node) -> None:
         self._forward = forward
         self._parts: dict[Any, Any] = {user.args[1]: user for user in forward.users if user.target is operator.getitem}
-        self.y: Any = self._parts.get(0)  # a node, or None
+        self.y: Any = self._parts.get(self._Y)  # a node, or None
         forward.target = self.unpacked
 
     def can_be_rebuilt(self) -> bool:
@@ -125,11 +128,15 @@ class _Output:
             for dim, size in enumerate(self.y.meta["val"].shape)
         ]
 
+    @property
+    def _bits(self) -> int:
+        return self._arguments[2]
+
     def _return_codes(self) -> None:
-        """Have the forward op return the codes. Both ops take `codes` as argument 5."""
+        """Have the forward op return the codes."""
         args, vals = list(self._arguments), list(self._forward.meta["val"])
-        size = packed_bytes(vals[0].numel(), CODE_WIDTH[args[2]])
-        args[5], vals[self._CODES] = True, vals[self._CODES].new_empty(size)
+        size = packed_bytes(vals[self._Y].numel(), CODE_WIDTH[self._bits])
+        args[self._ASKED], vals[self._CODES] = True, vals[self._CODES].new_empty(size)
         self._set(args, vals)
 
     def _set(self, args: list, vals: list) -> None:
@@ -178,10 +185,26 @@ class _QSignedOutput(_Output):
         return self._new(_ops.ops.qsigned_dequantize.default, (self._part(3), alpha, *output), torch.empty_like(y))
 
 
+class _NormOutput(_Output):
+    unpacked = _ops.ops.norm_qsigned.default
+    _Y, _CODES, _ASKED = 1, 2, 11
+
+    @property
+    def _bits(self) -> int:
+        return self._arguments[7]
+
+    def _dequantized(self) -> fx.Node:
+        y, group = self.y.meta["val"], self._arguments[8]
+        output = (self._bits, group, self._shape(), y.dtype, None, torch.contiguous_format)
+        codes = self._part(self._CODES), self._part(3)
+        return self._new(_ops.ops.qsigned_dequantize.default, (*codes, *output), torch.empty_like(y))
+
+
 # The ops in a traced graph, and what becomes of their outputs.
 _OUTPUTS: dict[OpOverload, type[_Output]] = {
     _ops.ops.qrelu_forward_packed.default: _QReLUOutput,
     _ops.ops.qsigned_forward_packed.default: _QSignedOutput,
+    _ops.ops.norm_qsigned_packed.default: _NormOutput,
 }
 
 
@@ -300,4 +323,17 @@ for _op, _derivative, _forward in (
 for _overload, _output in _OUTPUTS.items():
     _name = _overload.name().removesuffix(".default")
     _ops._library.impl(_name, _unpacked(_output.unpacked), "CompositeExplicitAutograd")
-    _ops._library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+
+
+def _norm_qsigned_packed(*args):
+    install_joint_graph_pass(pack_joint_graph)
+    with below_autograd():
+        return _ops.ops.norm_qsigned_packed.default(*args)
+
+
+for _op, _kernel in (
+    ("qrelu_forward_packed", torch.library.fallthrough_kernel),
+    ("qsigned_forward_packed", torch.library.fallthrough_kernel),
+    ("norm_qsigned_packed", _norm_qsigned_packed),  # which no kernel above calls
+):
+    _ops._library.impl(_op, _kernel, "Autograd")

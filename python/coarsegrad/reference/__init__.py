@@ -5,6 +5,7 @@ thresholds, quotients and sums are float32, or float64 if x is float64.
 """
 
 from .bits import from_memory_order, pack, unpack
+from .norm import norm_qsigned
 from .signed import (
     group_alphas,
     hadamard,
@@ -40,6 +41,7 @@ __all__ = [
     "hadamard",
     "levels",
     "lsq_scale",
+    "norm_qsigned",
     "number_of_scale",
     "pack",
     "per_element",

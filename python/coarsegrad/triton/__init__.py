@@ -9,6 +9,7 @@ from .layers import (
     integer_linear_float,
     integer_quantize,
 )
+from .norm import norm_qsigned
 from .qrelu import backward_from_slopes, dequantize, qrelu_backward, qrelu_codes, qrelu_forward, qrelu_forward_
 from .signed import hadamard, qsigned_dequantize, qsigned_forward
 
@@ -22,6 +23,7 @@ __all__ = [
     "integer_linear",
     "integer_linear_float",
     "integer_quantize",
+    "norm_qsigned",
     "qrelu_backward",
     "qrelu_codes",
     "qrelu_forward",

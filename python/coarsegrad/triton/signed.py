@@ -71,9 +71,14 @@ def _quantize_groups(dense: Tensor, y: Tensor, alphas: Tensor, codes: Tensor | N
             **_options(rows * columns, block),
         )  # fmt: skip
         if shared:
-            signed_kernels.pack_kernel[(triton.cdiv(dense.numel(), BLOCK[2]),)](
-                written, codes, dense.numel(), WIDTH=width, BLOCK=BLOCK[2], **OPTIONS
-            )
+            pack_bytes(written, codes, width)
+
+
+def pack_bytes(written: Tensor, packed: Tensor, width: int) -> None:
+    """Codes of a byte each to `width` bits."""
+    signed_kernels.pack_kernel[(triton.cdiv(written.numel(), BLOCK[2]),)](
+        written, packed, written.numel(), WIDTH=width, BLOCK=BLOCK[2], **OPTIONS
+    )
 
 
 def _options(tile: int, block: int) -> dict[str, object]:

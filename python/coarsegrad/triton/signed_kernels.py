@@ -48,7 +48,7 @@ def qsigned_forward_kernel(
 
 
 @triton.jit
-def _magnitude(x):
+def magnitude(x):
     """The bits of |x|, integers in the order of the numbers; above all of these are infinity's and NaN's."""
     if x.dtype == tl.float64:
         return x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
@@ -75,7 +75,7 @@ def _quotient_bits(largest, BITS: tl.constexpr):
 
 
 @triton.jit
-def _alpha_bits(largest, BITS: tl.constexpr):
+def alpha_bits(largest, BITS: tl.constexpr):
     """largest / p rounded up to bfloat16, or NaN; bits to bits, int32."""
     infinite: tl.constexpr = 0x7FF0000000000000 if largest.dtype == tl.int64 else 0x7F800000
     finite = largest < infinite
@@ -97,7 +97,7 @@ def _store_rows_packed(ptr, values, first, inside, columns, WIDTH: tl.constexpr)
 
 
 @triton.jit
-def _quantize_rows(x, alpha, y_ptr, codes_ptr, first, inside, columns, BITS: tl.constexpr, CODE_WIDTH: tl.constexpr):
+def quantize_rows(x, alpha, y_ptr, codes_ptr, first, inside, columns, BITS: tl.constexpr, CODE_WIDTH: tl.constexpr):
     k = signed_code_of(x, alpha, y_ptr.dtype.element_ty, BITS)
     store_rows(y_ptr, k * alpha, first, inside, columns)
     if codes_ptr is not None:
@@ -117,19 +117,19 @@ def qsigned_groups_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first, inside = row * group, row < groups
     x = load_rows(x_ptr, first, inside, group, COLUMNS)
-    largest = _magnitude(x)
+    largest = magnitude(x)
     if LONG:
         for start in range(COLUMNS, group, COLUMNS):
             more = load_rows(x_ptr, first + start, inside, group - start, COLUMNS)
-            largest = tl.maximum(largest, _magnitude(more))
-    bits = _alpha_bits(tl.max(largest, 1), BITS)
+            largest = tl.maximum(largest, magnitude(more))
+    bits = alpha_bits(tl.max(largest, 1), BITS)
     tl.store(alpha_ptr + row, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=inside)
     alpha = (bits << 16).to(tl.float32, bitcast=True).to(x.dtype)[:, None]
-    _quantize_rows(x, alpha, y_ptr, codes_ptr, first, inside, group, BITS, CODE_WIDTH)
+    quantize_rows(x, alpha, y_ptr, codes_ptr, first, inside, group, BITS, CODE_WIDTH)
     if LONG:
         for start in range(COLUMNS, group, COLUMNS):
             more = load_rows(x_ptr, first + start, inside, group - start, COLUMNS)
-            _quantize_rows(more, alpha, y_ptr, codes_ptr, first + start, inside, group - start, BITS, CODE_WIDTH)
+            quantize_rows(more, alpha, y_ptr, codes_ptr, first + start, inside, group - start, BITS, CODE_WIDTH)
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def pack_kernel(bytes_ptr, packed_ptr, count, WIDTH: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _butterfly(v, DISTANCE: tl.constexpr):
+def butterfly(v, DISTANCE: tl.constexpr):
     """(a + b, a - b) for (a, b) at this distance."""
     pairs = tl.reshape(v, [v.shape[0] // (2 * DISTANCE), 2, DISTANCE])
     a, b = tl.split(tl.permute(pairs, [0, 2, 1]))
@@ -165,7 +165,7 @@ def hadamard_kernel(
     at = row * inner + block % across * COLUMNS + i % COLUMNS
     v = widen(tl.load(x_ptr + at, mask=at < count, other=0))
     for stage in tl.static_range(STAGES):
-        v = _butterfly(v, COLUMNS * 2**stage)
+        v = butterfly(v, COLUMNS * 2**stage)
     if SCALE is not None:
         v = v * SCALE
     tl.store(y_ptr + at, narrow(v, y_ptr.dtype.element_ty), mask=at < count)
