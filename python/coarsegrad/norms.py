@@ -1,4 +1,4 @@
-"""A norm and the signed staircase after it, with the norm's gradient taken from few saved bits.
+"""A norm and the signed staircase after it in one pass, with the norm's gradient taken from few saved bits.
 
     n = (x - m) * r                 m: the mean of a row, 0 for RMSNorm;  r: 1 / sqrt(mean((x - m)**2) + eps)
     y = Q(n * weight + bias)
@@ -14,15 +14,18 @@ replaced by 1, and the Jacobian of the norm evaluated at the rounded n.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _ops
-from ._checks import check_option, check_x
+from ._autograd import needs_grad
+from ._checks import check_norm, check_option
+from ._torch_internals import functorch_active
 from ._types import wide_dtype
-from .packing import packs_graph, record_codes
+from .packing import active_packing, packs_graph, record_codes
 from .signed import QSigned
 
 _hadamard = _ops.ops.hadamard.default  # below the checks, which torch.compile refuses in a backward
@@ -31,65 +34,150 @@ NormKind: TypeAlias = Literal["rms", "layer"]
 NormGradient: TypeAlias = Literal["exact", "coarse"]
 
 
+class Formula(NamedTuple):
+    """What a norm computes; see `norm_staircase`."""
+
+    kind: NormKind
+    eps: float
+    shifted: bool = False
+    rounds_twice: bool = False
+
+    @property
+    def centred(self) -> bool:
+        return self.kind == "layer"
+
+
+class Pass(NamedTuple):
+    """What one pass over x made: the results of the op `norm_qsigned`."""
+
+    output: Tensor
+    y: Tensor
+    codes: Tensor
+    alpha: Tensor
+    mean: Tensor
+    inverse: Tensor
+
+
 def norm_staircase(
     x: Tensor,
-    output: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     *,
     eps: float,
     kind: NormKind,
     gradient: NormGradient,
     staircase: QSigned,
+    shifted: bool = False,
+    rounds_twice: bool = False,
 ) -> Tensor:
-    """The staircase of a norm's output, with the derivative of both.
+    """A norm and the staircase of its output, in one pass over x, with the derivative of both.
 
-    x: the norm's input, [..., n]; the norm is over the last dimension.
-    output: the norm's output for x, as its module computed it.
-    weight, bias: what the module multiplies by and adds, [n], or None.
-    eps: as in the module.
-    kind: "rms" (nn.RMSNorm) or "layer" (nn.LayerNorm).
+        y = Q((x - m) * r * weight + bias),  m = mean(x), 0 for "rms";  r = 1 / sqrt(mean((x - m)**2) + eps)
+
+    x: the norm's input, [..., n], of any floating dtype and strides; the norm is over the last dimension.
+    weight, bias: [n], of any floating dtype, or None.
+    eps: a number, added to the mean of the squares.
+    kind: "rms" (as nn.RMSNorm) or "layer" (as nn.LayerNorm).
     gradient: "exact": that of the norm. "coarse": the norm's Jacobian at the output of the staircase.
     staircase: a `QSigned` with a dynamic alpha.
+    shifted: multiply by 1 + weight, as Gemma does.
+    rounds_twice: round to x's dtype before the product with weight too, as Llama does; else once, at the end.
 
-    Returns staircase(output).
+    Returns y, in x's dtype, contiguous. It is the staircase of the norm that docs/spec.md specifies to the bit, the
+    same on every backend; the order of sums, and so the last bit, may not be that of a module of torch.
 
-    Saved for backward: "exact": x and two numbers per row (one for RMSNorm). "coarse": the codes of the result, 16 /
-    group bits per element, and a number per row. Inside `packed_activations` the layers that read the result share its
-    codes.
+    Saved for backward: "exact": x and two numbers per row (one for "rms"). "coarse": the codes of y, 16 / group bits
+    per element, and a number per row. Inside `packed_activations` the layers that read y share its codes. There is no
+    second and no forward-mode derivative, and no support for transforms of torch.func.
 
     Raises TypeError or ValueError with the argument's name, what was got and what was wanted.
+
+    Sources: Zhang and Sennrich 2019, arXiv 1910.07467 (RMSNorm); Ba et al. 2016, arXiv 1607.06450 (LayerNorm).
     """
-    check_x(x)
-    check_x(output, "output")
     check_option("kind", kind, get_args(NormKind))
     check_option("gradient", gradient, get_args(NormGradient))
     if not isinstance(staircase, QSigned) or staircase.alpha is not None:
         raise ValueError(f"staircase must be a QSigned with a dynamic alpha, got {staircase!r}")
-    if x.shape != output.shape:
-        raise ValueError(f"output must have x's shape, {list(x.shape)}, got {list(output.shape)}")
+    check_norm(x, weight, bias, staircase.bits, staircase.group, staircase.rotation, False)
+    formula = Formula(kind, float(eps), bool(shifted), bool(rounds_twice))
+    return staircased(x, weight, bias, formula, gradient, staircase)
+
+
+def staircased(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    formula: Formula,
+    gradient: NormGradient,
+    staircase: QSigned,
+    made: Pass | None = None,
+) -> Tensor:
+    """`norm_staircase` of checked arguments. made: the pass that was made with them, for this use alone."""
+    _refuse_transforms()
+    keeps = keeps_codes(x, weight, bias, gradient)
+    if made is None and not torch.compiler.is_compiling():
+        made = one_pass(x, weight, bias, formula, staircase, codes=keeps)
     function = _Exact if gradient == "exact" else _Coarse
-    y, codes, alpha = function.apply(x, output.detach(), weight, bias, eps, kind == "layer", staircase)
-    record_codes(y, codes, alpha, staircase.bits, staircase.group or x.size(-1))
+    y = function.apply(x, weight, bias, formula, staircase, keeps, made)
+    if made is not None:
+        record_codes(y, made.codes, made.alpha, staircase.bits, staircase.group or x.size(-1))
     return y
 
 
-def _moments(x: Tensor, eps: float, centred: bool) -> tuple[Tensor | None, Tensor]:
-    """(the mean, None unless centred; 1 / the deviation) of each row, wide, [..., 1]."""
-    wide = x.to(wide_dtype(x.dtype))
-    if not centred:
-        return None, torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    variance, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
-    return mean, torch.rsqrt(variance + eps)
+def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, formula: Formula, made: Pass | None = None) -> Tensor:
+    """The norm's own output, which saves x and what "exact" saves with it. made: a pass that has it."""
+    _refuse_transforms()
+    if made is None and not torch.compiler.is_compiling():
+        made = one_pass(x, weight, bias, formula, output=True)
+    return _Plain.apply(x, weight, bias, formula, None, False, made)
 
 
-def _gradients(grad_y: Tensor, n: Tensor, inverse: Tensor, weight: Tensor | None, centred: bool, needs) -> tuple:
-    """(dx, dweight, dbias) from dy, n and 1 / the deviation, all wide. needs: of x, weight and bias."""
+def keeps_codes(x: Tensor, weight: Tensor | None, bias: Tensor | None, gradient: NormGradient) -> bool:
+    """Whether the codes of the staircase have a reader."""
+    return active_packing() is not None or (gradient == "coarse" and any(needs_grad(x, weight, bias)))
+
+
+@torch.no_grad()
+def one_pass(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    formula: Formula,
+    staircase: QSigned | None = None,
+    *,
+    output: bool = False,
+    codes: bool = False,
+) -> Pass:
+    """The norm, and its staircase unless None, without derivative. output: whether to return the norm's own output."""
+    packs = torch.compiler.is_compiling() and staircase is not None and packs_graph()
+    op: Any = _ops.ops.norm_qsigned_packed if packs else _ops.ops.norm_qsigned
+    settings: tuple = (None, None, None)
+    if staircase is not None:
+        settings = staircase.bits, staircase.group or x.size(-1), staircase.rotation
+    norm = (formula.eps, formula.centred, formula.shifted, formula.rounds_twice)
+    return Pass(*op.default(x, weight, bias, *norm, *settings, output, codes))
+
+
+def _refuse_transforms() -> None:
+    if not torch.compiler.is_compiling() and functorch_active():
+        raise NotImplementedError(
+            "norm_staircase does not support transforms of torch.func such as grad and vmap; use a norm and qsigned"
+        )
+
+
+def _factors(weight: Tensor, shifted: bool, dtype: torch.dtype) -> Tensor:
+    """What n is multiplied by, wide."""
+    return weight.to(dtype) + 1 if shifted else weight.to(dtype)
+
+
+def _gradients(grad_y: Tensor, n: Tensor, inverse: Tensor, factors: Tensor | None, centred: bool, needs) -> tuple:
+    """(dx, dweight, dbias) from dy, n, 1 / the deviation and what n is multiplied by, all wide. needs: of x, weight and
+    bias."""
     need_x, need_weight, need_bias = needs
     rows = tuple(range(grad_y.dim() - 1))
     grad_x = grad_weight = grad_bias = None
     if need_x:
-        grad_n = grad_y if weight is None else grad_y * weight.to(grad_y.dtype)
+        grad_n = grad_y if factors is None else grad_y * factors
         inner = grad_n - n * (grad_n * n).mean(-1, keepdim=True)
         grad_x = inverse * (inner - grad_n.mean(-1, keepdim=True) if centred else inner)
     if need_weight:
@@ -100,71 +188,78 @@ def _gradients(grad_y: Tensor, n: Tensor, inverse: Tensor, weight: Tensor | None
 
 
 class _Norm(torch.autograd.Function):
-    """n is what the subclasses find it by; the rest is the same."""
+    """n is what the subclasses find it by; the rest is the same.
+
+    made is None in graphs of torch.compile, which have the op inside this node.
+    """
 
     @staticmethod
-    def _forward(ctx, x, output, weight, bias, centred, staircase):
-        """(y, its codes, its alphas)"""
-        ctx.centred, ctx.dtype, ctx.bias_dtype = centred, x.dtype, None if bias is None else bias.dtype
-        ctx.rotation, ctx.settings = staircase.rotation, (staircase.bits, staircase.group or x.size(-1))
-        if staircase.rotation is not None:
-            output = _hadamard(output, staircase.rotation)
-        packs = torch.compiler.is_compiling() and packs_graph()
-        forward = _ops.ops.qsigned_forward_packed if packs else _ops.ops.qsigned_forward
-        y, alpha, _, codes = forward.default(output, None, *ctx.settings, False, True, None)
-        ctx.mark_non_differentiable(codes, alpha)
-        return y, codes, alpha
+    def _start(ctx, x, weight, bias, formula, staircase) -> None:
+        ctx.formula, ctx.rotation, ctx.dtype = formula, None if staircase is None else staircase.rotation, x.dtype
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, weight, bias))
 
     @staticmethod
-    def _backward(ctx, grad_y, n, inverse, weight):
+    def _backward(ctx, grad_y, n, inverse, factors):
         if ctx.rotation is not None:
             grad_y = _hadamard(grad_y, ctx.rotation)
-        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:4])
-        grad_x, grad_weight, grad_bias = _gradients(grad_y.to(n.dtype), n, inverse, weight, ctx.centred, needs)
-        return (
-            None if grad_x is None else grad_x.to(ctx.dtype),
-            None,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(ctx.bias_dtype),
-            None,
-            None,
-            None,
-        )
+        grads = _gradients(grad_y.to(n.dtype), n, inverse, factors, ctx.formula.centred, ctx.needs_input_grad[:3])
+        return *(None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes)), None, None, None, None
 
 
-class _Exact(_Norm):
-    @staticmethod
-    def forward(ctx, x, output, weight, bias, eps, centred, staircase):
-        y, codes, alpha = _Norm._forward(ctx, x, output, weight, bias, centred, staircase)
-        ctx.save_for_backward(x, *_moments(x, eps, centred), weight)
-        return y, codes, alpha
+class _FromX(_Norm):
+    """Saves x."""
 
     @staticmethod
-    def backward(ctx, grad_y, *_):
+    def _save(ctx, x, weight, bias, formula, staircase, made) -> None:
+        _Norm._start(ctx, x, weight, bias, formula, staircase)
+        ctx.save_for_backward(x, made.mean if formula.centred else None, made.inverse, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
         x, mean, inverse, weight = ctx.saved_tensors
         wide = x.to(inverse.dtype)
         n = (wide if mean is None else wide - mean) * inverse
-        return _Norm._backward(ctx, grad_y, n, inverse, weight)
+        factors = None if weight is None else _factors(weight, ctx.formula.shifted, n.dtype)
+        return _Norm._backward(ctx, grad_y, n, inverse, factors)
+
+
+class _Plain(_FromX):
+    @staticmethod
+    def forward(ctx, x, weight, bias, formula, staircase, codes, made):
+        made = one_pass(x, weight, bias, formula, output=True) if made is None else made
+        _FromX._save(ctx, x, weight, bias, formula, staircase, made)
+        return made.output
+
+
+class _Exact(_FromX):
+    @staticmethod
+    def forward(ctx, x, weight, bias, formula, staircase, codes, made):
+        made = one_pass(x, weight, bias, formula, staircase, codes=codes) if made is None else made
+        _FromX._save(ctx, x, weight, bias, formula, staircase, made)
+        return made.y
 
 
 class _Coarse(_Norm):
     @staticmethod
-    def forward(ctx, x, output, weight, bias, eps, centred, staircase):
-        y, codes, alpha = _Norm._forward(ctx, x, output, weight, bias, centred, staircase)
-        ctx.shape = y.shape
-        ctx.save_for_backward(codes, alpha, _moments(x, eps, centred)[1], weight, bias)
-        return y, codes, alpha
+    def forward(ctx, x, weight, bias, formula, staircase, codes, made):
+        made = one_pass(x, weight, bias, formula, staircase, codes=codes) if made is None else made
+        _Norm._start(ctx, x, weight, bias, formula, staircase)
+        ctx.settings, ctx.shape = (staircase.bits, staircase.group or x.size(-1)), x.shape
+        ctx.save_for_backward(made.codes, made.alpha, made.inverse, weight, bias)
+        return made.y
 
     @staticmethod
-    def backward(ctx, grad_y, *_):
+    @once_differentiable
+    def backward(ctx, grad_y):
         codes, alpha, inverse, weight, bias = ctx.saved_tensors
         output = (*ctx.settings, ctx.shape, ctx.dtype, None, torch.contiguous_format)
-        n = _ops.ops.qsigned_dequantize.default(codes, alpha, *output).to(inverse.dtype)
+        n = _ops.ops.qsigned_dequantize.default(codes, alpha, *output).to(wide_dtype(ctx.dtype))
         if ctx.rotation is not None:
             n = _hadamard(n, ctx.rotation)
         if bias is not None:
             n = n - bias.to(n.dtype)
-        if weight is not None:  # a channel of weight 0 does not reach y
-            wide = weight.to(n.dtype)
-            n = torch.where(wide == 0, 0.0, n / wide)
-        return _Norm._backward(ctx, grad_y, n, inverse, weight)
+        factors = None if weight is None else _factors(weight, ctx.formula.shifted, n.dtype)
+        if factors is not None:  # a channel of factor 0 does not reach y
+            n = torch.where(factors == 0, 0.0, n / factors)
+        return _Norm._backward(ctx, grad_y, n, inverse, factors)

@@ -56,4 +56,5 @@ def test_sections_keep_their_numbers():
         "5. The signed staircase",
         "6. Integer layers",
         "7. Weights",
+        "8. A norm and its staircase",
     ]

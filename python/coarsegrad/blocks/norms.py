@@ -1,4 +1,4 @@
-"""Norms whose readers get the staircase of the norm's output, with a derivative of both."""
+"""Norms whose readers get the staircase of the norm's output, from the same pass, with a derivative of both."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_option
-from ..norms import NormGradient, NormKind, norm_staircase
+from .._dtensor import is_dtensor
+from .._torch_internals import functorch_active
+from ..norms import Formula, NormGradient, NormKind, Pass, keeps_codes, normed, one_pass, staircased
 from ..signed import QSigned
 from .conversion import CannotConvert, Conversion
 from .tags import attach, attached
@@ -16,50 +18,81 @@ from .tags import attach, attached
 _NORMED = "_coarsegrad_normed"
 
 
-class Normed(NamedTuple):
-    """What a tensor is the norm of. made: staircased forms of it, by their settings."""
+class _Normed(NamedTuple):
+    """What a tensor is the norm of. made: staircased forms of it, by their settings: each a pass that has it; in
+    compiled code the form itself."""
 
-    norm: nn.Module
-    hook: NormOutput
+    forward: NormForward
     x: Tensor
-    made: dict[object, Tensor]
+    made: dict[object, Any]
 
 
-class NormOutput:
-    """A forward hook of a norm: notes on the output what it is the norm of, for the layers that read it. Whatever else
-    reads it uses it as it is.
+class NormForward:
+    """The forward of a norm: computes its output, and in the same pass the staircase of it that its readers took in
+    earlier forwards, if they took one kind. Whatever else reads the output uses it as it is.
 
-    shifted: whether the norm multiplies by 1 + weight. staircases: those that layers of the model have, by their
-    settings.
+    staircases: those that layers of the model have, by their settings.
     """
 
     def __init__(
-        self, kind: NormKind, shifted: bool, eps: float, gradient: NormGradient, staircases: dict[object, QSigned]
+        self, norm: nn.Module, formula: Formula, gradient: NormGradient, staircases: dict[object, QSigned]
     ) -> None:
-        self.kind, self.shifted, self.eps, self.gradient = kind, shifted, eps, gradient
-        self.staircases = staircases
+        self.norm, self.formula, self.gradient, self.staircases = norm, formula, gradient, staircases
+        self.taken: dict[object, QSigned] = {}
 
-    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        made = {}
+    def __call__(self, x: Tensor, *more: object, **named: object) -> Tensor:
+        if more or named or _beyond_ops(x):  # more: such as a gate, which makes it another function
+            return self._own(x, *more, **named)
+        x, parameters = self._in_dtype_of_output(x), self._parameters()
         if torch.compiler.is_compiling():  # what nobody reads is removed from the graph
-            made = {key: self.staircased(module, args[0], output, one) for key, one in self.staircases.items()}
-        attach(output, _NORMED, Normed(module, self, args[0], made))
+            output = normed(x, *parameters, self.formula)
+            output = output.view_as(output)  # on a node's own output dynamo sets no attribute
+            made: dict[object, Any] = {key: self.staircased(x, one) for key, one in self.staircases.items()}
+        else:
+            keys = tuple(self.taken)
+            one = self.taken[keys[0]] if len(keys) == 1 else None
+            codes = one is not None and keeps_codes(x, *parameters, self.gradient)
+            both = one_pass(x, *parameters, self.formula, one, output=True, codes=codes)
+            output = normed(x, *parameters, self.formula, both)
+            made = dict.fromkeys(keys, both) if one is not None else {}
+        attach(output, _NORMED, _Normed(self, x, made))
+        return output
 
-    def staircased(self, norm: nn.Module, x: Tensor, output: Tensor, staircase: QSigned) -> Tensor:
-        weight: Any = getattr(norm, "weight", None)
-        weight = 1.0 + weight if self.shifted else weight
-        how: Any = {"eps": self.eps, "kind": self.kind, "gradient": self.gradient}
-        return norm_staircase(x, output, weight, getattr(norm, "bias", None), **how, staircase=staircase)
+    def staircased(self, x: Tensor, staircase: QSigned, made: Pass | None = None) -> Tensor:
+        return staircased(x, *self._parameters(), self.formula, self.gradient, staircase, made)
+
+    def _parameters(self) -> tuple[Tensor | None, Tensor | None]:
+        norm: Any = self.norm
+        return getattr(norm, "weight", None), getattr(norm, "bias", None)
+
+    def _own(self, x: Tensor, *more: object, **named: object) -> Tensor:
+        return type(self.norm).forward(self.norm, x, *more, **named)
+
+    def _in_dtype_of_output(self, x: Tensor) -> Tensor:
+        """x in the dtype of the module's own output, which it alone knows under autocast or with parameters of another
+        dtype."""
+        weight = self._parameters()[0]
+        autocast = x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type)
+        if not autocast and (weight is None or weight.dtype == x.dtype):
+            return x
+        with torch.no_grad():
+            return x.to(self._own(x.reshape(-1, x.size(-1))[:0]).dtype)
+
+
+def _beyond_ops(x: Tensor) -> bool:
+    """Whether x is sharded, or transformed by torch.func: then the norm is its own, and its readers' staircase too."""
+    return not torch.compiler.is_compiling() and (is_dtensor(x) or functorch_active())
 
 
 def staircased_norm(output: Tensor, key: object, staircase: QSigned) -> Tensor | None:
     """The staircase of a norm's output; None if it is not one, or was written to since."""
-    normed: Normed | None = attached(output, _NORMED)
-    if normed is None:
+    found: _Normed | None = attached(output, _NORMED)
+    if found is None:
         return None
-    if key in normed.made:
-        return normed.made[key]
-    return normed.hook.staircased(normed.norm, normed.x, output, staircase)
+    if torch.compiler.is_compiling():
+        return found.made[key]
+    found.forward.taken.setdefault(key, staircase)
+    return found.forward.staircased(found.x, staircase, found.made.pop(key, None))
 
 
 def convert_norms(conversion: Conversion, gradient: NormGradient, staircases: dict[object, QSigned]) -> None:
@@ -69,13 +102,17 @@ def convert_norms(conversion: Conversion, gradient: NormGradient, staircases: di
         if not _is_norm(norm):
             continue
         try:
-            kind, shifted, eps = _formula(norm)
+            formula, size = _formula(norm)
         except CannotConvert as why:
             conversion.skip(name, norm, why)
             continue
-        hook = NormOutput(kind, shifted, eps, gradient, staircases)
-        conversion.hook(norm.register_forward_hook(hook))
+        fitting = {key: one for key, one in staircases.items() if _fits(one, size)}
+        conversion.set(norm, "forward", NormForward(norm, formula, gradient, fitting))
         conversion.add(name, f"norm, {gradient} gradient", usual)
+
+
+def _fits(staircase: QSigned, size: int) -> bool:
+    return not any(part is not None and size % part for part in (staircase.group, staircase.rotation))
 
 
 def checked_gradient(norms: Any) -> NormGradient:
@@ -88,11 +125,13 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _formula(norm: Any) -> tuple[NormKind, bool, float]:
-    """(kind, whether by 1 + weight, eps) of a norm over the last dimension, found by what it computes with random
-    parameters, as 1 + weight is also 2 * weight where that is 1."""
-    if any(isinstance(hook, NormOutput) for hook in norm._forward_hooks.values()):
+def _formula(norm: Any) -> tuple[Formula, int]:
+    """(the formula of a norm over the last dimension, its size), found by what it computes with random parameters, as
+    1 + weight is also 2 * weight where that is 1."""
+    if isinstance(vars(norm).get("forward"), NormForward):
         raise CannotConvert("it has a staircase already")
+    if "forward" in vars(norm):
+        raise CannotConvert("its forward was replaced on this instance; convert before that")
     own = {name: p for name in ("weight", "bias") if isinstance(p := getattr(norm, name, None), Tensor)}
     shape = tuple(own["weight"].shape if "weight" in own else getattr(norm, "normalized_shape", ()))
     if len(shape) != 1:
@@ -110,15 +149,27 @@ def _formula(norm: Any) -> tuple[NormKind, bool, float]:
     except Exception as error:
         raise CannotConvert(f"it cannot be run on a random input: {type(error).__name__}: {error}") from error
     eps = _eps(norm, like.dtype)
+    of = (parameters.get("weight"), parameters.get("bias"))
     for kind, shifted in _FORMULAS if "weight" in own else _FORMULAS[:2]:
-        expected = _normalized(x.float(), kind, eps)
-        if "weight" in own:
-            expected = expected * (parameters["weight"].float() + shifted)
-        if "bias" in own:
-            expected = expected + parameters["bias"].float()
-        if torch.allclose(output, expected, rtol=0.02, atol=0.02):
-            return kind, shifted, eps
+        formula = Formula(kind, eps, shifted)
+        if torch.allclose(output, one_pass(x, *of, formula, output=True).output.float(), rtol=0.02, atol=0.02):
+            return formula._replace(rounds_twice=_rounds_twice(norm, x, parameters, formula)), shape[0]
     raise CannotConvert("it computes neither of RMSNorm and LayerNorm")
+
+
+def _rounds_twice(norm: Any, x: Tensor, parameters: dict[str, Tensor], formula: Formula) -> bool:
+    """Whether it rounds before the product with weight too: more of its output is then the same, in bfloat16."""
+    x, parameters = x.bfloat16(), {name: p.bfloat16() for name, p in parameters.items()}
+    try:
+        output = torch.func.functional_call(norm, parameters, x)
+    except Exception:  # of a norm that computes in one dtype alone
+        return False
+    of = (parameters.get("weight"), parameters.get("bias"))
+    same = [
+        (one_pass(x, *of, formula._replace(rounds_twice=twice), output=True).output == output).sum().item()
+        for twice in (False, True)
+    ]
+    return same[1] > same[0]
 
 
 _FORMULAS: tuple[tuple[NormKind, bool], ...] = (("rms", False), ("layer", False), ("rms", True), ("layer", True))
@@ -127,9 +178,3 @@ _FORMULAS: tuple[tuple[NormKind, bool], ...] = (("rms", False), ("layer", False)
 def _eps(norm: Any, dtype: torch.dtype) -> float:
     found = [getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name)]
     return torch.finfo(dtype).eps if not found or found[0] is None else float(found[0])
-
-
-def _normalized(x: Tensor, kind: NormKind, eps: float) -> Tensor:
-    if kind == "layer":
-        x = x - x.mean(-1, keepdim=True)
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)

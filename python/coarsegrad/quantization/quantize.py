@@ -107,8 +107,8 @@ def quantize_(
     attention: the bits, or `bits` and `group`, of q, k and v, per head and position, after the rotary embedding. In
         models of transformers that use its attention interface; `model.config` then names another implementation.
     norms: the gradient of RMSNorm and LayerNorm where a layer with a staircase of `inputs` reads their output, as for
-        `norm_staircase`: None: their own. "exact": the same, from x alone. "coarse": from the codes. Where something
-        else reads the output as well, such as a residual sum, the norm also saves what it saves without.
+        `norm_staircase`, whose forward they get: None: their own. "exact": the same, from x alone. "coarse": from the
+        codes. Where something else reads the output as well, such as a residual sum, the norm also saves its input.
     weight_bits: 8, 4, 2 or 1 bits for the weight of every Linear, Conv1d to Conv3d, ConvTranspose1d to 3d, and Conv1D
         of transformers, with a scale per output channel: each gets a `QWeight`, after a rotation of `inputs`. Further
         calls with a filter_fn give other layers other bits. Not quantized are weights shared with an embedding, and
