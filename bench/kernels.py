@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import coarsegrad as cg
@@ -36,8 +38,9 @@ RESULTS = Path(__file__).parent / "results" / "kernels.csv"
 _DESCRIPTION = """
 Times the kernels behind QReLU: forward with a mask at 1 to 8 bits, backward from
 the mask, from x and from codes, the gradient of a learned step, codes to levels,
-and the signed staircase with a dynamic alpha per group of 128; each is compared
-with a copy.
+the signed staircase with a dynamic alpha per group of 128, and an RMSNorm of rows
+of 1024 with that staircase, as one op and as torch's norm and a staircase; each is
+compared with a copy.
 """
 _EPILOG = """
 Default sizes: 2^16 (in cache), 2^22, 2^24 and 2^26 elements, on a GPU 2^27 for
@@ -62,7 +65,7 @@ library, it is Tensor.copy_.
 # ------------------------------------------------------------------------------------- the kernels
 
 _ALPHA, _BITS = 0.4866, 2
-_GROUP = 128
+_GROUP, _ROW = 128, 1024
 # What has its own alpha: (how many, contiguous elements of each).
 _LAYOUTS = {"channel": (64, 256), "feature": (256, 1), "group": (1, _GROUP)}
 _Tensors = dict[str, Tensor]
@@ -118,6 +121,15 @@ def _signed(bits: int) -> Callable[[_Tensors], tuple[Tensor, ...]]:
     return lambda t: _ops.ops.qsigned_forward(t["x"], None, bits, _GROUP, False, False, None)
 
 
+def _norm(t: _Tensors, one_op: bool) -> tuple[Tensor, ...]:
+    """RMSNorm of rows and its staircase of 4 bits; or the norm of torch, and then a staircase."""
+    x = t["x"].view(-1, math.gcd(t["x"].numel(), _ROW))
+    if one_op:
+        staircase = (4, _GROUP, None)
+        return _ops.ops.norm_qsigned(x, None, None, 1e-6, False, False, False, *staircase, False, False)
+    return _ops.ops.qsigned_forward(F.rms_norm(x, x.shape[1:], None, 1e-6), None, 4, _GROUP, False, False, None)
+
+
 _X, _DY = ("x",), ("dy",)
 KERNELS = {
     **{f"forward, {bits} bit{'s' * (bits > 1)}": Kernel(2, 1, _X, _forward(bits)) for bits in (1, 2, 3, 4, 6, 8)},
@@ -145,6 +157,10 @@ KERNELS = {
             t["codes"], t["alpha"], _BITS, t["x"].shape, t["x"].dtype, None, torch.contiguous_format),)
     ),
     **{f"signed, {bits} bits, per group": Kernel(2, 16 / _GROUP, _X, _signed(bits)) for bits in (4, 8)},
+    **{
+        f"norm, signed, {ops}, per group": Kernel(2, 16 / _GROUP, _X, functools.partial(_norm, one_op=ops == "one op"))
+        for ops in ("one op", "two ops")
+    },
 }  # fmt: skip
 COPIES = {"copy of x": "x", "copy of dy": "dy"}
 

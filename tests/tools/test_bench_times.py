@@ -48,7 +48,7 @@ def test_kernels_rows(tmp_path, capsys):
     rows = rows_of(out)
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
     in_rows = {name for name in kernels.KERNELS if ", per " in name}
-    assert len(in_rows) == 6
+    assert len(in_rows) == 8
     for size, left_out in (("16384", set()), ("1000", in_rows)):
         names = [row["kernel"] for row in rows if row["size"] == size and row["dtype"] == "float32"]
         assert names == [*kernels.COPIES, *(name for name in kernels.KERNELS if name not in left_out)]

@@ -424,6 +424,11 @@ TRITON_LISTED = {
     ("grad_alpha_channels_kernel", "div.rn.f64"): _ROUNDED,
     ("qsigned_forward_kernel", "div.rn.f64"): _ROUNDED,
     ("qsigned_groups_kernel", "div.rn.f64"): _ROUNDED,
+    ("norm_qsigned_kernel", "div.full.f32"): _GUESS,
+    ("norm_qsigned_kernel", "div.rn.f32"): _ROUNDED,
+    ("norm_qsigned_kernel", "sqrt.rn.f32"): _ROUNDED,
+    ("norm_qsigned_kernel", "div.rn.f64"): _ROUNDED,
+    ("norm_qsigned_kernel", "sqrt.rn.f64"): _ROUNDED,
 }
 CUDA_LISTED = {
     ("qrelu_forward_kernel", "rcp.rn.f32"): _ROUNDED,
@@ -448,6 +453,8 @@ def test_what_flushes_or_approximates_in_triton(every_pair):
     """That what they may return changes nothing exact is tested in triton_interpreted.py and triton_signed.py."""
     found = [made for *_, made in every_pair]
     found += [triton_kernels.compiled(kernel, arch) for arch in ARCHS for kernel in triton_kernels.in_float64()]
+    found += (norms := [triton_kernels.compiled(kernel, arch) for arch, kernel in triton_kernels.norms(ARCHS)])
+    assert not any("fma.rn" in made.asm["ptx"] for made in norms)
     assert set().union(*(listed(made.asm["ptx"]) for made in found)) == TRITON_LISTED.keys()
 
 

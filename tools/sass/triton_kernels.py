@@ -98,7 +98,7 @@ def _kernel(name: str, dtype: str, function: str, arguments: dict[str, object]) 
             reads.discard("x_ptr")
         width = MASK_WIDTH[MaskKind[arguments.get("MASK", "inside")]] if "mask_ptr" in given else 0
         width += arguments["CODE_WIDTH"] if "codes_ptr" in given else 0
-        data = Data(getattr(torch, dtype).itemsize, len(reads), len(given & {"y_ptr", "dx_ptr", "out_ptr"}), width)
+        data = Data(getattr(torch, dtype).itemsize, len(reads), len(given & {"y_ptr", "dx_ptr"}), width)
         wide = arguments.get("OCTETS", True)
         wide = wide and arguments.get("group", 8) % 8 == 0
         if function == "hadamard_kernel":  # which may have float32 sums on one side
@@ -224,8 +224,6 @@ def examples() -> list[TritonKernel]:
         *signed_dequantize("signed, dequantize, groups of 32", "bfloat16", 32),
         *hadamard("Hadamard, 64", "bfloat16", 64),
         *hadamard("Hadamard, 4096", "bfloat16", 4096),
-        *norm("norm, signed, rows", "bfloat16", 768),
-        *norm("norm, signed, groups of 32", "bfloat16", 4096, group=32),
     ]
 
 
@@ -237,7 +235,6 @@ def in_float64() -> list[TritonKernel]:
         *backward("backward, channels", "float64", "reverse_exponential", "chain", layout="innermost"),
         *signed_forward("signed", "float64", True, 8),
         *signed_groups("signed, groups", "float64", 32, 8),
-        *norm("norm, signed", "float64", 768, "layer", group=32),
     ]
 
 
@@ -278,23 +275,23 @@ def covering(archs: tuple[str, ...]) -> list[tuple[str, TritonKernel]]:
         (signed_forward, {**signed_bits, "mask": (False, True), **codes, "layout": ("one", "by octet", "by element")}),
         (signed_groups, {**signed_bits, **codes, "group": (3, 32, 4096, 11008)}),
         (hadamard, {"size": (64, 4096, 2**14)}),
-        (
-            norm,
-            {
-                "length": (96, 768, 4096),
-                "kind": ("rms", "layer"),
-                "group": (None, 32),
-                "bits": (None, 2, 4, 8),
-                "rotation": (None, 32),
-                "output": (False, True),
-                "twice": (False, True),
-            },
-        ),
     ):
         for setting in pairwise(arch=archs, dtype=tuple(DTYPES), **options):
             name = " ".join(map(str, setting.values()))
             arch = setting.pop("arch")
             found += [(arch, kernel) for kernel in op(name, **setting)]
+    return found
+
+
+def norms(archs: tuple[str, ...]) -> list[tuple[str, TritonKernel]]:
+    """The same of norms, in all dtypes. Their rows are read again from a cache: no promise of registers is made."""
+    options = {"length": (768, 4096), "kind": ("rms", "layer"), "bits": (None, 2, 8), "group": (None, 32)}
+    switches = dict.fromkeys(("output", "twice"), (False, True))
+    found = []
+    for setting in pairwise(arch=archs, dtype=(*DTYPES, "float64"), rotation=(None, 32), **options, **switches):
+        name = " ".join(map(str, setting.values()))
+        arch = setting.pop("arch")
+        found += [(arch, kernel) for kernel in norm(name, **setting)]
     return found
 
 
