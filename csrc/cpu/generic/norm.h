@@ -20,17 +20,19 @@ template <class A, class Term>
 CG_HD A sum_of_row(const A* v, int64_t count, A* lanes, const Term& term) {
   using V = Vec<A>;
   constexpr int kCount = Lanes<V>::kCount;
-  int64_t width = kCount;
-  while (width < count && width < kNormLanes) width *= 2;
-  for (int64_t lane = 0; lane < width; lane += kCount) {
+  int64_t used = count < kNormLanes ? count : kNormLanes, half = kCount;
+  for (int64_t lane = 0; lane < used; lane += kCount) {
     V sum(A(0));
     for (int64_t i = lane; i < count; i += kNormLanes) sum = sum + term(Io<A>::load(v + i));
     Io<A>::store(lanes + lane, sum);
   }
-  for (int64_t half = width / 2; half >= kCount; half /= 2) {
-    for (int64_t lane = 0; lane < half; lane += kCount) {
+  if (count == 0) Io<A>::store(lanes, V(A(0)));
+  while (2 * half < used) half *= 2;
+  for (; half >= kCount; half /= 2) {
+    for (int64_t lane = 0; lane + half < used; lane += kCount) {
       Io<A>::store(lanes + lane, Io<A>::load(lanes + lane) + Io<A>::load(lanes + lane + half));
     }
+    used = used < half ? used : half;
   }
   A total[kCount];
   Io<A>::store(total, folded<kCount / 2>(Io<A>::load(lanes)));
