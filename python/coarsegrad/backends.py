@@ -278,7 +278,10 @@ def _integer_kernels(device: str) -> str:
 
 
 def _weight_kernels(device: str) -> str:
-    return "native kernels" if device == "cpu" and _ops.native is not None else "plain torch"
+    serving = _serving(device).backend
+    if serving == "reference" or (serving, device) == ("native", "cuda"):
+        return "plain torch"
+    return f"{serving} kernels"
 
 
 def _norm_kernels(device: str) -> str:

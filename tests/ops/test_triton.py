@@ -37,7 +37,8 @@ def test_in_the_interpreter():
     chosen = "triton and not largest_sums and not threads and not any_groups"
     options = ["-q", "-p", "no:cacheprovider", "-k", chosen, "--no-header", "-rf"]
     files = (
-        "triton_interpreted.py", "triton_signed.py", "triton_norm.py", "triton_gpu_arithmetic.py", "triton_inductor.py",
+        "triton_interpreted.py", "triton_signed.py", "triton_weights.py", "triton_norm.py", "triton_gpu_arithmetic.py",
+        "triton_inductor.py",
         "ops/test_ops.py::test_opcheck", "ops/test_signed.py", "ops/test_ste_registry.py",
         "integer/test_integer_ops.py",
     )  # fmt: skip

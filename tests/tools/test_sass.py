@@ -429,6 +429,9 @@ TRITON_LISTED = {
     ("norm_qsigned_kernel", "sqrt.rn.f32"): _ROUNDED,
     ("norm_qsigned_kernel", "div.rn.f64"): _ROUNDED,
     ("norm_qsigned_kernel", "sqrt.rn.f64"): _ROUNDED,
+    ("sums_kernel", "div.rn.f64"): _ROUNDED,
+    ("ternary_kernel", "div.rn.f64"): _ROUNDED,
+    ("scale_kernel", "div.rn.f64"): _ROUNDED,
 }
 CUDA_LISTED = {
     ("qrelu_forward_kernel", "rcp.rn.f32"): _ROUNDED,

@@ -25,7 +25,8 @@ ORDER = {
     "coarsegrad.blocks": "tags  conversion  norms  inputs  gates  attention  description  __init__".split(),
     "coarsegrad.reference": "bits  staircase  signed  norm  weights  __init__".split(),
     "coarsegrad.triton": """
-        staircase  ste  kernels  qrelu  signed_kernels  signed  norm_kernels  norm  layer_kernels  layers  __init__
+        staircase  ste  kernels  qrelu  signed_kernels  signed  norm_kernels  norm  weight_kernels  weights
+        layer_kernels  layers  __init__
     """.split(),
     "coarsegrad.integer": """
         weights  checks  reference  ops  exact  layers  trained  moves  pools  sums  flow  names  report  rewriting

@@ -13,7 +13,17 @@ from unittest import mock
 
 import torch
 
-from coarsegrad._types import ALPHA_GRADS, BUILT_IN, CODE_WIDTH, MASK_WIDTH, ROUNDINGS, AlphaGrad, MaskKind, Rounding
+from coarsegrad._types import (
+    ALPHA_GRADS,
+    BUILT_IN,
+    CODE_WIDTH,
+    MASK_WIDTH,
+    ROUNDINGS,
+    WEIGHT_BITS,
+    AlphaGrad,
+    MaskKind,
+    Rounding,
+)
 from coarsegrad.ste import get_ste, saved
 
 from .code import Data, SassError
@@ -27,6 +37,7 @@ _TYPES = {
     torch.float16: "fp16",
     torch.float64: "fp64",
     torch.int32: "i32",
+    torch.int64: "i64",
     torch.uint8: "u8",
 }
 # How alphas lie in a tensor, and a shape with its channel_dim; "by octet" and "in octets" are multiples of 8 elements.
@@ -56,15 +67,15 @@ class TritonKernel(Kernel):
 
 
 def _launches(name: str, dtype: str, op: str, *of_op: object) -> list[TritonKernel]:
-    """The kernels that an op on activations launches; nothing runs."""
+    """The kernels that an op on activations or weights launches; nothing runs."""
     from coarsegrad import triton
-    from coarsegrad.triton import kernels, norm, norm_kernels, qrelu, signed, signed_kernels
+    from coarsegrad.triton import kernels, norm, norm_kernels, qrelu, signed, signed_kernels, weight_kernels, weights
 
-    pairs = (kernels, qrelu), (signed_kernels, signed), (norm_kernels, norm)
+    launchers = {kernels: qrelu, signed_kernels: signed, norm_kernels: norm, weight_kernels: weights}
     with contextlib.ExitStack() as stack:
-        found = [stack.enter_context(_recorded(*pair)) for pair in pairs]
+        found = [stack.enter_context(_recorded(*pair)) for pair in launchers.items()]
         getattr(triton, op)(*of_op)
-    return [_kernel(name, dtype, function, arguments) for function, arguments in itertools.chain(*found)]
+    return [_kernel(name, dtype, *launched) for launched in itertools.chain(*found)]
 
 
 @contextlib.contextmanager
@@ -91,6 +102,12 @@ def _kernel(name: str, dtype: str, function: str, arguments: dict[str, object]) 
         data, wide = Data(4, 1, 0, 0), False
     elif function == "pack_kernel":
         data, wide = Data(1, 1, 0, arguments["WIDTH"]), False
+    elif "weight_ptr" in given and function != "norm_qsigned_kernel":
+        # Codes are searched for on small tiles, and take many instructions for what is read.
+        data = Data(getattr(torch, dtype).itemsize, 1, 0, 0)
+        wide = function != "search_kernel" and arguments["length"] % 16 == 0
+    elif function in ("ternary_kernel", "scale_kernel"):
+        data, wide = Data(8, 1, 0, 0), False
     else:
         reads = given & {"x_ptr", "dy_ptr"}
         # With alpha applied after the sum, dx does not depend on x.
@@ -103,7 +120,7 @@ def _kernel(name: str, dtype: str, function: str, arguments: dict[str, object]) 
         wide = wide and arguments.get("group", 8) % 8 == 0
         if function == "hadamard_kernel":  # which may have float32 sums on one side
             wide = arguments["x_ptr"].dtype == arguments["y_ptr"].dtype
-    aligned = function in ("qsigned_groups_kernel", "hadamard_kernel", "norm_qsigned_kernel")
+    aligned = function in ("qsigned_groups_kernel", "hadamard_kernel") or "weight_ptr" in given
     return TritonKernel(f"Triton {name}: {function}", dtype, function, data, wide=wide, arguments=arguments,
                         aligned=aligned)  # fmt: skip
 
@@ -179,6 +196,10 @@ def norm(name: str, dtype: str, length: int, kind: str = "rms", group: int | Non
     return _launches(name, dtype, "norm_qsigned", *of_op, bool(bits))
 
 
+def weight_scale(name: str, dtype: str, bits: int, length: int = 4096) -> list[TritonKernel]:
+    return _launches(name, dtype, "weight_scale", torch.empty(64, length, dtype=getattr(torch, dtype)), bits, 0)
+
+
 def layer(name: str, bits: int, weight_bits: int, output: str, channels: int | None = None) -> TritonKernel:
     """A layer on codes. output: "float", "affine" or "thresholds"; channels: of a 3 x 3 convolution's input, None for a
     Linear."""
@@ -224,6 +245,7 @@ def examples() -> list[TritonKernel]:
         *signed_dequantize("signed, dequantize, groups of 32", "bfloat16", 32),
         *hadamard("Hadamard, 64", "bfloat16", 64),
         *hadamard("Hadamard, 4096", "bfloat16", 4096),
+        *itertools.chain(*(weight_scale(f"weight, {bits} bits", "bfloat16", bits) for bits in WEIGHT_BITS)),
     ]
 
 
@@ -235,6 +257,7 @@ def in_float64() -> list[TritonKernel]:
         *backward("backward, channels", "float64", "reverse_exponential", "chain", layout="innermost"),
         *signed_forward("signed", "float64", True, 8),
         *signed_groups("signed, groups", "float64", 32, 8),
+        *itertools.chain(*(weight_scale(f"weight, {bits} bits", "float64", bits) for bits in WEIGHT_BITS)),
     ]
 
 
@@ -275,6 +298,7 @@ def covering(archs: tuple[str, ...]) -> list[tuple[str, TritonKernel]]:
         (signed_forward, {**signed_bits, "mask": (False, True), **codes, "layout": ("one", "by octet", "by element")}),
         (signed_groups, {**signed_bits, **codes, "group": (3, 32, 4096, 11008)}),
         (hadamard, {"size": (64, 4096, 2**14)}),
+        (weight_scale, {"bits": WEIGHT_BITS, "length": (9, 100, 4096, 2**20)}),
     ):
         for setting in pairwise(arch=archs, dtype=tuple(DTYPES), **options):
             name = " ".join(map(str, setting.values()))
@@ -304,11 +328,11 @@ def compiled(kernel: TritonKernel, arch: str, folder: Path = CACHE, **options: o
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from coarsegrad.triton import kernels, layer_kernels, norm_kernels, signed_kernels
+    from coarsegrad.triton import kernels, layer_kernels, norm_kernels, signed_kernels, weight_kernels
 
     if triton.knobs.runtime.interpret:
         raise SassError("with TRITON_INTERPRET=1 Triton compiles nothing; unset it")
-    modules = kernels, layer_kernels, signed_kernels, norm_kernels
+    modules = kernels, layer_kernels, signed_kernels, norm_kernels, weight_kernels
     function = next(getattr(each, kernel.expression) for each in modules if hasattr(each, kernel.expression))
 
     def type_of(name: str, value: object) -> str:

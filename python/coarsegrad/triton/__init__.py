@@ -1,6 +1,5 @@
 """The ops in Triton, for GPUs that the native library does not serve. Only this package imports triton."""
 
-from ..reference import weight_scale  # in plain torch, on any device
 from .layers import (
     integer_conv2d,
     integer_conv2d_float,
@@ -12,6 +11,7 @@ from .layers import (
 from .norm import norm_qsigned
 from .qrelu import backward_from_slopes, dequantize, qrelu_backward, qrelu_codes, qrelu_forward, qrelu_forward_
 from .signed import hadamard, qsigned_dequantize, qsigned_forward
+from .weights import weight_scale
 
 __all__ = [
     "backward_from_slopes",

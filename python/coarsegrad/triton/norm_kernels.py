@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .kernels import load_rows, store_rows
-from .signed_kernels import alpha_bits, butterfly, magnitude, quantize_rows
+from .signed_kernels import alpha_bits, butterfly, magnitude_bits, quantize_rows
 from .staircase import narrow, widen
 
 
@@ -85,7 +85,7 @@ def _quantize_groups(
     """The staircase of a tile of whole groups. What is past the end of a row is in groups of its own."""
     ROWS: tl.constexpr = v.shape[0]
     GROUPS: tl.constexpr = v.shape[1] // GROUP
-    bits = alpha_bits(tl.max(tl.reshape(magnitude(v), [ROWS, GROUPS, GROUP]), 2), BITS)
+    bits = alpha_bits(tl.max(tl.reshape(magnitude_bits(v), [ROWS, GROUPS, GROUP]), 2), BITS)
     at = start // GROUP + tl.arange(0, GROUPS)
     mask = inside[:, None] & (at < length // GROUP)[None, :]
     place = (row * (length // GROUP))[:, None] + at[None, :]
@@ -134,7 +134,7 @@ def norm_qsigned_kernel(
 
     v = _finished(x, inverse, weight_ptr, bias_ptr, out_ptr, first, inside, 0, length,
                   SHIFTED, TWICE, STAGES, SCALE, DTYPE)  # fmt: skip
-    largest = magnitude(v)
+    largest = magnitude_bits(v)
     if BITS > 0 and GROUP > 0:
         _quantize_groups(v, y_ptr, alpha_ptr, codes_ptr, row, first, inside, 0, length, BITS, GROUP, CODE_WIDTH)
     if LONG:
@@ -145,7 +145,7 @@ def norm_qsigned_kernel(
             if BITS > 0 and GROUP > 0:
                 _quantize_groups(more, y_ptr, alpha_ptr, codes_ptr, row, first, inside, start, length,
                                  BITS, GROUP, CODE_WIDTH)  # fmt: skip
-            largest = tl.maximum(largest, magnitude(more))
+            largest = tl.maximum(largest, magnitude_bits(more))
     if BITS > 0 and GROUP == 0:
         bits = alpha_bits(tl.max(largest, 1), BITS)
         tl.store(alpha_ptr + row, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=inside)

@@ -48,7 +48,7 @@ def qsigned_forward_kernel(
 
 
 @triton.jit
-def magnitude(x):
+def magnitude_bits(x):
     """The bits of |x|, integers in the order of the numbers; above all of these are infinity's and NaN's."""
     if x.dtype == tl.float64:
         return x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
@@ -117,11 +117,11 @@ def qsigned_groups_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first, inside = row * group, row < groups
     x = load_rows(x_ptr, first, inside, group, COLUMNS)
-    largest = magnitude(x)
+    largest = magnitude_bits(x)
     if LONG:
         for start in range(COLUMNS, group, COLUMNS):
             more = load_rows(x_ptr, first + start, inside, group - start, COLUMNS)
-            largest = tl.maximum(largest, magnitude(more))
+            largest = tl.maximum(largest, magnitude_bits(more))
     bits = alpha_bits(tl.max(largest, 1), BITS)
     tl.store(alpha_ptr + row, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=inside)
     alpha = (bits << 16).to(tl.float32, bitcast=True).to(x.dtype)[:, None]
