@@ -51,6 +51,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef CG_HAVE_CUDA
   cg::register_cuda(libraries.emplace_back(MAKE_TORCH_LIBRARY_IMPL(coarsegrad, CUDA)));
   cg::register_signed_cuda(libraries.back());
+  cg::register_weights_cuda(libraries.back());
 #endif
   cg::register_autograd(libraries.emplace_back(MAKE_TORCH_LIBRARY_IMPL(coarsegrad, Autograd)));
   static const std::vector<torch::Library> registered = std::move(libraries);

@@ -37,6 +37,7 @@ void register_signed_cpu(torch::Library& library);
 void register_weights_cpu(torch::Library& library);
 void register_cuda(torch::Library& library);  // in a build with csrc/cuda
 void register_signed_cuda(torch::Library& library);
+void register_weights_cuda(torch::Library& library);
 void register_autograd(torch::Library& library);
 
 // The ops qrelu and qrelu_ called through the dispatcher, as torch.ops does but without parsing arguments by schema.

@@ -92,7 +92,9 @@ def device(request):
 
 
 # Files with long tests: first, so that none is left for one process when all else is done.
-_FIRST = ("test_triton.py", "test_sass.py", "test_cuda_host.py", "test_cuda_host_signed.py")
+_FIRST = (
+    "test_triton.py", "test_sass.py", "test_cuda_host.py", "test_cuda_host_signed.py", "test_cuda_host_weights.py",
+)  # fmt: skip
 # Files whose cases are long, which are dealt out one by one, last. What stands before a colon in a case's name keeps
 # cases together.
 _ONE_BY_ONE = ("test_cuda_mutants.py", "test_ops.py", "test_theory.py")

@@ -375,8 +375,8 @@ def reference_kernel(op: str, why_not_triton: Callable[[], str | None] = lambda:
 
 
 for _name in KERNELS:
-    # A custom STE is expected to run on the reference, and the scale of weights on a GPU: no warning.
-    _quiet = _name in ("qrelu_backward_custom", "weight_scale")
+    # A custom STE is expected to run on the reference: no warning.
+    _quiet = _name == "qrelu_backward_custom"
     _kernel = getattr(reference, KERNELS[_name]) if _quiet else reference_kernel(_name)
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
 _library.impl("qsigned_backward", reference.qsigned_backward, "CompositeExplicitAutograd")

@@ -277,13 +277,6 @@ def _integer_kernels(device: str) -> str:
     return f"{kernels} kernels{isa}"
 
 
-def _weight_kernels(device: str) -> str:
-    serving = _serving(device).backend
-    if serving == "reference" or (serving, device) == ("native", "cuda"):
-        return "plain torch"
-    return f"{serving} kernels"
-
-
 def _norm_kernels(device: str) -> str:
     if device == "cpu":
         return "native kernels" if _ops.native is not None else "plain torch"
@@ -311,7 +304,6 @@ def info() -> str:
             text = ", ".join(value) if isinstance(value, list) else str(value)
             lines.append((f"  built: {fact.replace('_', ' ')}", text))
     lines += [("integer layers", f"on {device}: {_integer_kernels(device)}") for device in _device_types()]
-    lines += [("weight scales", f"on {device}: {_weight_kernels(device)}") for device in _device_types()]
     lines += [("norms in one pass", f"on {device}: {_norm_kernels(device)}") for device in _device_types()]
     lines.append(("torch.compile", f"fused by Inductor up to {INDUCTOR_BITS} bits if nothing is saved, else a call"))
     lines.append(("  training", "on cpu its gate is fused too, and nothing saved, between layers that keep its input"))

@@ -241,6 +241,10 @@ V shuffle(const char* site, uint32_t mask, V v, unsigned from) {
 
 }  // namespace cuda_host
 
+// One thread runs at a time.
+inline void atomicAdd(unsigned long long* to, unsigned long long v) { *to += v; }
+inline void atomicMax(unsigned long long* to, unsigned long long v) { *to = std::max(*to, v); }
+
 // a * b + c rounded once, upwards and downwards: the product is exact in double, and the sum is taken with its error.
 inline float __fmaf_ru(float a, float b, float c) {
   const double product = static_cast<double>(a) * b, sum = product + c;

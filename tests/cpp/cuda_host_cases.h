@@ -20,6 +20,7 @@ enum Op : int64_t {
   kSignedForward,
   kSignedDequantize,
   kHadamard,
+  kWeightScale,
 };
 enum Mode : int64_t { kNull, kRead, kWrite, kReadWrite };
 enum Place { kAlpha, kX, kY, kMask, kCodes, kGradY, kGradX, kGradAlpha, kSlopes, kGroupAlphas, kBuffers };

@@ -9,6 +9,7 @@ import cuda_host
 import pytest
 import test_cuda_host as tests
 import test_cuda_host_signed as signed_tests
+import test_cuda_host_weights as weight_tests
 import torch
 from paths import ROOT
 
@@ -40,8 +41,13 @@ def forward(rounding):
 
 
 def is_signed(case):
-    """Whether it is of the other program."""
+    """Whether it is of another program."""
     return case.op in ("signed_forward", "hadamard")
+
+
+def is_weight(case):
+    """Whether it is of a third program."""
+    return case.op == "weight_scale"
 
 
 COPIES = {
@@ -60,10 +66,11 @@ COPIES = {
     ),
     "backward_from_slopes": (torch.bfloat16, lambda case: case.op == "backward_from_slopes", []),
     "signed": (torch.bfloat16, is_signed, []),
+    "weights": (torch.bfloat16, is_weight, []),
 }
 # The copies of mutants that are not in the one of their file.
 BY_FILE = {"backward.cuh": "backward from what is saved", "reduce.cuh": "backward from what is saved",
-           "../math/ste.h": "backward from x", "signed.cuh": "signed", "hadamard.cuh": "signed"}  # fmt: skip
+           "../math/ste.h": "backward from x", "signed.cuh": "signed", "hadamard.cuh": "signed", "weights.cuh": "weights"}  # fmt: skip
 BY_NAME = {
     **dict.fromkeys(
         ("a return before the shuffle", "half a warp in the mask of the bits", "nibbles of a byte swapped",
@@ -146,6 +153,16 @@ MUTANTS = {
     "half of the lanes of a group": ("reduce.cuh", "if (apart < lanes)", "if (2 * apart < lanes)"),
     ">= for > at a signed threshold": ("signed.cuh", "over = x[i] > mul(", "over = x[i] >= mul("),
     "sums and differences swapped": ("hadamard.cuh", "& apart ? -1 : 1", "& apart ? 1 : -1"),
+    "a lane's largest weight for a warp's": ("weights.cuh", "  largest = largest_of_warp(largest);\n", ""),
+    "the last weight of a part left out": ("weights.cuh", "? begin + kPart : a.length", "? begin + kPart - 1 : a.length"),
+    "infinity in a row not noticed": ("weights.cuh", " && largest < A(INFINITY)", ""),
+    "sums that every lane adds": ("weights.cuh", "if (threadIdx.x % kWarp == 0) add_to(sums.product", "if (true) add_to(sums.product"),
+    "of equal scales the last": ("weights.cuh", "if (explained > most) most = explained, best = i;", "if (explained >= most) most = explained, best = i;"),
+    "the last group of scales left out": ("weights.cuh", "(grid.count + kTried - 1) / kTried", "grid.count / kTried"),
+    "the scale after the best": ("weights.cuh", "grid.divisors[best]", "grid.divisors[best + 1]"),
+    "sets of one more": ("weights.cuh", "set{totals[i], i + 1}", "set{totals[i], i + 2}"),
+    "of equal sets the largest": ("weights.cuh", "other.square < best.square", "other.square > best.square"),
+    "one part for all warps": ("weights.cuh", "* kWarps + threadIdx.x / kWarp, begin", "* kWarps, begin"),
     "a step over the rows too far": ("reduce.cuh", "at -= inner, ++outer", "at -= inner, outer += 2"),
 }  # fmt: skip
 
@@ -176,6 +193,12 @@ def make_signed_cases(dtype):
     return cases + list(signed_tests.group_cases(dtype, (3,), groups))
 
 
+def make_weight_cases(dtype):
+    shapes = ((7, 9), (3, 129), (2, 2049), (1, 40_000))
+    cases = [*weight_tests.extreme_cases(dtype), *weight_tests.special_cases(dtype)]
+    return cases + list(weight_tests.ordinary_cases(dtype, shapes))
+
+
 def copy_of(name):
     """The copy that a mutant is put into."""
     return BY_NAME.get(name) or BY_FILE.get(MUTANTS[name][0], "forward, ceil")
@@ -185,7 +208,8 @@ class Copy:
     """A copy of the sources for one dtype and some of the kernels, built with what is put into it."""
 
     def __init__(self, root, dtype, runs, left_out):
-        make = make_signed_cases if runs is is_signed else make_cases
+        makers = {is_signed: make_signed_cases, is_weight: make_weight_cases}
+        make = makers.get(runs, make_cases)
         self.cases = list(filter(runs, make(dtype)))
         self.root, self.build = root / "source", root / "build"
         for name in ("csrc", "tests/cpp"):
@@ -197,7 +221,7 @@ class Copy:
                  for other, name in DTYPES.items() if other != dtype]  # fmt: skip
         for edit in (*SMALL_GRID, *edits, *left_out):
             self.replace(*edit)
-        self.program = "cuda_host_signed" if runs is is_signed else "cuda_host"
+        self.program = {is_signed: "cuda_host_signed", is_weight: "cuda_host_weights"}.get(runs, "cuda_host")
         program = f"../../tests/cpp/{self.program}.cpp"
         for op in set(cuda_host.OPS) - ops:
             if f"launch_{op}(" in (self.root / "csrc" / "cuda" / program).read_text():

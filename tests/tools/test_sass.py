@@ -15,7 +15,7 @@ from tools.sass import triton_kernels
 from tools.sass.__main__ import main
 from tools.sass.code import Data, Path, SassError, bulk_path, parse
 from tools.sass.compiler import FLAGS, compile_cuda, instances, source_of, tool
-from tools.sass.gate import ARCHS, DTYPES, KERNELS, Kernel, Report, cuda_cubin, cuda_reports
+from tools.sass.gate import ARCHS, DTYPES, KERNELS, WEIGHT_KERNELS, Kernel, Report, cuda_cubin, cuda_reports
 from tools.sass.ptx import listed
 
 needs_triton = pytest.mark.skipif(not triton_kernels.installed(), reason="triton is not installed")
@@ -298,6 +298,16 @@ def test_the_promises_hold(tools, arch):
     assert not {report.row()[:3]: lines for report in cuda_reports(arch, KERNELS) if (lines := list(report.broken()))}
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_of_weights(tools, arch):
+    """No stack, few registers."""
+    binaries = instances(cuda_cubin(arch, WEIGHT_KERNELS))
+    bad = [(kernel.name, kernel.dtype, binary.registers, binary.stack)
+           for kernel, binary in zip(WEIGHT_KERNELS, binaries, strict=True)
+           if binary.stack or binary.registers > kernel.registers]  # fmt: skip
+    assert not bad
+
+
 def test_what_is_promised():
     """In figures, so that no promise is lost by a change of the list."""
     assert all(kernel.wide and kernel.instructions <= 100 and kernel.registers <= 96 for kernel in KERNELS)
@@ -448,6 +458,9 @@ CUDA_LISTED = {
     ("qsigned_groups_kernel", "rcp.rn.f32"): _ROUNDED,
     ("qsigned_rows_kernel", "div.rn.f32"): _ROUNDED,
     ("qsigned_rows_kernel", "rcp.rn.f32"): _ROUNDED,
+    ("weight_sums_kernel", "div.rn.f64"): _ROUNDED,
+    ("weight_ternary_kernel", "div.rn.f64"): _ROUNDED,
+    ("weight_scale_kernel", "div.rn.f64"): _ROUNDED,
 }
 
 
@@ -463,7 +476,8 @@ def test_what_flushes_or_approximates_in_triton(every_pair):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_what_flushes_or_approximates_in_cuda(tools, arch):
-    assert listed(cuda_cubin(arch).with_suffix(".ptx").read_text()) == CUDA_LISTED.keys()
+    found = (listed(cuda_cubin(arch, some).with_suffix(".ptx").read_text()) for some in (KERNELS, WEIGHT_KERNELS))
+    assert set().union(*found) == CUDA_LISTED.keys()
 
 
 @needs_triton

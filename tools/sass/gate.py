@@ -36,6 +36,7 @@ PREAMBLE = f"""\
 #include "cuda/forward.cuh"
 #include "cuda/hadamard.cuh"
 #include "cuda/signed.cuh"
+#include "cuda/weights.cuh"
 static_assert(cg::cuda::kThreads == {THREADS} && cg::cuda::kUnroll == {UNROLL});
 static_assert(sizeof(cg::cuda::Chunk) == {CHUNK_BYTES});
 """
@@ -95,6 +96,15 @@ KERNELS = tuple(
     )
     for dtype, (T, item) in DTYPES.items()
 )  # fmt: skip
+# Of the scale of weights: what they find is small, and computing it takes longer than reading weights.
+WEIGHT_KERNELS = (
+    *(
+        Kernel(f"weight {name}", dtype, f"weight_{name}_kernel<{T}>", Data(item, 1, 0, 0), wide=False, registers=64)
+        for name in ("largest", "search", "sums", "magnitudes", "scale")
+        for dtype, (T, item) in {**DTYPES, "float64": ("double", 8)}.items()
+    ),
+    Kernel("weight ternary", "int32", "weight_ternary_kernel", Data(4, 1, 0, 0), wide=False, registers=64),
+)
 
 
 @dataclass(frozen=True)
