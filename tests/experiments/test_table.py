@@ -25,9 +25,9 @@ from coarsegrad.experiments.table_runs import Run, Schedule, Table, finished, fl
 from coarsegrad.experiments.table_summary import summary
 from coarsegrad.experiments.table_training import project
 from coarsegrad.nn import half_gaussian_alpha
-from coarsegrad.ste import ALPHA_GRADS, BUILT_IN
+from coarsegrad.ste import ALPHA_GRADS
 
-STES = (*BUILT_IN, "reverse_exponential_step")
+STES = ("identity", "relu", "clipped_relu", "log_tailed_relu", "reverse_exponential", "reverse_exponential_step")
 BATCH = 8
 RUNS = (Run("full", 2, "relu"), Run("full", 2, "identity"), Run("short", 4, "relu", seed=1),
         Run("short", 4, "relu", "exact", True, seed=1),
@@ -445,6 +445,32 @@ def test_the_numbers_of_the_page_on_coarse_gradients():
     wanted = [100 * done[Run("full", 2, ste)]["history"][-1]["test_accuracy"] for ste in stes]
     wanted += [mnist_table.TABLE.published[2, ste] for ste in stes]
     assert list(shown.groups()) == [f"{value:.2f}" for value in wanted]
+
+
+def test_what_the_page_says_of_weights():
+    """Of every committed run, and of the means over seeds."""
+    done = {run: result for run, result in finished(mnist_table.TABLE, ROOT / "bench" / "results" / "mnist")
+            if run.weight_bits}  # fmt: skip
+    assert len(done) >= 37
+    last = {run: 100 * result["history"][-1]["test_accuracy"] for run, result in done.items()}
+    for run, result in done.items():
+        losses = [epoch["loss"] for epoch in result["history"]]
+        if run.schedule == "short":
+            assert all(after < before for before, after in zip(losses, losses[1:])), run
+        assert result["integers"]["differing"] == 0, run
+        if run.bits == 4:
+            lost = 100 * result["start"]["test_accuracy"] - last[run]
+            assert lost <= {1: 0.05, 2: 0.15, 4: 0.15}[run.weight_bits] + 1e-9, run
+        if run.weight_bits == 1:
+            sizes = [result["integers"][name]["bytes"] for name in ("float", "integer")]
+            assert 23 < sizes[0] / sizes[1] < 24
+    for run in done:
+        if run.rho and run.schedule == "short":
+            seeds = [other for other in done if dataclasses.replace(other, seed=0) == dataclasses.replace(run, seed=0)]
+            plain = [dataclasses.replace(other, rho=None) for other in seeds]
+            assert abs(sum(last[other] for other in seeds) - sum(last[other] for other in plain)) / len(seeds) < 0.2, (
+                run
+            )
 
 
 def test_committed_runs_are_of_clean_commits():
