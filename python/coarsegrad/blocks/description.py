@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from ..norms import Formula
 from ..signed import QSigned
 from .attention import attention_of, give_attention
 from .conversion import Conversion
 from .gates import GatedForward, Names
 from .inputs import StaircaseInput, mark_output
-from .norms import NormOutput
+from .norms import NormForward
 from .tags import close_forward, open_forward
 
 # What `described` finds, by the name of the option that made it, and what it says of each.
@@ -22,7 +23,7 @@ KEYS = {
     "inputs": ("bits", "group", "rotation"),
     "gates": ("layers", "act", "activation", "bits", "group"),
     "attention": ("bits", "group"),
-    "norms": ("kind", "shifted", "eps", "gradient", "staircases"),
+    "norms": (*Formula._fields, "gradient", "staircases"),
 }
 
 
@@ -37,11 +38,10 @@ def described(model: nn.Module) -> Iterator[tuple[str, str, dict[str, Any]]]:
         for hook in module._forward_hooks.values():
             if hook is mark_output:
                 yield "marked", name, {}
-            elif isinstance(hook, NormOutput):
-                keys = [[one.bits, one.group, one.rotation] for one in hook.staircases.values()]
-                how = {"kind": hook.kind, "shifted": hook.shifted, "eps": hook.eps, "gradient": hook.gradient}
-                yield "norms", name, {**how, "staircases": keys}
         forward = vars(module).get("forward")
+        if isinstance(forward, NormForward):
+            keys = [[one.bits, one.group, one.rotation] for one in forward.staircases.values()]
+            yield "norms", name, {**forward.formula._asdict(), "gradient": forward.gradient, "staircases": keys}
         if isinstance(forward, GatedForward):
             what = {"layers": list(forward.names), "act": forward.act, "activation": forward.activation}
             yield "gates", name, {**what, **_settings(forward.staircase)}
@@ -67,8 +67,8 @@ def rebuild(model: nn.Module, found: Iterable[tuple[str, str, dict[str, Any]]]) 
             made: dict[object, QSigned] = {
                 key: QSigned(bits, group=group, rotation=rotation) for key in keys for bits, group, rotation in (key,)
             }
-            how = (settings["kind"], settings["shifted"], settings["eps"], settings["gradient"])
-            module.register_forward_hook(NormOutput(*how, made))
+            formula = Formula(*(settings[name] for name in Formula._fields))
+            vars(module)["forward"] = NormForward(module, formula, settings["gradient"], made)
         elif option == "gates":
             act, activation = settings["act"], settings["activation"]
             vars(module)["forward"] = GatedForward(
