@@ -19,11 +19,12 @@ _NORMED = "_coarsegrad_normed"
 
 
 class _Normed(NamedTuple):
-    """What a tensor is the norm of. made: staircased forms of it, by their settings: each a pass that has it; in
-    compiled code the form itself."""
+    """What a tensor is the norm of, with the parameters of that time: an offloaded module has its own only while it
+    runs. made: staircased forms of it, by their settings: each a pass that has it; in compiled code the form itself."""
 
     forward: NormForward
     x: Tensor
+    parameters: tuple[Tensor | None, Tensor | None]
     made: dict[object, Any]
 
 
@@ -47,7 +48,7 @@ class NormForward:
         if torch.compiler.is_compiling():  # what nobody reads is removed from the graph
             output = normed(x, *parameters, self.formula)
             output = output.view_as(output)  # on a node's own output dynamo sets no attribute
-            made: dict[object, Any] = {key: self.staircased(x, one) for key, one in self.staircases.items()}
+            made: dict[object, Any] = {key: self.staircased(x, parameters, one) for key, one in self.staircases.items()}
         else:
             keys = tuple(self.taken)
             one = self.taken[keys[0]] if len(keys) == 1 else None
@@ -55,11 +56,13 @@ class NormForward:
             both = one_pass(x, *parameters, self.formula, one, output=True, codes=codes)
             output = normed(x, *parameters, self.formula, both)
             made = dict.fromkeys(keys, both) if one is not None else {}
-        attach(output, _NORMED, _Normed(self, x, made))
+        attach(output, _NORMED, _Normed(self, x, parameters, made))
         return output
 
-    def staircased(self, x: Tensor, staircase: QSigned, made: Pass | None = None) -> Tensor:
-        return staircased(x, *self._parameters(), self.formula, self.gradient, staircase, made)
+    def staircased(
+        self, x: Tensor, parameters: tuple[Tensor | None, Tensor | None], staircase: QSigned, made: Pass | None = None
+    ) -> Tensor:
+        return staircased(x, *parameters, self.formula, self.gradient, staircase, made)
 
     def _parameters(self) -> tuple[Tensor | None, Tensor | None]:
         norm: Any = self.norm
@@ -92,7 +95,7 @@ def staircased_norm(output: Tensor, key: object, staircase: QSigned) -> Tensor |
     if torch.compiler.is_compiling():
         return found.made[key]
     found.forward.taken.setdefault(key, staircase)
-    return found.forward.staircased(found.x, staircase, found.made.pop(key, None))
+    return found.forward.staircased(found.x, found.parameters, staircase, found.made.pop(key, None))
 
 
 def convert_norms(conversion: Conversion, gradient: NormGradient, staircases: dict[object, QSigned]) -> None:
