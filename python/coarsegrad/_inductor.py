@@ -23,6 +23,7 @@ from torch._inductor.virtualized import V, ops
 from ._types import INDUCTOR_BITS, MaskKind, Rounding, wide_dtype
 
 _FORWARD = torch.ops.coarsegrad.qrelu_forward.default
+_CODES = torch.ops.coarsegrad.qrelu_codes.default
 
 
 def _levels(alpha: TensorBox, bits: int, dtype: torch.dtype) -> TensorBox:
@@ -80,14 +81,19 @@ def _staircase(x: TensorBox, alpha: TensorBox, bits: int, rounding: int, channel
 @lowering.register_lowering(_FORWARD, type_promotion_kind=None)
 def _forward(x, alpha, bits, rounding, mask, codes, channel_dim):
     if mask != MaskKind.nothing or codes or bits > INDUCTOR_BITS:
-        return _call(x, alpha, bits, rounding, mask, codes, channel_dim)
+        return _call(_FORWARD, x, alpha, bits, rounding, mask, codes, channel_dim)
     nothing = (lowering.full([0], 0, dtype=torch.uint8, device=x.get_device()) for _ in range(2))
     return _staircase(x, alpha, bits, rounding, channel_dim), *nothing
 
 
-def _call(*args):
+@lowering.register_lowering(_CODES, type_promotion_kind=None)
+def _codes(*args):
+    return _call(_CODES, *args)
+
+
+def _call(op, *args):
     """A call of the op, with the strides that it was traced with: what is saved lies in their order."""
     seen = V.graph.current_node.meta.get("eager_input_vals")
     if seen is not None:
         args, _ = lowering.constrain_to_fake_tensors(args, {}, seen[0], {})
-    return lowering.fallback_handler(_FORWARD)(*args)
+    return lowering.fallback_handler(op)(*args)

@@ -1,13 +1,15 @@
 """What Inductor saves of a qrelu in training, where its bits would cost more time than memory.
 
-The bits for backward, x > 0 or 0 < x <= L[q], are packed eight to a byte, which no pointwise code does, so a qrelu that
-saves them is a call. Between a BatchNorm and a convolution that costs a pass over x, and the kernels around it their
-fusion. But there the backward reads BatchNorm's input anyway, and x is a few pointwise operations away from it. So
-before a joint graph of forward and backward is cut, each such qrelu saves nothing and its backward becomes
+The bits for backward, x > 0 or 0 < x <= L[q], are packed eight to a byte, and so are codes, which no pointwise code
+does: a qrelu that saves them is a call. Between a BatchNorm and a convolution that costs a pass over x, and the kernels
+around it their fusion. But there the backward reads BatchNorm's input anyway, and x is a few pointwise operations away
+from it. So before a joint graph of forward and backward is cut, each such qrelu saves nothing and its backward becomes
 
     dx = 0 if x <= 0 or x > L[q] else dy
 
-in pointwise code, which has x from what is saved in any case: forward and backward fuse, and nothing is kept.
+in pointwise code, which has x from what is saved in any case: forward and backward fuse, and nothing is kept. Inside
+`packed_activations` the codes that the layer after it saves are found from y, by another call; the code around them is
+the same as without, and so are the gradients, whose sums Inductor orders by how it fuses.
 
 On a CPU, in float32 and float64: there Inductor's code rounds every operation, so that x in the backward is the x of
 the forward, to the bit. Elsewhere it may contract a product and a sum in one kernel and not in the other.
@@ -17,6 +19,8 @@ Imported by the op's fake kernel once Inductor has been imported.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +31,13 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 
 from ._autograd import Settings
 from ._torch_internals import OpOverload, is_tangent, keep_in_backward
-from ._types import INDUCTOR_BITS, MaskKind, Ste
+from ._types import INDUCTOR_BITS, MaskKind, Rounding, Ste
 
 _aten = torch.ops.aten
 _FORWARD = torch.ops.coarsegrad.qrelu_forward.default
 _BACKWARD = torch.ops.coarsegrad.qrelu_backward.default
+_CODES = torch.ops.coarsegrad.qrelu_codes.default
+_DEQUANTIZE = torch.ops.coarsegrad.dequantize.default
 _GATED = {Ste.relu: MaskKind.positive, Ste.clipped_relu: MaskKind.inside}
 
 # What x may be made by, one element from one element of each tensor: cheap, and rounded alike wherever it runs.
@@ -55,11 +61,15 @@ _SMALL = 64  # what has so many times fewer elements than x costs nothing to sav
 class _Gates(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         backward = _backward_of(graph)
+        rebuilt = {}  # the y of a forward whose codes are saved: its y in the backward
+        for node in graph.find_nodes(op="call_function", target=_DEQUANTIZE):
+            if (forward := _forward_of(node.args[0])) is not None and (y := _part(forward, 0)) is not None:
+                rebuilt[y] = node
         for node in graph.find_nodes(op="call_function", target=_BACKWARD):
             if (forward := _gated(node)) is not None:
-                made = _made_of_saved(forward.args[0], backward)
+                made = _made_of_saved(forward.args[0], backward, rebuilt)
                 if made is not None:
-                    _fuse(forward, node, made)
+                    _fuse(forward, node, made, rebuilt)
 
     def uuid(self) -> Any:
         return get_hash_for_files((str(Path(__file__)),))
@@ -80,32 +90,41 @@ def _backward_of(graph: fx.Graph) -> set[fx.Node]:
     return {node for node in graph.nodes if node not in forward}
 
 
+def _forward_of(part: Any) -> fx.Node | None:
+    """The qrelu whose mask or codes this is."""
+    of: Any = part.args[0] if isinstance(part, fx.Node) and part.target is operator.getitem else None
+    return of if getattr(of, "target", None) is _FORWARD else None
+
+
+def _part(node: fx.Node, index: int) -> fx.Node | None:
+    return next((user for user in node.users if user.args[1] == index), None)
+
+
 def _gated(node: fx.Node) -> fx.Node | None:
-    """The forward of a backward that reads only a mask, if that mask is read by nothing else."""
+    """The forward of a backward that reads only its mask or codes, and of which only dx is used."""
     _, _, x, mask, codes, *rest = node.args
     settings = Settings(*rest)  # type: ignore[arg-type]
-    if mask is None or x is not None or codes is not None or settings.need_grad_alpha or settings.ste not in _GATED:
+    if x is not None or (mask is None) == (codes is None) or settings.ste not in _GATED:
         return None
-    forward: Any = mask.args[0]  # type: ignore[union-attr]
-    if getattr(forward, "target", None) is not _FORWARD or len(mask.users) > 1:  # type: ignore[union-attr]
+    forward = _forward_of(codes if mask is None else mask)
+    if forward is None or any(user.args[1] != 0 for user in node.users):
         return None
-    if any(user.args[1] != 0 for user in node.users):
+    mask = _part(forward, 1)
+    if mask is not None and any(user is not node for user in mask.users):
         return None
-    x, _, bits, _, kind, saves_codes, _ = forward.args
-    value = x.meta["val"]
+    value, bits = forward.args[0].meta["val"], forward.args[2]  # type: ignore[union-attr]
     known = value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64)
-    fits = kind == _GATED[Ste(settings.ste)] and not saves_codes and bits <= INDUCTOR_BITS
-    return forward if known and fits else None
+    return forward if known and bits <= INDUCTOR_BITS else None  # type: ignore[operator]
 
 
-def _made_of_saved(x: Any, backward: set[fx.Node]) -> set[fx.Node] | None:
-    """The operations that x is made by from what the backward reads anyway; None if there are others."""
+def _made_of_saved(x: Any, backward: set[fx.Node], rebuilt: Mapping[fx.Node, fx.Node]) -> set[fx.Node] | None:
+    """The operations that x is made by from what the backward has anyway; None if there are others."""
     elements = x.meta["val"].numel()
     made: set[fx.Node] = set()
     waiting = [x]
     while waiting:
         node = waiting.pop()
-        if not backward.isdisjoint(node.users) or _is_small(node, elements):
+        if not backward.isdisjoint(node.users) or node in rebuilt or _is_small(node, elements):
             continue
         if node.target not in _POINTWISE or len(made) == _LONGEST:
             return None
@@ -121,23 +140,35 @@ def _is_small(node: fx.Node, elements: Any) -> bool:
     return not isinstance(elements, int) or value.numel() * _SMALL <= elements
 
 
-def _fuse(forward: fx.Node, backward: fx.Node, made: set[fx.Node]) -> None:
-    x, alpha, bits, _, kind, _, channel_dim = forward.args
-    grad_y: Any = backward.args[0]
+def _new(graph: fx.Graph, target: OpOverload, *args: Any) -> fx.Node:
+    node, values = graph.call_function(target, args), [_value(a) for a in args]
+    node.meta["val"] = target(*values)
+    node.meta["eager_input_vals"] = tuple(values), {}
+    return node
+
+
+def _value(argument: Any) -> Any:
+    return argument.meta["val"] if isinstance(argument, fx.Node) else argument
+
+
+def _fuse(forward: fx.Node, backward: fx.Node, made: set[fx.Node], rebuilt: dict[fx.Node, fx.Node]) -> None:
+    x, alpha, bits, *_, channel_dim = forward.args
+    gate, grad_y = _GATED[Ste(backward.args[6])], backward.args[0]
     graph, value = forward.graph, x.meta["val"]  # type: ignore[union-attr]
 
     def new(target: OpOverload, *args: Any) -> fx.Node:
-        node = graph.call_function(target, args)
+        node = _new(graph, target, *args)
         keep_in_backward(node)
-        node.meta["val"] = target(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in args))
         return node
 
     with graph.inserting_before(backward):
         again: dict[fx.Node, fx.Node] = {}
 
         def source(node: fx.Node) -> fx.Node:
-            # By another name: what is computed twice from one node becomes one before the cut, and may be saved.
-            if node not in again:
+            if node not in again and node in rebuilt:
+                again[node] = rebuilt[node] = _moved_before(backward, rebuilt[node])
+            elif node not in again:
+                # By another name: what is computed twice from one node becomes one before the cut, and may be saved.
                 again[node] = new(_aten.alias.default, node)
             return again[node]
 
@@ -145,28 +176,52 @@ def _fuse(forward: fx.Node, backward: fx.Node, made: set[fx.Node]) -> None:
             if node in made:
                 again[node] = graph.node_copy(node, source)
                 keep_in_backward(again[node])
-        x = again.get(x, x)  # type: ignore[arg-type]
+        x = source(x)  # type: ignore[arg-type]
         closed = new(_aten.le.Scalar, x, 0)
-        if kind == MaskKind.inside:
+        if gate == MaskKind.inside:
             wide = alpha
-            if alpha.meta["val"].dtype != value.dtype:
+            if alpha.meta["val"].dtype != value.dtype:  # type: ignore[union-attr]
                 wide = new(torch.ops.prims.convert_element_type.default, alpha, value.dtype)
-            top = new(_aten.mul.Tensor, wide, 2**bits - 1)
+            top = new(_aten.mul.Tensor, wide, 2**bits - 1)  # type: ignore[operator]
             if channel_dim is not None:
                 shape = [1] * value.dim()
-                shape[channel_dim] = -1
+                shape[channel_dim] = -1  # type: ignore[index]
                 top = new(_aten.view.default, top, shape)
             closed = new(_aten.bitwise_or.Tensor, closed, new(_aten.gt.Tensor, x, top))
         grad_x = new(_aten.where.ScalarSelf, closed, 0, grad_y)
     for part in list(backward.users):
         part.replace_all_uses_with(grad_x)
         graph.erase_node(part)
-    mask = backward.args[3]
     graph.erase_node(backward)
-    graph.erase_node(mask)
-    forward.update_arg(4, MaskKind.nothing.value)
-    y, bits_of_x, codes = forward.meta["val"]
-    forward.meta["val"] = (y, bits_of_x.new_empty(0), codes)
+    _save_nothing(forward)
+
+
+def _moved_before(place: fx.Node, node: fx.Node) -> fx.Node:
+    """The node, with what it is made from, where it is not later than the place."""
+    if node < place:
+        return node
+    moved = place.graph.node_copy(node, lambda source: _moved_before(place, source))
+    node.replace_all_uses_with(moved)
+    place.graph.erase_node(node)
+    return moved
+
+
+def _save_nothing(forward: fx.Node) -> None:
+    """Codes that others read are those of y. By the thresholds of "ceil", which are levels: a level has its own code
+    there, or that of a level equal to it."""
+    mask, codes, y = (_part(forward, index) for index in (1, 2, 0))
+    _, alpha, bits, *_, channel_dim = forward.args
+    graph = forward.graph
+    if codes is not None and codes.users:
+        with graph.inserting_after(y):
+            of_y = _new(graph, _CODES, y, alpha, bits, Rounding.ceil.value, channel_dim)
+        codes.replace_all_uses_with(of_y)
+    for part in (mask, codes):
+        if part is not None:
+            graph.erase_node(part)
+    forward.args = (*forward.args[:4], MaskKind.nothing.value, False, channel_dim)
+    y_value, mask_value, _ = forward.meta["val"]
+    forward.meta["val"] = (y_value, mask_value.new_empty(0), mask_value.new_empty(0))
 
 
 class _Both(CustomGraphPass):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 
@@ -83,6 +84,54 @@ def test_a_resnet_saves_nothing_for_its_activations(monkeypatch, ste, rounding, 
     torch.testing.assert_close(y, wanted)
     for (name, p), q in zip(model.named_parameters(), called.parameters()):
         torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
+@pytest.mark.parametrize("ste, rounding", [("clipped_relu", "nearest"), ("relu", "ceil")])
+def test_packed_it_saves_codes_and_the_gradients_are_those_without(ste, rounding):
+    """Also with two threads, over which Inductor splits sums by how it fuses; and where a sum reads another's codes."""
+    model, packed, x = blocks(lambda: cg.QReLU(2, alpha=0.5, ste=ste, rounding=rounding))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        y, saved, code = step(torch.compile(model, fullgraph=True), x)
+        assert calls(code) == 0
+        torch._dynamo.reset()
+        with cg.packed_activations():
+            same, saved_packed, code = step(torch.compile(packed, fullgraph=True), x)
+    finally:
+        torch.set_num_threads(threads)
+    assert "coarsegrad.qrelu_codes" in code and "coarsegrad.qrelu_forward" not in code
+    assert "coarsegrad.qrelu_backward" not in code
+    elements = 16 * C * 64
+    assert sum(t.numel() == elements for t in saved) == 3 and sum(t.numel() == elements for t in saved_packed) == 2
+    assert [t.numel() for t in saved_packed if t.dtype == torch.uint8] == [elements * 2 // 8]
+    assert torch.equal(y, same)
+    for (name, p), q in zip(model.named_parameters(), packed.parameters()):
+        assert torch.equal(p.grad, q.grad), name
+
+
+def test_packed_levels_come_back_to_the_bit(dtype=torch.float32):
+    """Of alphas so small that the middle between two levels is one of them, too."""
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    x = torch.cat([edges(dtype, torch.tensor([step]), 2) for step in (least, 0.3)] * 8)
+    x = x.nan_to_num(0.0).reshape(-1, 1).expand(-1, 4).contiguous()
+
+    def function(x, other, weight, alpha, factor):
+        y = cg.qrelu(x - other, alpha, 2, ste="clipped_relu", rounding="nearest")
+        return (y @ weight).sum() * factor + torch.cos(other).sum() + torch.sin(x).sum()
+
+    for alpha in (least, 0.3):
+        constants = torch.tensor([alpha]), torch.tensor(min(1 / alpha, 2.0**100))
+        results = []
+        for block in (contextlib.nullcontext(), cg.packed_activations()):
+            torch._dynamo.reset()
+            of = x.clone().requires_grad_(), torch.zeros_like(x).requires_grad_()
+            weight = torch.eye(4, dtype=dtype).requires_grad_()
+            with block:
+                _, _, code = step(torch.compile(function, fullgraph=True), *of, weight, *constants)
+            results.append(weight.grad)
+        assert "coarsegrad.qrelu_codes" in code and "coarsegrad.dequantize" in code
+        assert torch.equal(*results) and results[0].isfinite().all() and results[0].count_nonzero()
 
 
 def edges(dtype, alpha, bits):
