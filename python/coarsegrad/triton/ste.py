@@ -11,7 +11,7 @@ import math
 import triton
 import triton.language as tl
 
-from ..ste import DSQ_SLOPE, DSQ_STRETCH, STABLE_QAT
+from .._estimators import DSQ_SLOPE, DSQ_STRETCH, STABLE_QAT
 from .staircase import divide, pow2, round_to_integer
 
 _INVERSE_FACTORIALS = tl.constexpr(tuple(1 / math.factorial(k) for k in range(24)))
