@@ -117,7 +117,7 @@ def staircased(
     keeps = keeps_codes(x, weight, bias, gradient)
     if made is None and not torch.compiler.is_compiling():
         made = one_pass(x, weight, bias, formula, staircase, codes=keeps)
-    function = _Exact if gradient == "exact" else _Coarse
+    function = _FromX if gradient == "exact" else _Coarse
     y = function.apply(x, weight, bias, formula, staircase, keeps, made)
     if made is not None:
         record_codes(y, made.codes, made.alpha, staircase.bits, staircase.group or x.size(-1))
@@ -129,7 +129,7 @@ def normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, formula: Formu
     _refuse_transforms()
     if made is None and not torch.compiler.is_compiling():
         made = one_pass(x, weight, bias, formula, output=True)
-    return _Plain.apply(x, weight, bias, formula, None, False, made)
+    return _FromX.apply(x, weight, bias, formula, None, False, made)
 
 
 def keeps_codes(x: Tensor, weight: Tensor | None, bias: Tensor | None, gradient: NormGradient) -> bool:
@@ -207,12 +207,15 @@ class _Norm(torch.autograd.Function):
 
 
 class _FromX(_Norm):
-    """Saves x."""
+    """Saves x. Without a staircase it is the norm's own output."""
 
     @staticmethod
-    def _save(ctx, x, weight, bias, formula, staircase, made) -> None:
+    def forward(ctx, x, weight, bias, formula, staircase, codes, made):
+        if made is None:
+            made = one_pass(x, weight, bias, formula, staircase, output=staircase is None, codes=codes)
         _Norm._start(ctx, x, weight, bias, formula, staircase)
         ctx.save_for_backward(x, made.mean if formula.centred else None, made.inverse, weight)
+        return made.output if staircase is None else made.y
 
     @staticmethod
     @once_differentiable
@@ -222,22 +225,6 @@ class _FromX(_Norm):
         n = (wide if mean is None else wide - mean) * inverse
         factors = None if weight is None else _factors(weight, ctx.formula.shifted, n.dtype)
         return _Norm._backward(ctx, grad_y, n, inverse, factors)
-
-
-class _Plain(_FromX):
-    @staticmethod
-    def forward(ctx, x, weight, bias, formula, staircase, codes, made):
-        made = one_pass(x, weight, bias, formula, output=True) if made is None else made
-        _FromX._save(ctx, x, weight, bias, formula, staircase, made)
-        return made.output
-
-
-class _Exact(_FromX):
-    @staticmethod
-    def forward(ctx, x, weight, bias, formula, staircase, codes, made):
-        made = one_pass(x, weight, bias, formula, staircase, codes=codes) if made is None else made
-        _FromX._save(ctx, x, weight, bias, formula, staircase, made)
-        return made.y
 
 
 class _Coarse(_Norm):

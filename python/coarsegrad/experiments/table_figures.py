@@ -52,9 +52,7 @@ def _accuracy(results: list[tuple[Run, dict]], title: str) -> Figure:
     """Test error on a log scale, with a panel per number of bits and a line per run."""
     bits = sorted({run.bits for run, _ in results})
     variants = list(dict.fromkeys(run.variant for run, _ in results))
-    figure = Figure(figsize=(max(7.5, 4 * len(bits)), 4), layout="constrained")
-    figure.suptitle(title)
-    panels = figure.subplots(1, len(bits), sharey=True, squeeze=False)[0]
+    figure, panels = _error_panels(title, [f"{b} bit{'s' if b > 1 else ''}" for b in bits], "epoch")
     lines = {}
     for axes, b in zip(panels, bits):
         for run, result in results:
@@ -62,13 +60,22 @@ def _accuracy(results: list[tuple[Run, dict]], title: str) -> Figure:
                 x = [row["epoch"] for row in result["history"]]
                 y = [100 * (1 - row["test_accuracy"]) for row in result["history"]]
                 (lines[run.variant],) = axes.plot(x, y, color=f"C{variants.index(run.variant)}", linewidth=1)
-        axes.set(xlabel="epoch", yscale="log", title=f"{b} bit{'s' if b > 1 else ''}")
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _error_panels(title: str, titles: list[str], xlabel: str) -> tuple[Figure, list[Axes]]:
+    """Panels side by side that share an axis of test errors, on a log scale."""
+    figure = Figure(figsize=(max(7.5, 4 * len(titles)), 4), layout="constrained")
+    figure.suptitle(title)
+    panels = list(figure.subplots(1, len(titles), sharey=True, squeeze=False)[0])
+    for axes, name in zip(panels, titles):
+        axes.set(xlabel=xlabel, yscale="log", title=name)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:.2g}")
         axes.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("test error, 100 - accuracy (%)")
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=3, frameon=False)
-    return figure
+    return figure, panels
 
 
 def _weights(results: list[tuple[Run, dict]], title: str) -> Figure:
@@ -79,9 +86,8 @@ def _weights(results: list[tuple[Run, dict]], title: str) -> Figure:
     # Plain and blended steps at float weights are one.
     lines = [(ste, rho) for ste in sorted(stes) for rho in sorted({run.rho or 0.0 for run in trained})]
     widths = [32, *sorted({run.weight_bits or 32 for run in trained}, reverse=True)]
-    figure = Figure(figsize=(max(7.5, 3.2 * len(bits)), 3.6), layout="constrained")
-    figure.suptitle(title)
-    panels = figure.subplots(1, len(bits), sharey=True, squeeze=False)[0]
+    titles = [f"activations of {b} bit{'s' if b > 1 else ''}" for b in bits]
+    figure, panels = _error_panels(title, titles, "bits of a weight")
     drawn = {}
     for axes, b in zip(panels, bits):
         for number, (ste, rho) in enumerate(lines):
@@ -104,12 +110,7 @@ def _weights(results: list[tuple[Run, dict]], title: str) -> Figure:
             place = [i + 0.06 * number for i in at]
             name = f"{ste}, rho {rho:g}"
             drawn[name] = axes.errorbar(place, means, spread, color=f"C{number}", marker="o", markersize=4, capsize=3)
-        axes.set(xlabel="bits of a weight", yscale="log", title=f"activations of {b} bit{'s' if b > 1 else ''}")
         axes.set_xticks(range(len(widths)), [str(width) for width in widths])
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:.2g}")
-        axes.grid(alpha=0.3, which="both")
-    panels[0].set_ylabel("test error, 100 - accuracy (%)")
     figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
