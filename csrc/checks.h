@@ -158,6 +158,18 @@ inline void check_weight(const at::Tensor& weight, int64_t bits, bool channels) 
   TORCH_CHECK_VALUE(count <= int64_t{1} << 25, "weight must have at most 2**25 elements for each scale, got ", count);
 }
 
+// A weight as rows in memory, one for each scale, of `length` numbers in any order.
+struct WeightRows {
+  at::Tensor dense;
+  int64_t rows, length;
+};
+inline WeightRows weight_rows(const at::Tensor& weight, int64_t bits, std::optional<int64_t> channel_dim) {
+  const at::Tensor by_row = channel_dim ? weight.movedim(*channel_dim, 0) : weight;
+  check_weight(by_row, bits, channel_dim.has_value());
+  const int64_t rows = channel_dim ? by_row.size(0) : 1;
+  return {by_row.contiguous(by_row.suggest_memory_format()), rows, rows > 0 ? by_row.numel() / rows : 0};
+}
+
 inline void check_signed_bits(int64_t bits) {
   check_bits(bits);
   TORCH_CHECK_VALUE(bits != 1, "bits must be an int in 2..8 for the signed staircase, got 1");

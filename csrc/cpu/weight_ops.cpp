@@ -17,12 +17,8 @@ Tensor weight_scale(const Tensor& weight, int64_t bits, std::optional<int64_t> c
   WeightScale a{};
   a.dtype = dtype_of(weight, "weight");
   a.bits = static_cast<int>(bits);
-  const Tensor by_row = channel_dim ? weight.movedim(*channel_dim, 0) : weight;
-  check_weight(by_row, bits, channel_dim.has_value());
-  // Rows of any order: that of memory, where it has rows.
-  const Tensor dense = by_row.contiguous(by_row.suggest_memory_format());
-  a.rows = channel_dim ? by_row.size(0) : 1;
-  a.length = a.rows > 0 ? by_row.numel() / a.rows : 0;
+  const auto [dense, rows, length] = weight_rows(weight, bits, channel_dim);
+  a.rows = rows, a.length = length;
   a.weight = dense.const_data_ptr();
   const auto wide = a.dtype == Dtype::float64 ? at::kDouble : at::kFloat;
   const Tensor scale = at::detail::empty_cpu(channel_dim ? at::IntArrayRef(a.rows) : at::IntArrayRef(), wide);

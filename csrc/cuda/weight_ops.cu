@@ -46,12 +46,8 @@ Tensor weight_scale(const Tensor& weight, int64_t bits, std::optional<int64_t> c
   WeightScale a{};
   a.dtype = dtype_of(weight, "weight");
   a.bits = static_cast<int>(bits);
-  const Tensor by_row = channel_dim ? weight.movedim(*channel_dim, 0) : weight;
-  check_weight(by_row, bits, channel_dim.has_value());
-  // Rows of any order: that of memory, where it has rows.
-  const Tensor dense = by_row.contiguous(by_row.suggest_memory_format());
-  const int64_t rows = channel_dim ? by_row.size(0) : 1;
-  a.length = rows > 0 ? by_row.numel() / rows : 0;
+  const auto [dense, rows, length] = weight_rows(weight, bits, channel_dim);
+  a.length = length;
   const Tensor scale =
       at::empty(channel_dim ? at::IntArrayRef(rows) : at::IntArrayRef(), dense.options().dtype(compute_type(a.dtype)));
   const int64_t step = bits == 2 ? std::max<int64_t>(1, kSorted / std::max<int64_t>(a.length, 1)) : rows;
