@@ -103,9 +103,9 @@ _SLOW = (
     *_FIRST, "test_cuda_mutants.py", "test_backends.py", "test_bench_memory.py", "test_bench_times.py",
     "test_bench_training.py", "test_blocks.py", "test_cifar.py", "test_distributed.py", "test_distributed_weights.py",
     "test_dtensor.py", "test_experiments.py", "test_finetune.py", "test_finetune_torchrun.py", "test_graphs.py",
-    "test_headers.py", "test_hugging_face.py", "test_inductor.py", "test_inductor_gates.py", "test_install.py",
-    "test_integer_convert.py", "test_integer_trained.py", "test_ops.py", "test_packing_compiled.py", "test_rounding.py",
-    "test_table.py", "test_theory.py", "test_zoo.py",
+    "test_headers.py", "test_hugging_face.py", "test_hugging_face_errors.py", "test_inductor.py",
+    "test_inductor_gates.py", "test_install.py", "test_integer_convert.py", "test_integer_trained.py", "test_ops.py",
+    "test_packing_compiled.py", "test_rounding.py", "test_table.py", "test_theory.py", "test_zoo.py",
 )  # fmt: skip
 
 
@@ -170,3 +170,12 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"backends tested: {', '.join(backend_ids())}")
     if _ops.native is None:
         terminalreporter.write_line(f"native backend skipped: {_ops.native_why_not}")
+
+
+@pytest.fixture
+def one_thread():
+    """As quick for small networks, and leaves the other cores to other processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -86,3 +86,21 @@ def error(row: list[float], scale: float, bits: int) -> Fraction:
     s, p = Fraction(scale), 2 ** (bits - 1) - 1
     w = [Fraction(abs(x)) for x in row]
     return sum((x - s * (1 if bits == 1 else min(p, round(x / s)) if s else 0)) ** 2 for x in w)
+
+
+def extreme_rows(dtype: torch.dtype) -> torch.Tensor:
+    """[15, 9]: rows of the largest numbers, of subnormal ones, of both, of zeros (the eighth), of what is rounded off;
+    and three with what is no number."""
+    finite = torch.finfo(dtype)
+    least = finite.smallest_normal * finite.eps
+    weight = torch.randn(15, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight /= weight.abs().amax(1, keepdim=True)
+    factors = (finite.max, finite.max / 3, 1.0, finite.smallest_normal, 20 * least, 3 * least, least)
+    weight[:7] *= torch.tensor(factors, dtype=torch.float64)[:, None]
+    weight[7] = 0
+    weight[8] = torch.tensor([-0.0, 0.0, least] * 3, dtype=torch.float64)
+    weight[9] = finite.max
+    weight[10] = torch.tensor([finite.max, *[least] * 8], dtype=torch.float64)
+    weight[11] = torch.tensor([1.0, *[finite.eps / 4] * 8], dtype=torch.float64)
+    weight[12, 3], weight[13, 0], weight[14, 8] = torch.inf, -torch.inf, torch.nan
+    return weight.to(dtype)

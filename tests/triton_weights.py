@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import triton
+from oracle_weights import extreme_rows
 from triton_interpreted import numbers_of_all_magnitudes, ordinary, same
 
 from coarsegrad import reference
@@ -29,30 +30,12 @@ def assert_scale(weight, bits, channel_dim=0):
     return got
 
 
-def extreme(dtype):
-    """Rows of the largest numbers, of subnormal ones, of both, of zeros, and with what is no number."""
-    finite = torch.finfo(dtype)
-    least = finite.smallest_normal * finite.eps
-    weight = ordinary(14, 9, dtype=torch.float64)
-    weight /= weight.abs().amax(1, keepdim=True)
-    for row, factor in enumerate(
-        (finite.max, finite.max / 3, 1.0, finite.smallest_normal, 20 * least, 3 * least, least)
-    ):
-        weight[row] *= factor
-    weight[7] = 0
-    weight[8] = torch.tensor([-0.0, 0.0, least] * 3, dtype=torch.float64)
-    weight[9] = torch.tensor([finite.max, *[least] * 8], dtype=torch.float64)
-    weight[10] = torch.tensor([1.0, *[finite.eps / 4] * 8], dtype=torch.float64)
-    weight[11, 3], weight[12, 0], weight[13, 8] = torch.inf, -torch.inf, torch.nan
-    return weight.to(dtype)
-
-
 @pytest.mark.parametrize("bits", WEIGHT_BITS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_extreme_magnitudes(large_tiles, dtype, bits):
-    scale = assert_scale(extreme(dtype), bits)
-    assert scale[7] == 0 and scale.isnan().tolist() == [False] * 11 + [True] * 3
-    assert assert_scale(extreme(dtype), bits, None).isnan()
+    scale = assert_scale(extreme_rows(dtype), bits)
+    assert scale[7] == 0 and scale.isnan().tolist() == [False] * 12 + [True] * 3
+    assert assert_scale(extreme_rows(dtype), bits, None).isnan()
 
 
 @pytest.mark.parametrize("bits", WEIGHT_BITS)

@@ -8,6 +8,7 @@ import cuda_host
 import pytest
 import torch
 from cuda_host import DTYPES, Case
+from oracle_weights import extreme_rows
 from paths import ROOT
 from test_cuda_host import by_dtype, same
 
@@ -45,23 +46,10 @@ def ordinary_cases(dtype, shapes=SHAPES):
 
 
 def extreme_cases(dtype):
-    """Rows of the largest numbers, of subnormal ones, of both, of zeros, and with what is no number."""
-    finite = torch.finfo(dtype)
-    least = finite.smallest_normal * finite.eps
-    weight = normal(14, 9)
-    weight /= weight.abs().amax(1, keepdim=True)
-    for row, factor in enumerate(
-        (finite.max, finite.max / 3, 1.0, finite.smallest_normal, 20 * least, 3 * least, least)
-    ):
-        weight[row] *= factor
-    weight[7] = 0
-    weight[8] = torch.tensor([-0.0, 0.0, least] * 3, dtype=torch.float64)
-    weight[9] = torch.tensor([finite.max, *[least] * 8], dtype=torch.float64)
-    weight[10] = torch.tensor([1.0, *[finite.eps / 4] * 8], dtype=torch.float64)
-    weight[11, 3], weight[12, 0], weight[13, 8] = torch.inf, -torch.inf, torch.nan
+    weight = extreme_rows(dtype)
     for bits in WEIGHT_BITS:
-        yield scale_case(weight.to(dtype), bits, bits)
-        yield scale_case(weight[:11].to(dtype).reshape(1, -1), bits, bits)
+        yield scale_case(weight, bits, bits)
+        yield scale_case(weight[:12].reshape(1, -1), bits, bits)
 
 
 def special_cases(dtype):

@@ -17,6 +17,8 @@ from transformer_models import built, opt
 
 import coarsegrad as cg
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WORLD, STEPS = 2, 4
 IDS = torch.randint(4, 64, (8, 12), generator=torch.Generator().manual_seed(1))
 
@@ -183,14 +185,6 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     mp.spawn(in_each_process, (folder,), WORLD)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_calibrate(found):

@@ -16,12 +16,8 @@ import coarsegrad as cg
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def fresh_compiler(one_thread):
     torch.compiler.reset()
-    yield
-    torch.set_num_threads(threads)
 
 
 class Block(nn.Module):

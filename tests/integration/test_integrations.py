@@ -17,13 +17,7 @@ from transformer_models import FAMILIES, built, converted, gradients, logits, op
 
 import coarsegrad as cg
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def alphas(model):

@@ -86,20 +86,7 @@ def test_other_distributions(backend, bits):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", WEIGHT_BITS)
 def test_extreme_magnitudes(backend, bits, dtype):
-    finite = torch.finfo(dtype)
-    least = finite.smallest_normal * finite.eps
-    weight = normal(12, 9, dtype=torch.float64)
-    weight /= weight.abs().amax(1, keepdim=True)
-    for row, factor in enumerate(
-        (finite.max, finite.max / 3, 1.0, finite.smallest_normal, 20 * least, 3 * least, least)
-    ):
-        weight[row] *= factor
-    weight = weight.to(dtype)
-    weight[7] = 0
-    weight[8] = torch.tensor([-0.0, 0.0, least] * 3, dtype=torch.float64).to(dtype)
-    weight[9] = finite.max
-    weight[10] = torch.tensor([finite.max, *[least] * 8], dtype=torch.float64).to(dtype)
-    weight[11] = torch.tensor([1.0, *[finite.eps / 4] * 8], dtype=torch.float64).to(dtype)
+    weight = oracle_weights.extreme_rows(dtype)[:12]
     scale = check(weight, bits)
     assert scale[7] == 0 and scale.isfinite().all()
     check(weight[8:9, :3], bits, None)

@@ -13,14 +13,7 @@ from transformer_models import gradients
 
 import coarsegrad as cg
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """As fast for these sizes, and faster on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def assert_same(got, want):

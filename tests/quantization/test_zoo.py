@@ -26,6 +26,7 @@ from coarsegrad.quantization import QuantizeReport
 pytest.importorskip("transformers", minversion="5")
 import zoo
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BITS = 4
 MODES = (False, True)  # model.training
 _RELUS = {torch.relu, torch.relu_, F.relu, F.relu_, F.relu6, Tensor.relu, Tensor.relu_}
@@ -33,14 +34,6 @@ _RELUS |= {op for packet in (torch.ops.aten.relu, torch.ops.aten.relu_) for op i
 _CLAMPS = {torch.clamp, torch.clamp_, torch.clip, torch.clip_, Tensor.clamp, Tensor.clamp_, Tensor.clip, Tensor.clip_}
 _CLAMP_MINS = {torch.clamp_min, torch.clamp_min_, Tensor.clamp_min, Tensor.clamp_min_}
 _MAXIMUMS = {torch.maximum, torch.max, Tensor.maximum, Tensor.max}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():  # as quick for networks this small, and leaves the other cores to other processes
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def is_relu(function: Callable, args: tuple, kwargs: dict) -> bool:
