@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -88,7 +89,7 @@ def _weights(results: list[tuple[Run, dict]], title: str) -> Figure:
     widths = [32, *sorted({run.weight_bits or 32 for run in trained}, reverse=True)]
     titles = [f"activations of {b} bit{'s' if b > 1 else ''}" for b in bits]
     figure, panels = _error_panels(title, titles, "bits of a weight")
-    drawn = {}
+    drawn: dict[str, Any] = {}  # a legend takes containers too; its type says artists
     for axes, b in zip(panels, bits):
         for number, (ste, rho) in enumerate(lines):
             errors = {
@@ -111,7 +112,7 @@ def _weights(results: list[tuple[Run, dict]], title: str) -> Figure:
             name = f"{ste}, rho {rho:g}"
             drawn[name] = axes.errorbar(place, means, spread, color=f"C{number}", marker="o", markersize=4, capsize=3)
         axes.set_xticks(range(len(widths)), [str(width) for width in widths])
-    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
