@@ -20,6 +20,7 @@ from torch._inductor import lowering
 from torch._inductor.ir import Pointwise, TensorBox
 from torch._inductor.virtualized import V, ops
 
+from ._inductor_gates import where_open
 from ._types import INDUCTOR_BITS, MaskKind, Rounding, wide_dtype
 
 _FORWARD = torch.ops.coarsegrad.qrelu_forward.default
@@ -76,6 +77,24 @@ def _staircase(x: TensorBox, alpha: TensorBox, bits: int, rounding: int, channel
         return ops.to_dtype(ops.where(ops.ne(number, number), number, y), dtype)
 
     return Pointwise.create(device=x.get_device(), dtype=dtype, inner_fn=output, ranges=x.get_size())
+
+
+class _Gated(Pointwise):
+    """Inductor stores a result of which there are several readers if it is made of more than a few tensors, small ones
+    not excepted. Without alpha they are those of the derivative of nn.ReLU, and so is the choice."""
+
+    def num_reads(self) -> int:
+        return super().num_reads() - 1
+
+
+@lowering.register_lowering(where_open, type_promotion_kind=None)
+def _where_open(closed, grad_y):
+    dtype, load_closed, load = grad_y.get_dtype(), closed.make_loader(), grad_y.make_loader()
+
+    def output(index):
+        return ops.where(load_closed(index), ops.constant(0.0, dtype), load(index))
+
+    return _Gated.create(device=grad_y.get_device(), dtype=dtype, inner_fn=output, ranges=grad_y.get_size())
 
 
 @lowering.register_lowering(_FORWARD, type_promotion_kind=None)

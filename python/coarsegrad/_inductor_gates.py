@@ -20,7 +20,7 @@ Imported by the op's fake kernel once Inductor has been imported.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from ._autograd import Settings
-from ._torch_internals import OpOverload, is_tangent, keep_in_backward
+from ._torch_internals import is_tangent, keep_in_backward
 from ._types import INDUCTOR_BITS, MaskKind, Rounding, Ste
 
 _aten = torch.ops.aten
@@ -56,6 +56,11 @@ _POINTWISE = {
 }
 _LONGEST = 16  # operations
 _SMALL = 64  # what has so many times fewer elements than x costs nothing to save
+
+
+def where_open(closed: torch.Tensor, grad_y: torch.Tensor) -> torch.Tensor:
+    """A function of our own, so that `_inductor.py` says how it is compiled."""
+    return torch.where(closed, 0, grad_y)
 
 
 class _Gates(CustomGraphPass):
@@ -140,7 +145,7 @@ def _is_small(node: fx.Node, elements: Any) -> bool:
     return not isinstance(elements, int) or value.numel() * _SMALL <= elements
 
 
-def _new(graph: fx.Graph, target: OpOverload, *args: Any) -> fx.Node:
+def _new(graph: fx.Graph, target: Callable[..., Any], *args: Any) -> fx.Node:
     node, values = graph.call_function(target, args), [_value(a) for a in args]
     node.meta["val"] = target(*values)
     node.meta["eager_input_vals"] = tuple(values), {}
@@ -156,7 +161,7 @@ def _fuse(forward: fx.Node, backward: fx.Node, made: set[fx.Node], rebuilt: dict
     gate, grad_y = _GATED[Ste(backward.args[6])], backward.args[0]
     graph, value = forward.graph, x.meta["val"]  # type: ignore[union-attr]
 
-    def new(target: OpOverload, *args: Any) -> fx.Node:
+    def new(target: Callable[..., Any], *args: Any) -> fx.Node:
         node = _new(graph, target, *args)
         keep_in_backward(node)
         return node
@@ -188,7 +193,7 @@ def _fuse(forward: fx.Node, backward: fx.Node, made: set[fx.Node], rebuilt: dict
                 shape[channel_dim] = -1  # type: ignore[index]
                 top = new(_aten.view.default, top, shape)
             closed = new(_aten.bitwise_or.Tensor, closed, new(_aten.gt.Tensor, x, top))
-        grad_x = new(_aten.where.ScalarSelf, closed, 0, grad_y)
+        grad_x = new(where_open, closed, grad_y)
     for part in list(backward.users):
         part.replace_all_uses_with(grad_x)
         graph.erase_node(part)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
+import re
 
 import pytest
 import torch
@@ -169,6 +171,20 @@ def test_the_gradient_is_that_of_the_op_at_both_ends(dtype):
         closed = got.grad == 0
         assert torch.equal(closed, want.grad == 0), setting
         assert closed.any() and not closed.all()
+
+
+def test_the_backward_stores_no_more_than_that_of_relu():
+    """Inductor counts alpha as one more tensor that is read, and may store the gradient because of it."""
+    stored = []
+    for activation in nn.ReLU(), cg.QReLU(2, alpha=0.5):
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3, C, 3, padding=1), nn.BatchNorm2d(C, affine=False), activation, nn.MaxPool2d(2)
+        torch._dynamo.reset()
+        _, _, code = step(torch.compile(nn.Sequential(*layers), fullgraph=True), torch.randn(16, 3, 8, 8))
+        assert calls(code) == 0
+        shapes = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", code)
+        stored.append(sum(math.prod(map(int, shape.strip(", ").split(", "))) >= 16 * C * 64 for shape in shapes))
+    assert stored[0] == stored[1] > 1
 
 
 def mlp(activation):
