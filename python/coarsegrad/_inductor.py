@@ -20,7 +20,7 @@ from torch._inductor import lowering
 from torch._inductor.ir import Pointwise, TensorBox
 from torch._inductor.virtualized import V, ops
 
-from ._inductor_gates import where_open
+from ._inductor_gates import where_beside_alpha
 from ._types import INDUCTOR_BITS, MaskKind, Rounding, wide_dtype
 
 _FORWARD = torch.ops.coarsegrad.qrelu_forward.default
@@ -79,7 +79,7 @@ def _staircase(x: TensorBox, alpha: TensorBox, bits: int, rounding: int, channel
     return Pointwise.create(device=x.get_device(), dtype=dtype, inner_fn=output, ranges=x.get_size())
 
 
-class _Gated(Pointwise):
+class _BesideAlpha(Pointwise):
     """Inductor stores a result of which there are several readers if it is made of more than a few tensors, small ones
     not excepted. Without alpha they are those of the derivative of nn.ReLU, and so is the choice."""
 
@@ -87,14 +87,14 @@ class _Gated(Pointwise):
         return super().num_reads() - 1
 
 
-@lowering.register_lowering(where_open, type_promotion_kind=None)
-def _where_open(closed, grad_y):
-    dtype, load_closed, load = grad_y.get_dtype(), closed.make_loader(), grad_y.make_loader()
+@lowering.register_lowering(where_beside_alpha, type_promotion_kind=None)
+def _where_beside_alpha(closed, value, other):
+    dtype, load_closed, load = other.get_dtype(), closed.make_loader(), other.make_loader()
 
     def output(index):
-        return ops.where(load_closed(index), ops.constant(0.0, dtype), load(index))
+        return ops.where(load_closed(index), ops.constant(value, dtype), load(index))
 
-    return _Gated.create(device=grad_y.get_device(), dtype=dtype, inner_fn=output, ranges=grad_y.get_size())
+    return _BesideAlpha.create(device=other.get_device(), dtype=dtype, inner_fn=output, ranges=other.get_size())
 
 
 @lowering.register_lowering(_FORWARD, type_promotion_kind=None)

@@ -58,9 +58,9 @@ _LONGEST = 16  # operations
 _SMALL = 64  # what has so many times fewer elements than x costs nothing to save
 
 
-def where_open(closed: torch.Tensor, grad_y: torch.Tensor) -> torch.Tensor:
-    """A function of our own, so that `_inductor.py` says how it is compiled."""
-    return torch.where(closed, 0, grad_y)
+def where_beside_alpha(closed: torch.Tensor, value: float, other: torch.Tensor) -> torch.Tensor:
+    """torch.where, compiled as `_inductor.py` says, where alpha is among what `closed` is made of."""
+    return torch.where(closed, value, other)
 
 
 class _Gates(CustomGraphPass):
@@ -182,7 +182,7 @@ def _fuse(forward: fx.Node, backward: fx.Node, made: set[fx.Node], rebuilt: dict
                 again[node] = graph.node_copy(node, source)
                 keep_in_backward(again[node])
         x = source(x)  # type: ignore[arg-type]
-        closed = new(_aten.le.Scalar, x, 0)
+        closed, where = new(_aten.le.Scalar, x, 0), _aten.where.ScalarSelf
         if gate == MaskKind.inside:
             wide = alpha
             if alpha.meta["val"].dtype != value.dtype:  # type: ignore[union-attr]
@@ -192,8 +192,8 @@ def _fuse(forward: fx.Node, backward: fx.Node, made: set[fx.Node], rebuilt: dict
                 shape = [1] * value.dim()
                 shape[channel_dim] = -1  # type: ignore[index]
                 top = new(_aten.view.default, top, shape)
-            closed = new(_aten.bitwise_or.Tensor, closed, new(_aten.gt.Tensor, x, top))
-        grad_x = new(where_open, closed, grad_y)
+            closed, where = new(_aten.bitwise_or.Tensor, closed, new(_aten.gt.Tensor, x, top)), where_beside_alpha
+        grad_x = new(where, closed, 0, grad_y)
     for part in list(backward.users):
         part.replace_all_uses_with(grad_x)
         graph.erase_node(part)

@@ -88,10 +88,9 @@ def test_a_resnet_saves_nothing_for_its_activations(monkeypatch, ste, rounding, 
         torch.testing.assert_close(p.grad, q.grad, msg=name)
 
 
-@pytest.mark.parametrize("ste, rounding", [("clipped_relu", "nearest"), ("relu", "ceil")])
-def test_packed_it_saves_codes_and_the_gradients_are_those_without(ste, rounding):
+def test_packed_it_saves_codes_and_the_gradients_are_those_without():
     """Also with two threads, over which Inductor splits sums by how it fuses; and where a sum reads another's codes."""
-    model, packed, x = blocks(lambda: cg.QReLU(2, alpha=0.5, ste=ste, rounding=rounding))
+    model, packed, x = blocks(lambda: cg.QReLU(2, alpha=0.5, ste="clipped_relu", rounding="nearest"))
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -147,7 +146,8 @@ def edges(dtype, alpha, bits):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_gradient_is_that_of_the_op_at_both_ends(dtype):
     """x is a difference of tensors that the backward reads for something else, so that it is found again."""
-    settings = list(itertools.product(("relu", "clipped_relu"), (1, 2, 4), (None, 1, -2)))
+    bits = (1, 2, 4) if dtype == torch.float32 else (2,)
+    settings = list(itertools.product(("relu", "clipped_relu"), bits, (None, 1, -2)))
     alphas = [torch.tensor([0.3] if dim is None else [0.3, 0.1, 1e-3]) for _, _, dim in settings]
 
     def inputs():
@@ -167,7 +167,7 @@ def test_the_gradient_is_that_of_the_op_at_both_ends(dtype):
     _, saved, code = step(torch.compile(function, fullgraph=True), compiled)
     assert calls(code) == 0 and not any(t.dtype == torch.uint8 for t in saved)
     function(eager).square().sum().backward()
-    for setting, (_, got), (x, want) in zip(settings, compiled, eager):
+    for setting, (_, got), (_, want) in zip(settings, compiled, eager):
         closed = got.grad == 0
         assert torch.equal(closed, want.grad == 0), setting
         assert closed.any() and not closed.all()
@@ -187,48 +187,44 @@ def test_the_backward_stores_no_more_than_that_of_relu():
     assert stored[0] == stored[1] > 1
 
 
-def mlp(activation):
-    return nn.Sequential(nn.Linear(64, 64), activation(), nn.Linear(64, 64))
+def small(norm=True, **settings):
+    torch.manual_seed(0)
+    activation = cg.QReLU(**{"bits": 2, "alpha": 0.5, "ste": "clipped_relu", **settings})
+    return nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64) if norm else nn.Identity(), activation, nn.Linear(64, 4))
 
 
 KEPT = {
-    "its input is not saved by what made it": (mlp, {}),
-    "more levels than Inductor gets": (None, {"bits": 5}),
-    "a learned alpha": (None, {"learn_alpha": True}),
-    "a slope that needs x": (None, {"ste": "reverse_exponential"}),
+    "its input is not saved by what made it": {"norm": False},
+    "more levels than Inductor gets": {"bits": 5},
+    "a learned alpha": {"learn_alpha": True},
+    "a slope that needs x": {"ste": "reverse_exponential"},
 }
 
 
 @pytest.mark.parametrize("why", KEPT)
 def test_what_stays_a_call(why):
-    make, settings = KEPT[why]
-    settings = {"bits": 2, "alpha": 0.5, "ste": "clipped_relu", **settings}
-    torch.manual_seed(0)
-    model = (make or Block)(lambda: cg.QReLU(**settings))
-    x = torch.randn(16, 64) if make else torch.randn(16, 3, 8, 8)
-    _, _, code = step(torch.compile(model, fullgraph=True), x)
+    _, _, code = step(torch.compile(small(**KEPT[why]), fullgraph=True), torch.randn(256, 64))
     assert calls(code) >= 2
 
 
 def test_bfloat16_stays_a_call():
-    model, _, x = blocks(lambda: cg.QReLU(2, alpha=0.5, ste="clipped_relu", rounding="nearest"), torch.bfloat16)
-    _, _, code = step(torch.compile(model, fullgraph=True), x)
-    assert calls(code) >= 4
+    _, _, code = step(torch.compile(small().bfloat16(), fullgraph=True), torch.randn(256, 64, dtype=torch.bfloat16))
+    assert calls(code) >= 2
 
 
 def test_a_pass_of_the_users_own_still_runs():
     seen = []
-    model, _, x = blocks(lambda: cg.QReLU(2, alpha=0.5, ste="clipped_relu", rounding="nearest"))
     with torch._inductor.config.patch(joint_custom_post_pass=lambda graph: seen.append(graph)):
-        _, _, code = step(torch.compile(model, fullgraph=True), x)
+        _, _, code = step(torch.compile(small(), fullgraph=True), torch.randn(256, 64))
     assert seen and calls(code) == 0
 
 
 def test_any_batch_size():
-    model, called, _ = blocks(lambda: cg.QReLU(2, alpha=0.5, ste="clipped_relu", rounding="nearest"))
+    model = small()
+    called = copy.deepcopy(model)
     run = torch.compile(model, fullgraph=True, dynamic=True)
     for size in (4, 6):
-        x = torch.randn(size, 3, 8, 8)
+        x = torch.randn(size, 64)
         y, saved, code = step(run, x)
         assert calls(code) == 0 and not any(t.dtype in (torch.bool, torch.uint8) for t in saved)
         called(x).square().sum().backward()
