@@ -167,8 +167,6 @@ print(sum(type(m).__name__ == "QReLU" for m in model.modules()), "QReLUs")
         "import coarsegrad; assert 'transformers' not in sys.modules",
         "import transformers, coarsegrad; assert 'transformers.quantizers.auto' not in sys.modules",
         "import transformers.modeling_utils, coarsegrad",
-        "import coarsegrad.integrations.transformers",
-        "import coarsegrad; coarsegrad.CoarseGradConfig(4)",
         "import coarsegrad, importlib.util; importlib.util.find_spec('transformers.quantizers.auto')",
     ],
 )

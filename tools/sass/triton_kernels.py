@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
@@ -249,9 +250,9 @@ def examples() -> list[TritonKernel]:
     ]
 
 
-def in_float64() -> list[TritonKernel]:
-    """The kernels that divide, in the dtype that `covering` leaves out."""
-    return [
+def in_float64(archs: tuple[str, ...]) -> list[tuple[str, TritonKernel]]:
+    """(architecture, kernel): those that divide, in the dtype that `covering` leaves out, the architectures in turn."""
+    kernels = [
         *forward("forward", "float64", "inside", 8),
         *backward("backward", "float64", "log_tailed_relu", "chain"),
         *backward("backward, channels", "float64", "reverse_exponential", "chain", layout="innermost"),
@@ -259,6 +260,7 @@ def in_float64() -> list[TritonKernel]:
         *signed_groups("signed, groups", "float64", 32, 8),
         *itertools.chain(*(weight_scale(f"weight, {bits} bits", "float64", bits) for bits in WEIGHT_BITS)),
     ]
+    return list(zip(itertools.cycle(archs), kernels))
 
 
 def pairwise(**options: tuple) -> list[dict[str, object]]:
@@ -365,8 +367,13 @@ def report(kernel: TritonKernel, arch: str) -> Report:
 
 def binary(made) -> Binary:
     """The machine code for NVIDIA of what `compiled` returns."""
+    return _binary(made.hash, made.asm["cubin"])
+
+
+@functools.cache
+def _binary(name: str, cubin: bytes) -> Binary:
     CACHE.mkdir(parents=True, exist_ok=True)
-    cubin = CACHE / f"triton-{made.hash[:16]}.cubin"
-    cubin.write_bytes(made.asm["cubin"])
-    (found,) = read(cubin).values()
+    path = CACHE / f"triton-{name[:16]}.cubin"
+    path.write_bytes(cubin)
+    (found,) = read(path).values()
     return found
