@@ -192,9 +192,10 @@ inline int64_t check_signed(const at::Tensor& x, bool alpha_given, int64_t bits,
   return group.value_or(size);
 }
 
-// A norm over x's last dimension.
-inline void check_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight,
-                       const std::optional<at::Tensor>& bias) {
+// A norm over x's last dimension and its staircase, none without bits. Returns how many elements share a dynamic alpha.
+inline int64_t check_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                          const std::optional<at::Tensor>& bias, std::optional<int64_t> bits,
+                          std::optional<int64_t> group, std::optional<int64_t> rotation, bool output) {
   TORCH_CHECK_VALUE(x.dim() > 0, "x must have at least one dimension, got a 0-d tensor");
   const auto check = [&](const char* argument, const at::Tensor& parameter) {
     TORCH_CHECK_VALUE(parameter.dim() == 1 && parameter.size(0) == x.size(-1), argument, " must have shape [",
@@ -206,6 +207,10 @@ inline void check_norm(const at::Tensor& x, const std::optional<at::Tensor>& wei
   };
   if (weight) check("weight", *weight);
   if (bias) check("bias", *bias);
+  TORCH_CHECK_VALUE(bits || output, "output must be True if bits is None, got False");
+  if (!bits) return 0;
+  if (rotation) check_hadamard(x, *rotation);
+  return check_signed(x, false, *bits, group, std::nullopt);
 }
 
 // Those of y's dynamic alpha.

@@ -257,8 +257,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_qsigned(
     std::optional<int64_t> rotation, bool output, bool codes) {
   Norm n{};
   n.dtype = dtype_of(x, "x");
-  check_norm(x, weight, bias);
-  TORCH_CHECK_VALUE(bits || output, "output must be True if bits is None, got False");
+  const int64_t shared = check_norm(x, weight, bias, bits, group, rotation, output);
   const Tensor dense = x.contiguous();
   n.length = x.size(-1);
   n.rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
@@ -287,14 +286,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_qsigned(
   }
   SignedForward a{};
   a.dtype = n.dtype;
-  a.group = check_signed(x, false, *bits, group, std::nullopt);
+  a.group = shared;
   a.bits = static_cast<int>(*bits);
   a.count = x.numel();
   Hadamard r{};
-  if (rotation) {
-    check_hadamard(x, *rotation);
-    r = hadamard_of(n.dtype, *rotation);
-  }
+  if (rotation) r = hadamard_of(n.dtype, *rotation);
   Tensor y = empty_in(dense, at::MemoryFormat::Contiguous);
   Tensor packed_codes = empty_bytes(codes ? packed_bytes(a.count, packed_width(a.bits)) : 0);
   shape.back() = n.length / a.group;
