@@ -22,7 +22,29 @@ CG_D void rotate_chunk(float (&v)[kChunk<T>], int size) {
   }
 }
 
-// Blocks of up to a warp's chunks, by the lanes that have them.
+// Blocks of up to a warp's chunks, by the lanes that have them: the same one of kCount chunks of each.
+template <class T, int kCount>
+CG_D void rotate_chunks(float (&v)[kCount][kChunk<T>], int size, float scale) {
+#pragma unroll
+  for (int u = 0; u < kCount; ++u) rotate_chunk<T>(v[u], size);
+#pragma unroll
+  for (int apart = 1; apart < kWarp; apart *= 2) {
+    if (apart * kChunk<T> < size) {
+      const float sign = threadIdx.x & apart ? -1 : 1;  // the fma is a sum
+#pragma unroll
+      for (int i = 0; i < kCount * kChunk<T>; ++i) {
+        float& own = v[i / kChunk<T>][i % kChunk<T>];
+        own = __fmaf_rn(own, sign, __shfl_xor_sync(0xffffffffu, own, apart));
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kCount * kChunk<T>; ++i) {
+    float& own = v[i / kChunk<T>][i % kChunk<T>];
+    own = mul(own, scale);
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads) hadamard_kernel(const Hadamard a) {
   const int size = static_cast<int>(a.size);
@@ -31,25 +53,10 @@ __global__ void __launch_bounds__(kThreads) hadamard_kernel(const Hadamard a) {
   for_each_whole_chunk<T>(a.x, chunks, [&](int64_t first, const Chunk(&words)[kUnroll]) {
     float v[kUnroll][kChunk<T>];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      widen_chunk<T>(words[u], v[u]);
-      rotate_chunk<T>(v[u], size);
-    }
-#pragma unroll
-    for (int apart = 1; apart < kWarp; apart *= 2) {
-      if (apart * kChunk<T> < size) {
-        const float sign = threadIdx.x & apart ? -1 : 1;  // the fma is a sum
-#pragma unroll
-        for (int i = 0; i < kUnroll * kChunk<T>; ++i) {
-          float& own = v[i / kChunk<T>][i % kChunk<T>];
-          own = __fmaf_rn(own, sign, __shfl_xor_sync(0xffffffffu, own, apart));
-        }
-      }
-    }
+    for (int u = 0; u < kUnroll; ++u) widen_chunk<T>(words[u], v[u]);
+    rotate_chunks<T>(v, size, scale);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-      for (int i = 0; i < kChunk<T>; ++i) v[u][i] = mul(v[u][i], scale);
       const int64_t chunk = first + u * kThreads;
       if (chunk < chunks) store_chunk<T>(a.y, chunk, round_chunk<T>(v[u]));
     }
