@@ -85,7 +85,7 @@ struct SignedForward {
   int64_t group;       // 0 if alphas are given
   bf16* group_alphas;  // written: count / group of them
   const void* x;
-  void* y;
+  void* y;         // on a GPU may be x itself
   uint8_t* mask;   // or null: the bit L[-p] <= x <= L[p]
   uint8_t* codes;  // or null
   bool stream;

@@ -94,6 +94,7 @@ def device(request):
 # Files with long tests: first, so that none is left for one process when all else is done.
 _FIRST = (
     "test_triton.py", "test_sass.py", "test_cuda_host.py", "test_cuda_host_signed.py", "test_cuda_host_weights.py",
+    "test_cuda_host_norm.py",
 )  # fmt: skip
 # Files whose cases are long, which are dealt out one by one, last. What stands before a colon in a case's name keeps
 # cases together.

@@ -13,13 +13,16 @@ from torch import Tensor
 
 # In the order of the enumerators in csrc/math and of the operations in tests/cpp/cuda_host_cases.h.
 OPS = ("forward", "backward", "dequantize", "backward_from_slopes", "signed_forward", "signed_dequantize", "hadamard",
-       "weight_scale")  # fmt: skip
+       "weight_scale", "norm")  # fmt: skip
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ROUNDINGS = ("ceil", "nearest", "hwgq")
 MASKS = ("nothing", "positive", "inside", "state", "near")
 STES = ("identity", "relu", "clipped_relu", "log_tailed_relu", "reverse_exponential", "trust")
 ALPHA_GRADS = ("exact", "three_valued", "two_valued", "chain")
-BUFFERS = ("alpha", "x", "y", "mask", "codes", "grad_y", "grad_x", "grad_alpha", "slopes", "group_alphas")
+BUFFERS = ("alpha", "x", "y", "mask", "codes", "grad_y", "grad_x", "grad_alpha", "slopes", "group_alphas",
+           "weight", "bias", "out", "mean", "inverse")  # fmt: skip
+# Of a norm.
+FLAGS = ("shifted", "rounds_twice", "wide_parameters")
 
 _NULL, _READ, _WRITE, _READ_WRITE = range(4)
 
@@ -44,6 +47,8 @@ class Case:
     alpha_grad: str = "exact"
     scale: float = 1.0
     group: int = 0  # of dynamic alphas; the size of a Hadamard block
+    rotation: int = 0
+    flags: tuple[str, ...] = ()  # of FLAGS
     offset: int = 0
     seed: int = 0
     expected: dict[str, Tensor] = field(default_factory=dict)
@@ -63,8 +68,10 @@ class Case:
             ALPHA_GRADS.index(self.alpha_grad),
             "x" in self.outputs,
             self.group,
+            self.rotation,
+            sum(1 << FLAGS.index(flag) for flag in self.flags),
         )
-        parts = [struct.pack("13qd", *header, self.scale)]
+        parts = [struct.pack("15qd", *header, self.scale)]
         for name in BUFFERS:
             given, wanted = self.inputs.get(name), self.outputs.get(name)
             tensor = wanted if given is None else given

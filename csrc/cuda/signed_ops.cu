@@ -1,4 +1,6 @@
-// The ops of the signed staircase and the Hadamard rotation on CUDA tensors, as in ops.cu.
+// The ops of the signed staircase, of norms before it and of the Hadamard rotation on CUDA tensors, as in ops.cu.
+#include <c10/util/accumulate.h>
+
 #include <cmath>
 #include <optional>
 #include <vector>
@@ -7,7 +9,7 @@
 #include "launch.cuh"
 #include "tensors.h"
 
-#include "signed_dispatch.cuh"
+#include "norm_dispatch.cuh"
 
 namespace cg::cuda {
 namespace {
@@ -88,21 +90,78 @@ Tensor qsigned_dequantize(const Tensor& codes, const Tensor& alpha, int64_t bits
   return y;
 }
 
-Tensor hadamard(const Tensor& x, int64_t size) {
-  const CUDAGuard guard(x.device());
+Hadamard hadamard_of(Dtype dtype, int64_t count, int64_t size) {
   Hadamard a{};
-  a.dtype = dtype_of(x, "x");
-  check_hadamard(x, size);
-  const Tensor dense = x.contiguous();
-  Tensor y = at::empty_like(dense, dense.options(), at::MemoryFormat::Contiguous);
-  a.count = dense.numel();
+  a.dtype = dtype;
+  a.count = count;
   a.size = size;
   a.scale = std::sqrt(1 / static_cast<double>(size));
+  return a;
+}
+
+Tensor hadamard(const Tensor& x, int64_t size) {
+  const CUDAGuard guard(x.device());
+  const Dtype dtype = dtype_of(x, "x");
+  check_hadamard(x, size);
+  Hadamard a = hadamard_of(dtype, x.numel(), size);
+  const Tensor dense = x.contiguous();
+  Tensor y = at::empty_like(dense, dense.options(), at::MemoryFormat::Contiguous);
   a.x = dense.const_data_ptr();
   a.y = y.mutable_data_ptr();
   const Tensor scratch = empty_scratch(x, a.dtype, scratch_count(a));
   launch_hadamard(a, scratch.mutable_data_ptr(), getCurrentCUDAStream().stream());
   return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_qsigned(
+    const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps, bool centred,
+    bool shifted, bool rounds_twice, std::optional<int64_t> bits, std::optional<int64_t> group,
+    std::optional<int64_t> rotation, bool output, bool codes) {
+  const CUDAGuard guard(x.device());
+  NormStaircase a{};
+  Norm& n = a.norm;
+  n.dtype = dtype_of(x, "x");
+  a.staircase.group = check_norm(x, weight, bias, bits, group, rotation, output);
+  const Tensor dense = x.contiguous();
+  n.length = x.size(-1);
+  n.rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
+  n.eps = eps;
+  n.rounds_twice = rounds_twice;
+  n.x = dense.const_data_ptr();
+  const auto options = x.options(), wide = options.dtype(compute_type(n.dtype));
+  a.wide_parameters =
+      (weight && weight->scalar_type() != x.scalar_type()) || (bias && bias->scalar_type() != x.scalar_type());
+  a.shifted = shifted;
+  const auto prepared = [&](const std::optional<Tensor>& given, const void*& pointer) {
+    if (!given) return Tensor();
+    const Tensor parameter = given->to(a.wide_parameters ? compute_type(n.dtype) : x.scalar_type()).contiguous();
+    pointer = parameter.const_data_ptr();
+    return parameter;
+  };
+  const Tensor factors = prepared(weight, n.weight), terms = prepared(bias, n.bias);
+  std::vector<int64_t> shape = x.sizes().vec(), none{0};
+  Tensor normed = at::empty(output ? shape : none, options), y = at::empty(bits ? shape : none, options);
+  if (output) n.out = normed.mutable_data_ptr();
+  shape.back() = 1;
+  Tensor mean = at::empty(centred ? shape : none, wide), inverse = at::empty(shape, wide);
+  if (centred) n.mean = mean.mutable_data_ptr();
+  n.inverse = inverse.mutable_data_ptr();
+  if (bits) {
+    a.staircase.dtype = n.dtype;
+    a.staircase.bits = static_cast<int>(*bits);
+    a.staircase.count = x.numel();
+    a.staircase.y = y.mutable_data_ptr();
+    if (rotation) a.rotation = hadamard_of(n.dtype, x.numel(), *rotation);
+    shape.back() = n.length / a.staircase.group;
+  }
+  Tensor packed_codes = empty_bytes(x, bits && codes ? packed_bytes(x.numel(), packed_width(a.staircase.bits)) : 0);
+  Tensor found = at::empty(bits ? shape : none, options.dtype(at::kBFloat16));
+  if (bits && codes) a.staircase.codes = packed_codes.mutable_data_ptr<uint8_t>();
+  a.staircase.group_alphas = static_cast<bf16*>(found.mutable_data_ptr());
+  const Tensor scratch = empty_scratch(x, n.dtype, scratch_count(a));
+  launch_norm(a, scratch.mutable_data_ptr(), getCurrentCUDAStream().stream());
+  return {std::move(normed), std::move(y),    std::move(packed_codes),
+          std::move(found),  std::move(mean), std::move(inverse)};
 }
 
 }  // namespace
@@ -114,6 +173,7 @@ void register_signed_cuda(torch::Library& library) {
   library.impl("qsigned_forward", cuda::qsigned_forward);
   library.impl("qsigned_dequantize", cuda::qsigned_dequantize);
   library.impl("hadamard", cuda::hadamard);
+  library.impl("norm_qsigned", cuda::norm_qsigned);
 }
 
 }  // namespace cg

@@ -195,7 +195,7 @@ def use_backend(name: str) -> AbstractContextManager[None]:
 
 
 # The ops that the native library has no kernel of for a GPU, though it may serve that.
-_NEVER_NATIVE = ("qrelu_backward_custom", "norm_qsigned")
+_NEVER_NATIVE = ("qrelu_backward_custom",)
 
 
 def _triton_kernel(op: str):
@@ -278,8 +278,8 @@ def _integer_kernels(device: str) -> str:
 
 
 def _norm_kernels(device: str) -> str:
-    if device == "cpu":
-        return "native kernels" if _ops.native is not None else "plain torch"
+    if _ops.why_not_native(device) is None:
+        return "native kernels"
     return "a Triton kernel" if device in _TRITON_DEVICES and _load_triton() is not None else "plain torch"
 
 

@@ -25,7 +25,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 // Each block's own, NaN at its start.
 #define CG_SHARED(type, name, count) \
   static const char name##_site = 0; \

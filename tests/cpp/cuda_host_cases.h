@@ -21,12 +21,30 @@ enum Op : int64_t {
   kSignedDequantize,
   kHadamard,
   kWeightScale,
+  kNorm,
 };
 enum Mode : int64_t { kNull, kRead, kWrite, kReadWrite };
-enum Place { kAlpha, kX, kY, kMask, kCodes, kGradY, kGradX, kGradAlpha, kSlopes, kGroupAlphas, kBuffers };
+enum Place {
+  kAlpha,
+  kX,
+  kY,
+  kMask,
+  kCodes,
+  kGradY,
+  kGradX,
+  kGradAlpha,
+  kSlopes,
+  kGroupAlphas,
+  kWeight,
+  kBias,
+  kOut,
+  kMean,
+  kInverse,
+  kBuffers
+};
 
 struct Header {
-  int64_t op, seed, dtype, rounding, bits, count, channels, inner, kind, ste, rule, in_place, group;
+  int64_t op, seed, dtype, rounding, bits, count, channels, inner, kind, ste, rule, in_place, group, rotation, flags;
   double scale;
 };
 

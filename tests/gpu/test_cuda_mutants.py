@@ -8,6 +8,7 @@ import shutil
 import cuda_host
 import pytest
 import test_cuda_host as tests
+import test_cuda_host_norm as norm_tests
 import test_cuda_host_signed as signed_tests
 import test_cuda_host_weights as weight_tests
 import torch
@@ -50,6 +51,11 @@ def is_weight(case):
     return case.op == "weight_scale"
 
 
+def is_norm(case):
+    """Whether it is of a fourth."""
+    return case.op == "norm"
+
+
 COPIES = {
     **{f"forward, {rounding}": (torch.bfloat16, *forward(rounding)) for rounding in cuda_host.ROUNDINGS},
     "forward in float32": (torch.float32, *forward("ceil")),
@@ -67,10 +73,19 @@ COPIES = {
     "backward_from_slopes": (torch.bfloat16, lambda case: case.op == "backward_from_slopes", []),
     "signed": (torch.bfloat16, is_signed, []),
     "weights": (torch.bfloat16, is_weight, []),
+    # Its own kernel alone.
+    "norm": (
+        torch.bfloat16,
+        is_norm,
+        [
+            ("norm_dispatch.cuh", f"launch_{after}, scratch, stream)", "static_cast<void>(scratch)")
+            for after in ("hadamard(a.rotation", "signed_forward(after")
+        ],
+    ),
 }
 # The copies of mutants that are not in the one of their file.
 BY_FILE = {"backward.cuh": "backward from what is saved", "reduce.cuh": "backward from what is saved",
-           "../math/ste.h": "backward from x", "signed.cuh": "signed", "hadamard.cuh": "signed", "weights.cuh": "weights"}  # fmt: skip
+           "../math/ste.h": "backward from x", "signed.cuh": "signed", "hadamard.cuh": "signed", "weights.cuh": "weights", "norm.cuh": "norm"}  # fmt: skip
 BY_NAME = {
     **dict.fromkeys(
         ("a return before the shuffle", "half a warp in the mask of the bits", "nibbles of a byte swapped",
@@ -163,6 +178,17 @@ MUTANTS = {
     "sets of one more": ("weights.cuh", "set{totals[i], i + 1}", "set{totals[i], i + 2}"),
     "of equal sets the largest": ("weights.cuh", "other.square < best.square", "other.square > best.square"),
     "one part for all warps": ("weights.cuh", "* kWarps + threadIdx.x / kWarp, begin", "* kWarps, begin"),
+    "warps of a row added one by one": ("norm.cuh", "sum : sum + (from[kWarp] + from[3 * kWarp])", "sum : (sum + from[kWarp]) + from[3 * kWarp]"),
+    "the upper lanes of a chunk added first": ("norm.cuh", "odd ? v[2 * i + 1] : v[2 * i], other = odd ? v[2 * i] : v[2 * i + 1];", "odd ? v[i + kCount / 2] : v[i], other = odd ? v[i] : v[i + kCount / 2];"),
+    "no barrier in the sum of a row": ("norm.cuh", "= own[i];\n    __syncthreads();", "= own[i];"),
+    "elements past the end of a row less the mean": ("norm.cuh", "held[i] - mean : A(0)", "held[i] - mean : A(0) - mean"),
+    "the mean still in what is read again": ("norm.cuh", "own[k] -= mean;", "own[k] -= kHeld ? mean : A(0);"),
+    "wide parameters taken for x's dtype": ("norm.cuh", "sizeof(T) == 2 && !wide", "sizeof(T) == 2"),
+    "one rounding for two": ("norm.cuh", "else round_levels<T>(n);", ""),
+    "weight for 1 + weight": ("norm.cuh", "a.shifted ? parameter[i] + A(1) : parameter[i]", "parameter[i]"),
+    "a warp's largest for a row's": ("norm.cuh", "if (row.threads > kWarp) largest[0] = largest_of_block(largest[0]);\n  else largest", "largest"),
+    "what irregular alphas read left out": ("norm.cuh", "if (!alpha.is_regular(p)) store_chunk<T>(a.y, chunk, words);", ""),
+    "the alphas of another row": ("norm.cuh", "staircase.group_alphas[chunk >> group_shift]", "staircase.group_alphas[unit >> group_shift]"),
     "a step over the rows too far": ("reduce.cuh", "at -= inner, ++outer", "at -= inner, outer += 2"),
 }  # fmt: skip
 
@@ -199,6 +225,13 @@ def make_weight_cases(dtype):
     return cases + list(weight_tests.ordinary_cases(dtype, shapes))
 
 
+def make_norm_cases(dtype):
+    """Those that one kernel does."""
+    shapes = ((40, 64, 32, 64), (5, 512, None, None), (3, 576, 64, 64), (2, 1024, 128, 128), (2, 4096, 128, 64), (3, 5000, None, 8))  # fmt: skip
+    made = [*norm_tests.ordinary(dtype, shapes), *norm_tests.special(dtype)]
+    return [arguments.case(seed=n) for n, arguments in enumerate(made)]
+
+
 def copy_of(name):
     """The copy that a mutant is put into."""
     return BY_NAME.get(name) or BY_FILE.get(MUTANTS[name][0], "forward, ceil")
@@ -208,7 +241,7 @@ class Copy:
     """A copy of the sources for one dtype and some of the kernels, built with what is put into it."""
 
     def __init__(self, root, dtype, runs, left_out):
-        makers = {is_signed: make_signed_cases, is_weight: make_weight_cases}
+        makers = {is_signed: make_signed_cases, is_weight: make_weight_cases, is_norm: make_norm_cases}
         make = makers.get(runs, make_cases)
         self.cases = list(filter(runs, make(dtype)))
         self.root, self.build = root / "source", root / "build"
@@ -221,7 +254,8 @@ class Copy:
                  for other, name in DTYPES.items() if other != dtype]  # fmt: skip
         for edit in (*SMALL_GRID, *edits, *left_out):
             self.replace(*edit)
-        self.program = {is_signed: "cuda_host_signed", is_weight: "cuda_host_weights"}.get(runs, "cuda_host")
+        programs = {is_signed: "cuda_host_signed", is_weight: "cuda_host_weights", is_norm: "cuda_host_norm"}
+        self.program = programs.get(runs, "cuda_host")
         program = f"../../tests/cpp/{self.program}.cpp"
         for op in set(cuda_host.OPS) - ops:
             if f"launch_{op}(" in (self.root / "csrc" / "cuda" / program).read_text():
