@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -15,8 +16,18 @@ from test_sass_code import ADD, LOAD, STORE, loop
 from tools.sass import triton_kernels
 from tools.sass.__main__ import main
 from tools.sass.code import Data, SassError, parse
-from tools.sass.compiler import FLAGS, compile_cuda, instances, source_of, tool
-from tools.sass.gate import ARCHS, DTYPES, KERNELS, WEIGHT_KERNELS, Kernel, Report, cuda_cubin, cuda_reports
+from tools.sass.compiler import FLAGS, Binary, compile_cuda, instances, source_of, tool
+from tools.sass.gate import (
+    ARCHS,
+    DTYPES,
+    KERNELS,
+    NORM_KERNELS,
+    WEIGHT_KERNELS,
+    Kernel,
+    Report,
+    cuda_cubin,
+    cuda_reports,
+)
 from tools.sass.ptx import listed
 
 needs_triton = pytest.mark.skipif(not triton_kernels.installed(), reason="triton is not installed")
@@ -194,13 +205,31 @@ def test_the_promises_hold(tools, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_kernels_of_weights(tools, arch):
-    """No stack, few registers."""
-    binaries = instances(cuda_cubin(arch, WEIGHT_KERNELS))
-    bad = [(kernel.name, kernel.dtype, binary.registers, binary.stack)
-           for kernel, binary in zip(WEIGHT_KERNELS, binaries, strict=True)
-           if binary.stack or binary.registers > kernel.registers]  # fmt: skip
-    assert not bad
+@pytest.mark.parametrize("kernels", (WEIGHT_KERNELS, NORM_KERNELS), ids=("weights", "norms"))
+def test_kernels_of_weights_and_norms(tools, kernels, arch):
+    """No stack, few registers; of chunks, no path that reads some of them in narrower accesses."""
+
+    def reads_wide(binary: Binary) -> bool:
+        loads = [path.accesses("load") for path in binary.function.paths() if path.wide_bytes("load")]
+        return loads != [] and {width for each in loads for width in each} == {16}
+
+    binaries = instances(cuda_cubin(arch, kernels))
+    for kernel, binary in zip(kernels, binaries, strict=True):
+        good = not binary.stack and binary.registers <= kernel.registers and (reads_wide(binary) or not kernel.wide)
+        assert good, (kernel.name, kernel.dtype, binary.registers, binary.stack)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_norms_round_products_and_sums_apart(tools, arch):
+    """Every fma rounds the guess of a code down, or is the sum of a rotation's butterfly, whose factor is 1 or -1: of
+    five stages, for each of the 8 elements of a thread."""
+    counts = []
+    for entry in cuda_cubin(arch, NORM_KERNELS).with_suffix(".ptx").read_text().split(".entry ")[1:]:
+        found = Counter(re.findall(r"fma\.[a-z.]+\.f\d\d", entry))
+        assert found.keys() <= {"fma.rm.f32", "fma.rn.f32"}
+        if "norm_kernel" in entry.partition("(")[0] and "instance" not in entry.partition("(")[0]:
+            counts.append(found["fma.rn.f32"])
+    assert sorted(counts) == [0] * 4 + [5 * 8] * 6
 
 
 def test_what_is_promised():
@@ -354,6 +383,12 @@ CUDA_LISTED = {
     ("qsigned_groups_kernel", "rcp.rn.f32"): _ROUNDED,
     ("qsigned_rows_kernel", "div.rn.f32"): _ROUNDED,
     ("qsigned_rows_kernel", "rcp.rn.f32"): _ROUNDED,
+    ("norm_kernel", "div.rn.f32"): _ROUNDED,
+    ("norm_kernel", "rcp.rn.f32"): _ROUNDED,
+    ("norm_kernel", "sqrt.rn.f32"): _ROUNDED,
+    ("norm_kernel", "div.rn.f64"): _ROUNDED,
+    ("norm_kernel", "rcp.rn.f64"): _ROUNDED,
+    ("norm_kernel", "sqrt.rn.f64"): _ROUNDED,
     ("weight_sums_kernel", "div.rn.f64"): _ROUNDED,
     ("weight_ternary_kernel", "div.rn.f64"): _ROUNDED,
     ("weight_scale_kernel", "div.rn.f64"): _ROUNDED,
@@ -372,7 +407,8 @@ def test_what_flushes_or_approximates_in_triton(every_pair):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_what_flushes_or_approximates_in_cuda(tools, arch):
-    found = (listed(cuda_cubin(arch, some).with_suffix(".ptx").read_text()) for some in (KERNELS, WEIGHT_KERNELS))
+    every = (KERNELS, WEIGHT_KERNELS, NORM_KERNELS)
+    found = (listed(cuda_cubin(arch, some).with_suffix(".ptx").read_text()) for some in every)
     assert set().union(*found) == CUDA_LISTED.keys()
 
 

@@ -35,6 +35,7 @@ PREAMBLE = f"""\
 #include "cuda/dequantize.cuh"
 #include "cuda/forward.cuh"
 #include "cuda/hadamard.cuh"
+#include "cuda/norm.cuh"
 #include "cuda/signed.cuh"
 #include "cuda/weights.cuh"
 static_assert(cg::cuda::kThreads == {THREADS} && cg::cuda::kUnroll == {UNROLL});
@@ -104,6 +105,18 @@ WEIGHT_KERNELS = (
         for dtype, (T, item) in {**DTYPES, "float64": ("double", 8)}.items()
     ),
     Kernel("weight ternary", "int32", "weight_ternary_kernel", Data(4, 1, 0, 0), wide=False, registers=64),
+)
+# Of norms: each does what it is asked for at run time, on a path of its own.
+NORM_KERNELS = (
+    *(
+        Kernel(f"norm, {rows} rows", dtype, f"norm_kernel<{T}, kChunk<{T}>, {held}>", Data(item, 1, 1, 0), registers=72)
+        for rows, held in (("short", "true"), ("long", "false"))
+        for dtype, (T, item) in DTYPES.items()
+    ),
+    *(
+        Kernel("norm, one by one", dtype, f"norm_kernel<{T}, 1, false>", Data(item, 1, 1, 0), wide=False, registers=72)
+        for dtype, (T, item) in {**DTYPES, "float64": ("double", 8)}.items()
+    ),
 )
 
 
