@@ -221,6 +221,19 @@ def test_info_on_the_command_line():
         assert _ops.native_why_not in done.stdout
 
 
+def test_info_names_the_kernels_of_norms(monkeypatch):
+    """Of a GPU, the compiled ones wherever they serve it."""
+    backends = sys.modules["coarsegrad.backends"]  # cg.backends is the function
+    for native, triton, kernels in (
+        (None, object(), "native kernels"),
+        ("built without CUDA kernels", object(), "a Triton kernel"),
+        ("built without CUDA kernels", None, "plain torch"),
+    ):
+        monkeypatch.setattr(_ops, "why_not_native", lambda device, why=native: why)
+        monkeypatch.setattr(backends, "_load_triton", lambda loaded=triton: loaded)
+        assert backends._norm_kernels("cuda") == kernels
+
+
 @needs_native
 def test_the_python_derivative_passes_the_same_tests():
     """Without the native library the derivative is written in Python: these files again, without it."""
