@@ -20,7 +20,6 @@ from torch._inductor import lowering
 from torch._inductor.ir import Pointwise, TensorBox
 from torch._inductor.virtualized import V, ops
 
-from ._inductor_gates import where_beside_alpha
 from ._types import INDUCTOR_BITS, MaskKind, Rounding, wide_dtype
 
 _FORWARD = torch.ops.coarsegrad.qrelu_forward.default
@@ -77,6 +76,11 @@ def _staircase(x: TensorBox, alpha: TensorBox, bits: int, rounding: int, channel
         return ops.to_dtype(ops.where(ops.ne(number, number), number, y), dtype)
 
     return Pointwise.create(device=x.get_device(), dtype=dtype, inner_fn=output, ranges=x.get_size())
+
+
+def where_beside_alpha(closed: torch.Tensor, value: float, other: torch.Tensor) -> torch.Tensor:
+    """torch.where, for a `closed` that alpha is among what it is made of."""
+    return torch.where(closed, value, other)
 
 
 class _BesideAlpha(Pointwise):

@@ -30,6 +30,7 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from ._autograd import Settings
+from ._inductor import where_beside_alpha
 from ._torch_internals import is_tangent, keep_in_backward
 from ._types import INDUCTOR_BITS, MaskKind, Rounding, Ste
 
@@ -56,11 +57,6 @@ _POINTWISE = {
 }
 _LONGEST = 16  # operations
 _SMALL = 64  # what has so many times fewer elements than x costs nothing to save
-
-
-def where_beside_alpha(closed: torch.Tensor, value: float, other: torch.Tensor) -> torch.Tensor:
-    """torch.where, compiled as `_inductor.py` says, where alpha is among what `closed` is made of."""
-    return torch.where(closed, value, other)
 
 
 class _Gates(CustomGraphPass):
