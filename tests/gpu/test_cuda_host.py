@@ -419,10 +419,12 @@ def test_sanitizers_find_nothing(tmp_path):
         cases = [*forward_cases(dtype, (33, 4097), (3,)), *dequantize_cases(dtype, (0, 33, 4097))]
         cases += backward_from_slopes_cases(dtype, (33, 4097), (1, 3, 8))
         cases += backward_cases(dtype, (33, 4097), (1, 2, 3, 5), ROUNDINGS[:1])
-        # With channels, of each kind of call and of each layout one, by the fewest channels: many take long.
-        channels = sorted(channel_cases(dtype), key=lambda case: -case.channels)
-        cases += {
-            (c.op, c.inner == 1, c.rounding, c.mask, c.ste, c.alpha_grad, *c.inputs, *c.outputs): c for c in channels
-        }.values()
-        cases += {(c.op, c.channels, c.inner): c for c in channels}.values()
+        if dtype in (torch.float32, torch.bfloat16):  # the others differ in how they are read and rounded
+            # With channels, of each kind of call and of each layout one, by the fewest channels: many take long.
+            channels = sorted(channel_cases(dtype), key=lambda case: -case.channels)
+            cases += {
+                (c.op, c.inner == 1, c.rounding, c.mask, c.ste, c.alpha_grad, *c.inputs, *c.outputs): c
+                for c in channels
+            }.values()
+            cases += {(c.op, c.channels, c.inner): c for c in channels}.values()
         check(program, cases)
