@@ -8,6 +8,7 @@ from typing import Any
 
 from . import integrations, nn
 from .backends import backends, use_backend
+from .export import export_onnx, onnx_translations
 from .functional import dequantize, qrelu, qrelu_codes, qrelu_conv2d, qrelu_linear
 from .gated import gated_product
 from .integer import convert
@@ -45,11 +46,13 @@ __all__ = [
     "check_ste",
     "convert",
     "dequantize",
+    "export_onnx",
     "gated_product",
     "hadamard",
     "keep_positive",
     "nn",
     "norm_staircase",
+    "onnx_translations",
     "pack_activations_",
     "packed_activations",
     "param_groups",

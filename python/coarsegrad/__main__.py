@@ -25,6 +25,7 @@ _EXPERIMENTS = {
         "coarsegrad.experiments.rounding",
         "what each rounding costs trained networks, before and after tuning",
     ),
+    "export": ("coarsegrad.experiments.export", "write a network that torch.export saved as an ONNX file"),
     "results": ("coarsegrad.experiments.results", "regenerate the tables of docs/experiments.md from result files"),
     "memory": ("coarsegrad.experiments.memory", "what a network saves for backward, with nn.ReLU and packed QReLU"),
 }

@@ -19,7 +19,7 @@ ORDER = {
         _text  _types  _inductor  _torch_internals  _estimators  ste  _checks  _alphas  reference
         _build  _C  _ops  _autograd  _inductor_gates  _signed  _weights  _fused
         packing  _dtensor  functional  weights  parametrization  integer  triton  backends  nn  signed  gated  norms
-        blocks  quantization  optim  memory  integrations  experiments  testing  __init__  __main__
+        blocks  quantization  optim  memory  integrations  export  experiments  testing  __init__  __main__
     """.split(),
     "coarsegrad.packing": "saved  records  function  graphs  hooks  blocks  __init__".split(),
     "coarsegrad.blocks": "tags  conversion  norms  inputs  gates  attention  description  __init__".split(),
@@ -36,6 +36,9 @@ ORDER = {
         relus  source  editing  rewriting  running  frames  recording  report  surgery  dynamic  weights  description
         quantize  histogram  counting  watching  calibration  code_stats  __init__
     """.split(),
+    "coarsegrad.export": """
+        packages  numbers  nodes  pooling  forms  levels  qdq  qonnx  lowering  translations  onnx  __init__
+    """.split(),
     "coarsegrad.integrations": "hook  transformers  __init__".split(),
     "coarsegrad.experiments": """
         files  arguments  download  measure  figures  processes  checkpoints  data  cifar  text  smollm2  models
@@ -43,7 +46,7 @@ ORDER = {
         table_runs  table_training  table_summary  table_figures  table  mnist_table  cifar_table
         synthetic_summary  synthetic_figures  synthetic
         finetune_options  finetune_report  finetune  rounding_report  rounding_tasks  rounding  memory
-        results  __init__
+        export  results  __init__
     """.split(),
 }
 # fmt: on

@@ -50,9 +50,13 @@ def convert(
 
     Source: Jacob et al. 2018, arXiv 1712.05877 (integer inference of networks trained with quantization).
     """
-    _check(model, example_inputs, weight_bits)
+    check_model(model, example_inputs)
+    for bits in (
+        weight_bits.values() if isinstance(weight_bits, Mapping) else [8 if weight_bits is None else weight_bits]
+    ):
+        check_weight_bits(bits)
     trained = trained_codes(model)
-    graph_module = _exported(with_plain_weights(model) if trained else model, example_inputs)
+    graph_module = exported_graph(with_plain_weights(model) if trained else model, example_inputs)
     targets = {str(node.target) for node in graph_module.graph.nodes}
     if any(target.startswith(_INTEGER_OP) for target in targets):
         raise ValueError("model is converted already")
@@ -117,7 +121,7 @@ def _own_tensors(module: nn.Module) -> None:
                 part._buffers[name] = buffer.detach().clone()
 
 
-def _check(model: nn.Module, example_inputs: tuple, weight_bits: int | Mapping[str, int] | None) -> None:
+def check_model(model: nn.Module, example_inputs: tuple) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if not isinstance(example_inputs, tuple):
@@ -128,9 +132,6 @@ def _check(model: nn.Module, example_inputs: tuple, weight_bits: int | Mapping[s
     meta = next((name for name, t in tensors if t.is_meta), None)
     if meta is not None:
         raise ValueError(f"model must hold values, but {meta} is on the meta device")
-    given = weight_bits.values() if isinstance(weight_bits, Mapping) else [8 if weight_bits is None else weight_bits]
-    for bits in given:
-        check_weight_bits(bits)
     # torch leaves the containers of a parametrization in training mode; they compute nothing.
     modules = [(name, m) for name, m in model.named_modules() if not isinstance(m, (nn.ModuleDict, nn.ModuleList))]
     training = next((name for name, module in modules if module.training), None)
@@ -138,18 +139,18 @@ def _check(model: nn.Module, example_inputs: tuple, weight_bits: int | Mapping[s
         raise ValueError(f"model must be in evaluation mode, but {training or 'it'} is in training mode: model.eval()")
 
 
-def _exported(model: nn.Module, example_inputs: tuple) -> torch.fx.GraphModule:
+def exported_graph(model: nn.Module, example_inputs: tuple) -> torch.fx.GraphModule:
     """The graph of the model in ATen ops, with the first dimension of its inputs dynamic."""
-    inputs, dynamic = _batched(example_inputs)
+    inputs, dynamic = batched(example_inputs)
     with torch.no_grad():
-        with _refusal("model must run on example_inputs"):  # export would let some inputs pass that it cannot run on
+        with refusal("model must run on example_inputs"):  # export would let some inputs pass that it cannot run on
             model(*example_inputs)
-        with _refusal("model cannot be exported by torch.export"):
+        with refusal("model cannot be exported by torch.export"):
             return torch.export.export(model, inputs, dynamic_shapes=dynamic, strict=False).module()
 
 
 @contextlib.contextmanager
-def _refusal(what: str) -> Iterator[None]:
+def refusal(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
@@ -157,7 +158,7 @@ def _refusal(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {type(error).__name__}: {reason}") from error
 
 
-def _batched(example_inputs: tuple) -> tuple[tuple, tuple]:
+def batched(example_inputs: tuple) -> tuple[tuple, tuple]:
     """(inputs, dynamic_shapes). torch.export takes a size of 1 as fixed, so one example becomes two equal ones."""
     tensors = [t for t in tree_leaves(example_inputs) if isinstance(t, Tensor) and t.dim()]
     if any(t.size(0) == 0 for t in tensors):

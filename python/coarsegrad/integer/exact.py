@@ -114,6 +114,21 @@ def _moved(t: Tensor, ulps: int) -> Tensor:
     return t
 
 
+def first_sums(scale: Tensor, offset: Tensor, levels: int, low: Tensor, high: Tensor) -> Tensor:
+    """For each code k in 1..levels, the least accumulator in low..high that `affine_codes` gives it; high + 1 for none.
+
+    scale >= 0, float32 [C]; low, high: int64 [C]. Returns int64 [C, levels].
+    """
+    k = torch.arange(1, levels + 1)
+    below, reached = (low - 1)[:, None].repeat(1, levels), (high + 1)[:, None].repeat(1, levels)
+    while bool((reached - below > 1).any()):
+        middle = torch.div(below + reached, 2, rounding_mode="floor")
+        inside = affine_codes(middle.t(), scale, offset, levels).t() >= k
+        open_ = reached - below > 1
+        reached, below = torch.where(open_ & inside, middle, reached), torch.where(open_ & ~inside, middle, below)
+    return reached
+
+
 def _agrees(scale: Tensor, offset: Tensor, thresholds: Tensor, low: Tensor, high: Tensor) -> Tensor:
     levels = thresholds.size(1)
     k = torch.arange(1, levels + 1)[:, None]
