@@ -274,6 +274,31 @@ def test_openvino_computes_with_integers(networks, codes, tmp_path):
         assert np.abs(got[0] - wanted.numpy()).mean() < 0.01
 
 
+class _Logits(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, ids):
+        return self.network(input_ids=ids, use_cache=False).logits
+
+
+@runs
+@needs("transformers")
+def test_a_block_of_opt(tmp_path):
+    from transformer_models import opt
+
+    network, batch = opt(layers=1)
+    cg.quantize_(network, bits=4)
+    ids = batch["input_ids"]
+    converted = cg.convert(_Logits(network).eval(), (ids,))
+    assert len(converted.report.converted) == 1
+    cg.export_onnx(converted, (ids,), tmp_path / "model.onnx")
+    (got,) = onnxruntime_run(tmp_path / "model.onnx", ids[:3], optimized=tmp_path / "optimized.onnx")
+    torch.testing.assert_close(got, converted(ids[:3]), rtol=0, atol=2e-3)
+    assert optimized_ops(tmp_path / "optimized.onnx").count("QGemm") == 1
+
+
 # ------------------------------------------------------------------------------- the file, and the inputs
 
 

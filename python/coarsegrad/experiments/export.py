@@ -25,7 +25,7 @@ With --convert the layers that read codes become integer ones first, as
 coarsegrad.convert makes them; a program of a converted network has them already.
 """
 _EPILOG = """
-qdq     QuantizeLinear and its kin, which onnxruntime, OpenVINO and TensorRT run as integers
+qdq     QuantizeLinear and its kin, which onnxruntime and OpenVINO run as integers
 qonnx   MultiThreshold and Quant of the package qonnx, for FINN and hls4ml; exact
 levels  comparisons in floats, for any runtime; exact
 """

@@ -45,9 +45,9 @@ def export_onnx(
     path: the file. A file that is there is replaced; if anything fails it is left as it was. What is beyond 2 GB is
         written to `path` + ".data" beside it.
     form:
-        "qdq": QuantizeLinear, Min and DequantizeLinear, which onnxruntime, OpenVINO and TensorRT turn into layers on
-            integers. Where x is exactly on a threshold the code may be the next one, the bias of an integer layer is
-            rounded to its integers, and NaN has code 0.
+        "qdq": QuantizeLinear, Min and DequantizeLinear, which onnxruntime and OpenVINO turn into layers on integers.
+            Where x is exactly on a threshold the code may be the next one, the bias of an integer layer is rounded to
+            its integers, and NaN has code 0.
         "qonnx": nodes MultiThreshold and Quant of the package qonnx, which FINN and hls4ml read. Exact; NaN has code 0.
         "levels": comparisons with the thresholds, for any runtime, in floats. Exact, NaN included.
     opset: of ONNX, 18 to 27.
