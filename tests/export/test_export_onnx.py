@@ -242,21 +242,10 @@ def test_sizes_and_operators_of_lenet(networks, tmp_path):
         # Were the weights of the layers that stay float rounded to 8 bits, this would be far off.
         (got,) = onnxruntime_run(tmp_path / "model", x)
         torch.testing.assert_close(got, model(x), rtol=0, atol=1e-5)
-    wanted = [
-        "Conv",
-        "QuantizeLinear",
-        "Min",
-        "MaxPool",
-        "QLinearConv",
-        "Min",
-        "MaxPool",
-        "Reshape",
-        "QGemm",
-        "Min",
-        "QGemm",
-    ]
+    wanted = "Conv QuantizeLinear MaxPool Min QLinearConv MaxPool Min Reshape QGemm Min QGemm".split()
     layout = ("Transpose", "ReorderInput", "ReorderOutput")
-    assert [op for op in optimized_ops(tmp_path / "optimized.onnx") if op not in layout] == wanted
+    ops = [op.removeprefix("Nhwc") for op in optimized_ops(tmp_path / "optimized.onnx") if op not in layout]
+    assert ops == wanted
 
 
 @exports

@@ -114,8 +114,11 @@ class Lowering:
         self._graph.erase_node(node)
 
     def _put(self, node: Node, module: nn.Module, *inputs: Node) -> None:
+        """The parts of a sequence are nodes of their own."""
         with self._graph.inserting_before(node):
-            made = self._call(module, *inputs)
+            for part in _parts(module):
+                made = self._call(part, *inputs)
+                made.meta, inputs = dict(node.meta), (made,)
         self._replace(node, made)
 
     def _constant(self, node: Node, what: str) -> Tensor:
@@ -196,6 +199,12 @@ class Lowering:
         bits, levels = (given["bits"], given["weight_bits"]), given.get("levels")
         numbers = layer_numbers(weight, count, *bits, scale, offset, thresholds, levels)
         self._put(node, self._form.layer(numbers, window), codes)
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    if isinstance(module, nn.Sequential):
+        return [part for child in module for part in _parts(child)]
+    return [module]
 
 
 class _SumPool(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ..integer import arguments
+from .nodes import Constants
 from .nodes import node as onnx_node
 
 _aten = torch.ops.aten
@@ -23,6 +24,16 @@ class _Windows(NamedTuple):
     size: int
     stride: int
     dilation: int
+
+
+class Cap(Constants):
+    """codes -> Min(codes, high)."""
+
+    def __init__(self, high: Tensor) -> None:
+        super().__init__(high=high)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return onnx_node("Min", codes, self.high, like=codes)
 
 
 class Pool(nn.Module):
@@ -57,6 +68,21 @@ def put_pools_in(graph: torch.fx.Graph, call: Callable[[nn.Module, Node], Node])
         made.meta = dict(node.meta)
         node.replace_all_uses_with(made)
         graph.eliminate_dead_code()
+        _cap_later(graph, made)
+
+
+def _cap_later(graph: torch.fx.Graph, pool: Node) -> None:
+    """A maximum of capped codes is the capped maximum, and there are fewer of them."""
+    cap = pool.all_input_nodes[0]
+    module: Any = graph.owning_module
+    if cap.op != "call_module" or not isinstance(module.get_submodule(str(cap.target)), Cap) or len(cap.users) > 1:
+        return
+    pool.replace_input_with(cap, cap.all_input_nodes[0])
+    with graph.inserting_after(pool):
+        capped = graph.call_module(str(cap.target), (pool,))
+    capped.meta = dict(pool.meta)
+    pool.replace_all_uses_with(capped, delete_user_cb=lambda user: user is not capped)
+    graph.erase_node(cap)
 
 
 def _windows(node: Any) -> _Windows | None:

@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from .forms import Form, Staircase
 from .nodes import Constants, Window, along, node
 from .numbers import LayerNumbers
+from .pooling import Cap
 
 
 class _Codes(Constants):
-    """x -> codes. hwgq: where x > 0 the code is at least 1."""
+    """x -> codes, from low on. hwgq: where x > 0 the code is at least 1."""
 
     def __init__(
-        self, alpha: Tensor, top: int, shift: Tensor | None, axis: int | None, zero: int = 0, hwgq: bool = False
+        self, alpha: Tensor, shift: Tensor | None, axis: int | None, zero: int = 0, hwgq: bool = False
     ) -> None:
         dtype = torch.int8 if zero else torch.uint8
         low = torch.tensor(-zero, dtype=dtype) if zero else None
-        high = torch.tensor(top - zero, dtype=dtype) if top < 255 else None
         zeros = torch.zeros_like(alpha, dtype=dtype)
-        super().__init__(alpha=alpha, zeros=zeros, shift=shift, low=low, high=high)
+        super().__init__(alpha=alpha, zeros=zeros, shift=shift, low=low)
         self.axis, self.hwgq = axis, hwgq
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,9 +38,12 @@ class _Codes(Constants):
         codes = node("QuantizeLinear", moved, self.alpha, self.zeros, like=moved, dtype=self.zeros.dtype, **attributes)
         if self.hwgq:
             codes = node("Max", codes, (x > 0).to(torch.uint8), like=codes)
-        if self.low is not None:
-            codes = node("Max", codes, self.low, like=codes)
-        return codes if self.high is None else node("Min", codes, self.high, like=codes)
+        return codes if self.low is None else node("Max", codes, self.low, like=codes)
+
+
+def _capped(codes: _Codes, top: int) -> nn.Sequential:
+    """The codes up to top, of which a byte that is unsigned has 255 anyway."""
+    return nn.Sequential(codes, *([Cap(torch.tensor(top, dtype=codes.zeros.dtype))] if top < 255 else []))
 
 
 class _Levels(Constants):
@@ -104,7 +107,8 @@ class Qdq(Form):
         if shift is not None:
             shift = along(shift, dim, staircase.rank)
         alpha = alpha.reshape(()) if dim is None else alpha
-        return _Codes(alpha, staircase.top, shift, dim, staircase.zero, staircase.rounding == "hwgq")
+        codes = _Codes(alpha, shift, dim, staircase.zero, staircase.rounding == "hwgq")
+        return _capped(codes, staircase.top - staircase.zero)
 
     def levels(self, staircase: Staircase) -> nn.Module:
         alpha = along(staircase.alpha.float(), staircase.channel_dim, staircase.rank)
@@ -116,5 +120,5 @@ class Qdq(Form):
     def layer(self, numbers: LayerNumbers, window: Window | None) -> nn.Module:
         if numbers.first is None:
             return _Layer(numbers, window, 0.0)
-        codes = _Codes(torch.tensor(1.0), numbers.first.size(1), None, None, hwgq=numbers.stairs_shift())
-        return nn.Sequential(_Layer(numbers, window, 0.5), codes)
+        codes = _Codes(torch.tensor(1.0), None, None, hwgq=numbers.stairs_shift())
+        return nn.Sequential(_Layer(numbers, window, 0.5), _capped(codes, numbers.first.size(1)))
