@@ -17,13 +17,13 @@ from . import figures
 from .activations import IMPLEMENTATIONS
 from .engines import ENGINES, PEERS, ours
 from .kernels import COPIES
+from .pages import DOCS, markdown, write
 from .peers import PASSES
 from .promises import INFERENCE_PROMISES, PROMISES, Promise, Results
 from .sweep import DTYPES, of_gpu, size_label
 from .workloads import WORKLOADS
 
 RESULTS = Path(__file__).parent / "results"
-DOCS = Path(__file__).parent.parent / "docs"
 TABLES = ("kernels", "peers", "training", "memory", "inference")
 
 _INTRODUCTION = """\
@@ -156,11 +156,6 @@ def load(folder: Path, on_gpu: bool = False) -> Results:
     return found
 
 
-def _markdown(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    lines = [header, ["---"] * len(list(header)), *rows]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
-
-
 def _number(text: str) -> str:
     """Three significant figures; empty if not measured."""
     return "" if text == "nan" else f"{float(text):.3g}"
@@ -207,7 +202,7 @@ def _kernel_table(rows: list[dict[str, str]]) -> str:
     kernels = [kernel for kernel in dict.fromkeys(row["kernel"] for row in rows) if kernel not in COPIES]
     header = ["kernel", *(f"{dtype} {size_label(int(size))}" for dtype, size in cases)]
     cells = ((kernel, *(_number(times.get((kernel, *case), "nan")) for case in cases)) for kernel in kernels)
-    return _markdown(header, cells)
+    return markdown(header, cells)
 
 
 def _peer_table(rows: list[dict[str, str]]) -> str:
@@ -223,7 +218,7 @@ def _peer_table(rows: list[dict[str, str]]) -> str:
     for name in (name for name in IMPLEMENTATIONS if any(row["implementation"] == name for row in rows)):
         found = (speeds.get((name, *case), {"speed_over_relu": "nan"}) for case in cases)
         cells.append([IMPLEMENTATIONS[name].label, *(_number(row["speed_over_relu"]) for row in found)])
-    return _markdown(header, cells)
+    return markdown(header, cells)
 
 
 def _training_table(rows: list[dict[str, str]]) -> str:
@@ -240,14 +235,14 @@ def _training_table(rows: list[dict[str, str]]) -> str:
         )
     times = ("eager, ms", "over nn.ReLU", "compiled, ms", "over nn.ReLU", "compile, s")
     header = ("network", "dtype", "pass", "activation", *times)
-    return _markdown(header, lines)
+    return markdown(header, lines)
 
 
 def _memory_table(rows: list[dict[str, str]]) -> str:
     first: dict[tuple[str, str], float] = {}  # without staircases
     for row in rows:
         first.setdefault((row["network"], row["dtype"]), float(row["seconds_median"]))
-    return _markdown(
+    return markdown(
         ("network", "dtype", "activation", "saved, MiB", "peak, MiB", "ms a step", "over the first"),
         (
             (
@@ -276,7 +271,7 @@ def _inference_table(
         cells = (cell(mine, name) if name in mine else "" for name in names)
         lines.append((WORKLOADS[workload].label, *others, *cells))
     batch = ["batch"] if len(case(rows[0])) > 1 else []
-    return _markdown(("network", *batch, *(ENGINES[name].label for name in names)), lines)
+    return markdown(("network", *batch, *(ENGINES[name].label for name in names)), lines)
 
 
 def _milliseconds(mine: dict[str, dict[str, str]], name: str) -> str:
@@ -298,7 +293,7 @@ def _kibibytes(mine: dict[str, dict[str, str]], name: str) -> str:
 def _inference_page(results: Results) -> list[str]:
     rows = results["inference"]
     stored = [name for name in ENGINES if "compile" not in name]
-    promises = _markdown(("", "instruction set", "promised", "measured", ""), _speed_rows(results))
+    promises = markdown(("", "instruction set", "promised", "measured", ""), _speed_rows(results))
     return [
         _INFERENCE, _inference_table(rows, ENGINES, _milliseconds),
         _INFERENCE_SPEEDS, _inference_table(rows, PEERS, _speed),
@@ -323,7 +318,7 @@ def page(results: Results) -> str:
     """docs/benchmarks.md; tables without results are omitted."""
     parts = [_INTRODUCTION]
     if results["kernels"] or results["peers"]:
-        parts += [_PROMISES, _markdown(("", "upper bound", "measured", ""), _promise_rows(results)), _tried(results)]
+        parts += [_PROMISES, markdown(("", "upper bound", "measured", ""), _promise_rows(results)), _tried(results)]
     for table, text, make in (
         ("kernels", _KERNELS, _kernel_table), ("peers", _PEERS, _peer_table), ("training", _TRAINING, _training_table),
     ):  # fmt: skip
@@ -351,13 +346,6 @@ def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=100)
-    print(f"Written: {path}")
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(text.encode())
     print(f"Written: {path}")
 
 
@@ -396,11 +384,11 @@ def main(argv: list[str] | None = None) -> None:
     if any(of_a_gpu.values()):
         for name, figure in all_figures(of_a_gpu).items():
             _save(figure, args.results / f"{name}-cuda.png")
-        _write(args.page.with_stem(f"{args.page.stem}-cuda"), gpu_page(of_a_gpu))
+        write(args.page.with_stem(f"{args.page.stem}-cuda"), gpu_page(of_a_gpu))
     if any(results.values()):
         for name, figure in all_figures(results).items():
             _save(figure, args.results / f"{name}.png")
-        _write(args.page, page(results))
+        write(args.page, page(results))
         print()
         print(format_table(("ratio of times", "upper bound", "measured", ""), _promise_rows(results)))
         if results["inference"]:
