@@ -140,6 +140,28 @@ def test_largest_sums(weight_bits):
         assert got.item() == torch.tensor(total).float().item()
 
 
+@pytest.mark.parametrize("bits", (6, 7, 8))
+def test_corners(bits):
+    """Codes of q and weights of 127, in pairs of either sign: vpmaddubsw saturates for 8 bits, and just not for 7."""
+    top, one, zero = 2**bits - 1, torch.ones(1), torch.zeros(1)
+    for channels, groups in ((64, 1), (64, 64)):
+        codes = torch.full((1, channels, 4, 4), top, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+        for pair in ((127, 127), (-127, -127), (127, -127)):
+            row = torch.tensor(pair).repeat(8 * channels // groups)  # 4 x 4 pixels
+            total = top * int(row.sum())
+            weights = row.view(1, channels // groups, 4, 4).expand(channels, -1, -1, -1).contiguous()
+            packed = integer_oracle.packed(weights, 8)
+            layer = (packed, bits, 8, one.expand(channels).contiguous(), zero.expand(channels).contiguous())
+            got = ops.integer_conv2d_float(codes, *layer, (4, 4), (1, 1), (0, 0), (1, 1), groups)
+            assert set(got.flatten().tolist()) == {float(total)}
+    row = torch.full((1, 1024), 127)
+    for sign in (1, -1):
+        got = ops.integer_linear_float(
+            torch.full((1, 1024), top, dtype=torch.uint8), integer_oracle.packed(sign * row, 8), bits, 8, one, zero
+        )
+        assert got.item() == sign * 1024 * top * 127
+
+
 def test_affine_is_two_roundings_and_not_one():
     """acc * scale is rounded to float32 before offset is added."""
     codes = torch.tensor([[3]], dtype=torch.uint8)
