@@ -22,9 +22,10 @@ def test_the_page_is_made_of_the_committed_rows():
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_the_committed_rows_are_what_is_seen(name):
     quantizer, row = QUANTIZERS[name], ROWS[name]
-    if not quantizer.installed or quantizer.version != row["version"]:
+    ours = row["package"] == "coarsegrad"
+    if not quantizer.installed or not (ours or quantizer.version == row["version"]):
         pytest.skip(f"{row['package']} {row['version']} is not installed")
-    assert behaviour.observed(quantizer) == row
+    assert behaviour.observed(quantizer) == {**row, "version": quantizer.version}
 
 
 class Floor(nn.Module):
