@@ -23,6 +23,7 @@ PAGES_WITH_CODE = {
     "hugging-face.md",
     "integer.md",
     "memory.md",
+    "onnx.md",
     "spec.md",
     "weights.md",
 }
