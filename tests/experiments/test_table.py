@@ -1,4 +1,4 @@
-"""Tables of runs: resuming, results that stand alone, divergence, what the summary says, and the committed page."""
+"""Tables of runs: resuming, results that stand alone, divergence, and what the summary says."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import csv
 import dataclasses
 import json
-import re
 import shutil
 from itertools import product
 from pathlib import Path
@@ -14,13 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from interruptions import count_calls
-from paths import ROOT
 from torch import nn
 
 import coarsegrad as cg
-from coarsegrad.experiments import cifar_table, mnist_table, models, results, table, training
+from coarsegrad.experiments import cifar_table, mnist_table, models, table, training
 from coarsegrad.experiments.data import Split
-from coarsegrad.experiments.files import ExperimentError
 from coarsegrad.experiments.table_runs import Run, Schedule, Table, finished, float_folder
 from coarsegrad.experiments.table_summary import summary
 from coarsegrad.experiments.table_training import project
@@ -429,71 +426,3 @@ def test_the_grids(name, whole_table):
         assert weights == set(grid) and len(weights) == 54 + 18
         learned = {(r.learn_alpha, r.per_channel, r.seed) for r in whole_table.runs if r.learn_alpha}
         assert learned == set(product(ALPHA_GRADS, (False, True), (0, 1, 2)))
-
-
-def test_the_committed_page_is_what_the_command_makes():
-    page = ROOT / "docs" / "experiments.md"
-    assert results.render(page.read_text(), page.parent) == page.read_text()
-
-
-def test_the_numbers_of_the_page_on_coarse_gradients():
-    text = " ".join((ROOT / "docs" / "estimators.md").read_text().split())
-    shown = re.search(r"2-bit activations classifies ([\d.]+)% .*? `clipped_relu` and ([\d.]+)% with `relu`; "
-                      r"published are ([\d.]+)% and ([\d.]+)%", text)  # fmt: skip
-    done = dict(finished(mnist_table.TABLE, ROOT / "bench" / "results" / "mnist"))
-    stes = ("clipped_relu", "relu")
-    wanted = [100 * done[Run("full", 2, ste)]["history"][-1]["test_accuracy"] for ste in stes]
-    wanted += [mnist_table.TABLE.published[2, ste] for ste in stes]
-    assert list(shown.groups()) == [f"{value:.2f}" for value in wanted]
-
-
-def test_what_the_page_says_of_weights():
-    """Of every committed run, and of the means over seeds."""
-    done = {run: result for run, result in finished(mnist_table.TABLE, ROOT / "bench" / "results" / "mnist")
-            if run.weight_bits}  # fmt: skip
-    assert len(done) >= 37
-    last = {run: 100 * result["history"][-1]["test_accuracy"] for run, result in done.items()}
-    for run, result in done.items():
-        losses = [epoch["loss"] for epoch in result["history"]]
-        if run.schedule == "short":
-            assert all(after < before for before, after in zip(losses, losses[1:])), run
-        assert result["integers"]["differing"] == 0, run
-        if run.bits == 4:
-            lost = 100 * result["start"]["test_accuracy"] - last[run]
-            assert lost <= {1: 0.05, 2: 0.15, 4: 0.15}[run.weight_bits] + 1e-9, run
-        if run.weight_bits == 1:
-            sizes = [result["integers"][name]["bytes"] for name in ("float", "integer")]
-            assert 23 < sizes[0] / sizes[1] < 24
-    for run in done:
-        if run.rho and run.schedule == "short":
-            seeds = [other for other in done if dataclasses.replace(other, seed=0) == dataclasses.replace(run, seed=0)]
-            plain = [dataclasses.replace(other, rho=None) for other in seeds]
-            assert abs(sum(last[other] for other in seeds) - sum(last[other] for other in plain)) / len(seeds) < 0.2, (
-                run
-            )
-
-
-def test_committed_runs_are_of_clean_commits():
-    for run, result in finished(mnist_table.TABLE, ROOT / "bench" / "results" / "mnist"):
-        assert result["environment"]["git"] and "dirty" not in result["environment"]["git"], run.name
-
-
-def test_the_command_writes_a_page_anew(tmp_path, capsys):
-    for path in (ROOT / "bench" / "results" / "synthetic" / "half").glob("results.json"):
-        (tmp_path / "half").mkdir()
-        shutil.copy(path, tmp_path / "half")
-    page = tmp_path / "page.md"
-    page.write_text("# A\n\n<!-- results: synthetic half -->\nold\n<!-- end of results -->\n\nkept\n")
-    args = argparse.Namespace(page=page)
-    results.main(args)
-    text = page.read_text()
-    assert text.startswith("# A\n\n<!-- results: synthetic half -->\n\n    bits  ste") and "old" not in text
-    assert text.endswith("\n<!-- end of results -->\n\nkept\n") and "updated" in capsys.readouterr().out
-    results.main(args)
-    assert page.read_text() == text and "unchanged" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("words", ["synthetic", "nonsense a b", "mnist folder nonsense", ""])
-def test_unknown_words_on_a_page(words, tmp_path):
-    with pytest.raises(ExperimentError, match="no results|unknown words"):
-        results.render(f"<!-- results: {words} -->\n<!-- end of results -->\n", tmp_path)
