@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .nodes import Window
+from .._types import wide_dtype
+from .nodes import Scaled, Window, along
 from .numbers import LayerNumbers
 
 
@@ -30,9 +31,9 @@ class Staircase:
     rank: int
     dtype: torch.dtype
 
-    @property
-    def wide(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+    def scaled(self, zero: int) -> Scaled:
+        """codes, of which `zero` stands for 0, -> levels."""
+        return Scaled(along(self.alpha.to(wide_dtype(self.dtype)), self.channel_dim, self.rank), self.dtype, zero)
 
 
 class Form:
@@ -55,7 +56,7 @@ class Form:
 
     def steps(self, step: float) -> nn.Module:
         """codes -> step * codes in float32."""
-        raise NotImplementedError
+        return Scaled(torch.tensor(step), torch.float32)
 
     def layer(self, numbers: LayerNumbers, window: Window | None) -> nn.Module:
         """codes -> codes, or floats if numbers.first is None; a Linear if window is None."""

@@ -59,28 +59,13 @@ class Count(Constants):
         return (~(x <= edge)).to(torch.int32) * step
 
 
-class _Levels(Constants):
-    """x -> its level, rounded as the staircase rounds it; NaN for NaN."""
-
-    def __init__(self, staircase: Staircase) -> None:
-        super().__init__(alpha=along(staircase.alpha.to(staircase.wide), staircase.channel_dim, staircase.rank))
-        self.count = Count(edges(staircase), staircase.channel_dim, staircase.rank)
-        self.zero = staircase.zero
+class _KeepsNan(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        code = self.count(x).to(self.alpha.dtype)
-        if self.zero:
-            code = code - self.zero
-        return torch.where(x.isnan(), x, (code * self.alpha).to(x.dtype))
-
-
-class _Steps(nn.Module):
-    def __init__(self, step: float) -> None:
-        super().__init__()
-        self.step = step
-
-    def forward(self, codes: Tensor) -> Tensor:
-        return codes * self.step
+        return torch.where(x.isnan(), x, self.inner(x))
 
 
 class Sums(Constants):
@@ -122,10 +107,7 @@ class Levels(Form):
         return Count(edges(staircase), staircase.channel_dim, staircase.rank)
 
     def levels(self, staircase: Staircase) -> nn.Module:
-        return _Levels(staircase)
-
-    def steps(self, step: float) -> nn.Module:
-        return _Steps(step)
+        return _KeepsNan(nn.Sequential(self.codes(staircase), staircase.scaled(staircase.zero)))
 
     def layer(self, numbers: LayerNumbers, window: Window | None) -> nn.Module:
         sums, images = Sums(numbers, window), window is not None

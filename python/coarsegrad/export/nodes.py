@@ -33,6 +33,24 @@ class Constants(nn.Module):
         def __getattr__(self, name: str) -> Any: ...
 
 
+class Scaled(Constants):
+    """codes -> (codes - zero) * alpha in alpha's dtype, rounded to dtype. alpha: to broadcast.
+
+    Not a DequantizeLinear: from that before a layer, and a QuantizeLinear behind it, onnxruntime concludes that it may
+    round the layer's float weights to 8 bits, with one scale for all.
+    """
+
+    def __init__(self, alpha: Tensor, dtype: torch.dtype, zero: int = 0) -> None:
+        super().__init__(alpha=alpha)
+        self.dtype, self.zero = dtype, zero
+
+    def forward(self, codes: Tensor) -> Tensor:
+        wide = codes.to(self.alpha.dtype)
+        if self.zero:
+            wide = wide - self.zero
+        return (wide * self.alpha).to(self.dtype)
+
+
 class Window(nn.Module):
     """Where a convolution looks."""
 

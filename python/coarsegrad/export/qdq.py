@@ -46,18 +46,6 @@ def _capped(codes: _Codes, top: int) -> nn.Sequential:
     return nn.Sequential(codes, *([Cap(torch.tensor(top, dtype=codes.zeros.dtype))] if top < 255 else []))
 
 
-class _Levels(Constants):
-    """codes -> codes * alpha, in dtype. Not a DequantizeLinear: from that before a layer, and a QuantizeLinear behind
-    it, onnxruntime concludes that it may round the layer's float weights to 8 bits, with one scale for all."""
-
-    def __init__(self, alpha: Tensor, dtype: torch.dtype) -> None:
-        super().__init__(alpha=alpha)
-        self.dtype = dtype
-
-    def forward(self, codes: Tensor) -> Tensor:
-        return (codes.to(torch.float32) * self.alpha).to(self.dtype)
-
-
 class _Layer(Constants):
     """codes -> (scale * (codes @ weight + bias)) in float32."""
 
@@ -111,11 +99,7 @@ class Qdq(Form):
         return _capped(codes, staircase.top - staircase.zero)
 
     def levels(self, staircase: Staircase) -> nn.Module:
-        alpha = along(staircase.alpha.float(), staircase.channel_dim, staircase.rank)
-        return nn.Sequential(self.codes(staircase), _Levels(alpha, staircase.dtype))
-
-    def steps(self, step: float) -> nn.Module:
-        return _Levels(torch.tensor(step), torch.float32)
+        return nn.Sequential(self.codes(staircase), staircase.scaled(0))
 
     def layer(self, numbers: LayerNumbers, window: Window | None) -> nn.Module:
         if numbers.first is None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .forms import Form, Staircase
 from .levels import Affine, Sums, edges
-from .nodes import Constants, Window, along, node
+from .nodes import Constants, Window, node
 from .numbers import LayerNumbers
 
 _DOMAIN = "qonnx.custom_op.general"
@@ -43,29 +43,8 @@ class _Count(Constants):
             self.attributes["data_layout"] = layout
 
     def forward(self, x: Tensor) -> Tensor:
-        return node(f"{_DOMAIN}::MultiThreshold", x.to(torch.float32), self.table, like=x, dtype=torch.float32,
-                    **self.attributes)  # fmt: skip
-
-
-class _Levels(Constants):
-    def __init__(self, staircase: Staircase, count: nn.Module) -> None:
-        super().__init__(alpha=along(staircase.alpha.float(), staircase.channel_dim, staircase.rank))
-        self.count, self.zero, self.dtype = count, staircase.zero, staircase.dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        codes = self.count(x)
-        if self.zero:
-            codes = codes - self.zero
-        return (codes * self.alpha).to(self.dtype)
-
-
-class _Steps(nn.Module):
-    def __init__(self, step: float) -> None:
-        super().__init__()
-        self.step = step
-
-    def forward(self, codes: Tensor) -> Tensor:
-        return codes * self.step
+        values = x.to(torch.float32)
+        return node(f"{_DOMAIN}::MultiThreshold", values, self.table, like=values, **self.attributes)
 
 
 class _Sums(Sums):
@@ -94,10 +73,7 @@ class Qonnx(Form):
         return _Count(above, staircase.channel_dim, staircase.rank)
 
     def levels(self, staircase: Staircase) -> nn.Module:
-        return _Levels(staircase, self.codes(staircase))
-
-    def steps(self, step: float) -> nn.Module:
-        return _Steps(step)
+        return nn.Sequential(self.codes(staircase), staircase.scaled(staircase.zero))
 
     def layer(self, numbers: LayerNumbers, window: Window | None) -> nn.Module:
         sums, images = _Sums(numbers, window), window is not None

@@ -26,7 +26,7 @@ def onnx_translations() -> dict[Callable, Callable]:
 
 
 # torch reads these functions' signatures, and calls them with ONNX values. QuantizeLinear reads float32 in every opset.
-# Cast and Mul are in the place of a DequantizeLinear for the reason that qdq.py gives.
+# Cast and Mul are in the place of a DequantizeLinear for the reason that nodes.py gives.
 
 
 def _qrelu_forward(
