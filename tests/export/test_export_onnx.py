@@ -121,6 +121,31 @@ def test_staircases(form, tmp_path):
             assert torch.equal(wanted, got), staircase
 
 
+class _OfDict(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.staircase = cg.QReLU(4)
+
+    def forward(self, inputs):
+        return {"y": self.staircase(inputs["a"]) * inputs["b"]}
+
+
+@runs
+def test_an_input_that_is_a_dict(tmp_path):
+    model, inputs = _OfDict().eval(), {"a": torch.randn(3, 4), "b": torch.randn(3, 4)}
+    cg.export_onnx(model, (inputs,), tmp_path / "model.onnx", form="levels")
+    (got,) = onnxruntime_run(tmp_path / "model.onnx", *(t[:2] for t in inputs.values()))
+    assert torch.equal(got, model(inputs)["y"][:2])
+
+
+@exports
+@needs("qonnx")
+def test_thresholds_of_one_dimension(tmp_path):
+    model, x = nn.Sequential(cg.QReLU(4)).eval(), torch.randn(50) * 3
+    cg.export_onnx(model, (x,), tmp_path / "model.onnx", form="qonnx")
+    assert torch.equal(qonnx_run(tmp_path / "model.onnx", x)[0], model(x))
+
+
 @exports
 @runs
 def test_nan_and_other_dtypes(tmp_path):

@@ -72,8 +72,9 @@ def export_onnx(
     inputs, dynamic = batched(example_inputs)
     names = [node.target for node in graph.graph.nodes if node.op == "placeholder"]
     with torch.no_grad(), refusal("model cannot be exported by torch.onnx"), _first_cause():
+        # torch takes the last of the arguments, if it is a dict, as keyword arguments: here there are none.
         program: Any = torch.onnx.export(
-            graph, inputs, dynamo=True, dynamic_shapes=dynamic, input_names=names, opset_version=opset,
+            graph, (*inputs, {}), dynamo=True, dynamic_shapes=dynamic, input_names=names, opset_version=opset,
             verbose=False,
         )  # fmt: skip
     for node in program.model.graph.all_nodes():  # paths and lines of this machine

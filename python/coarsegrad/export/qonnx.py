@@ -44,7 +44,10 @@ class _Count(Constants):
 
     def forward(self, x: Tensor) -> Tensor:
         values = x.to(torch.float32)
-        return node(f"{_DOMAIN}::MultiThreshold", values, self.table, like=values, **self.attributes)
+        if x.dim() < 2:  # it wants a dimension of channels
+            values = values.reshape(1, -1)
+        codes = node(f"{_DOMAIN}::MultiThreshold", values, self.table, like=values, **self.attributes)
+        return codes if x.dim() > 1 else codes.reshape(x.shape)
 
 
 class _Sums(Sums):
@@ -67,7 +70,7 @@ class _Sums(Sums):
 class Qonnx(Form):
     def codes(self, staircase: Staircase) -> nn.Module:
         if staircase.dtype == torch.float64:
-            raise ValueError("a staircase reads float64, which form 'qonnx' has not: form must be 'levels'")
+            raise ValueError("a staircase reads float64, which form 'qonnx' does not have: form must be 'levels'")
         table = edges(staircase).float()
         above = torch.nextafter(table, torch.full_like(table, torch.inf))
         return _Count(above, staircase.channel_dim, staircase.rank)
