@@ -416,6 +416,8 @@ def test_help_helps(capsys):
         ({"example_inputs": torch.randn(2, 3)}, TypeError, "example_inputs must be a tuple of arguments, got Tensor"),
         ({"example_inputs": (torch.randn(2, 3), 1)}, ValueError, "model must run on example_inputs: TypeError"),
         ({"path": "no/such/folder/model.onnx"}, FileNotFoundError, "path must be in a folder that exists, got no/such"),
+        ({"path": "."}, IsADirectoryError, "path must be that of a file, but . is a folder"),
+        ({"path": None}, TypeError, "path must be a str or a path, got None"),
         ({"model": nn.Sequential(cg.QSigned(4)).eval()}, ValueError, "a signed staircase with dynamic alphas"),
         ({"model": nn.Linear(3, 3, device="meta").eval()}, ValueError, "model must hold values, but weight"),
     ],

@@ -65,9 +65,7 @@ def export_onnx(
     check_packages()
     check_model(model, example_inputs)
     _check_devices(model, example_inputs)
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"path must be in a folder that exists, got {path}")
+    path = _checked_path(path)
     graph = Lowering(exported_graph(model, example_inputs), _FORMS[form]()).run()
     inputs, dynamic = batched(example_inputs)
     names = [node.target for node in graph.graph.nodes if node.op == "placeholder"]
@@ -104,6 +102,17 @@ def _replacing(path: Path) -> Iterator[Path]:
         yield part
         for file in sorted(Path(folder).iterdir(), key=lambda file: file == part):
             os.replace(file, path.parent / file.name)
+
+
+def _checked_path(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a str or a path, got {path!r}")
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"path must be that of a file, but {path} is a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path must be in a folder that exists, got {path}")
+    return path
 
 
 def _check_opset(opset: int) -> None:
