@@ -6,7 +6,10 @@ structure of nested tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -48,6 +51,7 @@ __all__ = [
     "metadata_of",
     "nested_like",
     "no_dispatch_modes",
+    "quiet_onnx_exporter",
     "raw_saved",
     "redispatch_below_views",
     "saved_scalar",
@@ -247,3 +251,18 @@ def nested_like(values: Tensor, x: Any) -> Tensor:
         return torch.nested.nested_tensor_from_jagged(values, x.offsets(), x.lengths(), x._ragged_idx, *lengths)
     parts = (x._nested_tensor_size(), x._nested_tensor_strides(), x._nested_tensor_storage_offsets())
     return torch._nested_view_from_buffer(values, *parts)
+
+
+@contextlib.contextmanager
+def quiet_onnx_exporter() -> Iterator[None]:
+    """Without what torch.onnx.export says of torch itself: that it uses something deprecated, and, in an environment
+    without torchvision, that it has no operators of torchvision."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)

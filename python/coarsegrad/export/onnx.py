@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_option
-from .._torch_internals import tree_leaves
+from .._torch_internals import quiet_onnx_exporter, tree_leaves
 from ..integer import batched, check_model, exported_graph, refusal
 from .levels import Levels
 from .lowering import Lowering
@@ -69,7 +69,7 @@ def export_onnx(
     graph = Lowering(exported_graph(model, example_inputs), _FORMS[form]()).run()
     inputs, dynamic = batched(example_inputs)
     names = [node.target for node in graph.graph.nodes if node.op == "placeholder"]
-    with torch.no_grad(), refusal("model cannot be exported by torch.onnx"), _first_cause():
+    with torch.no_grad(), refusal("model cannot be exported by torch.onnx"), _first_cause(), quiet_onnx_exporter():
         # torch takes the last of the arguments, if it is a dict, as keyword arguments: here there are none.
         program: Any = torch.onnx.export(
             graph, (*inputs, {}), dynamo=True, dynamic_shapes=dynamic, input_names=names, opset_version=opset,
