@@ -23,10 +23,7 @@ def needs(*packages):
 
 exports = needs("onnx", "onnxscript")
 runs = needs("onnx", "onnxscript", "onnxruntime")
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def onnxruntime_run(path, *inputs, optimized=None):
@@ -355,6 +352,7 @@ def test_a_failed_export_changes_no_file(tmp_path, monkeypatch):
 
 
 @runs
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")
 def test_translations_for_torchs_own_exporter(tmp_path):
     model = Staircases().eval()
     x, generic = model.inputs()
@@ -371,19 +369,23 @@ def test_translations_for_torchs_own_exporter(tmp_path):
 
 
 @runs
-def test_command(networks, tmp_path, capsys):
+@pytest.mark.filterwarnings("error:.*isinstance.treespec, LeafSpec.*:FutureWarning")
+def test_command(networks, tmp_path, capfd):
     _, model, converted, x = networks
     program, out = tmp_path / "model.pt2", tmp_path / "model.onnx"
     batch = ({0: torch.export.Dim.AUTO},)
     torch.export.save(torch.export.export(model, (x,), dynamic_shapes=batch, strict=False), program)
-    main(["export", str(program), str(out), "--convert", "--opset", "20"])
-    shown = capsys.readouterr().out
+    main(["export", "--convert", "8", str(program), str(out), "--opset", "20"])
+    shown, noise = capfd.readouterr()
+    assert not noise  # of torch's exporter
     assert "3 integer layers" in shown and f"{out}: {out.stat().st_size:,} bytes, form qdq, opset 20" in shown
     with torch.no_grad():
         torch.testing.assert_close(onnxruntime_run(out, x[:3])[0], converted(x[:3]), rtol=0, atol=0.05)
     (tmp_path / "text.pt2").write_text("no program")
     torch.export.save(torch.export.export(nn.Dropout(0.5), (x,)), tmp_path / "training.pt2")
+    torch.export.save(torch.export.export(model, (x[:1],), strict=False), tmp_path / "one.pt2")
     for arguments, message in (
+        ([str(tmp_path / "one.pt2"), str(out)], "one.pt2 must have inputs of two examples or more, got one"),
         ([str(tmp_path / "none.pt2"), str(out)], "none.pt2"),
         ([str(tmp_path / "text.pt2"), str(out)], "is no program that torch.export.save wrote"),
         ([str(tmp_path / "training.pt2"), str(out)], "must be of a network in evaluation mode"),

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from .._torch_internals import OpOverload
+from .._torch_internals import OpOverload, tree_leaves
 from ..export import FORMS, OPSETS, export_onnx
 from ..integer import WEIGHT_BITS, arguments, convert
 from .files import ExperimentError
 
 _DESCRIPTION = """
 Writes a network as an ONNX file. PROGRAM is what torch.export.save made of the
-trained network, in evaluation mode:
+trained network, in evaluation mode, with inputs of two examples or more:
 
     batch = {0: torch.export.Dim.AUTO}
     program = torch.export.export(model.eval(), inputs, dynamic_shapes=(batch,))
@@ -41,12 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--opset", type=int, default=18, help=f"of ONNX, {OPSETS[0]} to {OPSETS[-1]} (default 18)")
     add(
         "--convert",
-        nargs="?",
         type=int,
         choices=WEIGHT_BITS,
-        const=8,
         metavar="BITS",
-        help="convert to integers first, with weights of 8, 4, 2 or 1 bits (8 if not given)",
+        help="convert to integers first, with weights of 8, 4, 2 or 1 bits",
     )
 
 
@@ -67,7 +65,10 @@ def _run(args: argparse.Namespace) -> None:
         raise ExperimentError(f"{args.program} is no program that torch.export.save wrote: {error}") from error
     if program.example_inputs is None or program.example_inputs[1]:
         raise ExperimentError(f"{args.program} must have example inputs, all of them positional")
-    model, inputs = _evaluating(program.module(), args.program), program.example_inputs[0]
+    inputs = program.example_inputs[0]
+    if all(t.size(0) == 1 for t in tree_leaves(inputs) if isinstance(t, torch.Tensor) and t.dim()):
+        raise ExperimentError(f"{args.program} must have inputs of two examples or more, got one, to which it is fixed")
+    model = _evaluating(program.module(), args.program)
     if args.convert:
         model = convert(model, inputs, weight_bits=args.convert)
         print(f"{model.report}\n")
