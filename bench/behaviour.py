@@ -28,7 +28,8 @@ Runs the 4-bit quantizers of bench/quantizers.py, those that are installed, on
 inputs chosen to tell them apart, writes what they did as a row each, and the
 tables of docs/peers.md from all rows. Rows of packages that are not installed here
 stay as they are, so that the command can run in several environments (those of
-JAX and TensorFlow exclude others). --page writes the tables alone.
+JAX and TensorFlow exclude others). --page writes the tables alone; with an --out
+that does not name the project's results, only --page writes them.
 """
 
 Row = dict[str, str]
@@ -350,7 +351,8 @@ def main(argv: list[str] | None = None) -> None:
     if not rows:
         raise SystemExit(f"bench.behaviour: {args.out} has no rows")
     try:
-        fill(PAGE, tables(rows))
+        if args.page or args.out == RESULTS:
+            fill(PAGE, tables(rows))
     except BenchError as error:
         raise SystemExit(f"bench.behaviour: {error}") from error
 

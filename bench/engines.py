@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -247,25 +248,36 @@ def _onednn_call(layer: Layer, batch: int) -> Callable[[Tensor], Tensor]:
 # ------------------------------------------------------------------------------- onnxruntime, OpenVINO
 
 
-def _onnxruntime_run(model: bytes, subject: Subject) -> Callable[[], Tensor]:
+def onnxruntime_session(model: bytes | str, threads: int) -> Any:
+    """model: its bytes, or the path of its file."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = subject.threads, 1
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def openvino_request(model: bytes | str, threads: int) -> Any:
+    """model: its bytes, or the path of its file."""
+    import openvino
+
+    core = openvino.Core()
+    # Without the last, float layers are computed in bfloat16 where the CPU has it.
+    settings = {
+        "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }  # fmt: skip
+    return core.compile_model(core.read_model(model), "CPU", settings).create_infer_request()
+
+
+def _onnxruntime_run(model: bytes, subject: Subject) -> Callable[[], Tensor]:
+    session = onnxruntime_session(model, subject.threads)
     inputs = {"x": subject.x.numpy()}
     return lambda: torch.from_numpy(session.run(None, inputs)[0])
 
 
 def _openvino_run(model: bytes, subject: Subject) -> Callable[[], Tensor]:
-    import openvino
-
-    core = openvino.Core()
-    settings = {
-        "INFERENCE_NUM_THREADS": subject.threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
-    }  # fmt: skip
-    request = core.compile_model(core.read_model(model), "CPU", settings).create_infer_request()
+    request = openvino_request(model, subject.threads)
     inputs = {0: subject.x.numpy()}
     return lambda: torch.from_numpy(request.infer(inputs, share_inputs=True, share_outputs=True)[0])
 

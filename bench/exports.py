@@ -7,7 +7,6 @@ import copy
 import csv
 import importlib.util
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -21,18 +20,17 @@ import coarsegrad as cg
 from coarsegrad.__main__ import main as run_command
 from coarsegrad._text import format_table
 from coarsegrad.experiments.data import Split, load_mnist
-from coarsegrad.experiments.files import replacing
 from coarsegrad.experiments.models import lenet5, quantized
 
-from .engines import PACKAGES, instruction_sets, versions
+from .engines import PACKAGES, instruction_sets, onnxruntime_session, openvino_request, versions
+from .pages import DOCS, fill, markdown
 from .sweep import timed
 from .timing import BenchError, CpuTimer, Row, at_least, facts, interleaved, write_csv
 
 RESULTS = Path(__file__).parent / "results" / "exports.csv"
-PAGE = Path(__file__).parent.parent / "docs" / "onnx.md"
+PAGE = DOCS / "onnx.md"
 BITS = (4, 2)
 _BATCH, _EVALUATION_BATCH, _CODES_OF = 64, 1000, 2000
-_BLOCK = re.compile(r"(<!-- bench.exports -->\n).*?(<!-- end of bench.exports -->)", re.DOTALL)
 
 _DESCRIPTION = """
 Trains LeNet-5 on MNIST with `python -m coarsegrad mnist`, an epoch in float and
@@ -40,7 +38,8 @@ one with QReLUs of 4 and of 2 bits, converts it to integers with 8-bit weights,
 and exports that in the form "qdq", and the network with nn.ReLU in floats.
 Compares the predictions of onnxruntime and OpenVINO on all test images with
 those of torch, and the codes that each integer layer writes; and times a forward
-of 64 images on one thread, all taking turns.
+of 64 images on one thread, all taking turns. Writes the table of docs/onnx.md,
+unless --out names other results than the project's.
 
 A second call finds the trained networks in --runs. Needs onnx, onnxscript,
 onnxruntime and openvino.
@@ -57,25 +56,15 @@ class Engine:
     integer: bool
 
 
-def _onnxruntime(path: Path) -> Callable[[Tensor], Tensor]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = 1, 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+def _onnxruntime(path: Path) -> Callable[[Tensor], list[Tensor]]:
+    session = onnxruntime_session(str(path), 1)
     name = session.get_inputs()[0].name
-    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+    return lambda x: [torch.from_numpy(y) for y in session.run(None, {name: x.numpy()})]
 
 
-def _openvino(path: Path) -> Callable[[Tensor], Tensor]:
-    import openvino
-
-    # Without the last, float layers are computed in bfloat16 where the CPU has it.
-    settings = {
-        "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32",
-    }  # fmt: skip
-    request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
-    return lambda x: torch.from_numpy(request.infer({0: x.numpy()}, share_inputs=True)[0])
+def _openvino(path: Path) -> Callable[[Tensor], list[Tensor]]:
+    request = openvino_request(str(path), 1)
+    return lambda x: [torch.from_numpy(y) for y in request.infer({0: x.numpy()}, share_inputs=True).values()]
 
 
 _RUNTIMES = {"onnxruntime": _onnxruntime, "OpenVINO": _openvino}
@@ -122,19 +111,8 @@ def _moved_codes(converted: torch.fx.GraphModule, images: Tensor, folder: Path, 
     """The share of codes that a runtime has otherwise than torch, of all integer layers."""
     network = _with_codes(converted)
     cg.export_onnx(network, (images[:2],), folder / "codes.onnx")
-    import onnxruntime
-    import openvino
-
-    wanted = network(images)
-    if runtime == "onnxruntime":
-        session = onnxruntime.InferenceSession(str(folder / "codes.onnx"), providers=["CPUExecutionProvider"])
-        got = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    else:
-        settings = {"INFERENCE_PRECISION_HINT": "f32"}
-        compiled = openvino.Core().compile_model(str(folder / "codes.onnx"), "CPU", settings)
-        found = compiled(images.numpy())
-        got = [found[n] for n in range(len(wanted))]
-    differ = sum(int((w != torch.from_numpy(g)).sum()) for w, g in zip(wanted, got))
+    wanted, got = network(images), _RUNTIMES[runtime](folder / "codes.onnx")(images)
+    differ = sum(int((w != g).sum()) for w, g in zip(wanted, got, strict=True))
     return differ / sum(w.numel() for w in wanted)
 
 
@@ -153,7 +131,8 @@ def _measure(bits: int, networks: tuple[nn.Module, nn.Module], test: Split, args
     cg.export_onnx(converted, (images,), files[True])
     engines = [Engine("torch", relu, None, False), Engine("coarsegrad", converted, None, True)]
     for label, load in _RUNTIMES.items():
-        engines += [Engine(label, load(file), file, integer) for integer, file in files.items()]
+        for integer, file in files.items():
+            engines.append(Engine(label, lambda x, run=load(file): run(x)[0], file, integer))
     rows = []
     predicted = {engine: _predictions(engine.run, test.x) for engine in engines}
     timer = CpuTimer(time.process_time)
@@ -162,13 +141,15 @@ def _measure(bits: int, networks: tuple[nn.Module, nn.Module], test: Split, args
     here = facts(torch.device("cpu"), "keep") | {"instruction_sets": instruction_sets(), "versions": versions()}
     for engine in engines:
         own = predicted[engine]
-        moved = engine.integer and engine.file and _moved_codes(converted, test.x[:_CODES_OF], folder, engine.label)
+        moved = ""
+        if engine.integer and engine.file:
+            moved = f"{_moved_codes(converted, test.x[:_CODES_OF], folder, engine.label):.3g}"
         rows.append({
             "bits": bits, "engine": engine.label, "integer": int(engine.integer),
             "file_bytes": os.path.getsize(engine.file) if engine.file else "",
             "test_accuracy": f"{(own == test.y).double().mean().item():.6g}",
             "images": len(own), "differing": int((own != predicted[engines[engine.integer]]).sum()),
-            "codes_moved": f"{moved:.3g}" if moved is not None and moved is not False else "",
+            "codes_moved": moved,
             **(timed(times[engine]) if args.times else {}), **here,
         })  # fmt: skip
     return rows
@@ -186,27 +167,37 @@ def table(rows: list[dict[str, str]]) -> str:
     seconds = "seconds_median" in rows[0]
     header = ["activations", "engine", "file", "test accuracy", "other predictions", "other codes"]
     header += [f"{_BATCH} images"] if seconds else []
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    lines = []
     for row in rows:
         kind = f"{row['bits']} bits" if row["integer"] == "1" else "nn.ReLU"
         size = f"{int(row['file_bytes']) / 1024:,.0f} KiB" if row["file_bytes"] else ""
         moved = f"{float(row['codes_moved']):.4%}" if row["codes_moved"] else ""
         cells = [kind, row["engine"], size, f"{float(row['test_accuracy']):.2%}", row["differing"], moved]
         cells += [f"{float(row['seconds_median']) * 1e3:.2f} ms"] if seconds else []
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
     here = rows[0]
-    lines += ["", f"On {here['cpu']} ({here['instruction_sets']}), {here['versions']}, torch {here['torch']}."]
-    return "\n".join(lines) + "\n"
+    machine = f"On {here['cpu']} ({here['instruction_sets']}), {here['versions']}, torch {here['torch']}.\n"
+    return f"{markdown(header, lines)}\n{machine}"
 
 
-def write_page(page: Path, results: Path) -> None:
+def tables(results: Path) -> dict[str, str]:
+    """The table of docs/onnx.md by its name."""
     with open(results, newline="") as file:
-        found = table(list(csv.DictReader(file)))
-    text = page.read_text()
-    if not _BLOCK.search(text):
-        raise BenchError(f"{page} has no line <!-- bench.exports -->")
-    with replacing(page) as out:
-        out.write(_BLOCK.sub(lambda match: f"{match[1]}\n{found}\n{match[2]}", text).encode())
+        return {"exports": table(list(csv.DictReader(file)))}
+
+
+def _measure_all(args: argparse.Namespace) -> None:
+    if missing := [name for name in (*PACKAGES, "onnxscript") if importlib.util.find_spec(name) is None]:
+        raise BenchError(f"not installed: {', '.join(missing)} (pip install {' '.join(missing)})")
+    torch.set_num_threads(1)
+    args.runs.mkdir(parents=True, exist_ok=True)
+    _, test, _ = load_mnist(None)
+    rows = [row for bits in BITS for row in _measure(bits, _trained(args.runs, bits), test, args)]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_csv(rows, args.out)
+    shown = ("bits", "engine", "integer", "file_bytes", "test_accuracy", "differing", "codes_moved", "seconds_median")
+    print(format_table(shown, [tuple(str(row.get(name, "")) for name in shown) for row in rows]))
+    print(f"\nWritten: {args.out}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -220,24 +211,15 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--out", type=Path, default=RESULTS, metavar="FILE", help=f"the results (default {RESULTS.name} of the project)"
     )
-    add("--page", type=Path, nargs="?", const=PAGE, metavar="FILE", help="write the table into this page too")
+    add("--page", action="store_true", help="only write the table of docs/onnx.md, from the results that are there")
     args = parser.parse_args(argv)
-    if missing := [name for name in (*PACKAGES, "onnxscript") if importlib.util.find_spec(name) is None]:
-        sys.exit(f"bench.exports: not installed: {', '.join(missing)} (pip install {' '.join(missing)})")
-    torch.set_num_threads(1)
-    args.runs.mkdir(parents=True, exist_ok=True)
-    _, test, _ = load_mnist(None)
     try:
-        rows = [row for bits in BITS for row in _measure(bits, _trained(args.runs, bits), test, args)]
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_csv(rows, args.out)
-        if args.page:
-            write_page(args.page, args.out)
-    except BenchError as error:
+        if not args.page:
+            _measure_all(args)
+        if args.page or args.out == RESULTS:
+            fill(PAGE, tables(args.out))
+    except (BenchError, OSError) as error:
         sys.exit(f"bench.exports: {error}")
-    shown = ("bits", "engine", "integer", "file_bytes", "test_accuracy", "differing", "codes_moved", "seconds_median")
-    print(format_table(shown, [tuple(str(row.get(name, "")) for name in shown) for row in rows]))
-    print(f"\nWritten: {args.out}")
 
 
 if __name__ == "__main__":

@@ -239,10 +239,10 @@ class Quantizer:
     def version(self) -> str:
         return importlib.metadata.version(self.distribution).partition("+")[0]
 
-    def match(self, step: float, **more: Any) -> nn.Module:
+    def match(self, step: float) -> nn.Module:
         """The QReLU or QSigned of `settings`."""
         assert self.settings is not None
-        layer = (cg.QSigned if self.signed else cg.QReLU)(BITS, alpha=step, **self.settings, **more)
+        layer = (cg.QSigned if self.signed else cg.QReLU)(BITS, alpha=step, **self.settings)
         return nn.Sequential(nn.ReLU(), layer) if self.after_relu else layer
 
 

@@ -65,7 +65,7 @@ def test_a_dtype_that_a_quantizer_refuses():
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    """It keeps the rows of what is not installed."""
+    """It keeps the rows of what is not installed, and writes no page of results elsewhere."""
     monkeypatch.setattr(behaviour, "PAGE", tmp_path / "peers.md")
     behaviour.PAGE.write_text(pages.DOCS.joinpath("peers.md").read_text())
     out = tmp_path / "behaviour.csv"
@@ -74,7 +74,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(behaviour.QUANTIZERS, "aqt IntSymmetric", absent)
     behaviour.main(["--out", str(out), "--only", "QReLU", "aqt IntSymmetric"])
     assert behaviour.load(out) == ROWS
-    assert "Not installed: aqt IntSymmetric (its row stays)" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Not installed: aqt IntSymmetric (its row stays)" in shown and str(behaviour.PAGE) not in shown
     behaviour.PAGE.write_text("# Nothing\n")
     with pytest.raises(SystemExit, match="bench.behaviour: the page has no line <!-- table: gradients -->"):
         behaviour.main(["--page"])

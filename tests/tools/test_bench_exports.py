@@ -6,19 +6,17 @@ import importlib.util
 
 import pytest
 from bench import exports
-from bench.timing import BenchError
 
 
-def test_the_page_shows_the_committed_results(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(exports.PAGE.read_text())
-    exports.write_page(page, exports.RESULTS)
-    assert page.read_text() == exports.PAGE.read_text()
-    text = page.read_text()
+def test_the_page_shows_the_committed_results(tmp_path, monkeypatch):
+    text = exports.PAGE.read_text()
     assert "| 4 bits | OpenVINO | " in text and "| nn.ReLU | onnxruntime | " in text
-    page.write_text("no table")
-    with pytest.raises(BenchError, match="has no line <!-- bench.exports -->"):
-        exports.write_page(page, exports.RESULTS)
+    monkeypatch.setattr(exports, "PAGE", tmp_path / "page.md")
+    exports.PAGE.write_text(text)
+    exports.main(["--page"])
+    assert exports.PAGE.read_text() == text
+    with pytest.raises(SystemExit, match="bench.exports: .*none.csv"):
+        exports.main(["--page", "--out", str(tmp_path / "none.csv")])
 
 
 def test_help_and_what_is_missing(capsys, monkeypatch, tmp_path):
