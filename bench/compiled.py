@@ -25,11 +25,11 @@ BITS = (1, 2, 3, 4, 6, 8)
 PASSES = 6
 
 _DESCRIPTION = """
-Applies a bfloat16 staircase to 2**20 normal numbers, and again to its own output,
-which is to change nothing: in plain torch, eager and compiled by Inductor, without
-and with its option emulate_precision_casts, and QReLU compiled. Writes the share
-of outputs that differ from the eager first pass and that each pass moves, a figure
-of them, and the tables of docs/numbers.md.
+Applies a bfloat16 staircase to 2**20 normally distributed numbers, and again to
+its own output, which is to change nothing: in plain torch, eager and compiled by
+Inductor, without and with its option emulate_precision_casts, and QReLU compiled.
+Writes the share of outputs that differ from the eager first pass and that each
+pass moves, a figure of them, and the table of docs/numbers.md.
 """
 
 
