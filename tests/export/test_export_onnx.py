@@ -12,6 +12,7 @@ from torch import nn
 
 import coarsegrad as cg
 from coarsegrad.__main__ import main
+from coarsegrad.gated import ACTIVATIONS
 
 FORMS = ("qdq", "qonnx", "levels")
 
@@ -158,6 +159,18 @@ def test_nan_and_other_dtypes(tmp_path):
         cg.export_onnx(nn.Sequential(cg.QReLU(4)).eval(), (x.double(),), tmp_path / "double.onnx")
 
 
+class _Gated(nn.Module):
+    def forward(self, gate, up):
+        return tuple(cg.gated_product(gate, up, activation) for activation in ACTIVATIONS)
+
+
+@runs
+def test_gated_products(tmp_path):
+    model, inputs = _Gated().eval(), (torch.randn(5, 8), torch.randn(5, 8))
+    cg.export_onnx(model, inputs, tmp_path / "model.onnx")
+    torch.testing.assert_close(onnxruntime_run(tmp_path / "model.onnx", *inputs), list(model(*inputs)))
+
+
 # ----------------------------------------------------------------------------------- layers of integers
 
 
@@ -172,7 +185,7 @@ class Codes(nn.Module):
             nn.Conv2d(4, 8, 3, padding=1, groups=2),
             nn.BatchNorm2d(8),
             cg.QReLU(3, rounding="nearest", alpha=0.21),
-            nn.MaxPool2d(3, 2, padding=1),
+            nn.MaxPool2d(3, 2, padding=1, dilation=2),
             nn.Conv2d(8, 8, (3, 1), stride=2, dilation=(1, 2)),
             nn.BatchNorm2d(8),
             cg.QReLU(2, rounding="hwgq", alpha=torch.linspace(0.3, 0.5, 8), **per_channel),
