@@ -7,6 +7,7 @@ import copy
 import csv
 import importlib.util
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 import coarsegrad as cg
 from coarsegrad.__main__ import main as run_command
 from coarsegrad._text import format_table
-from coarsegrad.experiments.data import Split, load_mnist
+from coarsegrad.experiments.data import PIXEL_MEAN, PIXEL_STD, Split, load_mnist
 from coarsegrad.experiments.models import lenet5, quantized
 
 from .engines import PACKAGES, instruction_sets, onnxruntime_session, openvino_request, versions
@@ -35,7 +36,9 @@ _BATCH, _EVALUATION_BATCH, _CODES_OF = 64, 1000, 2000
 _DESCRIPTION = """
 Trains LeNet-5 on MNIST with `python -m coarsegrad mnist`, an epoch in float and
 one with QReLUs of 4 and of 2 bits, converts it to integers with 8-bit weights,
-and exports that in the form "qdq", and the network with nn.ReLU in floats.
+and exports that in the form "qdq", and the network with nn.ReLU in floats; and
+the same of pixels, which are codes of 8 bits, so that the first layer, too,
+computes with integers.
 Compares the predictions of onnxruntime and OpenVINO on all test images with
 those of torch, and the codes that each integer layer writes; and times a forward
 of 64 images on one thread, all taking turns. Writes the table of docs/onnx.md,
@@ -47,13 +50,23 @@ onnxruntime and openvino.
 
 
 @dataclass(frozen=True)
-class Engine:
-    """label: in the table. run: of images. file: what it reads, None for torch."""
+class Network:
+    """label: in the table. module: as it runs in torch. images: all that it is tested with."""
 
     label: str
+    module: nn.Module
+    images: Tensor
+    integer: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """A network in an engine. file: what the engine reads, None for torch."""
+
+    network: Network
+    engine: str
     run: Callable[[Tensor], Tensor]
     file: Path | None
-    integer: bool
 
 
 def _onnxruntime(path: Path) -> Callable[[Tensor], list[Tensor]]:
@@ -84,6 +97,17 @@ def _trained(runs: Path, bits: int) -> tuple[nn.Module, nn.Module]:
     for network, file in zip((relu, model), files):
         network.load_state_dict(torch.load(file, weights_only=True)["model"])
     return relu.eval(), model.eval()
+
+
+def _of_pixels(model: nn.Module) -> nn.Module:
+    """The same network of images from 0 to 1, whose pixels are the levels of a staircase of 8 bits. Their mean and
+    deviation are in its first convolution."""
+    network = copy.deepcopy(model)
+    conv = network.conv1
+    with torch.no_grad():
+        conv.weight /= PIXEL_STD
+        conv.bias -= PIXEL_MEAN * conv.weight.sum((1, 2, 3))
+    return nn.Sequential(cg.QReLU(8, alpha=1 / 255, rounding="nearest"), network).eval()
 
 
 def _with_codes(converted: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -120,37 +144,45 @@ def _moved_codes(converted: torch.fx.GraphModule, images: Tensor, folder: Path, 
 
 
 @torch.no_grad()
-def _measure(bits: int, networks: tuple[nn.Module, nn.Module], test: Split, args: argparse.Namespace) -> list[Row]:
-    relu, model = networks
-    images = test.x[:_BATCH].clone()
-    converted = cg.convert(model, (images,))
+def _measure(bits: int, trained: tuple[nn.Module, nn.Module], test: Split, args: argparse.Namespace) -> list[Row]:
+    relu, model = trained
+    pixels = test.x * PIXEL_STD + PIXEL_MEAN
+    networks = [
+        Network("nn.ReLU", relu, test.x, False),
+        Network(f"{bits} bits", cg.convert(model, (test.x[:_BATCH],)), test.x, True),
+        Network(f"{bits} bits, of pixels", cg.convert(_of_pixels(model), (pixels[:_BATCH],)), pixels, True),
+    ]
     folder = args.runs / f"onnx-{bits}bit"
     folder.mkdir(exist_ok=True)
-    files = {False: folder / "float.onnx", True: folder / "integer.onnx"}
-    cg.export_onnx(relu, (images,), files[False])
-    cg.export_onnx(converted, (images,), files[True])
-    engines = [Engine("torch", relu, None, False), Engine("coarsegrad", converted, None, True)]
-    for label, load in _RUNTIMES.items():
-        for integer, file in files.items():
-            engines.append(Engine(label, lambda x, run=load(file): run(x)[0], file, integer))
-    rows = []
-    predicted = {engine: _predictions(engine.run, test.x) for engine in engines}
-    timer = CpuTimer(time.process_time)
-    jobs = {engine: (lambda run=engine.run: run(images)) for engine in engines}
-    times = interleaved(jobs, timer, args.rounds, lambda: None) if args.times else {}
+    jobs = {}
+    for number, network in enumerate(networks):
+        file = folder / f"{number}.onnx"
+        cg.export_onnx(network.module, (network.images[:_BATCH],), file)
+        own = "coarsegrad" if network.integer else "torch"
+        jobs[network.label, own] = Job(network, own, network.module, None)
+        for engine, load in _RUNTIMES.items():
+            run = load(file)
+            jobs[network.label, engine] = Job(network, engine, lambda x, run=run: run(x)[0], file)
+    predicted = {key: _predictions(job.run, job.network.images) for key, job in jobs.items()}
+    calls = {key: (lambda run=job.run, x=job.network.images[:_BATCH]: run(x)) for key, job in jobs.items()}
+    times = interleaved(calls, CpuTimer(time.process_time), args.rounds, lambda: None) if args.times else {}
     here = facts(torch.device("cpu"), "keep") | {"instruction_sets": instruction_sets(), "versions": versions()}
-    for engine in engines:
-        own = predicted[engine]
-        moved = ""
-        if engine.integer and engine.file:
-            moved = f"{_moved_codes(converted, test.x[:_CODES_OF], folder, engine.label):.3g}"
+    rows = []
+    for (label, engine), job in jobs.items():
+        network, own = job.network, predicted[label, engine]
+        in_torch = predicted[label, "coarsegrad" if network.integer else "torch"]
+        moved, timing = "", {}
+        if network.integer and job.file:
+            moved = f"{_moved_codes(network.module, network.images[:_CODES_OF], folder, engine):.3g}"
+        if args.times:
+            relu_there = times["nn.ReLU", "torch" if engine == "coarsegrad" else engine]
+            speed = statistics.median(times[label, engine].speeds_over(relu_there))
+            timing = {"speed_over_relu_median": f"{speed:.4g}", **timed(times[label, engine])}
         rows.append({
-            "bits": bits, "engine": engine.label, "integer": int(engine.integer),
-            "file_bytes": os.path.getsize(engine.file) if engine.file else "",
+            "bits": bits, "network": label, "engine": engine,
+            "file_bytes": os.path.getsize(job.file) if job.file else "",
             "test_accuracy": f"{(own == test.y).double().mean().item():.6g}",
-            "images": len(own), "differing": int((own != predicted[engines[engine.integer]]).sum()),
-            "codes_moved": moved,
-            **(timed(times[engine]) if args.times else {}), **here,
+            "images": len(own), "differing": int((own != in_torch).sum()), "codes_moved": moved, **timing, **here,
         })  # fmt: skip
     return rows
 
@@ -166,14 +198,14 @@ def table(rows: list[dict[str, str]]) -> str:
     """The rows of the CSV file as Markdown, and what they depend on."""
     seconds = "seconds_median" in rows[0]
     header = ["activations", "engine", "file", "test accuracy", "other predictions", "other codes"]
-    header += [f"{_BATCH} images"] if seconds else []
+    header += [f"{_BATCH} images", "speed over nn.ReLU"] if seconds else []
     lines = []
     for row in rows:
-        kind = f"{row['bits']} bits" if row["integer"] == "1" else "nn.ReLU"
         size = f"{int(row['file_bytes']) / 1024:,.0f} KiB" if row["file_bytes"] else ""
         moved = f"{float(row['codes_moved']):.4%}" if row["codes_moved"] else ""
-        cells = [kind, row["engine"], size, f"{float(row['test_accuracy']):.2%}", row["differing"], moved]
-        cells += [f"{float(row['seconds_median']) * 1e3:.2f} ms"] if seconds else []
+        cells = [row["network"], row["engine"], size, f"{float(row['test_accuracy']):.2%}", row["differing"], moved]
+        if seconds:
+            cells += [f"{float(row['seconds_median']) * 1e3:.2f} ms", f"{float(row['speed_over_relu_median']):.2f}"]
         lines.append(cells)
     here = rows[0]
     machine = f"On {here['cpu']} ({here['instruction_sets']}), {here['versions']}, torch {here['torch']}.\n"
@@ -195,7 +227,7 @@ def _measure_all(args: argparse.Namespace) -> None:
     rows = [row for bits in BITS for row in _measure(bits, _trained(args.runs, bits), test, args)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_csv(rows, args.out)
-    shown = ("bits", "engine", "integer", "file_bytes", "test_accuracy", "differing", "codes_moved", "seconds_median")
+    shown = ("bits", "network", "engine", "file_bytes", "test_accuracy", "differing", "codes_moved", "seconds_median")
     print(format_table(shown, [tuple(str(row.get(name, "")) for name in shown) for row in rows]))
     print(f"\nWritten: {args.out}")
 

@@ -39,7 +39,7 @@ _IDX_NAMES = {
 }
 _CLASSES = 10
 # Mean and standard deviation of the training pixels, scaled to 0..1.
-_PIXEL_MEAN, _PIXEL_STD = 0.1307, 0.3081
+PIXEL_MEAN, PIXEL_STD = 0.1307, 0.3081
 
 
 class Split(NamedTuple):
@@ -73,7 +73,7 @@ def load_mnist(folder: Path | None = None) -> Mnist:
     def split(part: str) -> Split:
         pixels = torch.from_numpy(arrays[f"{part}_images"]).unsqueeze(1).float()
         labels = torch.from_numpy(arrays[f"{part}_labels"]).long()
-        return Split(pixels.div_(255).sub_(_PIXEL_MEAN).div_(_PIXEL_STD), labels)
+        return Split(pixels.div_(255).sub_(PIXEL_MEAN).div_(PIXEL_STD), labels)
 
     return Mnist(split("train"), split("test"), _digest(arrays))
 
