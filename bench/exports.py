@@ -10,7 +10,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,10 +35,10 @@ _BATCH, _EVALUATION_BATCH, _CODES_OF = 64, 1000, 2000
 
 _DESCRIPTION = """
 Trains LeNet-5 on MNIST with `python -m coarsegrad mnist`, an epoch in float and
-one with QReLUs of 4 and of 2 bits, converts it to integers with 8-bit weights,
-and exports that in the form "qdq", and the network with nn.ReLU in floats; and
-the same of pixels, which are codes of 8 bits, so that the first layer, too,
-computes with integers.
+one with QReLUs of 4 and of 2 bits, by the rounding nearest and by ceil. Converts
+these to integers with 8-bit weights and exports them in the form "qdq", with
+nearest also as networks of pixels, which are codes of 8 bits, so that the first
+layer, too, computes with integers; and the network with nn.ReLU in floats.
 Compares the predictions of onnxruntime and OpenVINO on all test images with
 those of torch, and the codes that each integer layer writes; and times a forward
 of 64 images on one thread, all taking turns. Writes the table of docs/onnx.md,
@@ -86,14 +86,14 @@ _RUNTIMES = {"onnxruntime": _onnxruntime, "OpenVINO": _openvino}
 # -------------------------------------------------------------------------------------- the networks
 
 
-def _trained(runs: Path, bits: int) -> tuple[nn.Module, nn.Module]:
+def _trained(runs: Path, bits: int, rounding: str) -> tuple[nn.Module, nn.Module]:
     """(the network with nn.ReLU, the one with QReLUs), in evaluation mode."""
     options = ["--float-epochs", "1", "--epochs", "1", "--threads", "1", "--out", str(runs)]
-    files = runs / "float.pt", runs / f"{bits}bit-clipped_relu-nearest" / "checkpoint.pt"
+    files = runs / "float.pt", runs / f"{bits}bit-clipped_relu-{rounding}" / "checkpoint.pt"
     if not all(file.exists() for file in files):  # with one epoch they are complete if they are there
-        run_command(["mnist", "--bits", str(bits), *options])
+        run_command(["mnist", "--bits", str(bits), "--rounding", rounding, *options])
     relu = lenet5(nn.ReLU)
-    model = quantized(relu, bits, rounding="nearest")
+    model = quantized(relu, bits, rounding=rounding)
     for network, file in zip((relu, model), files):
         network.load_state_dict(torch.load(file, weights_only=True)["model"])
     return relu.eval(), model.eval()
@@ -144,14 +144,19 @@ def _moved_codes(converted: torch.fx.GraphModule, images: Tensor, folder: Path, 
 
 
 @torch.no_grad()
-def _measure(bits: int, trained: tuple[nn.Module, nn.Module], test: Split, args: argparse.Namespace) -> list[Row]:
-    relu, model = trained
+def _measure(
+    bits: int, relu: nn.Module, models: Sequence[nn.Module], test: Split, args: argparse.Namespace
+) -> list[Row]:
+    """models: by nearest and by ceil."""
+    model, rounds_up = models
     pixels = test.x * PIXEL_STD + PIXEL_MEAN
-    networks = [
-        Network("nn.ReLU", relu, test.x, False),
-        Network(f"{bits} bits", cg.convert(model, (test.x[:_BATCH],)), test.x, True),
-        Network(f"{bits} bits, of pixels", cg.convert(_of_pixels(model), (pixels[:_BATCH],)), pixels, True),
-    ]
+    networks = [Network("nn.ReLU", relu, test.x, False)]
+    for label, trained, images in (
+        (f"{bits} bits", model, test.x),
+        (f"{bits} bits, ceil", rounds_up, test.x),
+        (f"{bits} bits, of pixels", _of_pixels(model), pixels),
+    ):
+        networks.append(Network(label, cg.convert(trained, (images[:_BATCH],)), images, True))
     folder = args.runs / f"onnx-{bits}bit"
     folder.mkdir(exist_ok=True)
     jobs = {}
@@ -224,7 +229,10 @@ def _measure_all(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     args.runs.mkdir(parents=True, exist_ok=True)
     _, test, _ = load_mnist(None)
-    rows = [row for bits in BITS for row in _measure(bits, _trained(args.runs, bits), test, args)]
+    rows = []
+    for bits in BITS:
+        (relu, *_), models = zip(*(_trained(args.runs, bits, rounding) for rounding in ("nearest", "ceil")))
+        rows += _measure(bits, relu, models, test, args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_csv(rows, args.out)
     shown = ("bits", "network", "engine", "file_bytes", "test_accuracy", "differing", "codes_moved", "seconds_median")
