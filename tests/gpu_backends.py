@@ -15,3 +15,16 @@ _on_gpu = [pytest.param(f"cuda-{backend}", marks=_marks) for backend in GPU_BACK
 # For the fixture `device` of conftest.py.
 gpu = pytest.mark.parametrize("device", _on_gpu, indirect=True)
 any_device = pytest.mark.parametrize("device", ["cpu", *_on_gpu], indirect=True)
+
+
+def captured(step):
+    """(a CUDA graph of one call of `step`, what that returned, into which each replay writes)."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step()
+    return graph, outputs

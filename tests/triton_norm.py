@@ -4,10 +4,10 @@ triton_interpreted.py; test_triton.py runs this."""
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
+from norm_rows import make_special
 from triton_interpreted import ordinary, same
 
 from coarsegrad import reference
@@ -46,15 +46,8 @@ def test_shapes(dtype, centred):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_special_rows(dtype):
-    info = torch.finfo(dtype)
     x = ordinary(12, 48, dtype=dtype)
-    x[0], x[1] = 0, -0.0
-    x[2, 1], x[3, 2], x[4, 47] = math.nan, math.inf, -math.inf
-    x[5] *= info.max / 8
-    x[6] *= info.smallest_normal
-    x[7] = info.smallest_normal * info.eps
-    x[8] = info.max
-    x[9, ::2] = -0.0
+    make_special(x)
     x[10, 1:] = 0
     for eps, centred, group in itertools.product((1e-6, 0.0), (False, True), (None, 16)):
         assert_same(x, ordinary(48, dtype=dtype), None, eps, centred, False, False, 4, group, None, True, True)

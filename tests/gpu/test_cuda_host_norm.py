@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import NamedTuple
 
 import cuda_host
 import pytest
 import torch
 from cuda_host import DTYPES, Case
+from norm_rows import make_special
 from paths import ROOT
 from test_cuda_host import by_dtype, same
 from test_cuda_host_signed import make_group
@@ -92,15 +92,8 @@ def ordinary(dtype, shapes=CASES):
 
 def special(dtype):
     """Rows of zeros, of NaN and infinities, of huge and tiny numbers."""
-    info = torch.finfo(dtype)
     x = random(13, 64, dtype=dtype)
-    x[0], x[1] = 0, -0.0
-    x[2, 1], x[3, 40], x[4, 63] = math.nan, math.inf, -math.inf
-    x[5] *= info.max / 8
-    x[6] *= info.smallest_normal
-    x[7] = info.smallest_normal * info.eps
-    x[8] = info.max
-    x[9, ::2] = -0.0
+    make_special(x)
     x[10] = 0
     x[10, 3] = 1
     x[11] = x[11] * 1e-4 + 100
@@ -112,7 +105,7 @@ def special(dtype):
         staircase = (bits, group, None, True, True)
         yield Arguments(x, weight, None, eps, centred, False, n % 3 == 2, *staircase)
         # With outputs that overflow, and with alphas that are not regular.
-        scale = (info.max, info.smallest_normal)[n % 2]
+        scale = (torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal)[n % 2]
         yield Arguments(x, weight * scale, weight, eps, centred, False, False, *staircase)
 
 

@@ -12,7 +12,7 @@ import math
 
 import pytest
 import torch
-from gpu_backends import any_device, gpu
+from gpu_backends import any_device, captured, gpu
 from saved_for import saved_for
 
 import coarsegrad as cg
@@ -232,20 +232,13 @@ def test_the_current_stream_is_used(device):
 def test_capture_in_a_graph(device):
     layer = cg.QReLU(2, alpha=0.4, learn_alpha=True).to(device)
     x, dy = torch.randn(5000, device=device, requires_grad=True), torch.randn(5000, device=device)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        train_step(x, layer, dy)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = train_step(x, layer, dy)
+    graph, outputs = captured(lambda: train_step(x, layer, dy))
     with torch.no_grad():
         x.copy_(torch.randn(5000, device=device))
         layer.alpha.fill_(0.3)
     graph.replay()
     torch.cuda.synchronize()
-    assert all(map(torch.equal, captured, train_step(x, layer, dy)))
+    assert all(map(torch.equal, outputs, train_step(x, layer, dy)))
 
 
 @gpu

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_backends import any_device, gpu
+from gpu_backends import any_device, captured, gpu
 from test_cuda_host_norm import on_thresholds, ordinary, special
 from test_gpu import by_dtype, same
 
@@ -61,15 +61,8 @@ def test_capture_in_a_graph(device):
     def step():
         return _ops.ops.norm_qsigned(x, None, None, 1e-6, True, False, False, 4, 64, 64, False, True)[1]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, outputs = captured(step)
     x.copy_(torch.randn(100, 256))
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(captured, step())
+    assert torch.equal(outputs, step())

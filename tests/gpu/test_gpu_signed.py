@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
-from gpu_backends import any_device, gpu
+from gpu_backends import any_device, captured, gpu
 from test_cuda_host_signed import hard_inputs, make_group
 from test_gpu import by_dtype, inputs, random, same
 
@@ -108,15 +108,8 @@ def test_capture_in_a_graph(device):
     def step():
         return cg.qsigned(cg.hadamard(x, 128), None, 4, group=32)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, outputs = captured(step)
     x.copy_(torch.randn(100, 128))
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(captured, step())
+    assert torch.equal(outputs, step())

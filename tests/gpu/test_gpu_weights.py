@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_backends import any_device, gpu
+from gpu_backends import any_device, captured, gpu
 from test_cuda_host_weights import every_case
 from test_gpu import by_dtype, same
 
@@ -58,15 +58,8 @@ def test_nothing_waits(device):
 @pytest.mark.parametrize("bits", WEIGHT_BITS)
 def test_capture_in_a_graph(device, bits):
     weight = torch.randn(64, 300, device=device)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        cg.qweight(weight, bits)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = cg.qweight(weight, bits)
+    graph, outputs = captured(lambda: cg.qweight(weight, bits))
     weight.copy_(torch.randn(64, 300))
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(captured, cg.qweight(weight, bits))
+    assert torch.equal(outputs, cg.qweight(weight, bits))

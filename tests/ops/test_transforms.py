@@ -101,6 +101,14 @@ def test_forward_mode_is_refused(ste):
             compute()
 
 
+def test_a_mapped_alpha_is_refused():
+    x = sample(5, 7)
+    with pytest.raises(
+        NotImplementedError, match="vmap over alpha is not supported by qrelu; use one alpha per channel"
+    ):
+        vmap(lambda alpha: cg.qrelu(x, alpha[None], 2))(torch.tensor([0.1, 0.2]))
+
+
 @pytest.mark.parametrize("alpha_grad", ["exact", "three_valued", "two_valued", "chain"])
 @pytest.mark.parametrize("ste", ["relu", "clipped_relu", "own_codes"])
 def test_a_learned_alpha(ste, alpha_grad):
