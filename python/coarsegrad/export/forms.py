@@ -5,6 +5,7 @@ A form's `code_dtype` is that of codes between layers. In `dtype` is what a stai
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ class Staircase:
         return Scaled(along(self.alpha.to(wide_dtype(self.dtype)), self.channel_dim, self.rank), self.dtype, zero)
 
 
-class Form:
+class Form(ABC):
     """What `export_onnx` offers under one name."""
 
     code_dtype = torch.float32
@@ -46,18 +47,18 @@ class Form:
         The layer before can do that in its bias."""
         return None
 
+    @abstractmethod
     def codes(self, staircase: Staircase) -> nn.Module:
         """x -> codes, of a staircase whose zero is 0."""
-        raise NotImplementedError
 
+    @abstractmethod
     def levels(self, staircase: Staircase) -> nn.Module:
         """x -> its level."""
-        raise NotImplementedError
 
     def steps(self, step: float) -> nn.Module:
         """codes -> step * codes in float32."""
         return Scaled(torch.tensor(step), torch.float32)
 
+    @abstractmethod
     def layer(self, numbers: LayerNumbers, window: Window | None) -> nn.Module:
         """codes -> codes, or floats if numbers.first is None; a Linear if window is None."""
-        raise NotImplementedError

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .._checks import check_option
 from .._torch_internals import quiet_onnx_exporter, tree_leaves
 from ..integer import batched, check_model, exported_graph, refusal
+from .forms import Form
 from .levels import Levels
 from .lowering import Lowering
 from .packages import check_packages
@@ -25,7 +26,7 @@ FormName: TypeAlias = Literal["qdq", "qonnx", "levels"]
 FORMS = get_args(FormName)
 OPSETS = range(18, 28)
 
-_FORMS = {"qdq": Qdq, "qonnx": Qonnx, "levels": Levels}
+_FORMS: dict[str, type[Form]] = {"qdq": Qdq, "qonnx": Qonnx, "levels": Levels}
 
 
 def export_onnx(
