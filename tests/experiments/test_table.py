@@ -19,7 +19,7 @@ import coarsegrad as cg
 from coarsegrad.experiments import cifar_table, mnist_table, models, table, training
 from coarsegrad.experiments.data import Split
 from coarsegrad.experiments.table_runs import Run, Schedule, Table, finished, float_folder
-from coarsegrad.experiments.table_summary import summary
+from coarsegrad.experiments.table_summary import grid_summary, summary
 from coarsegrad.experiments.table_training import project
 from coarsegrad.nn import half_gaussian_alpha
 from coarsegrad.ste import ALPHA_GRADS
@@ -158,6 +158,27 @@ def test_weights_of_few_bits(whole):
         assert least < found["integer"]["bytes"] < least + 20_000 < found["float"]["bytes"] / 12
         assert float(rows[run]["integer_test_accuracy"]) == accuracy
     assert not torch.equal(ended[runs[0]], ended[runs[1]])
+
+
+def test_a_grid(tmp_path, capsys):
+    """Its runs are trained with their rounding, at that rounding's alpha, and leave the tables of the others alone."""
+    run = Run("short", 2, "relu")
+    grid = tuple(dataclasses.replace(run, rounding=rounding) for rounding in ("ceil", "nearest"))
+    call(dataclasses.replace(SMALL, runs=(run,)), tmp_path)
+    names = [path.name for path in tmp_path.glob("*.png")]
+    capsys.readouterr()
+    call(dataclasses.replace(SMALL, runs=(run,), grid=grid), tmp_path)
+    got = outcome(tmp_path)
+    shared, own = got["short/2bit-relu-seed0/results.json"], got["short/2bit-relu-nearest-seed0/results.json"]
+    assert [result["config"]["rounding"] for result in (shared, own)] == ["ceil", "nearest"]
+    assert own["alpha"]["act1"]["mean"] == pytest.approx(half_gaussian_alpha(2, "nearest"))
+    assert shared["history"] != own["history"] and shared["features"] and own["features"] is None
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == sorted([*names, "grid.png"])
+    of_short, of_grid = capsys.readouterr().out.split("Accuracy on the test images")
+    assert "2     relu  yes       1 " in of_short and "nearest   relu" not in of_short and "nearest   relu" in of_grid
+    last = [f"{100 * result['history'][-1]['test_accuracy']:.2f}" for result in (shared, own)]
+    rows = [line.split() for line in of_grid.splitlines()]
+    assert ["ceil", "relu", last[0]] in rows and ["nearest", "relu", last[1]] in rows
 
 
 def test_an_estimator_for_each_activation():
@@ -357,6 +378,18 @@ def test_summary_means_and_spreads():
     assert "seed 1 (2) start from more than one float network" in plain and "seed 0" not in plain
 
 
+def test_summary_of_a_grid():
+    grid = tuple(Run("short", bits, "relu", rounding=how) for how, bits in product(("ceil", "hwgq"), (1, 2)))
+    done = [made_up(run, 0.5, accuracy) for run, accuracy in zip(grid[:3], (0.9, 0.91, 0.92))]
+    done[1][1]["diverged"] = True
+    done.append(made_up(Run("short", 8, "relu"), 0.999))
+    text = "".join(grid_summary(dataclasses.replace(SMALL, grid=grid), done))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert {"rounding ste 1 bit 2 bits", "ceil relu 90.00 diverged", "hwgq relu 92.00"} <= set(lines)
+    assert "Not run: at 2 bits `relu-hwgq`." in lines and "Seed 0." in text and "99.9" not in text
+    assert text.count("3 runs, 6 epochs") == 1
+
+
 def test_summary_of_weights_of_few_bits():
     def network(bytes, seconds, accuracy):
         return {"test_accuracy": accuracy, "bytes": bytes, "batch_seconds": seconds}
@@ -418,6 +451,10 @@ def test_the_grids(name, whole_table):
     if name == "mnist":
         short = {(r.bits, r.ste, r.seed) for r in whole_table.runs if r.schedule == "short" and not r.learn_alpha}
         assert short == set(product(bits, STES, (0, 1, 2)))
+        grid = {(r.bits, r.rounding, r.ste) for r in whole_table.grid}
+        assert grid == set(product((1, 2, 3, 4, 6, 8), ("ceil", "nearest", "hwgq"), STES))
+        assert len(whole_table.grid) == len(grid) and len(set(whole_table.grid) & set(whole_table.runs)) == 18
+        assert len({run.name for run in whole_table.all_runs}) == len(whole_table.all_runs)
         weights = {(r.schedule, r.bits, r.weight_bits, r.rho, r.seed) for r in whole_table.runs if r.weight_bits}
         grid = [
             *product(["short"], bits, bits, (None, 1e-5), (0, 1, 2)),

@@ -13,7 +13,8 @@ from . import cifar_table, finetune_report, mnist_table, rounding_report
 from .files import ExperimentError, replacing
 from .synthetic_summary import summary as synthetic_summary
 from .table_figures import figure_paths
-from .table_runs import finished
+from .table_runs import Table, finished
+from .table_summary import grid_summary
 from .table_summary import summary as table_summary
 
 _TABLES = {"mnist": mnist_table.TABLE, **cifar_table.TABLES}
@@ -32,6 +33,7 @@ by the contents of the result files. WORDS is one of
     rounding FOLDER               results of `coarsegrad rounding --out FOLDER`
     TABLE FOLDER SCHEDULE         a schedule of `coarsegrad mnist-table` (TABLE mnist)
                                   or `cifar-table` (TABLE vgg11 or resnet20), --out FOLDER
+    mnist FOLDER grid             the grid of `coarsegrad mnist-table --out FOLDER`
 
 FOLDER is relative to the folder of the page. The rest of the page does not change.
 """
@@ -77,8 +79,8 @@ def _block(words: str, folder: Path) -> str:
             return _indented(_read(folder / results, finetune_report.summary))
         case ["rounding", results]:
             return _indented(_read(folder / results, rounding_report.summary))
-        case [name, results, schedule] if name in _TABLES and schedule in _TABLES[name].schedules:
-            return _table(name, folder, results, schedule)
+        case [name, results, part] if name in _TABLES and part in _parts(_TABLES[name]):
+            return _table(_TABLES[name], folder, results, part)
     raise ExperimentError(f"unknown words in <!-- results: {words} -->; --help lists what is possible")
 
 
@@ -98,10 +100,14 @@ def _indented(text: str) -> str:
     return textwrap.indent(text, "    ") + "\n"
 
 
-def _table(name: str, folder: Path, results: str, schedule: str) -> str:
-    table = _TABLES[name]
-    paragraphs = list(table_summary(table, schedule, finished(table, folder / results)))
-    for title, path in figure_paths(folder / results, schedule).items():
+def _parts(table: Table) -> list[str]:
+    return [*table.schedules, "grid"] if table.grid else list(table.schedules)
+
+
+def _table(table: Table, folder: Path, results: str, part: str) -> str:
+    done = finished(table, folder / results)
+    paragraphs = list(grid_summary(table, done) if part == "grid" else table_summary(table, part, done))
+    for title, path in figure_paths(folder / results, part).items():
         if path.exists():
             paragraphs.append(f"![{title}]({results}/{path.name})\n\n")
     return "".join(paragraphs).removesuffix("\n")

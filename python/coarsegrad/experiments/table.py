@@ -12,7 +12,7 @@ from .arguments import ending, positive, usable_device
 from .files import ExperimentError
 from .measure import environment
 from .table_runs import Table, finished, read_results, write_csv
-from .table_summary import summary
+from .table_summary import grid_summary, summary
 from .table_training import Session
 
 _EPILOG = """
@@ -25,8 +25,7 @@ network of each seed is OUT/float-.../checkpoint.pt. If it is missing it is trai
 again, with the same weights on the same kind of machine with the same torch and
 number of threads; the results of a run record which weights it started from.
 Divergence is a result. At the end, or at any time with --report, the command
-prints a table and writes OUT/runs.csv, OUT/accuracy-SCHEDULE.png and
-OUT/features-SCHEDULE.png.
+prints tables and writes OUT/runs.csv and figures.
 """
 
 
@@ -64,7 +63,7 @@ def main(table: Table, command: str, args: argparse.Namespace) -> None:
 def _run(table: Table, args: argparse.Namespace) -> None:
     from . import table_figures  # slow to import: not for --help; fails early if missing
 
-    runs = [run for run in table.runs if any(fnmatch.fnmatchcase(run.name, pattern) for pattern in args.runs)]
+    runs = [run for run in table.all_runs if any(fnmatch.fnmatchcase(run.name, pattern) for pattern in args.runs)]
     if not runs:
         raise ExperimentError(f"--runs {' '.join(args.runs)} matches no run; --list prints their names")
     if args.list:
@@ -85,4 +84,6 @@ def _run(table: Table, args: argparse.Namespace) -> None:
     print(f"\n{table.title}")
     for schedule in table.schedules:
         print("\n", *summary(table, schedule, results), sep="")
+    if table.grid:
+        print("\n", *grid_summary(table, results), sep="")
     print("", args.out / "runs.csv", *table_figures.draw(table, results, args.out), sep="\n")

@@ -16,7 +16,9 @@ _WIDTH = 2.6  # of a panel, in inches
 
 
 def figure_paths(folder: Path, schedule: str) -> dict[str, Path]:
-    """Title -> path of the figures of a schedule, which exist once a run is finished."""
+    """Title -> path of the figures of a schedule, or of the "grid", which exist once a run is finished."""
+    if schedule == "grid":
+        return {"Test error by bits, rounding and coarse gradient": folder / "grid.png"}
     return {
         "Test error by epoch": folder / f"accuracy-{schedule}.png",
         "Inputs of the last layer on two principal components": folder / f"features-{schedule}.png",
@@ -25,10 +27,17 @@ def figure_paths(folder: Path, schedule: str) -> dict[str, Path]:
 
 
 def draw(table: Table, results: list[tuple[Run, dict]], folder: Path) -> list[Path]:
-    """Draw the figures of each schedule, of its finished runs with fixed alpha. Returns their paths."""
+    """Draw the figures of each schedule, of its finished runs with fixed alpha, and of the grid. Returns the paths."""
     paths = []
+
+    def save(figure: Figure, path: Path) -> None:
+        with replacing(path) as file:
+            figure.savefig(file, format="png", dpi=110)
+        paths.append(path)
+
     for name, schedule in table.schedules.items():
-        fixed = [(run, result) for run, result in results if run.schedule == name and run.learn_alpha is None]
+        planned = {run for run in table.runs if run.schedule == name and run.learn_alpha is None}
+        fixed = [(run, result) for run, result in results if run in planned]
         mine = [(run, result) for run, result in fixed if run.weight_bits is None]
         figures: list[Figure | None] = [None, None, None]
         title = f"{table.title}, {schedule.epochs} epochs"
@@ -41,11 +50,10 @@ def draw(table: Table, results: list[tuple[Run, dict]], folder: Path) -> list[Pa
         if len(mine) < len(fixed):
             figures[2] = _weights(fixed, title)
         for path, figure in zip(figure_paths(folder, name).values(), figures):
-            if figure is None:
-                continue
-            with replacing(path) as file:
-                figure.savefig(file, format="png", dpi=110)
-            paths.append(path)
+            if figure is not None:
+                save(figure, path)
+    if grid := [(run, result) for run, result in results if run in table.grid and not result["diverged"]]:
+        save(_grid(table, grid), *figure_paths(folder, "grid").values())
     return paths
 
 
@@ -113,6 +121,31 @@ def _weights(results: list[tuple[Run, dict]], title: str) -> Figure:
             drawn[name] = axes.errorbar(place, means, spread, color=f"C{number}", marker="o", markersize=4, capsize=3)
         axes.set_xticks(range(len(widths)), [str(width) for width in widths])
     figure.legend(list(drawn.values()), list(drawn), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _grid(table: Table, results: list[tuple[Run, dict]]) -> Figure:
+    """Test error after the last epoch by bits of the activations: a panel for each rounding, a line for each STE."""
+    bits = sorted({run.bits for run in table.grid})
+    roundings = list(dict.fromkeys(run.rounding for run in table.grid))
+    stes = list(dict.fromkeys(run.ste for run in table.grid))
+    errors = {
+        (run.rounding, run.ste, run.bits): 100 * (1 - result["history"][-1]["test_accuracy"]) for run, result in results
+    }
+    epochs = table.schedules[table.grid[0].schedule].epochs
+    figure, panels = _error_panels(f"{table.title}, {epochs} epochs", list(roundings), "bits of an activation")
+    lines: dict[str, Any] = {}
+    for axes, rounding in zip(panels, roundings):
+        for number, ste in enumerate(stes):
+            at = [i for i, b in enumerate(bits) if (rounding, ste, b) in errors]
+            y = [errors[rounding, ste, bits[i]] for i in at]
+            # Points apart, as most lines meet from 4 bits on.
+            x = [i + 0.06 * (number - (len(stes) - 1) / 2) for i in at]
+            (lines[ste],) = axes.plot(x, y, color=f"C{number}", marker="o", markersize=4, linewidth=1)
+        start = 100 * (1 - sum(result["start"]["test_accuracy"] for _, result in results) / len(results))
+        lines["nn.ReLU"] = axes.axhline(start, color="grey", linestyle="--", linewidth=1)
+        axes.set_xticks(range(len(bits)), [str(b) for b in bits])
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from .._types import RoundingName
 from .data import Split
 from .files import ExperimentError, replacing
 
@@ -50,6 +51,7 @@ class Run:
     range_bits: int | None = None
     weight_bits: int | None = None
     rho: float | None = None
+    rounding: RoundingName = "ceil"
 
     @property
     def name(self) -> str:
@@ -57,17 +59,21 @@ class Run:
 
     @property
     def variant(self) -> str:
+        rounding = f"-{self.rounding}" if self.rounding != "ceil" else ""
         alpha = f"-{self.learn_alpha}_alpha" if self.learn_alpha else ""
         of_range = f"-range_of_{self.range_bits}bit" if self.range_bits else ""
         weights = f"-{self.weight_bits}bit_weights" if self.weight_bits else ""
         blended = f"-rho{self.rho:g}" if self.rho else ""
-        return self.ste + alpha + ("-per_channel" if self.per_channel else "") + of_range + weights + blended
+        per_channel = "-per_channel" if self.per_channel else ""
+        return self.ste + rounding + alpha + per_channel + of_range + weights + blended
 
 
 @dataclass(frozen=True)
 class Table:
     """What a table command trains. `load(folder)` returns the training set, the test set and their sha256; `published`
-    is the accuracy in % by (bits, ste) with which the runs of the schedule "full" are compared."""
+    is the accuracy in % by (bits, ste) with which the runs of the schedule "full" are compared.
+
+    `grid` is runs of one schedule and seed that are compared by bits, rounding and STE; some may be among `runs`."""
 
     title: str
     network: Network
@@ -76,6 +82,11 @@ class Table:
     runs: tuple[Run, ...]  # in the order in which they are trained
     published: dict[tuple[int, str], float]
     augment: Callable[[Tensor], Tensor] = lambda x: x
+    grid: tuple[Run, ...] = ()
+
+    @property
+    def all_runs(self) -> tuple[Run, ...]:
+        return tuple(dict.fromkeys((*self.runs, *self.grid)))
 
 
 def float_folder(schedule: Schedule, seed: int) -> str:
@@ -86,13 +97,13 @@ def float_folder(schedule: Schedule, seed: int) -> str:
 def config_of(table: Table, run: Run) -> dict:
     """Everything that the results of a run depend on, except its data and the machine."""
     schedule = asdict(table.schedules[run.schedule])
-    config = {"phase": "quantized", **schedule, **asdict(run), "rounding": "ceil"}
+    config = {"phase": "quantized", **schedule, **asdict(run)}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
 
 def finished(table: Table, out: Path) -> list[tuple[Run, dict]]:
     """The runs of the table that are finished in `out`, in the table's order."""
-    results = [(run, read_results(table, run, out)) for run in table.runs]
+    results = [(run, read_results(table, run, out)) for run in table.all_runs]
     return [(run, result) for run, result in results if result is not None]
 
 

@@ -16,7 +16,7 @@ Results = list[tuple[Run, dict]]
 
 def summary(table: Table, schedule: str, results: Results) -> Iterator[str]:
     """The paragraphs about the runs of one schedule, with trailing newlines."""
-    mine = [(run, result) for run, result in results if run.schedule == schedule]
+    mine = [(run, result) for run, result in results if run.schedule == schedule and run in table.runs]
     yield _paragraph(f"Schedule `{schedule}`: {_schedule(table.schedules[schedule])}.")
     weights = [(run, result) for run, result in mine if run.weight_bits is not None]
     fixed = [(run, result) for run, result in mine if run.learn_alpha is None and run.weight_bits is None]
@@ -38,6 +38,28 @@ def summary(table: Table, schedule: str, results: Results) -> Iterator[str]:
         yield _paragraph(f"Not run: {missing}.")
     if mine:
         yield _paragraph(_origin(mine))
+
+
+def grid_summary(table: Table, results: Results) -> Iterator[str]:
+    """The paragraphs about the grid, with trailing newlines."""
+    mine = {run: result for run, result in results if run in table.grid}
+    schedule = table.grid[0].schedule
+    yield _paragraph(
+        f"Accuracy on the test images after the last epoch (%), on the schedule `{schedule}`: "
+        f"{_schedule(table.schedules[schedule])}. Seed {table.grid[0].seed}."
+    )
+    bits = sorted({run.bits for run in table.grid})
+    rows: dict[tuple[str, ...], dict[int, str]] = {}
+    for run in table.grid:
+        row = rows.setdefault((run.rounding, run.ste), {})
+        if run in mine:
+            row[run.bits] = "diverged" if mine[run]["diverged"] else _mean([mine[run]["history"][-1]["test_accuracy"]])
+    header = ("rounding", "ste", *(f"{b} bit{'s' if b > 1 else ''}" for b in bits))
+    yield _indented(format_table(header, [(*key, *(row.get(b, "") for b in bits)) for key, row in rows.items()]))
+    if missing := _missing(list(table.grid), list(mine)):
+        yield _paragraph(f"Not run: {missing}.")
+    if mine:
+        yield _paragraph(_origin(list(mine.items())))
 
 
 def _schedule(schedule: Schedule) -> str:

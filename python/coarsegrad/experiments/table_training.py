@@ -74,7 +74,7 @@ class Session:
         ste, _, later = run.ste.partition("_then_")
         weight_bits: Any = run.weight_bits
         alphas = run.learn_alpha, run.per_channel, run.range_bits
-        model = quantized(float_model, run.bits, ste, "ceil", *alphas, weight_bits)
+        model = quantized(float_model, run.bits, ste, run.rounding, *alphas, weight_bits)
         config = config_of(self.table, run) | {"data": self.sha256}
         folder = self.out / run.name
 
@@ -91,7 +91,7 @@ class Session:
             history, diverged = error.history, True
 
         def write() -> None:
-            integers = None
+            integers, shown = None, run in self.table.runs
             if weight_bits and not diverged:
                 batch = self.test_set.first(self.table.schedules[run.schedule].batch_size)
                 integers = measure_integers(float_model, model, self.test_set, batch, weight_bits)
@@ -99,7 +99,7 @@ class Session:
                 "config": config, "environment": self.environment, "start": start, "diverged": diverged,
                 "alpha": {name: _spread(m.alpha) for name, m in model.named_modules() if isinstance(m, QReLU)},
                 "shares": None if diverged else _shares(model, self.test_set),
-                "features": None if diverged or run.seed else project(model, self.test_set),
+                "features": None if diverged or run.seed or not shown else project(model, self.test_set),
                 "integers": integers, "history": history,
             }  # fmt: skip
             write_results(report, folder / "results.json")
