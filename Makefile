@@ -4,6 +4,8 @@ VENV   ?= .venv
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export CMAKE_GENERATOR ?= Ninja
+# Else each process of the tests compiles the package and them anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup build test test-fast test-zoo demo bench bench-full bench-gpu docs lint clean
 
