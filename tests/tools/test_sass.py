@@ -16,7 +16,7 @@ from test_sass_code import ADD, LOAD, STORE, loop
 from tools.sass import triton_kernels
 from tools.sass.__main__ import main
 from tools.sass.code import Data, SassError, parse
-from tools.sass.compiler import FLAGS, Binary, compile_cuda, instances, source_of, tool
+from tools.sass.compiler import FLAGS, Binary, compile_cuda, instances, read, source_of, tool
 from tools.sass.gate import (
     ARCHS,
     DTYPES,
@@ -258,11 +258,28 @@ def every_pair():
 
 
 @needs_triton
-def test_triton_with_every_pair_of_options(tools, every_pair):
+@pytest.mark.parametrize("arch", ARCHS)
+def test_triton_with_every_pair_of_options(tools, every_pair, arch):
     """No stack, 128-bit accesses."""
-    assert {arch for arch, *_ in every_pair} == set(ARCHS)
-    found = (Report(kernel, arch, triton_kernels.binary(made)) for arch, kernel, made in every_pair)
+    kernels, made = zip(*((kernel, made) for of, kernel, made in every_pair if of == arch), strict=True)
+    found = [Report(kernel, arch, each) for kernel, each in zip(kernels, triton_kernels.binaries(made), strict=True)]
     assert not {report.row()[:3]: lines for report in found if (lines := list(report.broken()))}
+
+
+@needs_triton
+def test_code_read_together_is_that_of_each_by_itself(tools, every_pair, tmp_path):
+    """To the byte: as Triton made it."""
+    some = [made for arch, _, made in every_pair if arch == "sm_90"][::12]
+    for made, together in zip(some, triton_kernels.binaries(some), strict=True):
+        path = tmp_path / "alone.cubin"
+        path.write_bytes(made.asm["cubin"])
+        (alone,) = read(path).values()
+        assert together[1:] == alone[1:]
+        codes = [
+            [[(each.guard, each.opcode) for each in block.instructions] for block in binary.function.blocks]
+            for binary in (together, alone)
+        ]
+        assert codes[0] == codes[1]
 
 
 @needs_triton
@@ -337,7 +354,7 @@ def test_layers_in_triton(tools, case, arch, tmp_path):
     ptx = made.asm["ptx"]
     assert re.search(_PRODUCTS[arch], ptx)
     assert not listed(ptx) and "fma.rn" not in ptx
-    assert triton_kernels.binary(made).stack == 0
+    assert triton_kernels.binaries([made])[0].stack == 0
     assert bool(re.search(r"ld\.global\S*\.b8", ptx)) == (channels == 3)
 
 

@@ -57,9 +57,8 @@ def main(argv: list[str] | None = None) -> None:
 def _reports(arch: str, only: str) -> Iterator[Report]:
     if kernels := [kernel for kernel in KERNELS if _matches(kernel, only)]:
         yield from cuda_reports(arch, kernels)
-    for kernel in triton_kernels.examples() if triton_kernels.installed() else ():
-        if _matches(kernel, only):
-            yield triton_kernels.report(kernel, arch)
+    if triton_kernels.installed():
+        yield from triton_kernels.reports([each for each in triton_kernels.examples() if _matches(each, only)], arch)
 
 
 def _matches(kernel: object, only: str) -> bool:

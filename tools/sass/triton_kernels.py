@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterator
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -361,19 +362,48 @@ def compiled(kernel: TritonKernel, arch: str, folder: Path = CACHE, **options: o
         return triton.compile(ASTSource(function, types, constants, aligned), target=target, options=options)
 
 
-def report(kernel: TritonKernel, arch: str) -> Report:
-    return Report(kernel, arch, binary(compiled(kernel, arch)))
+def reports(kernels: Iterable[TritonKernel], arch: str) -> list[Report]:
+    pairs = [(kernel, compiled(kernel, arch)) for kernel in kernels]
+    codes = binaries([made for _, made in pairs])
+    return [Report(kernel, arch, code) for (kernel, _), code in zip(pairs, codes, strict=True)]
 
 
-def binary(made) -> Binary:
-    """The machine code for NVIDIA of what `compiled` returns."""
-    return _binary(made.hash, made.asm["cubin"])
+def binaries(made: Sequence) -> list[Binary]:
+    """The machine code for NVIDIA of what `compiled` returned for one architecture.
 
+    Triton assembles it again, as one module: reading one kernel takes the disassembler as long as reading hundreds.
+    """
+    from triton.compiler import make_backend
 
-@functools.cache
-def _binary(name: str, cubin: bytes) -> Binary:
+    if not made:
+        return []
+    by_hash = {each.hash: each for each in made}
+    modules = [_Module(each.asm["ptx"], each.metadata.name, i) for i, each in enumerate(by_hash.values())]
+    heads = dict.fromkeys(itertools.chain(*(module.head for module in modules)))
+    text = "\n".join([*heads, *(module.kernel for module in modules)])
+    target, fusions = made[0].metadata.target, {each.metadata.enable_fp_fusion for each in made}
+    if len(fusions) > 1 or any(each.metadata.target != target for each in made):
+        raise SassError("kernels that are read together must be of one architecture, with fp fusion or all without")
+    backend = make_backend(target)
+    options = backend.parse_options({"enable_fp_fusion": fusions.pop()})
     CACHE.mkdir(parents=True, exist_ok=True)
-    path = CACHE / f"triton-{name[:16]}.cubin"
-    path.write_bytes(cubin)
-    (found,) = read(path).values()
-    return found
+    with tempfile.NamedTemporaryFile(suffix=".cubin", dir=CACHE) as file:
+        file.write(backend.make_cubin(text, {}, options, target.arch))
+        file.flush()
+        found = read(Path(file.name))
+    by_hash = {name: found[module.name] for name, module in zip(by_hash, modules, strict=True)}
+    return [by_hash[each.hash] for each in made]
+
+
+class _Module:
+    """The PTX of a kernel without what is for debuggers: `head`, the lines before it, and `kernel`, itself, under the
+    `name` that it has beside others."""
+
+    def __init__(self, ptx: str, name: str, number: int) -> None:
+        code = re.sub(r"(?m)^\s*\.loc\s.*\n", "", re.split(r"(?m)^\s*\.(?:file|section)\s", ptx)[0])
+        head, entry, kernel = code.partition(".visible .entry ")
+        self.head = [line for line in (line.partition("//")[0].strip() for line in head.splitlines()) if line]
+        if any(not re.fullmatch(r"\.(?:version|target|address_size) .*|\.extern .*;", line) for line in self.head):
+            raise SassError(f"{name} has more than a kernel in its PTX: {head}")
+        self.name = f"{name}_{number}"
+        self.kernel = re.sub(rf"\b{name}(?=\b|_param_)", self.name, entry + kernel)
