@@ -268,7 +268,7 @@ def test_triton_with_every_pair_of_options(tools, every_pair, arch):
 
 @needs_triton
 def test_code_read_together_is_that_of_each_by_itself(tools, every_pair, tmp_path):
-    """To the byte: as Triton made it."""
+    """Instructions, guards, registers and stack are those of what Triton made itself."""
     some = [made for arch, _, made in every_pair if arch == "sm_90"][::12]
     for made, together in zip(some, triton_kernels.binaries(some), strict=True):
         path = tmp_path / "alone.cubin"
