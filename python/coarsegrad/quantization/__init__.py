@@ -2,8 +2,9 @@
 
 from ..blocks import Staircase
 from .calibration import METHODS, CalibratedLayer, CalibrationReport, calibrate
-from .code_stats import LayerStats, StatsReport, stats
+from .code_stats import LayerStats, LiveStats, StatsReport, live_stats, stats
 from .description import check_description, describe, is_converted, loaded_tensors, rebuild_
+from .inputs import InputHistogram
 from .quantize import ON_QUANTIZE, check_arguments, quantize_
 from .report import QuantizedWeight, QuantizeReport, Replaced, Skipped
 
@@ -12,7 +13,9 @@ __all__ = [
     "ON_QUANTIZE",
     "CalibratedLayer",
     "CalibrationReport",
+    "InputHistogram",
     "LayerStats",
+    "LiveStats",
     "QuantizeReport",
     "QuantizedWeight",
     "Replaced",
@@ -24,6 +27,7 @@ __all__ = [
     "check_description",
     "describe",
     "is_converted",
+    "live_stats",
     "loaded_tensors",
     "quantize_",
     "rebuild_",

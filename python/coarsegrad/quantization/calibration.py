@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,15 @@ from torch import Tensor, nn
 from .._checks import check_option
 from .._text import format_table
 from ..nn import QReLU, half_gaussian_alpha
+from . import figures
 from .counting import ForwardCounter, InputCounter, all_reduce
 from .histogram import StaircaseErrors
+from .inputs import InputHistogram, of_distributions, range_of
 from .recording import ReluLocations
 from .watching import qrelus_of, run_batches, warn_about_unreached, watched
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 METHODS = ("mse", "percentile", "half_gaussian")
 
@@ -35,7 +42,7 @@ class CalibratedLayer:
     inputs above the top level. reached: whether any batch reached the layer. If none did, or no input was positive,
     alpha is unchanged. calls: the largest number of its runs in a forward of the model. spread: ratio of the largest to
     the smallest range of its calls, with the range of the first, second, ... call of the forwards as the root mean
-    square of its positive inputs.
+    square of its positive inputs. inputs: the positive inputs against the new levels; None if no batch reached it.
     """
 
     name: str
@@ -47,6 +54,7 @@ class CalibratedLayer:
     reached: bool
     calls: int
     spread: float
+    inputs: InputHistogram | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -62,9 +70,9 @@ class CalibrationReport:
     def __str__(self) -> str:
         header: tuple[str, ...] = ("QReLU", "alpha before", "alpha", "SNR (dB)", "zero", "saturated")
         rows: list[tuple[str, ...]] = [
-            (s.name, _range_of(s.before), _range_of(s.alpha), f"{s.snr:.1f}", f"{s.zero:.1%}", f"{s.saturated:.1%}")
+            (s.name, range_of(s.before), range_of(s.alpha), f"{s.snr:.1f}", f"{s.zero:.1%}", f"{s.saturated:.1%}")
             if s.reached
-            else (s.name, _range_of(s.before), _range_of(s.alpha), "not reached", "", "")
+            else (s.name, range_of(s.before), range_of(s.alpha), "not reached", "", "")
             for s in self.layers
         ]
         notes = "zero: fraction of all inputs; saturated: fraction of the positive inputs"
@@ -79,10 +87,26 @@ class CalibrationReport:
 
     __repr__ = __str__
 
+    def plot(self, path: str | os.PathLike[str] | None = None, *, layers: Iterable[str] | None = None) -> Figure:
+        """Draw for each layer its positive inputs against the new levels (dots) and thresholds (lines), with what is
+        above the top level in orange, its fractions of zeros and of saturated positive inputs, and its SNR.
 
-def _range_of(alpha: Tensor) -> str:
-    low, high = alpha.min().item(), alpha.max().item()
-    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
+        path: where to write the image, in the format of its suffix; None: nowhere. layers: the names of those to draw,
+        in that order; all by default.
+
+        Returns a matplotlib Figure, which notebooks show. Raises ImportError without matplotlib, and TypeError or
+        ValueError for unknown layers.
+        """
+        places = figures.chosen([s.name for s in self.layers], layers)
+        found = [self.layers[i] for i in places]
+        columns = [
+            figures.Column.zero("zero", [s.zero for s in found]),
+            figures.Column.saturated("saturated,\nof the positive", [s.saturated for s in found]),
+            figures.Column("SNR (dB)", [s.snr for s in found], "0.7", ".1f", 10.0),
+        ]
+        names, alphas = [s.name for s in found], [range_of(s.alpha) for s in found]
+        title, inputs = "calibrate: positive inputs by layer, and the new levels", [s.inputs for s in found]
+        return figures.draw(title, names, alphas, inputs, columns, path)
 
 
 def calibrate(
@@ -193,7 +217,8 @@ def _calibrated(name: str, counted: InputCounter, method: str, percentile: float
         raise ValueError(f"the input of {name} has {counted.rows} channels, its alpha {len(before)}")
     top, power, error, positive, above, saturated = 2**layer.bits - 1, 0.0, 0.0, 0.0, 0.0, 0.0
     alphas = before.cpu().expand(counted.rows).clone()
-    for i, inputs in enumerate(counted.histogram.rows(2 if layer.squared else 1, counted.dtype)):
+    distributions = counted.histogram.rows(2 if layer.squared else 1, counted.dtype)
+    for i, inputs in enumerate(distributions):
         if not inputs.count:
             continue
         errors = StaircaseErrors(inputs, layer.bits, layer.rounding, layer.limit, alphas.dtype)
@@ -217,10 +242,11 @@ def _calibrated(name: str, counted: InputCounter, method: str, percentile: float
         before=before,
         snr=_decibels(power, error),
         zero=1 - above / max(counted.elements, 1),
-        saturated=saturated / max(positive, 1),
+        saturated=max(saturated, 0) / max(positive, 1),  # a difference of sums of shares
         reached=True,
         calls=len(counted.calls),
         spread=counted.spread,
+        inputs=of_distributions(distributions, alphas, layer.bits, layer.rounding),
     )
 
 

@@ -52,20 +52,28 @@ def run_batches(model: nn.Module, batches: Iterable, forward: Callable | None, p
 def watched(model: nn.Module, layers: dict[str, QReLU], watchers: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator:
     """In the block, each layer's watcher computes in its place, in evaluation mode and without gradients."""
     training = {module: module.training for module in model.modules()}
-    before = {layer: vars(layer).get("forward") for layer in layers.values()}
     model.eval()
+    try:
+        with replaced(layers, watchers), torch.no_grad():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def replaced(layers: dict[str, QReLU], watchers: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator:
+    """In the block, each layer's watcher computes in its place."""
+    before = {layer: vars(layer).get("forward") for layer in layers.values()}
     for name, layer in layers.items():
         vars(layer)["forward"] = functools.partial(_watch, name, watchers[name])
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for layer, forward in before.items():
             vars(layer).pop("forward")
             if forward is not None:
                 vars(layer)["forward"] = forward
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _watch(name: str, watcher: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
