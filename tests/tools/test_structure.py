@@ -34,12 +34,12 @@ ORDER = {
     """.split(),
     "coarsegrad.quantization": """
         relus  source  editing  rewriting  running  frames  recording  report  surgery  dynamic  weights  description
-        quantize  histogram  counting  watching  calibration  code_stats  __init__
+        quantize  histogram  counting  watching  inputs  figures  calibration  code_stats  __init__
     """.split(),
     "coarsegrad.export": """
         packages  numbers  nodes  pooling  forms  levels  qdq  qonnx  lowering  translations  onnx  __init__
     """.split(),
-    "coarsegrad.integrations": "hook  transformers  __init__".split(),
+    "coarsegrad.integrations": "hook  transformers  trainer  __init__".split(),
     "coarsegrad.experiments": """
         files  arguments  download  measure  figures  processes  checkpoints  data  cifar  text  smollm2  models
         transformers  training  language  integers  mnist
