@@ -7,7 +7,14 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "coarsegrad"
 copyright = "the coarsegrad authors"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "repository_pages", "plain_docstrings"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.viewcode",
+    "notebooks",
+    "repository_pages",
+    "plain_docstrings",
+]
 exclude_patterns = ["_ext"]
 highlight_language = "none"  # where a block does not name its language
 smartquotes = False  # "ceil" is code

@@ -20,6 +20,7 @@ PAGES_WITH_CODE = {
     "estimators.md",
     "fine-tuning.md",
     "guide.md",
+    "hosts.md",
     "hugging-face.md",
     "integer.md",
     "memory.md",
