@@ -39,7 +39,7 @@ ORDER = {
     "coarsegrad.export": """
         packages  numbers  nodes  pooling  forms  levels  qdq  qonnx  lowering  translations  onnx  __init__
     """.split(),
-    "coarsegrad.integrations": "hook  transformers  trainer  __init__".split(),
+    "coarsegrad.integrations": "hook  transformers  trainer  torchao  torchtitan  __init__".split(),
     "coarsegrad.experiments": """
         files  arguments  download  measure  figures  processes  checkpoints  data  cifar  text  smollm2  models
         transformers  training  language  integers  mnist
