@@ -22,7 +22,7 @@ from typing import TypeVar
 
 import torch
 
-from coarsegrad.backends import preloaded_malloc
+from coarsegrad._host import preloaded_malloc
 from coarsegrad.experiments.files import replacing
 from coarsegrad.experiments.measure import environment
 

@@ -13,13 +13,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from . import _ops, integer, reference
+from ._host import slow_reasons, usable_cores
 from ._text import format_table, one_of
 from ._torch_internals import dispatch_key, unregister
 from ._types import INDUCTOR_BITS
@@ -236,17 +236,6 @@ for _device in _TRITON_DEVICES:
             integer.serving[_device] = "triton"
 
 
-def preloaded_malloc() -> str | None:
-    """The allocator that replaces the C library's malloc in this process, such as tcmalloc, or None."""
-    libraries = Path("/proc/self/maps")
-    loaded = libraries.read_text() if libraries.exists() else ""
-    return next((name for name in ("tcmalloc", "jemalloc", "mimalloc") if f"lib{name}" in loaded), None)
-
-
-# The upper bound of glibc's dynamic MALLOC_MMAP_THRESHOLD_: freeing a larger block always returns it to the system.
-_GLIBC_MMAP_THRESHOLD = 32 * 2**20
-
-
 def _slow_reasons() -> list[str]:
     """Known reasons why CPU kernels are slower than they could be, and remedies."""
     reasons = []
@@ -255,18 +244,7 @@ def _slow_reasons() -> list[str]:
     elif _ops.native.isa() != "avx512":
         here = _ops.native.isa()
         reasons.append(f"no AVX-512, but {here}: 3 or more bits and gradients with an exponential are slower")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if torch.get_num_threads() == 1 < cores:
-        reasons.append(f"1 thread on {cores} cores: torch.set_num_threads or OMP_NUM_THREADS sets more")
-    threshold = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
-    keeps = threshold.isdecimal() and int(threshold) > _GLIBC_MMAP_THRESHOLD
-    if platform.libc_ver()[0] == "glibc" and not keeps and preloaded_malloc() is None:
-        reasons.append(
-            "glibc's malloc returns blocks above 32 MiB to the system, and each new output pays for its pages again:"
-            " use inplace=True, a preloaded tcmalloc, or"
-            " MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592"
-        )
-    return reasons
+    return reasons + slow_reasons()
 
 
 def _integer_kernels(device: str) -> str:
@@ -291,7 +269,7 @@ def info() -> str:
         ("coarsegrad", __version__),
         ("torch", torch.__version__),
         ("python", f"{platform.python_version()} ({platform.machine()}, {platform.system()})"),
-        ("threads", str(torch.get_num_threads())),
+        ("threads", f"{torch.get_num_threads()}, usable cores {usable_cores()}"),
         ("COARSEGRAD_NATIVE", os.environ.get("COARSEGRAD_NATIVE", "auto (not set)")),
     ]
     if _ops.native is None:

@@ -17,6 +17,7 @@ from paths import TESTS
 
 import coarsegrad as cg
 from coarsegrad import _ops, reference
+from coarsegrad._host import usable_cores
 
 PACKAGE = Path(cg.__file__).parent
 needs_native = pytest.mark.skipif(_ops.native is None, reason=f"native library not in use: {_ops.native_why_not}")
@@ -250,22 +251,24 @@ def test_the_python_derivative_passes_the_same_tests():
 @pytest.mark.parametrize(
     "environment, reasons",
     [
-        ({"OMP_NUM_THREADS": "1"}, ["1 thread on", "glibc's malloc returns blocks"]),
-        ({"OMP_NUM_THREADS": "2", "MALLOC_MMAP_THRESHOLD_": str(2**32)}, []),
-        ({"OMP_NUM_THREADS": "2", "MALLOC_MMAP_THRESHOLD_": str(2**20)}, ["glibc's malloc returns blocks"]),
+        ({"OMP_NUM_THREADS": "1"}, ["1 thread on", "glibc's malloc returns freed"]),
+        ({"OMP_NUM_THREADS": f"{usable_cores()}", "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4294967296"}, []),
+        ({"OMP_NUM_THREADS": f"{usable_cores()}", "MALLOC_MMAP_THRESHOLD_": str(2**20)},
+         ["glibc's malloc returns freed"]),
         ({"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**32), "COARSEGRAD_NATIVE": "0"},
          ["no native library", "1 thread on"]),
     ],
 )  # fmt: skip
 def test_info_says_what_is_slow_here(environment, reasons):
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "OMP_", "COARSE"))}
+    ours = ("MALLOC_", "GLIBC_", "OMP_", "COARSE")
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     run = subprocess.run(
         [sys.executable, "-m", "coarsegrad", "info"], env={**clean, "PYTHONPATH": str(PACKAGE.parent), **environment},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     _, _, slow = run.stdout.partition("slower than it could be on the CPU\n")
     found = [line for line in slow.splitlines() if line.startswith("- ")]
-    known = {"glibc": platform.libc_ver()[0] == "glibc", "1 thread": len(os.sched_getaffinity(0)) > 1}
+    known = {"glibc": platform.libc_ver()[0] == "glibc", "1 thread": usable_cores() > 1}
     expected = [reason for reason in reasons if all(holds for word, holds in known.items() if word in reason)]
     if "COARSEGRAD_NATIVE" not in environment and not (_ops.native and "avx512" in _ops.native.isas()):
         found = found[1:]  # that AVX-512 or the library is not there

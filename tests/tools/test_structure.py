@@ -16,7 +16,7 @@ CSRC = ROOT / "csrc"
 # fmt: off
 ORDER = {
     "coarsegrad": """
-        _text  _types  _inductor  _torch_internals  _estimators  ste  _checks  _alphas  reference
+        _text  _types  _host  _inductor  _torch_internals  _estimators  ste  _checks  _alphas  reference
         _build  _C  _ops  _autograd  _inductor_gates  _signed  _weights  _fused
         packing  _dtensor  functional  weights  parametrization  integer  triton  backends  nn  signed  gated  norms
         blocks  quantization  optim  memory  integrations  export  experiments  testing  __init__  __main__

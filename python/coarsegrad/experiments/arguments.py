@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from .._host import keep_freed_memory
 from .files import ExperimentError
 
 
@@ -34,12 +35,15 @@ def share(text: str) -> float:
 def usable_device(name: str) -> torch.device:
     """The device named by --device, checked to work. Raises ExperimentError if it does not.
 
-    Also disables TF32 in cuDNN's convolutions, which torch enables by default.
+    Also disables TF32 in cuDNN's convolutions, which torch enables by default, and on a CPU has malloc keep what is
+    freed, unless the environment has settings of malloc's.
     """
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
         torch.backends.cudnn.allow_tf32 = False
+        if device.type == "cpu":
+            keep_freed_memory()
         return device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise ExperimentError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
