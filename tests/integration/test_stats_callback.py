@@ -60,6 +60,7 @@ def test_every_and_the_micro_batches_of_a_step(tmp_path, monkeypatch):
     def counted(live):
         made = report(live)
         elements.append(made[0].elements)
+        assert not any("forward" in vars(counter._layer) for counter in live._counters.values())  # no longer counted
         return made
 
     monkeypatch.setattr(cg.quantization.LiveStats, "report", counted)
