@@ -22,7 +22,7 @@ class StaircaseConverter(ModelConfigConverter):
     inputs, norms: as for `quantize_`. pack: whether layers save the codes for backward (`pack_activations_`).
 
     The config that `convert` returns is that of the model, but builds it with its staircases, on the meta device too.
-    They add no module, parameter or buffer: checkpoints, initialization and sharding are those of the float model.
+    They add no module, parameter or buffer: the names in a checkpoint are those of the float model.
     torchtitan admits only its own modules, so that a `QReLU` or `QWeight` cannot be in its models; its gated MLPs and
     its attention are not those that `gates` and `attention` of `quantize_` find.
 
