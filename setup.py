@@ -12,6 +12,7 @@ from pathlib import Path
 from build_backend import ROOT, build_mode, find_cmake, find_compiler, find_tool, find_torch
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 
 class NativeBuildError(Exception):
@@ -33,8 +34,6 @@ def run(command: list[str], env: dict[str, str]) -> None:
 
 def build_native(build_dir: Path, prefix: Path) -> None:
     """Builds coarsegrad/_C and coarsegrad/_build.py under `prefix`."""
-    if build_mode("COARSEGRAD_NATIVE") == "0":
-        raise NativeBuildError("COARSEGRAD_NATIVE=0 was set at build time")
     compiler, cmake, torch_dir = find_compiler(), find_cmake(), find_torch()
     if compiler is None:
         raise NativeBuildError("no C++ compiler found at build time; install one (g++), or set CXX")
@@ -53,12 +52,17 @@ def build_native(build_dir: Path, prefix: Path) -> None:
     run([cmake, "--install", str(build_dir), "--prefix", str(prefix)], env)
 
 
+def write_reason(package: Path, reason: str) -> None:
+    """Writes coarsegrad/_build.py for an install without coarsegrad/_C."""
+    package.mkdir(parents=True, exist_ok=True)
+    facts = f"TORCH_VERSION = None\nREASON = {reason!r}\n"
+    (package / "_build.py").write_text(f"# Written by the build: there is no coarsegrad/_C.\n{facts}")
+
+
 class CMakeBuild(build_ext):
     def run(self) -> None:
         prefix = ROOT / "python" if self.inplace else Path(self.build_lib)
         package = prefix / "coarsegrad"
-        if self.inplace and build_mode("COARSEGRAD_NATIVE") == "0" and any(package.glob("_C.*")):
-            return  # the library of `make build`, which outlives a new development environment
         for stale in package.glob("_C.*"):
             stale.unlink()
         try:
@@ -68,9 +72,19 @@ class CMakeBuild(build_ext):
                 if build_mode(demand) == "1":
                     raise SystemExit(f"{demand}=1, but the native library was not built: {error}") from None
             print(f"\nWARNING: coarsegrad is installed without its native library: {error}", file=sys.stderr)
-            package.mkdir(parents=True, exist_ok=True)
-            facts = f"TORCH_VERSION = None\nREASON = {str(error)!r}\n"
-            (package / "_build.py").write_text(f"# Written by the build: there is no coarsegrad/_C.\n{facts}")
+            write_reason(package, str(error))
 
 
-setup(ext_modules=[Extension("coarsegrad._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+class PureBuild(build_py):
+    """What COARSEGRAD_NATIVE=0 builds has no extension, and so its wheel is for every platform."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:  # a working copy may have the library of `make build`
+            write_reason(Path(self.build_lib, "coarsegrad"), "COARSEGRAD_NATIVE=0 was set at build time")
+
+
+if build_mode("COARSEGRAD_NATIVE") == "0":
+    setup(cmdclass={"build_py": PureBuild})
+else:
+    setup(ext_modules=[Extension("coarsegrad._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
