@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench import activations, kernels, peers, report, sweep, timing
+from bench import activations, autograd, kernels, peers, report, sweep, timing
 from bench.promises import PROMISES, Promise
 from paths import ROOT
 
@@ -271,3 +271,22 @@ def test_help_helps(capsys, command, option):
 def test_a_benchmark_is_a_command():
     command = [sys.executable, "-m", "bench.kernels", "--help"]
     assert "--rounds" in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.skipif(_ops.native is None, reason=f"native library not in use: {_ops.native_why_not}")
+def test_autograd_times_the_derivative_in_both_languages(capsys):
+    x, alpha = torch.ones(4, requires_grad=True), torch.tensor([0.5])
+    nodes = [form(x, alpha).grad_fn.name() for form in autograd.forms().values()]
+    assert nodes == ["QReluBackward", "QReluBackward", "_QReLUBackward", "ReluBackward0"]
+    autograd.main(["--rounds", "2"])
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["4", "elements", "us", "20%", "to", "80%", "ratio"]
+    assert [re.split("  +", row)[0] for row in rows] == list(autograd.forms())
+    assert rows[0].endswith(" 1.00")
+
+
+def test_autograd_without_the_native_library(capsys, monkeypatch):
+    monkeypatch.setattr(_ops, "native", None)
+    with pytest.raises(SystemExit):
+        autograd.main([])
+    assert "nothing to compare without the native library" in capsys.readouterr().err
