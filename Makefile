@@ -7,12 +7,12 @@ export CMAKE_GENERATOR ?= Ninja
 # Else each process of the tests compiles the package and them anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup build test test-fast test-zoo demo bench bench-full bench-gpu docs lint clean
+.PHONY: help setup build test test-fast test-zoo demo bench bench-full bench-gpu docs lint wheels clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 	@echo
-	@echo 'TEST_ARGS, DEMO_ARGS and BENCH_ARGS are passed through: make demo DEMO_ARGS="--subset 2000"'
+	@echo 'TEST_ARGS, DEMO_ARGS, BENCH_ARGS and WHEEL_ARGS are passed through: make demo DEMO_ARGS="--subset 2000"'
 
 setup: $(VENV)/.done  ## .venv with the pinned development environment
 $(VENV)/.done: pyproject.toml requirements-dev.txt
@@ -66,6 +66,9 @@ lint: setup  ## ruff and clang-format: rules and format; mypy: types
 	ruff format --check .
 	clang-format --dry-run -Werror $$(find csrc tests/cpp -type f)
 	mypy
+
+wheels: setup  ## dist: the sdist, a wheel for every platform, and manylinux ones for the pinned torch and each Python
+	python -m tools.wheels $(WHEEL_ARGS)
 
 clean:  ## removes .venv and build outputs
 	rm -rf build dist $(VENV) python/coarsegrad.egg-info python/coarsegrad/_C.* python/coarsegrad/_build.py

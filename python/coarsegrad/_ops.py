@@ -455,8 +455,9 @@ def _load_native() -> tuple[Any, str | None]:
         why_not = f"not built: {build_facts['reason']}" if build_facts else "not built"
     elif misfit := _misfit(built_for):
         why_not = (
-            f"{misfit}; rebuild it in the folder of coarsegrad's sources: pip install --force-reinstall --no-deps ."
-            " (with -e before the dot for an editable install)"
+            f"{misfit}; install the wheel whose version ends in +torch{_public(torch.__version__)}, or rebuild in the"
+            " folder of coarsegrad's sources: pip install --force-reinstall --no-deps . (with -e before the dot for an"
+            " editable install)"
         )
     else:
         try:
