@@ -104,7 +104,7 @@ def test_source_distribution_can_build_the_native_library(sources, tmp_path):
     wanted = {path for folder in folders for path in (sources / folder).rglob("*") if path.is_file()}
     wanted = {str(path.relative_to(sources)) for path in wanted} - {"python/coarsegrad/_build.py"}
     assert len(wanted) > 400 and wanted - names == set()
-    assert {"CMakeLists.txt", "build_backend.py", "setup.py", "LICENSE"} <= names
+    assert {"CMakeLists.txt", "build_backend.py", "setup.py", "LICENSE", "CITATION.cff", "SECURITY.md"} <= names
     assert "python/coarsegrad/py.typed" in names
     assert "python/coarsegrad/_build.py" not in names
 

@@ -1,4 +1,4 @@
-"""What `make wheels` makes of the sources. What it builds, .ci/run installs."""
+"""A release: one version everywhere, and what `make wheels` makes of the sources. What it builds, .ci/run installs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,19 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from paths import ROOT
 from tools import wheels
 
 VERSION = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
 WHEEL = f"coarsegrad-{VERSION}+torch2.9.1-cp312-cp312"
+
+
+def test_version_is_the_same_everywhere():
+    newest, date = re.findall(r"^## \[(\d.*)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert VERSION == newest == citation["version"]
+    assert date == str(citation["date-released"])
 
 
 @pytest.mark.parametrize(
