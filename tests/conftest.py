@@ -107,8 +107,8 @@ _SLOW = (
     "test_headers.py", "test_hugging_face.py", "test_hugging_face_errors.py", "test_inductor.py",
     "test_inductor_gates.py", "test_install.py", "test_integer_convert.py", "test_integer_trained.py",
     "test_export_onnx.py", "test_host.py", "test_hosts.py", "test_notebook.py", "test_ops.py",
-    "test_packing_compiled.py", "test_release.py", "test_rounding.py", "test_stats_callback.py", "test_table.py", "test_theory.py",
-    "test_torchao.py", "test_torchtitan.py", "test_zoo.py",
+    "test_packing_compiled.py", "test_release.py", "test_rounding.py", "test_stats_callback.py", "test_table.py",
+    "test_theory.py", "test_torchao.py", "test_torchtitan.py", "test_zoo.py",
 )  # fmt: skip
 
 
