@@ -93,9 +93,10 @@ class HostRunnerError(Exception):
     """What the program said when it stopped."""
 
 
-def run(program: Path, cases: list[Case]) -> list[dict[str, Tensor]]:
-    """The outputs of each case."""
-    done = subprocess.run([program], input=b"".join(case.encode() for case in cases), capture_output=True, timeout=600)
+def run(program: Path | tuple, cases: list[Case]) -> list[dict[str, Tensor]]:
+    """The outputs of each case, by a program or a command."""
+    command = program if isinstance(program, tuple) else (program,)
+    done = subprocess.run(command, input=b"".join(case.encode() for case in cases), capture_output=True, timeout=600)
     if done.returncode:
         raise HostRunnerError(done.stderr.decode(errors="replace").strip() or f"exit status {done.returncode}")
     results, at = [], 0
@@ -118,10 +119,11 @@ def why_not() -> str | None:
     return f"no {' and no '.join(missing)} found" if missing else None
 
 
-def configure(source: Path, build: Path, flags: str) -> None:
-    """Prepares a build of the programs from a tree of sources, with more flags for the compiler."""
+def configure(source: Path, build: Path, flags: str, **more: str) -> None:
+    """Prepares a build of the programs from a tree of sources, with more flags for the compiler and more settings."""
     # They need no Python and no torch; without them the rest of the description is not looked at.
     settings = {"CMAKE_BUILD_TYPE": "None", "CMAKE_CXX_FLAGS": flags, "CMAKE_DISABLE_FIND_PACKAGE_Python": "ON"}
+    settings |= {f"CMAKE_{name}": value for name, value in more.items()}
     _check(["cmake", "-S", source, "-B", build, *(f"-D{name}={value}" for name, value in settings.items())])
 
 

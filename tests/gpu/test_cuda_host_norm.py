@@ -9,10 +9,11 @@ import cuda_host
 import pytest
 import torch
 from cuda_host import DTYPES, Case
+from host_cases import same
+from host_cases_signed import make_group
 from norm_rows import make_special
 from paths import ROOT
-from test_cuda_host import by_dtype, same
-from test_cuda_host_signed import make_group
+from test_cuda_host import by_dtype
 from torch import Tensor
 
 from coarsegrad import reference

@@ -8,9 +8,10 @@ import cuda_host
 import pytest
 import torch
 from cuda_host import DTYPES, Case
+from host_cases import same
 from oracle_weights import extreme_rows
 from paths import ROOT
-from test_cuda_host import by_dtype, same
+from test_cuda_host import by_dtype
 
 from coarsegrad import reference
 from coarsegrad._types import WEIGHT_BITS

@@ -6,7 +6,7 @@ import itertools
 
 import torch
 from gpu_backends import any_device, captured, gpu
-from test_cuda_host_signed import hard_inputs, make_group
+from host_cases_signed import hard_inputs, make_group
 from test_gpu import by_dtype, inputs, random, same
 
 import coarsegrad as cg

@@ -1,0 +1,102 @@
+// What the programs that run kernels by themselves share: they read cases from the standard input, run each as the ops
+// would, and write what came out to the standard output. tests/cuda_host.py writes the cases.
+//
+// A case is a Header and kBuffers buffers. A buffer is its mode, size in bytes and distance from a 16-byte boundary,
+// and, where it is read, its bytes. What is only written starts as all ones: NaN. Out come the buffers that were
+// written.
+#pragma once
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "arguments.h"
+
+enum Op : int64_t {
+  kForward,
+  kBackward,
+  kDequantize,
+  kBackwardFromSlopes,
+  kSignedForward,
+  kSignedDequantize,
+  kHadamard,
+  kWeightScale,
+  kNorm,
+};
+enum Mode : int64_t { kNull, kRead, kWrite, kReadWrite };
+enum Place {
+  kAlpha,
+  kX,
+  kY,
+  kMask,
+  kCodes,
+  kGradY,
+  kGradX,
+  kGradAlpha,
+  kSlopes,
+  kGroupAlphas,
+  kWeight,
+  kBias,
+  kOut,
+  kMean,
+  kInverse,
+  kBuffers
+};
+
+struct Header {
+  int64_t op, seed, dtype, rounding, bits, count, channels, inner, kind, ste, rule, in_place, group, rotation, flags;
+  double scale;
+};
+
+struct Buffer {
+  int64_t mode = kNull, bytes = 0, offset = 0;
+  std::unique_ptr<char[]> memory;
+
+  void* data() const { return mode == kNull ? nullptr : memory.get() + offset; }
+  uint8_t* packed() const { return static_cast<uint8_t*>(data()); }
+};
+
+inline bool read(void* to, size_t bytes) { return bytes == 0 || std::fread(to, bytes, 1, stdin) == 1; }
+inline void need(void* to, size_t bytes) {
+  if (!read(to, bytes)) throw std::runtime_error("the input ends within a case");
+}
+
+// Room for `count` numbers of the compute type, all NaN.
+inline std::vector<double> scratch(cg::Dtype dtype, int64_t count) {
+  const size_t size = dtype == cg::Dtype::float64 ? sizeof(double) : sizeof(float);
+  return std::vector<double>(count * size / sizeof(double) + 1, NAN);
+}
+
+inline cg::Alphas alphas_of(const Header& h, const Buffer (&b)[kBuffers]) {
+  return {b[kAlpha].data(), h.channels, h.inner};
+}
+
+// Calls run(header, buffers) for each case; returns the exit status.
+template <class Run>
+int for_each_case(const Run& run) {
+  try {
+    for (Header header; read(&header, sizeof(header));) {
+      Buffer buffers[kBuffers];
+      for (Buffer& buffer : buffers) {
+        need(&buffer.mode, sizeof(int64_t));
+        need(&buffer.bytes, sizeof(int64_t));
+        need(&buffer.offset, sizeof(int64_t));
+        buffer.memory.reset(new char[buffer.offset + buffer.bytes]);
+        std::memset(buffer.memory.get(), 0xff, buffer.offset + buffer.bytes);
+        if (buffer.mode == kRead || buffer.mode == kReadWrite) need(buffer.data(), buffer.bytes);
+      }
+      run(header, buffers);
+      for (const Buffer& buffer : buffers) {
+        if (buffer.mode == kWrite || buffer.mode == kReadWrite) std::fwrite(buffer.data(), 1, buffer.bytes, stdout);
+      }
+    }
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+  return 0;
+}
