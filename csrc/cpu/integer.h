@@ -108,5 +108,11 @@ extern const IntegerKernels kIntegerKernelsAvx512Vnni;
 #if defined(CG_HAVE_AMX)
 extern const IntegerKernels kIntegerKernelsAmx;
 #endif
+#if defined(CG_HAVE_NEON)
+extern const IntegerKernels kIntegerKernelsNeon;
+#endif
+#if defined(CG_HAVE_NEONDOT)
+extern const IntegerKernels kIntegerKernelsNeonDot;
+#endif
 
 }  // namespace cg

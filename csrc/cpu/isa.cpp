@@ -4,24 +4,39 @@
 #include <c10/util/Exception.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <string>
 
 #if defined(CG_HAVE_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(CG_HAVE_NEONDOT) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 namespace cg {
 namespace {
 
 // ATEN_CPU_CAPABILITY, which holds torch down to an older instruction set, holds these kernels too.
-bool torch_uses(std::string_view capability) { return at::get_cpu_capability().rfind(capability, 0) == 0; }
+[[maybe_unused]] bool torch_uses(std::string_view capability) {
+  return at::get_cpu_capability().rfind(capability, 0) == 0;
+}
 
 #if defined(CG_HAVE_AMX)
 // Linux gives a process the registers of AMX when asked, once.
 bool has_amx() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return __builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+#if defined(CG_HAVE_NEON)
+// torch has no name for NEON, which it uses in any case.
+bool uses_neon() {
+  const char* const held = std::getenv("ATEN_CPU_CAPABILITY");
+  return !held || std::string_view(held) != "default";
 }
 #endif
 
@@ -36,6 +51,9 @@ std::vector<const Kernels*> usable_kernels() {
 #if defined(CG_HAVE_AVX2)
   // torch does not ask for the carry-less product, which every machine with AVX2 has unless a hypervisor hides it.
   if (torch_uses("AVX")) usable.push_back(&kKernelsAvx2);
+#endif
+#if defined(CG_HAVE_NEON)
+  if (uses_neon()) usable.push_back(&kKernelsNeon);
 #endif
   usable.push_back(&kKernelsDefault);
   return usable;
@@ -58,6 +76,12 @@ std::vector<const IntegerKernels*> usable_kernels() {
 #endif
 #if defined(CG_HAVE_AVX2)
   if (torch_uses("AVX")) usable.push_back(&kIntegerKernelsAvx2);
+#endif
+#if defined(CG_HAVE_NEONDOT) && defined(__linux__)
+  if (uses_neon() && getauxval(AT_HWCAP) & HWCAP_ASIMDDP) usable.push_back(&kIntegerKernelsNeonDot);
+#endif
+#if defined(CG_HAVE_NEON)
+  if (uses_neon()) usable.push_back(&kIntegerKernelsNeon);
 #endif
   usable.push_back(&kIntegerKernelsDefault);
   return usable;

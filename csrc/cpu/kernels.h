@@ -72,5 +72,9 @@ extern const SignedKernels kSignedKernelsAvx2;
 extern const Kernels kKernelsAvx512;
 extern const SignedKernels kSignedKernelsAvx512;
 #endif
+#if defined(CG_HAVE_NEON)
+extern const Kernels kKernelsNeon;
+extern const SignedKernels kSignedKernelsNeon;
+#endif
 
 }  // namespace cg

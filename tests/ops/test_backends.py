@@ -121,7 +121,7 @@ def test_every_instruction_set_gives_the_same_bits():
     x = torch.randn(2, 37, 11, 13, generator=torch.Generator().manual_seed(0))
     alpha = oracle.log_uniform(37, 0.1, 1, seed=0)
     before, results = _ops.native.isa(), []
-    assert set(_ops.native.isas()) <= {"default", "avx2", "avx512"} and "default" in _ops.native.isas()
+    assert set(_ops.native.isas()) <= {"default", "avx2", "avx512", "neon"} and "default" in _ops.native.isas()
     try:
         for isa in _ops.native.isas():
             _ops.native.set_isa(isa)

@@ -12,6 +12,7 @@ from paths import ROOT
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 CSRC = ROOT / "csrc"
 AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
+ARM = shutil.which("aarch64-linux-gnu-g++")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 
 # Folder: flags. CUDA headers get the CPU's stand-ins for CUDA. Headers that include torch are left out.
@@ -26,6 +27,8 @@ FOLDERS = {
     "cpu/avx512": AVX512,
     "cpu/avx512vnni": (*AVX512, "-mavx512vnni"),
     "cpu/amx": (*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"),
+    "cpu/neon": (),
+    "cpu/neondot": ("-march=armv8.2-a+dotprod",),
     "cuda": ("-include", str(ROOT / "tests" / "cpp" / "cuda_host.h"), "-Wno-unknown-pragmas"),
 }
 TORCH = {CSRC / name for name in ("checks.h", "register.h", "cpu/tensors.h", "cuda/tensors.h", "cuda/launch.cuh")}
@@ -37,9 +40,9 @@ def _headers(folder):
     return sorted(path for path in (CSRC / folder).glob("*.*h") if path not in TORCH)
 
 
-def _compile(headers, flags):
+def _compile(headers, flags, compiler=COMPILER):
     quiet = ("-w", "-Werror=return-type")
-    command = [COMPILER, "-std=c++20", "-fsyntax-only", *quiet, *flags, "-x", "c++", *map(str, headers)]
+    command = [compiler, "-std=c++20", "-fsyntax-only", *quiet, *flags, "-x", "c++", *map(str, headers)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -48,7 +51,12 @@ def _compile(headers, flags):
 def test_headers_compile_alone(folder):
     headers = _headers(folder)
     assert headers
-    _compile(headers, FOLDERS[folder])
+    if not folder.startswith("cpu/neon"):
+        _compile(headers, FOLDERS[folder])
+    elif ARM is None:
+        pytest.skip("no compiler for AArch64")
+    else:
+        _compile(headers, FOLDERS[folder], ARM)
 
 
 def test_every_folder_is_checked():

@@ -1,0 +1,4 @@
+#pragma once
+
+#define CG_DOT_FOURS
+#include "../neon/dot.h"

@@ -1,0 +1,204 @@
+// The CPU kernels of an instruction set by themselves, named by the argument; for machines that have no torch, as
+// emulated ones.
+#include "host_cases.h"
+
+#include <algorithm>
+#include <string>
+
+#include "cpu/kernels.h"
+#include "dispatch.h"
+#include "math/signed.h"
+
+namespace {
+
+using namespace cg;
+
+int64_t blocks_of(int64_t count) { return (count + kBlock - 1) / kBlock; }
+
+// Alphas with their reciprocals, and kBlock more of them.
+template <class A>
+struct Prepared {
+  std::vector<A> values, inverses;
+  Alphas alphas;
+
+  template <class T>
+  void fill(const A* given, const Header& h, int top, Rounding rounding) {
+    alphas = {nullptr, h.channels, h.inner};
+    for (int64_t i = 0; i < h.channels + kBlock; ++i) {
+      const A alpha = given[i % h.channels];
+      values.push_back(alpha), inverses.push_back(reciprocal(alpha, rounding));
+      alphas.regular &= regular<T>(alpha, A(top));
+    }
+    alphas.values = values.data(), alphas.inverses = inverses.data();
+  }
+};
+
+// body(alphas) in the compute type; of a backward that reads none, without values.
+template <class Body>
+void with_alphas(const Header& h, const void* given, int top, Rounding rounding, const Body& body) {
+  if (!given) return body(Alphas{nullptr, h.channels, h.inner});
+  with_dtype(static_cast<Dtype>(h.dtype), [&](auto dtype) {
+    using T = typename decltype(dtype)::type;
+    Prepared<compute_t<T>> prepared;
+    prepared.template fill<T>(static_cast<const compute_t<T>*>(given), h, top, rounding);
+    body(prepared.alphas);
+  });
+}
+
+// Chunks are short, so that there are some.
+constexpr int64_t kChunkBlocks = 3;
+
+void backward(const Kernels& kernels, Backward a, int64_t blocks) {
+  if (!a.grad_alpha) return kernels.backward(a, 0, blocks);
+  with_dtype(a.dtype, [&](auto dtype) {
+    using A = compute_t<typename decltype(dtype)::type>;
+    const int64_t chunks = (blocks + kChunkBlocks - 1) / kChunkBlocks;
+    std::vector<A> partial(chunks * a.alphas.channels);
+    a.partial = partial.data(), a.chunk_blocks = kChunkBlocks;
+    kernels.backward(a, 0, blocks);
+    for (int64_t channel = 0; channel < a.alphas.channels; ++channel) {
+      A total = 0;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) total += partial[chunk * a.alphas.channels + channel];
+      static_cast<A*>(a.grad_alpha)[channel] = static_cast<A>(total * a.scale);
+    }
+  });
+}
+
+void signed_forward(const Kernels& kernels, SignedForward a) {
+  const auto run = [&] {
+    const Kernels& serving = a.alphas.regular ? kernels : kKernelsDefault;
+    serving.signed_kernels.forward(a, 0, blocks_of(a.count));
+  };
+  if (a.group == 0) return run();
+  if (a.count == 0) return;
+  const int64_t groups = a.count / a.group;
+  std::vector<double> values = scratch(a.dtype, groups + kBlock), inverses = values;
+  const bool regular = kernels.signed_kernels.alphas(a, 0, groups, values.data(), inverses.data());
+  a.alphas = {values.data(), groups, a.group, inverses.data(), regular};
+  run();
+}
+
+// Alphas of groups in the compute type.
+std::vector<double> widened(Dtype dtype, const bf16* from, int64_t count) {
+  std::vector<double> to = scratch(dtype, count + kBlock);
+  for (int64_t i = 0; i < count; ++i) {
+    if (dtype == Dtype::float64) to[i] = to_float(from[i]);
+    else reinterpret_cast<float*>(to.data())[i] = to_float(from[i]);
+  }
+  return to;
+}
+
+// Weights in the compute type, in whole blocks.
+std::vector<double> whole_blocks(Dtype dtype, const void* from, int64_t length) {
+  std::vector<double> to = scratch(dtype, blocks_of(length) * kBlock);
+  const size_t size = dtype == Dtype::float64 ? sizeof(double) : sizeof(float);
+  if (from) std::memcpy(to.data(), from, length * size);
+  return to;
+}
+
+void run(const Kernels& kernels, const Header& h, const Buffer (&b)[kBuffers]) {
+  const auto dtype = static_cast<Dtype>(h.dtype);
+  const auto rounding = static_cast<Rounding>(h.rounding);
+  const auto kind = static_cast<MaskKind>(h.kind);
+  const int bits = static_cast<int>(h.bits), top = (1 << bits) - 1;
+  const int64_t blocks = blocks_of(h.count);
+  bf16* const group_alphas = static_cast<bf16*>(b[kGroupAlphas].data());
+  const void* const alpha = b[kAlpha].data();
+  const auto serving = [&](const Alphas& alphas) -> const Kernels& {
+    return alphas.regular ? kernels : kKernelsDefault;
+  };
+  if (h.op == kForward) {
+    with_alphas(h, alpha, top, rounding, [&](const Alphas& alphas) {
+      void* y = h.in_place ? b[kX].data() : b[kY].data();
+      serving(alphas).forward(
+          {dtype, rounding, bits, h.count, alphas, b[kX].data(), y, b[kMask].packed(), kind, b[kCodes].packed(), false},
+          0, blocks);
+    });
+  } else if (h.op == kDequantize) {
+    with_alphas(h, alpha, top, rounding, [&](const Alphas& alphas) {
+      kernels.dequantize({dtype, bits, h.count, alphas, b[kCodes].packed(), b[kY].data(), false}, 0, blocks);
+    });
+  } else if (h.op == kBackwardFromSlopes) {
+    kernels.backward_from_slopes(
+        {dtype, bits, h.count, b[kGradY].data(), b[kCodes].packed(), b[kSlopes].data(), b[kGradX].data(), false}, 0,
+        blocks);
+  } else if (h.op == kBackward) {
+    with_alphas(h, alpha, top, rounding, [&](const Alphas& alphas) {
+      backward(serving(alphas),
+               {.dtype = dtype,
+                .ste = static_cast<Ste>(h.ste),
+                .rounding = rounding,
+                .rule = static_cast<AlphaGrad>(h.rule),
+                .bits = bits,
+                .count = h.count,
+                .alphas = alphas,
+                .grad_y = b[kGradY].data(),
+                .x = b[kX].data(),
+                .mask = b[kMask].packed(),
+                .kind = kind,
+                .codes = b[kCodes].packed(),
+                .grad_x = b[kGradX].data(),
+                .partial = nullptr,
+                .chunk_blocks = 0,
+                .stream = false,
+                .scale = h.scale,
+                .grad_alpha = b[kGradAlpha].data()},
+               blocks);
+    });
+  } else if (h.op == kSignedForward) {
+    with_alphas(h, alpha, signed_top(bits), Rounding::nearest, [&](const Alphas& alphas) {
+      signed_forward(kernels, {dtype, bits, h.count, alphas, h.group, group_alphas, b[kX].data(), b[kY].data(),
+                               b[kMask].packed(), b[kCodes].packed(), false});
+    });
+  } else if (h.op == kSignedDequantize) {
+    const auto run = [&](const Alphas& alphas) {
+      kernels.signed_kernels.dequantize(
+          {dtype, bits, h.count, alphas, h.group, group_alphas, b[kCodes].packed(), b[kY].data(), false}, 0, blocks);
+    };
+    if (h.group == 0) return with_alphas(h, alpha, signed_top(bits), Rounding::nearest, run);
+    const std::vector<double> wide = widened(dtype, group_alphas, h.count / h.group);
+    run({wide.data(), h.count / h.group, h.group, wide.data()});
+  } else if (h.op == kHadamard) {
+    const int64_t tile = hadamard_tile(h.group);
+    kernels.signed_kernels.hadamard({dtype, h.count, h.group, h.scale, b[kX].data(), b[kY].data()}, 0,
+                                    (h.count + tile - 1) / tile, scratch(dtype, tile).data());
+  } else if (h.op == kWeightScale) {
+    const int64_t rows = h.channels, length = h.count / std::max<int64_t>(rows, 1);
+    std::vector<int32_t> magnitudes(blocks_of(length) * kBlock), more(magnitudes.size());
+    kernels.signed_kernels.weight_scales({dtype, bits, rows, length, b[kX].data(), b[kAlpha].data()}, 0, rows,
+                                         magnitudes.data(), more.data());
+  } else {  // a norm of `channels` rows of `inner` elements; scale is eps
+    const std::vector<double> weight = whole_blocks(dtype, b[kWeight].data(), h.inner);
+    const std::vector<double> bias = whole_blocks(dtype, b[kBias].data(), h.inner);
+    kernels.signed_kernels.norm({.dtype = dtype,
+                                 .rows = h.channels,
+                                 .length = h.inner,
+                                 .eps = h.scale,
+                                 .rounds_twice = (h.flags & 2) != 0,
+                                 .x = b[kX].data(),
+                                 .weight = weight.data(),
+                                 .bias = b[kBias].data() ? bias.data() : nullptr,
+                                 .out = b[kOut].data(),
+                                 .mean = b[kMean].data(),
+                                 .inverse = b[kInverse].data()},
+                                0, h.channels, scratch(dtype, norm_scratch(h.inner)).data());
+  }
+}
+
+const Kernels* kernels_of(const std::string& isa) {
+#if defined(CG_HAVE_NEON)
+  if (isa == kKernelsNeon.isa) return &kKernelsNeon;
+#endif
+  return isa == kKernelsDefault.isa ? &kKernelsDefault : nullptr;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const Kernels* const kernels = argc == 2 ? kernels_of(argv[1]) : nullptr;
+  if (!kernels) {
+    std::fprintf(stderr, "wanted the name of an instruction set that this program has\n");
+    return 1;
+  }
+  return for_each_case([&](const Header& h, const Buffer(&b)[kBuffers]) { run(*kernels, h, b); });
+}
