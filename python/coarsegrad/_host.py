@@ -23,8 +23,7 @@ _LARGEST = 2**30
 
 def preloaded_malloc() -> str | None:
     """The allocator that replaces the C library's malloc in this process, such as tcmalloc, or None."""
-    libraries = Path("/proc/self/maps")
-    loaded = libraries.read_text() if libraries.exists() else ""
+    loaded = _read(Path("/proc/self/maps"))
     return next((name for name in ("tcmalloc", "jemalloc", "mimalloc") if f"lib{name}" in loaded), None)
 
 
@@ -64,8 +63,8 @@ def usable_cores(root: Path = Path("/")) -> int:
 def _quotas(root: Path) -> list[float]:
     """The cores that control groups allow: this process's and those around it, of both versions."""
     found, mounts = [], root / "sys/fs/cgroup"
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
+    lines = [line.split(":", 2) for line in _read(root / "proc/self/cgroup").splitlines()]
+    for _, controllers, path in (fields for fields in lines if len(fields) == 3):
         base = mounts / "cpu" if "cpu" in controllers.split(",") else mounts
         if controllers and base == mounts:
             continue
@@ -75,15 +74,17 @@ def _quotas(root: Path) -> list[float]:
                 both = _read(folder / "cpu.max").split() or [
                     _read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")
                 ]
-                if all(number.isdecimal() for number in both):  # else "max", or -1
-                    found.append(int(both[0]) / int(both[1]))
+                quota, period = (int(number) if number.isdecimal() else 0 for number in (*both, "", "")[:2])
+                if quota and period:  # else "max", or -1, or none
+                    found.append(quota / period)
     return found
 
 
 def _read(path: Path) -> str:
+    """The text of a file, in which names may be of any bytes; empty if it cannot be read."""
     try:
-        return path.read_text()
-    except OSError:
+        return os.fsdecode(path.read_bytes())
+    except (OSError, ValueError):  # a NUL in its name
         return ""
 
 

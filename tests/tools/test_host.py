@@ -59,7 +59,7 @@ def _write(root, files):
     for name, text in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_bytes(os.fsencode(text))
     return root
 
 
@@ -75,6 +75,9 @@ def _write(root, files):
           "sys/fs/cgroup/cpu/c/cpu.cfs_quota_us": "300000\n", "sys/fs/cgroup/cpu/c/cpu.cfs_period_us": "100000\n",
           "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
           "sys/fs/cgroup/m/cpu.max": "100000 100000\n"}, 3),
+        # Not what a kernel writes, or a name of any bytes: no reason to fail.
+        ({"proc/self/cgroup": "\nodd\n0::/\udcff/b\n", "sys/fs/cgroup/cpu.max": "200000 100000",
+          "sys/fs/cgroup/\udcff/cpu.max": "100000 0\n", "sys/fs/cgroup/\udcff/b/cpu.max": "100000\n"}, 2),
     ],
 )  # fmt: skip
 def test_cores_are_those_of_the_affinity_or_of_the_quota(files, cores, tmp_path, monkeypatch):
