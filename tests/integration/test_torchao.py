@@ -72,6 +72,12 @@ def test_undo():
     config.reports[0].undo()
     assert torch.equal(model(X), want(X))
 
+    alone = StaircaseConfig(bits=2)
+    torchao.quantize_(model, alone, filter_fn=relus)
+    assert type(model.first[1]) is cg.QReLU
+    alone.reports[0].undo()
+    assert type(model.first[1]) is nn.ReLU and torch.equal(model(X), want(X))
+
 
 def test_a_transformer():
     model, batch = built(llama)

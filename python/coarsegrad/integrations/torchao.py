@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -67,6 +68,7 @@ class StaircaseConfig(AOBaseConfig):
 def _quantized(module: nn.Module, config: StaircaseConfig) -> nn.Module:
     """torchao's handler: what takes the place of a selected module, which is the module, but for an activation."""
     if config.step == "convert":
+        # torchao does not hand out what replaces the model itself.
         return _become(module, convert(module, **config.arguments))
     bits = config.arguments.get("bits", 4)
     if bits is not None and isinstance(module, nn.Linear):
@@ -79,12 +81,16 @@ def _quantized(module: nn.Module, config: StaircaseConfig) -> nn.Module:
         config.reports.append(quantize_(module, **config.arguments))
         return module
     holder = nn.Sequential(module)
-    config.reports.append(quantize_(holder, **config.arguments))
-    return holder[0]
+    report = quantize_(holder, **config.arguments)
+    made = holder[0]
+    # torchao puts it where only the parent of the activation, which is not known here, could take it out again.
+    report._undo_steps.append(functools.partial(_become, made, module))
+    config.reports.append(report)
+    return made
 
 
 def _become(module: nn.Module, made: nn.Module) -> nn.Module:
-    """Make a module what `made` is: torchao does not hand out what replaces the model itself."""
+    """Make a module what `made` is, in its place in whatever has it."""
     module.__class__ = type(made)
     module.__dict__ = made.__dict__
     return module
