@@ -162,6 +162,18 @@ def test_counting_a_step_changes_nothing_of_it(layer):
     assert list(live.report().scalars()) == ["zero/2", "saturated/2", "alpha/2"]
 
 
+def test_blocks_in_blocks_count_and_run_the_forward_that_was_there():
+    model, x = _layer(), torch.rand(3, 4)
+    layer = model[0]
+    layer.forward = forward = lambda x: cg.QReLU.forward(layer, 2 * x)
+    with live_stats(model) as outer:
+        with live_stats(model) as inner:
+            y = model(x)
+        assert torch.equal(y, model(x))
+    assert [live.report()[0].elements for live in (outer, inner)] == [24, 12]
+    assert vars(layer)["forward"] is forward and torch.equal(y, forward(x))
+
+
 def test_scalars_are_numbers_of_what_had_inputs():
     model = nn.ModuleDict({"a": cg.QReLU(2, num_channels=2, alpha=1.0), "unused": cg.QReLU(2)})
     model["a"].alpha.copy_(torch.tensor([1.0, 2.0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -121,8 +122,20 @@ def stats(
 class LiveStats:
     """What the block of `live_stats` has counted so far."""
 
-    def __init__(self, counters: dict[str, _CodeCounter]) -> None:
-        self._counters = counters
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = qrelus_of(model)
+        self._counters = {name: _CodeCounter(layer) for name, layer in self._layers.items()}
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Counts in the block, in addition to what was counted before."""
+        counting = {
+            # Its forward may be another block's, or one that a user or a package gave it.
+            name: functools.partial(self._counters[name].count_and_run, layer.forward)
+            for name, layer in self._layers.items()
+        }
+        with replaced(self._layers, counting):
+            yield
 
     def report(self) -> StatsReport:
         """As `stats` returns it. Warns with the names of layers that nothing reached."""
@@ -140,17 +153,16 @@ def live_stats(model: nn.Module) -> Iterator[LiveStats]:
         writer.add_scalars("staircases", live.report().scalars())
 
     The `QReLU`s compute, and save for backward, as always. A QReLULinear or QReLUConv2d computes in the block as its
-    two layers. A model of torch.compile is compiled anew in each block. In a distributed run each process counts its
-    own inputs. Activations that are checkpointed are counted each time they are computed.
+    two layers. Of nested blocks each counts. A model of torch.compile is compiled anew in each block. In a distributed
+    run each process counts its own inputs. Activations that are checkpointed are counted each time they are computed.
 
     model: has `QReLU`s.
 
     Yields an object whose `report()` returns a `StatsReport`. Raises TypeError or ValueError as `stats` does.
     """
-    layers = qrelus_of(model)
-    counters = {name: _CodeCounter(layer) for name, layer in layers.items()}
-    with replaced(layers, {name: counter.count_and_run for name, counter in counters.items()}):
-        yield LiveStats(counters)
+    live = LiveStats(model)
+    with live.counting():
+        yield live
 
 
 def _report(counters: dict[str, _CodeCounter]) -> StatsReport:
@@ -173,10 +185,10 @@ class _CodeCounter:
         y = x.copy_(y) if layer.inplace else y
         return y.square() if layer.squared else y
 
-    def count_and_run(self, x: Tensor) -> Tensor:
+    def count_and_run(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         with torch.no_grad():
             self._count(x.detach())
-        return type(self._layer).forward(self._layer, x)
+        return forward(x)
 
     def _count(self, x: Tensor) -> Tensor:
         layer, self.reached = self._layer, True
