@@ -29,8 +29,9 @@ def trained(folder, callback=None, bits=4, **settings):
     if bits:
         cg.quantize_(model, bits, ste="relu", learn_alpha=True)
     arguments = hf.TrainingArguments(
-        output_dir=folder, max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=2,
-        save_strategy="no", use_cpu=True, report_to=[], disable_tqdm=True, seed=5, **settings,
+        output_dir=folder, max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        save_strategy="no", use_cpu=True, report_to=[], disable_tqdm=True, seed=5,
+        **{"logging_steps": 2, **settings},
     )  # fmt: skip
     trainer = hf.Trainer(model, arguments, train_dataset=Tokens())
     trainer.remove_callback(hf.PrinterCallback)
@@ -60,7 +61,7 @@ def test_every_and_the_micro_batches_of_a_step(tmp_path, monkeypatch):
     def counted(live):
         made = report(live)
         elements.append(made[0].elements)
-        assert not any("forward" in vars(counter._layer) for counter in live._counters.values())  # no longer counted
+        assert not any("forward" in vars(layer) for layer in live._layers.values())  # no longer counted
         return made
 
     monkeypatch.setattr(cg.quantization.LiveStats, "report", counted)
@@ -69,9 +70,34 @@ def test_every_and_the_micro_batches_of_a_step(tmp_path, monkeypatch):
     assert elements == [2 * 2 * 12 * trainer.model.config.ffn_dim]
 
 
+def test_an_interrupted_step_leaves_nothing_in_the_model(tmp_path, monkeypatch):
+    losses, compute_loss = [], hf.Trainer.compute_loss
+
+    def interrupted(trainer, model, *args, **kwargs):
+        loss = compute_loss(trainer, model, *args, **kwargs)
+        losses.append(any("forward" in vars(m) for m in model.modules() if isinstance(m, cg.QReLU)))
+        if len(losses) == 4:
+            raise KeyboardInterrupt
+        return loss
+
+    monkeypatch.setattr(hf.Trainer, "compute_loss", interrupted)
+    models = []
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, lambda trainer: models.append(trainer.model) or StatsCallback(trainer))
+    assert losses == [False, False, True, True]  # of step 2
+    assert not any("forward" in vars(m) for m in models[0].modules() if isinstance(m, cg.QReLU))
+
+
+def test_a_trainer_that_logs_at_no_steps(tmp_path):
+    trainer = trained(tmp_path, StatsCallback, logging_strategy="no", logging_steps=0)
+    assert [list(entry) for entry in trainer.state.log_history if "train_loss" not in entry] == []
+
+
 def test_mistakes(tmp_path):
     with pytest.raises(TypeError, match="trainer must be a transformers.Trainer, got str"):
         StatsCallback("trainer")
+    with pytest.raises(TypeError, match="trainer must be a transformers.Trainer, got type"):
+        StatsCallback(hf.Trainer)
     with pytest.raises(ValueError, match="every must be an int >= 1 or None, got 0"):
         trained(tmp_path, lambda trainer: StatsCallback(trainer, every=0))
     with pytest.raises(ValueError, match="the model must have a QReLU for StatsCallback"):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from ..nn import QReLU
-from ..quantization import LiveStats, live_stats
+from ..quantization import LiveStats
 
 
 class StatsCallback(TrainerCallback):
@@ -22,21 +22,28 @@ class StatsCallback(TrainerCallback):
         that what is logged with the loss is of the same step. They are logged with the next logs of the Trainer.
 
     The counts are those of the forwards of one step, of all its micro-batches, as for `live_stats`, whose limits hold:
-    each process counts its own inputs, of which Trainer reports those of the first.
+    each process counts its own inputs, of which Trainer reports those of the first. Only in `trainer.training_step`,
+    around which this puts its own, does the model count, so that an exception there leaves nothing in it.
 
     Raises TypeError or ValueError for a wrong argument; and ValueError when training starts with a model without a
     QReLU, or with `torch_compile=True`, as each counted step would be compiled anew.
     """
 
     def __init__(self, trainer: Any, every: int | None = None) -> None:
-        if not callable(getattr(trainer, "log", None)):
+        if not isinstance(trainer, Trainer):
             raise TypeError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__}")
         if every is not None and (type(every) is not int or every < 1):
             raise ValueError(f"every must be an int >= 1 or None, got {every!r}")
         self._trainer, self._every = trainer, every
         self._live: LiveStats | None = None
-        self._step = ExitStack()
         self._scalars: dict[str, float] = {}
+        self._training_step = trainer.training_step
+        vars(trainer)["training_step"] = self._counted_step
+
+    def _counted_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Of one micro-batch."""
+        with nullcontext() if self._live is None else self._live.counting():
+            return self._training_step(*args, **kwargs)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if args.torch_compile:
@@ -45,12 +52,11 @@ class StatsCallback(TrainerCallback):
             raise ValueError("the model must have a QReLU for StatsCallback; quantize_ inserts them")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        every = self._every or state.logging_steps
-        if (state.global_step + 1) % every == 0:
-            self._live = self._step.enter_context(live_stats(model))
+        every = self._every or state.logging_steps  # 0 where logging_strategy="no" lets it be
+        counted = every and (state.global_step + 1) % every == 0
+        self._live = LiveStats(model) if counted else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._step.close()
         if self._live is not None:
             self._scalars, self._live = self._live.report().scalars(), None
 
@@ -58,6 +64,3 @@ class StatsCallback(TrainerCallback):
         scalars, self._scalars = self._scalars, {}
         if scalars:
             self._trainer.log(scalars)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._step.close()  # of a step that was not finished
