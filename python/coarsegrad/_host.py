@@ -33,9 +33,9 @@ def _is_glibc() -> bool:
 
 def _keeps_large_blocks() -> bool:
     """Whether the environment tells glibc's malloc to."""
-    tunable = re.search(r"glibc\.malloc\.mmap_threshold=(\d+)", os.environ.get("GLIBC_TUNABLES", ""))
+    tunable = re.search(r"glibc\.malloc\.mmap_threshold=(\w+)", os.environ.get("GLIBC_TUNABLES", ""))
     threshold = os.environ.get("MALLOC_MMAP_THRESHOLD_", tunable[1] if tunable else "")
-    return threshold.isdecimal() and int(threshold) > _GLIBC_MMAP_THRESHOLD
+    return _number(threshold) > _GLIBC_MMAP_THRESHOLD
 
 
 def keep_freed_memory() -> bool:
@@ -74,10 +74,18 @@ def _quotas(root: Path) -> list[float]:
                 both = _read(folder / "cpu.max").split() or [
                     _read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")
                 ]
-                quota, period = (int(number) if number.isdecimal() else 0 for number in (*both, "", "")[:2])
-                if quota and period:  # else "max", or -1, or none
+                quota, period = map(_number, (*both, "", "")[:2])
+                if quota > 0 and period > 0:  # else "max", or -1, or none
                     found.append(quota / period)
     return found
+
+
+def _number(text: str) -> int:
+    """0 if it is none; decimal, or hexadecimal as glibc takes it too."""
+    try:
+        return int(text, 0)
+    except ValueError:
+        return 0
 
 
 def _read(path: Path) -> str:

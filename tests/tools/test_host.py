@@ -55,6 +55,14 @@ def test_not_with_tunables_or_another_malloc(monkeypatch):
     assert not _host.keep_freed_memory() and not any("malloc" in reason for reason in _host.slow_reasons())
 
 
+@pytest.mark.parametrize("value, keeps", [("0x4000000", True), ("67108864", True), ("33554432", False), ("all", False)])
+@pytest.mark.parametrize("name", ["MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_thresholds_are_read_as_glibc_does(name, value, keeps, monkeypatch):
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    monkeypatch.setenv(name, value if name.startswith("MALLOC") else f"glibc.malloc.mmap_threshold={value}:glibc.x=1")
+    assert _host._keeps_large_blocks() == keeps
+
+
 def _write(root, files):
     for name, text in files.items():
         path = root / name
