@@ -115,7 +115,7 @@ def test_figures_of_layers_without_inputs_and_of_many():
         calibrated = cg.calibrate(model, [torch.ones(4)], forward=lambda m, x: (m["a"](x), m["negative"](-x)))
     for figure, count in ((report.plot(), 2), (calibrated.plot(), 2)):
         names, bars, texts = _parts(figure)
-        assert len(names) == 3 and texts == ["no batch reached it", "no positive input"]
+        assert len(names) == 3 and texts == ["no input reached it", "no positive input"]
         assert len(bars["zero"]) == count
     many = cg.stats(nn.Sequential(*(cg.QReLU(4) for _ in range(60))), [torch.randn(8)])
     figure = many.plot()
@@ -126,6 +126,8 @@ def test_mistakes_in_figures(monkeypatch):
     report = cg.stats(_layer(), [torch.ones(2)])
     with pytest.raises(TypeError, match=r"layers must be names of layers, such as \['0'\], got the str '0'"):
         report.plot(layers="0")
+    with pytest.raises(TypeError, match=r"layers must be names of layers, such as \['0'\], got the int 0"):
+        report.plot(layers=0)
     with pytest.raises(ValueError, match="layers must be of 0, got 1"):
         report.plot(layers=["1"])
     imports = builtins.__import__

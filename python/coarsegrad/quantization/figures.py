@@ -45,8 +45,11 @@ def chosen(names: Sequence[str], layers: Iterable[str] | None) -> list[int]:
     """The places in names of the layers that a user wants drawn."""
     if layers is None:
         return list(range(len(names)))
-    if isinstance(layers, str):
-        raise TypeError(f"layers must be names of layers, such as [{layers!r}], got the str {layers!r}")
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise TypeError(
+            f"layers must be names of layers, such as [{names[0] if names else ''!r}],"
+            f" got the {type(layers).__name__} {layers!r}"
+        )
     wanted = list(layers)
     if unknown := [name for name in wanted if name not in names]:
         raise ValueError(f"layers must be of {', '.join(names)}, got {', '.join(map(str, unknown))}")
@@ -63,7 +66,7 @@ def draw(
 ) -> Figure:
     """A row for each layer, at most as high as a hand: the histogram of its inputs, then a bar of each column.
 
-    inputs: None for a layer that nothing reached.
+    inputs: None for a layer that nothing, or a batch of no samples, reached.
     """
     figure_class = _figure_class()
     count = len(names)
@@ -96,7 +99,7 @@ def _draw_inputs(axes: Axes, place: int, found: InputHistogram | None, size: int
     base, height = place + 0.4, 0.85
     axes.axhline(base, color="0.85", linewidth=0.6, zorder=0)
     if found is None or not (sum(found.counts) or found.beyond):
-        said = "no batch reached it" if found is None else "no positive input"
+        said = "no input reached it" if found is None else "no positive input"
         axes.text(0.02, place + 0.2, said, fontsize=size, color="0.4")
         return
     highest = max(found.counts) or 1
