@@ -120,7 +120,10 @@ def stats(
 
 
 class LiveStats:
-    """What the block of `live_stats` has counted so far."""
+    """What the block of `live_stats`, or the blocks of `counting`, have counted so far.
+
+    model, errors: as for `live_stats`.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = qrelus_of(model)
@@ -128,7 +131,7 @@ class LiveStats:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Counts in the block, in addition to what was counted before."""
+        """Counts in the block, on top of what earlier ones counted."""
         counting = {
             # Its forward may be another block's, or one that a user or a package gave it.
             name: functools.partial(self._counters[name].count_and_run, layer.forward)

@@ -21,7 +21,7 @@ class InputHistogram:
     """The positive inputs of one QReLU by x / L[q], each by the alpha of its channel.
 
     counts: in 128 intervals of equal width from 0 to 2, which have their upper ends; 1 is the top level. beyond: the
-        number of inputs above 2.
+        number of inputs above 2, and of NaNs, whose code is the top one, though `stats` has them not as saturated.
     bits, rounding: the layer's.
     """
 
@@ -62,7 +62,7 @@ class InputTally:
         if layer.channel_dim is not None:
             top = top.view([-1 if dim == layer.channel_dim % x.dim() else 1 for dim in range(x.dim())])
         place = (x / top).mul_(_BELOW).ceil_()  # 0 if x is not positive; the top level is not above itself
-        place = place.nan_to_num_(nan=math.inf).clamp_(0, _BELOW + _ABOVE + 1).long()  # a NaN saturates
+        place = place.nan_to_num_(nan=math.inf).clamp_(0, _BELOW + _ABOVE + 1).long()  # a NaN has the top code
         self._counts += place.flatten().bincount(minlength=len(self._counts)).cpu()
 
     def result(self) -> InputHistogram:
