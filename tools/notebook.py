@@ -1,14 +1,16 @@
-"""Runs notebooks, as `python -m tools.notebook docs/low-bit.ipynb`, and writes what their cells print and show into
-them. It needs no Jupyter, as the cells are plain Python."""
+"""`python -m tools.notebook docs/low-bit.ipynb` runs notebooks and writes what their cells print and show into them.
+
+It needs no Jupyter, as the cells are plain Python.
+"""
 
 from __future__ import annotations
 
+import argparse
 import ast
 import base64
 import contextlib
 import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +52,11 @@ def _lines(text: str) -> list[str]:
     return text.splitlines(keepends=True)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.notebook", description=__doc__)
+    parser.add_argument("notebooks", nargs="+", type=Path, metavar="IPYNB", help="a notebook, which is written anew")
     torch.set_num_threads(1)
-    for path in map(Path, sys.argv[1:]):
+    for path in parser.parse_args(argv).notebooks:
         notebook = json.loads(path.read_text())
         run(notebook, path.name)
         path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
