@@ -60,6 +60,40 @@ def test_what_the_page_says_of_weights():
         assert min(seeds) < 0 and abs(sum(seeds) / 3) < 0.12
 
 
+def test_what_the_page_says_of_the_grid():
+    table = mnist_table.TABLE
+    done = {run: result for run, result in finished(table, ROOT / "bench/results/mnist") if run in table.grid}
+    assert len(done) == 108
+    last = {(r.bits, r.rounding, r.ste): round(100 * done[r]["history"][-1]["test_accuracy"], 2) for r in done}
+    stes, roundings = {run.ste for run in done}, {run.rounding for run in done}
+    others = stes - {"identity"}
+    at_zero = [last[1, rounding, ste] for rounding in ("ceil", "hwgq") for ste in stes]
+    assert min(last[1, "nearest", ste] for ste in stes) >= 98.5
+    assert min(last[1, "nearest", ste] for ste in others) > max(at_zero)
+    step = [last[1, rounding, "reverse_exponential_step"] for rounding in ("ceil", "hwgq", "nearest")]
+    assert step == [94.75, 94.35, 98.80] and min(at_zero) == 94.35
+    assert [last[1, rounding, "relu"] for rounding in ("nearest", "ceil", "hwgq")] == [99.05, 95.22, 95.14]
+    for run, result in done.items():
+        if run.bits == 1:
+            low, high = (0.13, 0.30) if run.rounding == "nearest" else (0.44, 0.56)
+            assert all(low < 1 - layer["zero"] < high for layer in result["shares"].values()), run
+    assert max(abs(last[1, "ceil", ste] - last[1, "hwgq", ste]) for ste in stes) == pytest.approx(0.4)
+    gains = [last[2, "nearest", ste] - last[2, "ceil", ste] for ste in stes]
+    assert (min(gains), max(gains)) == (pytest.approx(0.04), pytest.approx(0.24))
+    fine = {key: value for key, value in last.items() if key[0] >= 3 and key[2] != "identity"}
+    assert len(fine) == 60 and (min(fine.values()), max(fine.values())) == (99.31, 99.45)
+    for bits, ste in {(bits, ste) for bits, _, ste in fine}:
+        assert max(fine[bits, r, ste] for r in roundings) - min(fine[bits, r, ste] for r in roundings) < 0.105
+    behind = {
+        (bits, rounding): [last[bits, rounding, ste] - last[bits, rounding, "identity"] for ste in others]
+        for bits in (2, 3, 4, 6, 8) for rounding in roundings
+    }  # fmt: skip
+    assert [cell for cell, gaps in behind.items() if min(gaps) < 0] == [(6, "hwgq")]
+    del behind[6, "hwgq"]
+    gaps = [gap for cell in behind.values() for gap in cell]
+    assert (min(gaps), max(gaps)) == (pytest.approx(0.04), pytest.approx(0.33))
+
+
 def test_committed_runs_are_of_clean_commits():
     for run, result in finished(mnist_table.TABLE, ROOT / "bench" / "results" / "mnist"):
         assert result["environment"]["git"] and "dirty" not in result["environment"]["git"], run.name
