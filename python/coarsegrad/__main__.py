@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -50,7 +51,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             module.add_arguments(command)
             command.set_defaults(main=module.main)
     args = parser.parse_args(argv)
-    args.main(args)
+    try:
+        args.main(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader, such as head, has seen enough. At exit Python writes what is left once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

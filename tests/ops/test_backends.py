@@ -222,6 +222,15 @@ def test_info_on_the_command_line():
         assert _ops.native_why_not in done.stdout
 
 
+def test_a_reader_that_has_seen_enough():
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    command = [sys.executable, "-m", "coarsegrad", "info"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert b"BrokenPipe" not in process.stderr.read()
+    assert process.returncode == 1
+
+
 def test_info_names_the_kernels_of_norms(monkeypatch):
     """Of a GPU, the compiled ones wherever they serve it."""
     backends = sys.modules["coarsegrad.backends"]  # cg.backends is the function
