@@ -69,7 +69,7 @@ mode. "compile" is the time of the first compiled step with empty caches, measur
 Compiled inference of LeNet-5 is the one above 1.05. Its first activation has 20 channels, and Inductor writes it over
 its input: the partial vector that ends a row is stored where the next row is read, which waits for the store, and a
 staircase takes longer to get there than a maximum. With `torch._inductor.config.inplace_buffers = False` nothing
-waits, and the time is within 1.05 of nn.ReLU's.
+waits.
 
 ![Time of steps and of inference with each activation, relative to nn.ReLU](../bench/results/training.png)
 """
