@@ -99,7 +99,6 @@ std::vector<double> whole_blocks(Dtype dtype, const void* from, int64_t length) 
 void run(const Kernels& kernels, const Header& h, const Buffer (&b)[kBuffers]) {
   const auto dtype = static_cast<Dtype>(h.dtype);
   const auto rounding = static_cast<Rounding>(h.rounding);
-  const auto kind = static_cast<MaskKind>(h.kind);
   const int bits = static_cast<int>(h.bits), top = (1 << bits) - 1;
   const int64_t blocks = blocks_of(h.count);
   bf16* const group_alphas = static_cast<bf16*>(b[kGroupAlphas].data());
@@ -108,43 +107,16 @@ void run(const Kernels& kernels, const Header& h, const Buffer (&b)[kBuffers]) {
     return alphas.regular ? kernels : kKernelsDefault;
   };
   if (h.op == kForward) {
-    with_alphas(h, alpha, top, rounding, [&](const Alphas& alphas) {
-      void* y = h.in_place ? b[kX].data() : b[kY].data();
-      serving(alphas).forward(
-          {dtype, rounding, bits, h.count, alphas, b[kX].data(), y, b[kMask].packed(), kind, b[kCodes].packed(), false},
-          0, blocks);
-    });
+    with_alphas(h, alpha, top, rounding,
+                [&](const Alphas& alphas) { serving(alphas).forward(forward_of(h, b, alphas), 0, blocks); });
   } else if (h.op == kDequantize) {
-    with_alphas(h, alpha, top, rounding, [&](const Alphas& alphas) {
-      kernels.dequantize({dtype, bits, h.count, alphas, b[kCodes].packed(), b[kY].data(), false}, 0, blocks);
-    });
+    with_alphas(h, alpha, top, rounding,
+                [&](const Alphas& alphas) { kernels.dequantize(dequantize_of(h, b, alphas), 0, blocks); });
   } else if (h.op == kBackwardFromSlopes) {
-    kernels.backward_from_slopes(
-        {dtype, bits, h.count, b[kGradY].data(), b[kCodes].packed(), b[kSlopes].data(), b[kGradX].data(), false}, 0,
-        blocks);
+    kernels.backward_from_slopes(backward_from_slopes_of(h, b), 0, blocks);
   } else if (h.op == kBackward) {
-    with_alphas(h, alpha, top, rounding, [&](const Alphas& alphas) {
-      backward(serving(alphas),
-               {.dtype = dtype,
-                .ste = static_cast<Ste>(h.ste),
-                .rounding = rounding,
-                .rule = static_cast<AlphaGrad>(h.rule),
-                .bits = bits,
-                .count = h.count,
-                .alphas = alphas,
-                .grad_y = b[kGradY].data(),
-                .x = b[kX].data(),
-                .mask = b[kMask].packed(),
-                .kind = kind,
-                .codes = b[kCodes].packed(),
-                .grad_x = b[kGradX].data(),
-                .partial = nullptr,
-                .chunk_blocks = 0,
-                .stream = false,
-                .scale = h.scale,
-                .grad_alpha = b[kGradAlpha].data()},
-               blocks);
-    });
+    with_alphas(h, alpha, top, rounding,
+                [&](const Alphas& alphas) { backward(serving(alphas), backward_of(h, b, alphas), blocks); });
   } else if (h.op == kSignedForward) {
     with_alphas(h, alpha, signed_top(bits), Rounding::nearest, [&](const Alphas& alphas) {
       signed_forward(kernels, {dtype, bits, h.count, alphas, h.group, group_alphas, b[kX].data(), b[kY].data(),

@@ -75,6 +75,60 @@ inline cg::Alphas alphas_of(const Header& h, const Buffer (&b)[kBuffers]) {
   return {b[kAlpha].data(), h.channels, h.inner};
 }
 
+// The arguments of a case's kernel, for GPUs and CPUs.
+inline cg::Forward forward_of(const Header& h, const Buffer (&b)[kBuffers], const cg::Alphas& alphas) {
+  return {.dtype = static_cast<cg::Dtype>(h.dtype),
+          .rounding = static_cast<cg::Rounding>(h.rounding),
+          .bits = static_cast<int>(h.bits),
+          .count = h.count,
+          .alphas = alphas,
+          .x = b[kX].data(),
+          .y = h.in_place ? b[kX].data() : b[kY].data(),
+          .mask = b[kMask].packed(),
+          .kind = static_cast<cg::MaskKind>(h.kind),
+          .codes = b[kCodes].packed(),
+          .stream = false};
+}
+inline cg::Dequantize dequantize_of(const Header& h, const Buffer (&b)[kBuffers], const cg::Alphas& alphas) {
+  return {.dtype = static_cast<cg::Dtype>(h.dtype),
+          .bits = static_cast<int>(h.bits),
+          .count = h.count,
+          .alphas = alphas,
+          .codes = b[kCodes].packed(),
+          .y = b[kY].data(),
+          .stream = false};
+}
+inline cg::BackwardFromSlopes backward_from_slopes_of(const Header& h, const Buffer (&b)[kBuffers]) {
+  return {.dtype = static_cast<cg::Dtype>(h.dtype),
+          .bits = static_cast<int>(h.bits),
+          .count = h.count,
+          .grad_y = b[kGradY].data(),
+          .codes = b[kCodes].packed(),
+          .slopes = b[kSlopes].data(),
+          .grad_x = b[kGradX].data(),
+          .stream = false};
+}
+inline cg::Backward backward_of(const Header& h, const Buffer (&b)[kBuffers], const cg::Alphas& alphas) {
+  return {.dtype = static_cast<cg::Dtype>(h.dtype),
+          .ste = static_cast<cg::Ste>(h.ste),
+          .rounding = static_cast<cg::Rounding>(h.rounding),
+          .rule = static_cast<cg::AlphaGrad>(h.rule),
+          .bits = static_cast<int>(h.bits),
+          .count = h.count,
+          .alphas = alphas,
+          .grad_y = b[kGradY].data(),
+          .x = b[kX].data(),
+          .mask = b[kMask].packed(),
+          .kind = static_cast<cg::MaskKind>(h.kind),
+          .codes = b[kCodes].packed(),
+          .grad_x = b[kGradX].data(),
+          .partial = nullptr,
+          .chunk_blocks = 0,
+          .stream = false,
+          .scale = h.scale,
+          .grad_alpha = b[kGradAlpha].data()};
+}
+
 // Calls run(header, buffers) for each case; returns the exit status.
 template <class Run>
 int for_each_case(const Run& run) {
