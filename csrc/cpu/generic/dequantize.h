@@ -3,6 +3,7 @@
 
 #include "alphas.h"
 #include "blocks.h"
+#include "level_table.h"
 
 namespace cg::CG_ISA {
 namespace {
@@ -34,6 +35,29 @@ CG_HD void dequantize_range(const Dequantize& a, int64_t first, int64_t last, co
   }
 }
 
+// One alpha, where the set has a LevelTable.
+template <class T, int kWidth>
+CG_HD void dequantize_packed(const Dequantize& a, int64_t first, int64_t last, float alpha) {
+  T levels[1 << kWidth];
+  for (int k = 0; k < 1 << kWidth; ++k) {
+    levels[k] = bit_cast<T>(compare_key_floor<T>(level<T>(static_cast<float>(k), alpha)));
+  }
+  const LevelTable<T, kWidth> table(levels, alpha);
+  T* const y_of_all = static_cast<T*>(a.y);
+  for (int64_t block = first; block < last; ++block) {
+    const int count = block_count(a.count, block);
+    if (count == kBlock) {
+      table.store(a.codes + block * 8 * kWidth, y_of_all + block * kBlock, a.stream);
+    } else {
+      uint64_t packed[kWidth];
+      T copy[kBlock];
+      read_packed<kWidth>(a.codes, block, count, packed);
+      table.store(reinterpret_cast<const uint8_t*>(packed), copy, false);
+      memcpy(y_of_all + block * kBlock, copy, count * sizeof(T));
+    }
+  }
+}
+
 // One alpha and a 16-bit type: levels are looked up in a register. (In float32 a product is as fast.)
 template <class T>
 CG_HD void dequantize_table(const Dequantize& a, int64_t first, int64_t last, float alpha) {
@@ -60,6 +84,17 @@ void dequantize(const Dequantize& args, int64_t begin, int64_t end) {
     using A = compute_t<T>;
     for_each_range<A>(a.alphas, begin, end, [&](int64_t first, int64_t last, const auto& source) {
       constexpr bool kOneAlpha = std::is_same_v<std::decay_t<decltype(source)>, OneAlpha<A>>;
+      if constexpr (kOneAlpha) {
+        bool ran = false;
+        with_width(packed_width(a.bits), [&](auto width) {
+          if constexpr (LevelTable<T, width.value>::kServed) {
+            if (last - first < 1 << width.value >> 2) return;  // a table takes longer
+            dequantize_packed<T, width.value>(a, first, last, static_cast<const A*>(a.alphas.values)[source.channel]);
+            ran = true;
+          }
+        });
+        if (ran) return;
+      }
       if constexpr (sizeof(T) == 2 && CompareKey<T>::kSearchBits > 0 && kOneAlpha) {
         const bool fits = 1 << a.bits <= CompareKey<T>::kEntries;
         if (fits) return dequantize_table<T>(a, first, last, static_cast<const A*>(a.alphas.values)[source.channel]);
