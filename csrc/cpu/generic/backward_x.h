@@ -89,7 +89,9 @@ __attribute__((noinline)) void dx_fast(const Backward& a, const T* x, const T* g
                                        bool stream, const OneAlpha<float>& source) {
   using Key = CompareKey<T>;
   using Element = typename Key::Element;
-  using F = Pair<decltype(Key().floats())>;
+  using Each = decltype(Key().floats());
+  constexpr bool kFour = std::is_same_v<Each, Vec<float>>;  // keys in turn, as a pair of floats is two chains already
+  using F = Pair<std::conditional_t<kFour, Pair<Each>, Each>>;
   using Slope = FastSlope<SteT, T, F>;
   const float alpha = static_cast<const float*>(a.alphas.values)[source.channel];
   const float q = static_cast<float>((1 << a.bits) - 1);
@@ -97,24 +99,37 @@ __attribute__((noinline)) void dx_fast(const Backward& a, const T* x, const T* g
   const float most = min_of(Slope::most(alpha, q), std::numeric_limits<float>::max());
   const Element moderate = compare_key_floor<T>(most);
   const auto load = [](const T* p) { return Key::load(reinterpret_cast<const Element*>(p)); };
-  const auto where_positive = [](Key x, auto v) { return Key::masked(Key::greater(x, Key::all(0)), Key::rounded(v)); };
+  const auto floats = [&](const T* p) {
+    const auto two = [&](const T* p) { return Pair<Each>{load(p).floats(), load(p + Key::kCount).floats()}; };
+    if constexpr (kFour) return F{two(p), two(p + 2 * Key::kCount)};
+    else return two(p);
+  };
+  Key largest;
+  const auto store_positive = [&](const T* x, T* dx, Each v) {
+    const Key key = load(x), result = Key::masked(Key::greater(key, Key::all(0)), Key::rounded(v));
+    largest = Key::max_magnitude(largest, key);
+    if (stream) Key::stream(reinterpret_cast<Element*>(dx), result);
+    else Key::store(reinterpret_cast<Element*>(dx), result);
+  };
+  const auto store_two = [&](const T* x, T* dx, const Pair<Each>& v) {
+    store_positive(x, dx, v.first);
+    store_positive(x + Key::kCount, dx + Key::kCount, v.second);
+  };
   for (int64_t end = 0; end < count;) {
     const int64_t begin = end;
     end += kBlock;
     prefetch(x + begin);
     prefetch(grad_y + begin);
-    Key largest = Key::all(0);
+    largest = Key::all(0);
 #pragma GCC unroll 1
-    for (int64_t i = begin; i < end; i += 2 * Key::kCount) {
-      const int64_t j = i + Key::kCount;
-      const Key v = load(x + i), w = load(x + j);
-      largest = Key::max_magnitude(Key::max_magnitude(largest, v), w);
-      const F dy{load(grad_y + i).floats(), load(grad_y + j).floats()};
-      const F result = mul(dy, slope.at(F{v.floats(), w.floats()}));
-      const Key first = where_positive(v, result.first), second = where_positive(w, result.second);
-      Element* to = reinterpret_cast<Element*>(dx + i);
-      if (stream) Key::stream(to, first), Key::stream(to + Key::kCount, second);
-      else Key::store(to, first), Key::store(to + Key::kCount, second);
+    for (int64_t i = begin; i < end; i += (kFour ? 4 : 2) * Key::kCount) {
+      const F result = mul(floats(grad_y + i), slope.at(floats(x + i)));
+      if constexpr (kFour) {
+        store_two(x + i, dx + i, result.first);
+        store_two(x + i + 2 * Key::kCount, dx + i + 2 * Key::kCount, result.second);
+      } else {
+        store_two(x + i, dx + i, result);
+      }
     }
     if (!Key::any_above(largest, moderate)) continue;
     T exact[kBlock];

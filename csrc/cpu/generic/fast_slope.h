@@ -43,11 +43,16 @@ CG_HD F exp2_of_product(F a, F b, F c) {
   return times_pow2(sum, shifted);
 }
 
-// a / b rounded once, given -b and 1 / b (Markstein 1990). Needs a true fma too.
+// a / b rounded once, but for some a / b that are within 2^-20 ulps of halfway between two floats, from 1 / b and its
+// rounding error (Brisebarre, Muller and Raina 2004). Needs a true fma too.
+struct Reciprocal {
+  float rounded, rest;
+  explicit Reciprocal(float b)
+      : rounded(1 / b), rest(static_cast<float>(1 / static_cast<double>(b) - static_cast<double>(rounded))) {}
+};
 template <class F>
-CG_HD F fused_quotient(F a, F minus_b, F inverse) {
-  const F guess = mul(a, inverse);
-  return mul_add(mul_add(guess, minus_b, a), inverse, guess);
+CG_HD F divided_by(F a, F inverse, F rest) {
+  return mul_add(a, inverse, mul(a, rest));
 }
 
 template <class Ste, bool kApproximate, class F>
@@ -78,17 +83,21 @@ template <class T>
 constexpr bool kFastSlope<ReverseExponential, T> = sizeof(T) <= 4;
 template <class T, class F>
 struct FastSlope<ReverseExponential, T, F> {
-  F factor, minus_alpha, inverse, minus_q, inverse_q;
+  F factor, of_alpha, of_alpha_rest, of_q, of_q_rest;
   static constexpr float kLog2E = 0x1.715476p0f, kRest = 0x1.4ae0cp-26f;
   explicit FastSlope(float alpha, float q)
-      : factor(-kLog2E / mul(alpha, q)), minus_alpha(-alpha), inverse(1 / alpha), minus_q(-q), inverse_q(1 / q) {}
+      : factor(-kLog2E / mul(alpha, q)),
+        of_alpha(Reciprocal(alpha).rounded),
+        of_alpha_rest(Reciprocal(alpha).rest),
+        of_q(Reciprocal(q).rounded),
+        of_q_rest(Reciprocal(q).rest) {}
   static float most(float alpha, float q) { return mul(mul(alpha, q), 125 / kLog2E); }
   CG_HD F at(F x) const {
     if constexpr (sizeof(T) == 2) {
       return approximate_exp2(x, factor);
     } else {
       // u and u / q are rounded as `g` rounds them: a large exponent turns an ulp of either into many.
-      const F u_over_q = fused_quotient(fused_quotient(x, minus_alpha, inverse), minus_q, inverse_q);
+      const F u_over_q = divided_by(divided_by(x, of_alpha, of_alpha_rest), of_q, of_q_rest);
       return exp2_of_product(u_over_q, F(-kLog2E), F(-kRest));
     }
   }
