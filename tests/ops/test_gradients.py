@@ -274,6 +274,25 @@ def test_an_infinite_dy_among_many(backend, dtype, channel_dim, alpha_grad):
             assert_grad_alpha(dalpha[first:], want[first:], size[first:], torch.float32, dtype)
 
 
+@pytest.mark.parametrize("ste", ["clipped_relu", "relu", "identity"])
+@pytest.mark.parametrize("alpha_grad", oracle.ALPHA_GRADS)
+@pytest.mark.parametrize("features", [64, 192])
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_many_rows_of_features(backend, dtype, features, alpha_grad, ste):
+    """Features in whole blocks, which are summed down the rows, through several chunks that begin at any of them."""
+    generator = torch.Generator().manual_seed(features)
+    x = torch.randn(400, features, generator=generator).to(dtype)
+    dy = torch.randn(x.shape, generator=generator).to(dtype)
+    alpha = oracle.log_uniform(features, 0.1, 1, seed=features)
+    want = oracle.Staircase64(x, alpha, 2, "ceil", 1)
+    terms = want.grad_alpha(dy, ste, alpha_grad)
+    if (ste, alpha_grad) != ("identity", "chain"):  # of which A is not 0 below 0
+        dy[(x <= 0) & (torch.rand(x.shape, generator=generator) < 0.01)] = math.inf
+    dx, dalpha = gradients(x, alpha, dy, bits=2, ste=ste, alpha_grad=alpha_grad, channel_dim=1)
+    assert_grad_x(dx, want.grad_x(dy, ste), dtype, want.condition(ste), want.slope(ste), dy)
+    assert_grad_alpha(dalpha, *terms, torch.float32, dtype)
+
+
 @pytest.mark.parametrize("need_alpha", [False, True])
 @pytest.mark.parametrize("need_x", [False, True])
 @pytest.mark.parametrize("alpha_grad", oracle.ALPHA_GRADS)

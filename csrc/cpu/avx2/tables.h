@@ -93,6 +93,26 @@ CG_HD void add_weighed(const T* grad_y, const uint8_t* packed, const SmallTable<
   sums = mul_add(load_pair(grad_y + first), weights_of<std::is_same_v<T, bf16>>(packed, weights, first), sums);
 }
 
+// The same for terms of many channels, none of which may be infinity or NaN times 0; and those, added to numbers in
+// memory.
+template <class T>
+CG_HD void add_each_weighed(const T* grad_y, const uint8_t* packed, const SmallTable<Floats>& weights, int first,
+                            Pair<Floats>& sums) {
+  const auto where = [](Floats dy, Floats weight) { return Floats(_mm256_and_ps(dy.v, (weight != Floats(0.f)).m)); };
+  const Pair<Floats> weight = weights_of<std::is_same_v<T, bf16>>(packed, weights, first);
+  const Pair<Floats> dy = load_pair(grad_y + first);
+  sums = mul_add(Pair{where(dy.first, weight.first), where(dy.second, weight.second)}, weight, sums);
+}
+template <class T>
+CG_HD void add_pair_of(float* to, Pair<Floats> v) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const __m256 low = _mm256_unpacklo_ps(v.first.v, v.second.v), high = _mm256_unpackhi_ps(v.first.v, v.second.v);
+    v = {_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
+  }
+  Io<float>::store(to, Io<float>::load(to) + v.first);
+  Io<float>::store(to + 8, Io<float>::load(to + 8) + v.second);
+}
+
 // backward_from_slopes_block of generic/slopes.h straight from the packed codes. bfloat16 goes in even and odd places:
 // a NaN of dy has nothing in its lower half and a product makes it quiet, so rounding keeps it; a NaN slope is made
 // quiet first.

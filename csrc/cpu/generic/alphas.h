@@ -59,8 +59,10 @@ CG_HD void for_each_range(const Alphas& alphas, int64_t begin, int64_t end, cons
   const A* alpha = static_cast<const A*>(alphas.values);
   const A* inverse = static_cast<const A*>(alphas.inverses);
   const auto one_alpha = [&](int64_t channel) {
-    if constexpr (kValues) return OneAlpha<A>{Vec<A>(alpha[channel]), Vec<A>(inverse[channel]), channel};
-    else return OneAlpha<A>{{}, {}, channel};
+    OneAlpha<A> source;  // zeros would take longer than a short run
+    source.channel = channel;
+    if constexpr (kValues) source.alpha = Vec<A>(alpha[channel]), source.inverse = Vec<A>(inverse[channel]);
+    return source;
   };
   if (alphas.channels == 1) {
     body(begin, end, one_alpha(0));

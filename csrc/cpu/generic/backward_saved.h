@@ -1,6 +1,7 @@
 // dy to dx and to the sums of dalpha, from saved bits or codes.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "blocks.h"
@@ -153,16 +154,57 @@ CG_HD int64_t backward_states(const Backward& a, int64_t begin, int64_t end, con
         }
       }
       const Pair<V> both = parts.first + parts.second;
-      const V sum = both.first + both.second;
-      if (std::isfinite(Lanes<V>::sum(sum))) {
-        sums.start(first, source);
-        sums.add(source, 0, sum);
+      const compute_t<T> sum = Lanes<V>::sum(both.first + both.second);
+      if (std::isfinite(sum)) {
+        sums.of_chunk()[source.channel] += sum;
       } else {
         sum_selected(first, last, false);  // an infinite dy may have met a weight of 0: redo it with selects
       }
     }
   } else {
     sum_selected(begin, whole, dx_of_all);
+  }
+  return begin < whole ? whole : begin;
+}
+
+// The same where channels are innermost, in whole blocks: a column of blocks at a time is summed in registers, down as
+// many rows as leave room in the nearest cache for the next ones.
+template <class T, class U, class Gate, class Weights>
+CG_HD int64_t backward_columns(const Backward& a, int64_t begin, int64_t end, ChannelSums<compute_t<T>>& sums,
+                               const Weights& weights, const Gate& gate) {
+  using V = Vec<compute_t<T>>;
+  constexpr int kCount = 2 * Lanes<V>::kCount;
+  constexpr int64_t kBytes = kBlock * sizeof(T), kNear = 1 << 14, kLeast = 2, kMost = 8;
+  const int64_t whole = end < a.count / kBlock ? end : a.count / kBlock, row = a.alphas.channels / kBlock;
+  const int64_t rows = std::clamp(kNear / (row * kBytes), kLeast, kMost);
+  const uint8_t* const two_bits = a.codes ? a.codes : a.mask;
+  const T* const dy_of_all = static_cast<const T*>(a.grad_y);
+  U* const dx_of_all = static_cast<U*>(a.grad_x);
+  const bool stream = a.stream;
+  for (int64_t first = begin, last; first < whole; first = last) {
+    last = first + rows * row;
+    const int64_t chunk_end = sums.chunk_end(first);
+    if (last > chunk_end) last = chunk_end;
+    if (last > whole) last = whole;
+    const int64_t column = first % row;
+    for (int64_t next = 0; next < row && first + next < last; ++next) {
+      const V zero(compute_t<T>(0));
+      Pair<V> of_column[kBlock / kCount];
+      for (auto& each : of_column) each = Pair<V>(zero, zero);
+      for (int64_t block = first + next; block < last; block += row) {
+        const T* grad_y = dy_of_all + block * kBlock;
+        const uint8_t* packed = two_bits + block * 16;
+        prefetch(grad_y, rows * row * kBytes);
+#pragma GCC unroll 16
+        for (int i = 0; i < kBlock; i += kCount) add_each_weighed(grad_y, packed, weights, i, of_column[i / kCount]);
+        if (dx_of_all) {
+          masked_copy<kBlock>(reinterpret_cast<const U*>(grad_y), dx_of_all + block * kBlock,
+                              gate(BlockStates(packed), block), 0, stream, true);
+        }
+      }
+      compute_t<T>* to = sums.of_chunk() + (column + next < row ? column + next : column + next - row) * kBlock;
+      for (int i = 0; i < kBlock; i += kCount) add_pair_of<T>(to + i, of_column[i / kCount]);
+    }
   }
   return begin < whole ? whole : begin;
 }
@@ -182,27 +224,33 @@ void backward_saved(const Backward& args, int64_t begin, int64_t end) {
     if constexpr (kAddsWeighed<V>) return sums.weights();
     else return nullptr;
   }();
+  const bool sums_two_bits = a.partial && (a.codes ? packed_width(a.bits) == 2 : a.kind == MaskKind::state);
+  const auto with_gate = [&](const auto& body) {
+    if (one_bit) {
+      body([&](const BlockStates&, int64_t block) {
+        uint64_t bits;
+        memcpy(&bits, a.mask + block * 8, 8);
+        return BlockBits(bits);
+      });
+    } else if (a.ste == Ste::clipped_relu) {
+      body([](const BlockStates& states, int64_t) { return states.inside(); });
+    } else if (a.ste == Ste::relu) {
+      body([](const BlockStates& states, int64_t) { return states.either(); });
+    } else {
+      body([](const BlockStates&, int64_t) { return BlockBits(~uint64_t{0}); });
+    }
+  };
+  if constexpr (kAddsWeighed<V>) {
+    if (sums_two_bits && a.alphas.inner == 1 && a.alphas.channels > 1 && a.alphas.channels % kBlock == 0) {
+      with_gate([&](const auto& gate) { begin = backward_columns<T, U>(a, begin, end, sums, weights, gate); });
+    }
+  }
   for_each_range<A, false>(a.alphas, begin, end, [&](int64_t first, int64_t last, const auto& source) {
     constexpr bool kOneAlpha = std::is_same_v<std::decay_t<decltype(source)>, OneAlpha<A>>;
     if constexpr (kOneAlpha || kAddsWeighed<V>) {
-      const bool two_bits = a.codes ? packed_width(a.bits) == 2 : a.kind == MaskKind::state;
-      if (a.partial && two_bits && (kOneAlpha || a.alphas.inner < kShortRun)) {
-        const auto run = [&](const auto& gate) {
-          first = backward_states<T, U>(a, first, last, source, sums, weights, gate);
-        };
-        if (one_bit) {
-          run([&](const BlockStates&, int64_t block) {
-            uint64_t bits;
-            memcpy(&bits, a.mask + block * 8, 8);
-            return BlockBits(bits);
-          });
-        } else if (a.ste == Ste::clipped_relu) {
-          run([](const BlockStates& states, int64_t) { return states.inside(); });
-        } else if (a.ste == Ste::relu) {
-          run([](const BlockStates& states, int64_t) { return states.either(); });
-        } else {
-          run([](const BlockStates&, int64_t) { return BlockBits(~uint64_t{0}); });
-        }
+      if (sums_two_bits && (kOneAlpha || a.alphas.inner < kShortRun)) {
+        with_gate(
+            [&](const auto& gate) { first = backward_states<T, U>(a, first, last, source, sums, weights, gate); });
       }
     }
     for (int64_t block = first; block < last; ++block) {

@@ -25,11 +25,11 @@ CG_HD int block_count(int64_t count, int64_t block) {
   return left < kBlock ? static_cast<int>(left) : kBlock;
 }
 
-// Prefetches the block kPrefetchBytes ahead; harmless past the end.
+// Prefetches the block `bytes` ahead, if any is to be; harmless past the end.
 template <class T>
-CG_HD void prefetch(const T* block) {
+CG_HD void prefetch(const T* block, int64_t bytes = kPrefetchBytes) {
   if constexpr (kPrefetchBytes > 0) {
-    const uintptr_t ahead = reinterpret_cast<uintptr_t>(block) + kPrefetchBytes;
+    const uintptr_t ahead = reinterpret_cast<uintptr_t>(block) + bytes;
     for (size_t i = 0; i < kBlock * sizeof(T); i += 64) __builtin_prefetch(reinterpret_cast<const void*>(ahead + i));
   }
 }

@@ -57,7 +57,9 @@ class ChannelSums {
     add(source, i, weighed(inside, above));
   }
 
+  // The chunk that `block` begins or is in; and its sums, for terms that are summed elsewhere.
   CG_HD int64_t chunk_end(int64_t block) { return sums_of_chunk(block), chunk_end_; }
+  CG_HD A* of_chunk() { return chunk_sums_; }
 
   // A, indexed by the two bits of a state or a code.
   CG_HD SmallTable<V> weights() const {
