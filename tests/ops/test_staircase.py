@@ -32,9 +32,11 @@ def threshold_case(dtype, rounding, bits):
 
 @cache
 def exhaustive_case(dtype, rounding, bits):
-    """Three alphas and every value of a half dtype for each: the unit Gaussian's; one with the last of 8 bits' levels
-    just above a power of two, where rounding to bfloat16 moves them by almost a step; and a random one."""
-    alpha = torch.cat([torch.tensor([1.6 / 2**bits, 256 / 253.5]), oracle.log_uniform(1, 1e-3, 1e2, seed=bits)])
+    """Alphas and every value of a half dtype for each: the unit Gaussian's; one with the last of 8 bits' levels just
+    above a power of two, where rounding to bfloat16 moves them by almost a step; one with the last two equal; one with
+    levels halfway between two numbers of bfloat16; and a random one."""
+    chosen = torch.tensor([1.6 / 2**bits, 256 / 253.5, 41 / 4096, 257 / 2048])
+    alpha = torch.cat([chosen, oracle.log_uniform(1, 1e-3, 1e2, seed=bits)])
     x = oracle.every_value(dtype).expand(len(alpha), -1)
     code = oracle.codes(x, alpha, bits, rounding, 0)
     return alpha, x, code.to(torch.uint8), oracle.output(x, alpha, bits, rounding, 0)

@@ -14,7 +14,7 @@ struct CompareKey : CompareKey16<T, CompareKey<T>> {
   using Base = CompareKey16<T, CompareKey>;
   using Base::all, Base::indices, Base::max_magnitude, Base::whole;
   using typename Base::Index;
-  static constexpr int kSearchBits = std::is_same_v<T, bf16> ? 5 : 6, kCompareBits = 2;
+  static constexpr int kSearchBits = std::is_same_v<T, bf16> ? 5 : 6, kCompareBits = 2, kHalvesBits = 5;
   static constexpr bool kArithmetic = true, kHoldsBlock = true;
   static constexpr int kGroup = 2, kEntries = 8;
   static constexpr int kIndexStart = 0x0100, kIndexUnit = 0x0202;
@@ -24,6 +24,7 @@ struct CompareKey : CompareKey16<T, CompareKey<T>> {
   static CG_HD Mask greater(CompareKey a, CompareKey b) { return _mm256_cmpgt_epi16(a.v, b.v); }
   static CG_HD Mask at_most(Mask m, CompareKey a, CompareKey high) { return _mm256_andnot_si256(greater(a, high), m); }
   static CG_HD CompareKey masked(Mask m, CompareKey a) { return {{_mm256_and_si256(m, a.v)}}; }
+  static CG_HD Index masked(Mask m, Index a) { return _mm256_and_si256(m, a); }
   template <size_t kVecs>
   static CG_HD void store_bits(uint8_t* to, const Mask (&m)[kVecs]) {
     for (size_t i = 0; i < kVecs; i += 2, to += 4) {
@@ -45,6 +46,40 @@ struct CompareKey : CompareKey16<T, CompareKey<T>> {
     for (const CompareKey each : x) largest = max_magnitude(largest, each);
     return any_above(largest, kInfinityBits<T>);
   }
+  static CG_HD CompareKey clamp(CompareKey a, CompareKey low, CompareKey high) {
+    return {{_mm256_max_epi16(_mm256_min_epi16(a.v, high.v), low.v)}};
+  }
+  static CG_HD CompareKey of(Index from) { return {{from}}; }
+  CG_HD CompareKey plus(int by) const { return {{_mm256_add_epi16(this->v, indices(by))}}; }
+  static CG_HD Mask differ(CompareKey a, CompareKey b) { return greater(a, b) | greater(b, a); }
+  // Numbers halfway between two of T, and rounding to T with ties up. Constants are hidden from the compiler, which
+  // would make them anew for each block.
+  struct Halves {
+    Register one = indices(1), half = _mm256_set1_epi32(std::is_same_v<T, bf16> ? 0x8000 : 0x1000);
+    CG_HD Halves() { asm("" : "+x"(one), "+x"(half)); }
+
+    // As floats, halfway to the next number of T from the one below x; from one between `low` and `high`, if x is not.
+    // (Not of subnormal numbers of float16.)
+    CG_HD Pair<Floats> halfway_down(CompareKey x, CompareKey low, CompareKey high) const {
+      const Register below = clamp({{_mm256_subs_epi16(x.v, one)}}, low, high).v;
+      if constexpr (std::is_same_v<T, bf16>) {
+        return {Floats::of_bits(blend_odd(half, _mm256_slli_epi32(below, 16))),
+                Floats::of_bits(blend_odd(half, below))};
+      } else {
+        const Pair<Floats> v = split<T>(below);
+        return {Floats::of_bits(_mm256_add_epi32(v.first.bits(), half)),
+                Floats::of_bits(_mm256_add_epi32(v.second.bits(), half))};
+      }
+    }
+    CG_HD CompareKey rounded(Pair<Floats> v) const {
+      if constexpr (std::is_same_v<T, bf16>) {
+        const Register even = _mm256_add_epi32(v.first.bits(), half), odd = _mm256_add_epi32(v.second.bits(), half);
+        return {{blend_odd(_mm256_srli_epi32(even, 16), odd)}};
+      } else {
+        return CompareKey::rounded(v);
+      }
+    }
+  };
   static CG_HD CompareKey level(Pair<Floats> from) { return {{join<T>(from)}}; }
   // Rounds down to T; `from` is not negative.
   static CG_HD CompareKey floor(Pair<Floats> from) {

@@ -139,15 +139,25 @@ concept IsSearchKey =
       { K::indices(K::kIndexStart) } -> std::same_as<typename K::Index>;
       { K::whole(k) } -> std::same_as<typename K::Index>;
     };
-// level() and floor() are two more ways back, load_floats() loads in the order of floats().
+// level() and floor() are two more ways back, load_floats() loads in the order of floats(); numbers of 16 bits are
+// clamped.
 template <class K, class T>
 concept IsArithmeticKey = !K::kArithmetic || requires(K k, const float* alphas) {
+  requires sizeof(T) > 2 || requires { K::clamp(k, k, k); };
   { K::level(k.floats()) } -> std::same_as<K>;
   { K::floor(k.floats()) } -> std::same_as<K>;
   { K::load_floats(alphas) } -> std::same_as<decltype(k.floats())>;
 };
+// Halves: numbers halfway between two of T, and rounding of ties up, for staircases of kHalvesBits or more. Optional.
+template <class K>
+concept IsHalvesKey = !kHasHalves<K> || requires(K k, typename K::Halves halves, typename K::Mask mask) {
+  { halves.halfway_down(k, k, k) } -> std::same_as<decltype(k.floats())>;
+  { halves.rounded(k.floats()) } -> std::same_as<K>;
+  { K::differ(k.plus(1), K::of(K::masked(mask, K::whole(k.floats())))) } -> std::same_as<typename K::Mask>;
+  requires K::kHalvesBits > K::kCompareBits;
+};
 template <class T, class K = CompareKey<T>>
-concept HasCompareKey = IsCompareKey<K, T> && IsSearchKey<K, T> && IsArithmeticKey<K, T>;
+concept HasCompareKey = IsCompareKey<K, T> && IsSearchKey<K, T> && IsArithmeticKey<K, T> && IsHalvesKey<K>;
 static_assert(HasCompareKey<float> && HasCompareKey<double> && HasCompareKey<bf16> && HasCompareKey<f16>);
 
 // kAnyAlpha: whether alphas that are not regular are served. kPrefetchBytes: how far ahead of the loads memory is asked

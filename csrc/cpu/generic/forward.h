@@ -56,8 +56,9 @@ void forward_range(const Forward& args, int64_t first, int64_t last, const Sourc
   }
 }
 
+// Returns whether it ran: not if the staircase is not exact for this alpha.
 template <class T, bool kCodes, class Staircase, class Source>
-void forward_staircase(const Forward& args, int64_t first, int64_t last, const Source& source) {
+bool forward_staircase(const Forward& args, int64_t first, int64_t last, const Source& source) {
   using Key = CompareKey<T>;
   using Element = typename Key::Element;
   constexpr int kVecs = Staircase::kVecs;
@@ -127,6 +128,9 @@ void forward_staircase(const Forward& args, int64_t first, int64_t last, const S
   const float q = static_cast<float>((1 << a.bits) - 1);
   if constexpr (kOneAlpha) {
     const Staircase staircase(static_cast<const float*>(a.alphas.values)[source.channel], q);
+    if constexpr (requires { staircase.exact; }) {
+      if (!staircase.exact) return false;
+    }
     const auto same = [&](int) -> const Staircase& { return staircase; };
     const auto run_known = [&](auto all_states) {
       if (stream) run(same, all_states, std::true_type{});
@@ -154,6 +158,7 @@ void forward_staircase(const Forward& args, int64_t first, int64_t last, const S
     run(own, std::false_type{}, stream);
   }
   if (whole < last) forward_range<T, Staircase::kRounding, true, kCodes>(args, whole, last, source.of(whole));
+  return true;
 }
 
 // Builds all staircases once if each alpha recurs often and always in the same place of a group of vectors. Returns
@@ -187,15 +192,36 @@ void forward_regular(const Forward& a, int64_t first, int64_t last, const Source
   if constexpr (kBits <= Key::kSearchBits && (kOneAlpha || kBits <= Key::kCompareBits)) {
     if (a.bits != kBits) return forward_regular<T, R, kCodes, kBits + 1>(a, first, last, source);
     if constexpr (kBits <= Key::kCompareBits) {
-      return forward_staircase<T, kCodes, CompareStaircase<T, R, kBits, kOneAlpha>>(a, first, last, source);
+      forward_staircase<T, kCodes, CompareStaircase<T, R, kBits, kOneAlpha>>(a, first, last, source);
+      return;
     } else {
-      if (last - first >= 1 << kBits)
-        return forward_staircase<T, kCodes, SearchStaircase<T, R, kBits>>(a, first, last, source);
+      if (last - first >= 1 << kBits) {
+        forward_staircase<T, kCodes, SearchStaircase<T, R, kBits>>(a, first, last, source);
+        return;
+      }
     }
   }
   if constexpr (Key::kArithmetic)
     forward_staircase<T, kCodes, ArithmeticStaircase<T, R, kOneAlpha>>(a, first, last, source);
   else forward_range<T, R, true, kCodes>(a, first, last, source);
+}
+
+// Arithmetic that is exact for most alphas, which takes as long to find out as a block for every fourth level. Not
+// inlined: its tables would be in the frame of every forward. Returns whether it ran.
+template <class T, Rounding R, bool kCodes, class Source>
+__attribute__((noinline)) bool forward_fast(const Forward& a, int64_t first, int64_t last, const Source& source) {
+  using Key = CompareKey<T>;
+  if constexpr (kHasHalves<Key> && std::is_same_v<Source, OneAlpha<compute_t<T>>>) {
+    if (last - first < 1 << a.bits >> 2) return false;
+    if constexpr (R == Rounding::ceil) {
+      return a.bits >= Key::kHalvesBits &&
+             forward_staircase<T, kCodes, HalfwayStaircase<T, kCodes>>(a, first, last, source);
+    } else if constexpr (std::is_same_v<T, bf16>) {
+      return a.bits > Key::kSearchBits &&
+             forward_staircase<T, kCodes, ArithmeticStaircase<T, R, true, true>>(a, first, last, source);
+    }
+  }
+  return false;
 }
 
 template <class T, Rounding R, bool kRegular, bool kCodes>
@@ -205,8 +231,11 @@ void forward_best(const Forward& a, int64_t begin, int64_t end) {
     if (forward_columns<T, R, kCodes>(a, begin, end)) return;
   }
   for_each_range<A>(a.alphas, begin, end, [&](int64_t first, int64_t last, const auto& source) {
-    if constexpr (kRegular) forward_regular<T, R, kCodes>(a, first, last, source);
-    else forward_range<T, R, false, kCodes>(a, first, last, source);
+    if constexpr (kRegular) {
+      if (!forward_fast<T, R, kCodes>(a, first, last, source)) forward_regular<T, R, kCodes>(a, first, last, source);
+    } else {
+      forward_range<T, R, false, kCodes>(a, first, last, source);
+    }
   });
 }
 

@@ -8,4 +8,7 @@ struct NoCompareKey {
   static constexpr bool kArithmetic = false;
 };
 
+template <class Key>
+constexpr bool kHasHalves = requires { typename Key::Halves; };
+
 }  // namespace cg

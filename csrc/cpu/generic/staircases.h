@@ -1,6 +1,9 @@
 // Three fast staircases on compare keys, for x that are not NaN.
 #pragma once
 
+#include <algorithm>
+#include <iterator>
+
 #include "instruction_set.h"
 
 namespace cg::CG_ISA {
@@ -154,7 +157,7 @@ struct SearchStaircase {
 // is the code or one less, and the threshold above it decides: rounding moves a level by at most half the spacing u of
 // T, u < 2 alpha for regular alphas, x and the levels are numbers of T, and the error of x / alpha is far below u /
 // alpha.
-template <class T, Rounding R, bool kOneAlpha = true>
+template <class T, Rounding R, bool kOneAlpha = true, bool kTiesUp = false>
 struct ArithmeticStaircase {
   using Key = CompareKey<T>;
   using F = decltype(Key().floats());
@@ -164,8 +167,23 @@ struct ArithmeticStaircase {
   using Found = typename Key::Index[kVecs];
   F alpha[kStairs], inverse[kStairs], q;
   Key highest[kStairs];
+  bool exact = true;
 
-  CG_HD ArithmeticStaircase(float step, float top) : q(top) { make(F(step), F(reciprocal(step, R)), 0); }
+  CG_HD ArithmeticStaircase(float step, float top) : q(top) {
+    make(F(step), F(reciprocal(step, R)), 0);
+    if constexpr (kTiesUp) {
+      typename Key::Mask wrong = Key::greater(Key::all(0), Key::all(0));
+      float numbers[Key::kCount];
+      for (int i = 0; i < Key::kCount; ++i) numbers[i] = static_cast<float>(i);
+      F k = Key::load_floats(numbers);
+      for (float begin = 0; begin <= top; begin += Key::kCount) {
+        const F level = mul(min_of(k, q), alpha[0]);
+        wrong = wrong | Key::differ(Key::rounded(level), Key::level(level));
+        k = k + F(float(Key::kCount));
+      }
+      exact = !Key::any_above(Key::masked(wrong, Key::all(1)), 0);
+    }
+  }
   CG_HD ArithmeticStaircase(const float* alphas, const float* inverses, float top) : q(top) {
     for (int i = 0; i < kVecs; ++i) {
       const int at = i * Key::kCount;
@@ -184,16 +202,17 @@ struct ArithmeticStaircase {
         y[i] = Key::level(number.y);
         if constexpr (kCodes) found[i] = number.code;
       } else {
-        const Key from_zero = Key::masked(positive[i], x[i]);
-        const F code = floor(min_of(mul(from_zero.floats(), factor), q - F(1.0f)));
-        const Key low = Key::level(mul(code, step)), high = Key::level(mul(code + F(1.0f), step));
+        // Of the last levels several may be equal: only x shows which of their codes it has.
+        const Key in_range = kCodes ? Key::masked(positive[i], x[i]) : Key::clamp(x[i], Key::all(0), top(i));
+        const F u = mul(in_range.floats(), factor), code = floor(kCodes ? min_of(u, q - F(1.0f)) : u);
+        const Key low = rounded(mul(code, step)), high = rounded(mul_add(code, step, step));
         typename Key::Mask greater;
         if constexpr (R == Rounding::ceil) {
-          greater = Key::greater(from_zero, low);
+          greater = Key::greater(in_range, low);
         } else {
           F middle = mul(low.floats() + high.floats(), F(0.5f));
           if constexpr (R == Rounding::hwgq) middle = select(code > F(0.0f), middle, F(0.0f));
-          greater = Key::mask(from_zero.floats() > middle);
+          greater = Key::mask(in_range.floats() > middle);
         }
         y[i] = Key::select(greater, high, low);
         if constexpr (kCodes) found[i] = Key::raise(Key::whole(code), greater, 1);
@@ -206,10 +225,93 @@ struct ArithmeticStaircase {
   }
 
  private:
+  CG_HD Key rounded(F level) const {
+    if constexpr (kTiesUp) return Key::rounded(level);
+    else return Key::level(level);
+  }
   CG_HD void make(F step, F factor, int i) {
     alpha[i] = step;
     inverse[i] = factor;
     highest[i] = Key::level(mul(q, step));
+  }
+};
+
+// Arithmetic in half the instructions, for 16 bits, ceil and one alpha; but not exact for every alpha. x is above L[k],
+// k alpha rounded, if the number halfway from x down to its neighbour is above k alpha: so the code is a quotient
+// rounded up. Ties, and k alpha next to such a number, are left to ArithmeticStaircase.
+template <class T, bool kCodes>
+struct HalfwayStaircase {
+  using Key = CompareKey<T>;
+  using Element = typename Key::Element;
+  using F = decltype(Key().floats());
+  static constexpr int kVecs = Key::kGroup, kGroup = kVecs * Key::kCount, kMost = 256;
+  static constexpr Rounding kRounding = Rounding::ceil;
+  static constexpr bool kFewInstructions = false;
+  using Found = typename Key::Index[kVecs];
+  F alpha, inverse;
+  Key first, last, highest;  // the levels 1, q and q; of the first two, the number below
+  typename Key::Halves halves;
+  bool exact;
+
+  HalfwayStaircase(float step, float q) : alpha(step) {
+    const int top = static_cast<int>(q);
+    Element levels[kMost + kGroup + 1];
+    float numbers[kGroup];
+    for (int k = 0; k <= top; k += Key::kCount) {
+      for (int i = 0; i < Key::kCount; ++i) numbers[i] = static_cast<float>(k + i);
+      Key::store(levels + k, Key::level(mul(Key::load_floats(numbers), alpha)));
+    }
+    std::fill(levels + top + 1, std::end(levels), levels[top]);
+    first = Key::all(levels[1] - 1), last = Key::all(levels[top] - 1), highest = Key::all(levels[top]);
+    exact = !kCodes || levels[top - 1] < levels[top];
+    if (!exact) return;
+    const uint32_t reciprocal = bit_cast<uint32_t>(1 / step);
+    for (const uint32_t near : {reciprocal, reciprocal - 1, reciprocal + 1}) {
+      inverse = F(bit_cast<float>(near));
+      exact = matches(levels, top);
+      if (exact) break;
+    }
+  }
+  CG_HD Key top(int) const { return highest; }
+
+  template <bool>
+  CG_HD void apply(const Key (&x)[kVecs], Key (&y)[kVecs], Found& found, typename Key::Mask (&positive)[kVecs]) const {
+    for (int i = 0; i < kVecs; ++i) {
+      positive[i] = Key::greater(x[i], Key::all(0));
+      const F code = ceil(mul(halves.halfway_down(x[i], first, last), inverse));
+      y[i] = Key::masked(positive[i], halves.rounded(mul(code, alpha)));
+      if constexpr (kCodes) found[i] = Key::masked(positive[i], Key::whole(code));
+    }
+  }
+  static CG_HD void store_codes(uint8_t* block, int first, int bits, const Found& found) {
+    ArithmeticStaircase<T, kRounding>::store_codes(block, first, bits, found);
+  }
+
+ private:
+  // Code and level rise with x: they are right if they are at each level, and at the number above it.
+  bool matches(const Element* levels, int top) const {
+    Element number[kGroup];
+    for (int i = 0; i < kGroup; ++i) number[i] = static_cast<Element>(i);
+    typename Key::Mask wrong = Key::greater(Key::all(0), Key::all(0));
+    for (int k = 1; k <= top; k += kGroup) {
+      for (const int above : {0, 1}) {
+        Key x[kVecs], y[kVecs];
+        Found found;
+        typename Key::Mask positive[kVecs];
+        const auto load = [&](int i, int from) { return Key::load(levels + k + i * Key::kCount + from); };
+        for (int i = 0; i < kVecs; ++i) x[i] = load(i, 0).plus(above);
+        apply<kCodes>(x, y, found, positive);
+        for (int i = 0; i < kVecs; ++i) {
+          const typename Key::Mask first_of = Key::greater(load(i, above), load(i, above - 1));  // of equal levels
+          wrong = wrong | (first_of & Key::differ(y[i], load(i, above)));
+          if constexpr (kCodes) {
+            const Key wanted = Key::load(number + i * Key::kCount).plus(k + above);
+            wrong = wrong | (first_of & Key::differ(Key::of(found[i]), wanted));
+          }
+        }
+      }
+    }
+    return !Key::any_above(Key::masked(wrong, Key::all(1)), 0);
   }
 };
 

@@ -50,6 +50,10 @@ struct CompareKey {
     store_bits_of(to, bytes);
   }
 
+  static CG_HD CompareKey clamp(CompareKey a, CompareKey low, CompareKey high) {
+    return {vmaxq_s16(vminq_s16(a.v, high.v), low.v)};
+  }
+
   // Magnitudes are those of the numbers. Ties of `rounded` to bfloat16 go up.
   static CG_HD CompareKey max_magnitude(CompareKey a, CompareKey b) {
     return {vmaxq_s16(a.v, vreinterpretq_s16_u16(b.bits() & indices(0x7fff)))};
