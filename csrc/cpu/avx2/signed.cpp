@@ -1,4 +1,4 @@
-#include "compare_key.h"
+#include "signed_table.h"
 
 #include "../generic/hadamard.h"
 #include "../generic/norm.h"

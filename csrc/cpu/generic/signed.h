@@ -5,6 +5,7 @@
 #include "alphas.h"
 #include "blocks.h"
 #include "concepts.h"
+#include "signed_table.h"
 
 namespace cg::CG_ISA {
 namespace {
@@ -110,6 +111,40 @@ CG_HD Quantized<V> quantize_signed_vec(V x, V alpha, V inverse, V p) {
   else return quantize_signed_of_group<T>(x, alpha, inverse, p);
 }
 
+// Packs the codes of pairs of vectors as they come, a group of compare keys at a time. (Through bytes in memory it
+// takes as long again as all else.)
+template <class T, bool kPacks>
+struct PackedCodes {
+  CG_HD PackedCodes(uint8_t*, int) {}
+};
+template <class T>
+struct PackedCodes<T, true> {
+  using Key = CompareKey<T>;
+  using V = Vec<compute_t<T>>;
+  static constexpr int kPair = 2 * Lanes<V>::kCount, kGroup = Key::kGroup * Key::kCount;
+  uint8_t* const to;
+  const int width;
+  typename Key::Index found[Key::kGroup];
+  CG_HD PackedCodes(uint8_t* packed, int bits) : to(packed), width(bits) {}
+
+  CG_HD void add(int i, Pair<V> codes) {
+    const int at = i % kGroup / Key::kCount;
+    if constexpr (kPair > Key::kCount) found[at] = codes.first, found[at + 1] = codes.second;
+    else found[at] = Key::whole(codes);
+    if ((i + kPair) % kGroup != 0) return;
+    uint8_t* const group = to + (i + kPair - kGroup) * width / 8;
+    if (width == 2) Key::template store_codes<2>(group, found);
+    else if (width == 4) Key::template store_codes<4>(group, found);
+    else Key::template store_codes<8>(group, found);
+  }
+};
+
+// The first `bits` of `from`, and zeros to the end of a byte.
+CG_HD void write_part(uint8_t* to, const uint8_t* from, int bits) {
+  memcpy(to, from, bits / 8);
+  if (bits % 8 != 0) to[bits / 8] = static_cast<uint8_t>(from[bits / 8] & ((1 << bits % 8) - 1));
+}
+
 // In pairs of vectors where both have one alpha.
 template <class T, Alpha kAlpha, bool kCodes, class Source>
 void signed_forward_range(const SignedForward& args, int64_t first, int64_t last, const Source& source_of_all) {
@@ -117,9 +152,11 @@ void signed_forward_range(const SignedForward& args, int64_t first, int64_t last
   using V = Vec<A>;
   constexpr int kCount = Lanes<V>::kCount;
   constexpr bool kPairs = !std::is_same_v<Source, AlphaPerElement<A>>;
+  constexpr bool kPacks = kCodes && kPairs && CompareKey<T>::kArithmetic;
   const SignedForward a = args;  // local copies: stores through char pointers cannot alias them
   const Source sources = source_of_all;
   const V p(A(signed_top(a.bits)));
+  const int width = packed_width(a.bits);
   for (int64_t block = first; block < last; ++block) {
     const auto& source = sources.of(block);
     const int count = block_count(a.count, block);
@@ -131,13 +168,16 @@ void signed_forward_range(const SignedForward& args, int64_t first, int64_t last
     uint8_t codes[kBlock];
     uint64_t outside = 0;
     if constexpr (kPairs) {
+      PackedCodes<T, kPacks> packed(whole ? a.codes + block * 8 * width : codes, width);
+#pragma GCC unroll 16
       for (int i = 0; i < kBlock; i += 2 * kCount) {
         const auto v = load_pair(x + i);
         const V alpha = source.alpha_at(i), inverse = source.inverse_at(i);
         const Quantized<V> even = quantize_signed_vec<T, kAlpha>(v.first, alpha, inverse, p);
         const Quantized<V> odd = quantize_signed_vec<T, kAlpha>(v.second, alpha, inverse, p);
         store_rounded_pair(y + i, Pair{even.y, odd.y}, stream);
-        if constexpr (kCodes) store_code_pair<T>(codes + i, Pair{even.code, odd.code});
+        if constexpr (kPacks) packed.add(i, Pair{even.code, odd.code});
+        else if constexpr (kCodes) store_code_pair<T>(codes + i, Pair{even.code, odd.code});
       }
     } else {
       for (int i = 0; i < kBlock; i += kCount) {
@@ -158,9 +198,11 @@ void signed_forward_range(const SignedForward& args, int64_t first, int64_t last
       write_packed<1>(a.mask, block, count, &inside);
     }
     if (!whole) memcpy(static_cast<T*>(a.y) + block * kBlock, y_copy, count * sizeof(T));
-    if constexpr (kCodes) {
+    if constexpr (kPacks) {
+      if (!whole) write_part(a.codes + block * 8 * width, codes, count * width);
+    } else if constexpr (kCodes) {
       if (!whole) memset(codes + count, 0, kBlock - count);  // 0 has another code
-      write_codes(a.codes, block, count, packed_width(a.bits), codes);
+      write_codes(a.codes, block, count, width, codes);
     }
   }
 }
@@ -176,9 +218,42 @@ void signed_forward_of(const SignedForward& a, int64_t begin, int64_t end) {
   });
 }
 
+// The whole blocks in [begin, end) where groups are whole blocks too, enough to be worth a table. Returns the block
+// after them.
+template <class T>
+int64_t signed_forward_by_table(const SignedForward& args, int64_t begin, int64_t end) {
+  const SignedForward a = args;
+  const int64_t run = a.alphas.inner / kBlock, whole = end < a.count / kBlock ? end : a.count / kBlock;
+  if (a.bits > 4 || run < 2 || a.alphas.inner % kBlock != 0) return begin;
+  const float p = static_cast<float>(signed_top(a.bits));
+  const int code_bytes = 8 * packed_width(a.bits);
+  with_flag(a.codes, [&](auto codes) {
+    if (begin >= whole) return;
+    const float* alpha = static_cast<const float*>(a.alphas.values) + begin / run;
+    SignedTable<T> next(*alpha, p);
+    for (int64_t block = begin, last; block < whole;) {
+      last = (block / run + 1) * run;
+      if (last < whole) ++alpha;
+      else last = whole;
+      const SignedTable<T> table = next;
+      next = SignedTable<T>(*alpha, p);  // begun ahead of time, as it waits for itself at each step
+      for (; block < last; ++block) {
+        const T* x = static_cast<const T*>(a.x) + block * kBlock;
+        T* y = static_cast<T*>(a.y) + block * kBlock;
+        table.template store<codes.value>(x, y, codes.value ? a.codes + block * code_bytes : nullptr, a.bits, a.stream);
+        if (a.mask) memset(a.mask + block * 8, 0xff, 8);  // nothing is outside
+      }
+    }
+  });
+  return begin < whole ? whole : begin;
+}
+
 void signed_forward(const SignedForward& a, int64_t begin, int64_t end) {
   with_dtype(a.dtype, [&](auto dtype) {
     using T = typename decltype(dtype)::type;
+    if constexpr (SignedTable<T>::kServed) {
+      if (a.group > 0 && a.alphas.regular) begin = signed_forward_by_table<T>(a, begin, end);
+    }
     with_regular(a.alphas, [&](auto regular) {
       if constexpr (!regular.value) signed_forward_of<T, Alpha::any>(a, begin, end);
       else if (a.group == 0) signed_forward_of<T, Alpha::regular>(a, begin, end);
