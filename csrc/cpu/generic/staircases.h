@@ -136,7 +136,8 @@ struct SearchStaircase {
     Key at[kVecs];
     typename Key::Mask greater[kVecs];
     for (int i = 0; i < kVecs; ++i) {
-      at[i] = Key::template look_up<kCount>(thresholds[kComparison], index[i]);
+      if constexpr (kComparison == 0) at[i] = thresholds[0][0];  // the same for all
+      else at[i] = Key::template look_up<kCount>(thresholds[kComparison], index[i]);
       greater[i] = Key::greater(x[i], at[i]);
     }
     if constexpr (kComparison < kLast) {
