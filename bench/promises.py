@@ -98,7 +98,8 @@ _IN_CACHE = (
 )
 _COPY = (
     "Compared with a copy: in cache the kernels take less time than memory does, but the two do not overlap"
-    " completely, least of all in bfloat16, which takes twice the instructions per cache line. These helped: keeping"
+    " completely, least of all in bfloat16, which takes twice the instructions per cache line: where memory is fast,"
+    " the ratio is higher though the time is not. These helped: keeping"
     " a block's operands in registers; no branch in the loop on what is constant for the tensor; under AVX2,"
     " prefetching 2 KiB ahead (half of that, twice that and non-temporal prefetches were no better) and masked"
     " loads, which Zen 3's prefetcher does not see (no gain in float32's forward). Issuing all loads of a block"
