@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import copy
 import sys
 
@@ -117,6 +118,9 @@ def test_figures_of_layers_without_inputs_and_of_many():
         names, bars, texts = _parts(figure)
         assert len(names) == 3 and texts == ["no input reached it", "no positive input"]
         assert len(bars["zero"]) == count
+    priced = nn.ModuleDict({"a$x$": cg.QReLU(2)})
+    figure = cg.stats(priced, [torch.ones(4)], forward=lambda m, x: m["a$x$"](x)).plot()
+    assert not any(label.get_parse_math() for label in figure.axes[0].get_yticklabels())
     many = cg.stats(nn.Sequential(*(cg.QReLU(4) for _ in range(60))), [torch.randn(8)])
     figure = many.plot()
     assert 14 < figure.get_size_inches()[1] < 20 and _parts(figure)[0] == [str(i) for i in range(60)]
@@ -174,6 +178,19 @@ def test_blocks_in_blocks_count_and_run_the_forward_that_was_there():
         assert torch.equal(y, model(x))
     assert [live.report()[0].elements for live in (outer, inner)] == [24, 12]
     assert vars(layer)["forward"] is forward and torch.equal(y, forward(x))
+
+
+def test_blocks_left_in_any_order():
+    model, x = _layer(), torch.rand(3, 4)
+    first, second, third = (contextlib.ExitStack() for _ in range(3))
+    lives = [stack.enter_context(live_stats(model)) for stack in (first, second, third)]
+    y = model(x)
+    for stack in (second, first):
+        stack.close()
+        assert torch.equal(model(x), y)
+    third.close()
+    assert [live.report()[0].elements for live in lives] == [24, 12, 36]
+    assert torch.equal(model(x), y) and "forward" not in vars(model[0])
 
 
 def test_scalars_are_numbers_of_what_had_inputs():

@@ -81,7 +81,7 @@ def draw(
     for place, found in enumerate(inputs):
         _draw_inputs(ridges, place, found, size)
     ridges.set(xlim=(0, 2), ylim=(max(count, 1) - 0.45, -0.6))
-    ridges.set_yticks(range(count), labels, fontsize=size)
+    ridges.set_yticks(range(count), labels, fontsize=size, parse_math=False)  # a name may have a $
     ridges.tick_params(axis="y", length=0)
     ridges.axvline(1, color=_STAIRS, linewidth=0.8, zorder=0)
     ridges.set_xlabel(_SCALE)

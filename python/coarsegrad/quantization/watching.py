@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -63,21 +62,37 @@ def watched(model: nn.Module, layers: dict[str, QReLU], watchers: Mapping[str, C
 
 @contextmanager
 def replaced(layers: dict[str, QReLU], watchers: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator:
-    """In the block, each layer's watcher computes in its place."""
-    before = {layer: vars(layer).get("forward") for layer in layers.values()}
-    for name, layer in layers.items():
-        vars(layer)["forward"] = functools.partial(_watch, name, watchers[name])
+    """In the block, each layer's watcher computes in its place. Blocks may be left in any order."""
+    watching = [_Watched(name, layer, watchers[name]) for name, layer in layers.items()]
+    for each in watching:
+        vars(each.layer)["forward"] = each
     try:
         yield
     finally:
-        for layer, forward in before.items():
-            vars(layer).pop("forward")
-            if forward is not None:
-                vars(layer)["forward"] = forward
+        for each in watching:
+            each.end()
 
 
-def _watch(name: str, watcher: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    _check_values("the input", name, x)
-    if x.is_nested:
-        raise ValueError(f"the input of {name} is a nested tensor; give padded batches")
-    return watcher(x)
+class _Watched:
+    """The forward of a layer in a block of `replaced`."""
+
+    def __init__(self, name: str, layer: QReLU, watcher: Callable[[Tensor], Tensor]) -> None:
+        self.layer, self._name, self._watcher = layer, name, watcher
+        self._before: Callable[[Tensor], Tensor] | None = vars(layer).get("forward")
+        self._ended = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._ended:  # but not the block around it that was entered later
+            return (self._before or type(self.layer).forward.__get__(self.layer))(x)
+        _check_values("the input", self._name, x)
+        if x.is_nested:
+            raise ValueError(f"the input of {self._name} is a nested tensor; give padded batches")
+        return self._watcher(x)
+
+    def end(self) -> None:
+        self._ended = True
+        forward = vars(self.layer).pop("forward", None)
+        while isinstance(forward, _Watched) and forward._ended:
+            forward = forward._before
+        if forward is not None:
+            vars(self.layer)["forward"] = forward
