@@ -21,6 +21,7 @@ from small_finetune import BATCH, LENGTH, WIDTH, llama_folder, outcome, run, wri
 from coarsegrad.experiments import finetune, language, processes
 from coarsegrad.experiments.files import ExperimentError
 
+pytestmark = pytest.mark.costly
 WORLD, MODES = 2, ("ddp", "fsdp")
 OPT = ["--bits", "4", "--steps", "4"]
 WEIGHTS = ["--weight-bits", "8", "--head-bits", "8", "--rho", "0.01"]

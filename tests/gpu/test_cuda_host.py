@@ -207,6 +207,7 @@ def test_sums_do_not_depend_on_the_order_of_threads(program, dtype):
         assert same(sums[first], sums[first + 1]) and same(sums[first], sums[first + 2])
 
 
+@pytest.mark.costly
 def test_sanitizers_find_nothing(tmp_path):
     flags = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
     cuda_host.configure(ROOT, tmp_path, flags)

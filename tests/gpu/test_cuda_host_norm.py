@@ -139,6 +139,7 @@ def test_against_the_reference(program, dtype, make):
     check(program, cases_of(make(dtype)))
 
 
+@pytest.mark.costly
 def test_sanitizers_find_nothing(tmp_path):
     flags = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
     cuda_host.configure(ROOT, tmp_path, flags)

@@ -112,6 +112,7 @@ def test_illegal_alpha_makes_its_channel_nan(program, dtype):
     check(program, cases)
 
 
+@pytest.mark.costly
 def test_sanitizers_find_nothing(tmp_path):
     flags = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
     cuda_host.configure(ROOT, tmp_path, flags)

@@ -107,6 +107,7 @@ def test_every_number_of_16_bits(program, dtype):
     check(program, [scale_case(rows, bits) for bits in WEIGHT_BITS])
 
 
+@pytest.mark.costly
 def test_sanitizers_find_nothing(tmp_path):
     flags = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
     cuda_host.configure(ROOT, tmp_path, flags)

@@ -14,7 +14,10 @@ import test_cuda_host_weights as weight_tests
 import torch
 from paths import ROOT
 
-pytestmark = pytest.mark.skipif(cuda_host.why_not() is not None, reason=str(cuda_host.why_not()))
+pytestmark = [
+    pytest.mark.costly,
+    pytest.mark.skipif(cuda_host.why_not() is not None, reason=str(cuda_host.why_not())),
+]
 
 # Few blocks, so that the loops over the grid turn more than once; no mistake by itself.
 SMALL_GRID = (

@@ -244,6 +244,7 @@ def test_info_names_the_kernels_of_norms(monkeypatch):
         assert backends._norm_kernels("cuda") == kernels
 
 
+@pytest.mark.costly
 @needs_native
 def test_the_python_derivative_passes_the_same_tests():
     """Without the native library the derivative is written in Python: these files again, without it."""

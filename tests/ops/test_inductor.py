@@ -126,6 +126,7 @@ def test_an_illegal_alpha_gives_nan(value):
     assert run(torch.randn(16), torch.tensor([value])).isnan().all()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("integers", [False, True])
 def test_a_package_of_aotinductor(tmp_path, integers):
     """2 bits are fused, 5 are a call of the op, and so are layers on codes."""

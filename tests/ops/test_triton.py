@@ -30,6 +30,7 @@ def run(*arguments, interpret=True, **environment):
     return subprocess.run([sys.executable, *arguments], env=settings, capture_output=True, text=True, cwd=TESTS)
 
 
+@pytest.mark.costly
 @needs_triton
 def test_in_the_interpreter():
     """The files triton_*.py; opcheck, and tests of the signed staircase and of an own STE, with Triton serving."""

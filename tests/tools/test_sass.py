@@ -30,6 +30,7 @@ from tools.sass.gate import (
 )
 from tools.sass.ptx import listed
 
+pytestmark = pytest.mark.costly
 needs_triton = pytest.mark.skipif(not triton_kernels.installed(), reason="triton is not installed")
 
 
