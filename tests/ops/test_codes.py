@@ -103,6 +103,23 @@ def test_every_code_of_every_width(backend, dtype):
         assert oracle.same_bits(y, oracle.levels(ALPHA, bits, dtype)[0][code])
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_every_code_many_times(backend, dtype, bits):
+    """Enough of them for the tables of native kernels; of the second alpha many levels are ties in bfloat16."""
+    width, top = oracle.CODE_WIDTH[bits], 2**bits - 1
+    code = torch.arange(64 * 66 + 37) * 7 % (top + 1)
+    packed = torch.tensor(list(oracle.pack(code.tolist(), width)), dtype=torch.uint8)
+    for value in (0.3, 257 / 2048, 41 / 4096):
+        alpha = torch.tensor([value])
+        y = cg.dequantize(packed, alpha, bits, code.shape, dtype)
+        assert oracle.same_bits(y, oracle.levels(alpha, bits, dtype)[0][code])
+    # Three channels, each in whole blocks of its own but for its ends.
+    alpha, rows = torch.tensor([0.3, 257 / 2048, 1.7]), code[: code.numel() // 3 * 3].view(3, -1)
+    y = cg.dequantize(packed[: -(-rows.numel() * width // 8)], alpha, bits, rows.shape, dtype, channel_dim=0)
+    assert oracle.same_bits(y, oracle.levels(alpha, bits, dtype).gather(1, rows))
+
+
 @settings(
     max_examples=60,
     deadline=None,
