@@ -293,6 +293,17 @@ def test_many_rows_of_features(backend, dtype, features, alpha_grad, ste):
     assert_grad_alpha(dalpha, *terms, torch.float32, dtype)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 5, 8])
+@pytest.mark.parametrize("step", [0.3, 1.7, 41 / 4096, 3e-37])
+def test_large_exponents_are_rounded_as_the_formula_says(backend, step, bits):
+    """u and u / q are numbers of float32: an ulp of either would be as many of g' as the exponent is large."""
+    alpha, q = torch.tensor([step]), 2**bits - 1
+    x = alpha * q * torch.linspace(0.01, 80, 64 * 65 + 5)
+    dx, _ = gradients(x, alpha, torch.ones_like(x), need_alpha=False, bits=bits, ste="reverse_exponential")
+    want = (-(x / alpha / q).double()).exp()
+    assert ((dx.double() - want).abs() <= 3 * oracle.ulp(want, torch.float32)).all()
+
+
 @pytest.mark.parametrize("need_alpha", [False, True])
 @pytest.mark.parametrize("need_x", [False, True])
 @pytest.mark.parametrize("alpha_grad", oracle.ALPHA_GRADS)
