@@ -119,6 +119,7 @@ struct Norm {
   double eps;
   bool rounds_twice;  // to x's dtype before the product with weight too
   const void* x;
+  bool finite;        // whether weight and bias are
   const void* weight;  // [length], in the compute type
   const void* bias;    // likewise, or null
   void* out;

@@ -208,6 +208,19 @@ Tensor whole_blocks(const std::optional<Tensor>& parameter, int64_t length, at::
 
 // All rows, by several threads.
 void norm_rows(const Norm& a) {
+// Whether all values are finite, in a loop so simple that compilers vectorise it.
+template <class Bits>
+bool all_finite(const void* values, int64_t count, Bits infinity) {
+  const Bits* const bits = static_cast<const Bits*>(values);
+  Bits largest = 0;
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, bits[i] & (~Bits(0) >> 1));
+  return largest < infinity;
+}
+bool all_finite(const Tensor& t) {
+  if (t.scalar_type() == at::kDouble) return all_finite<uint64_t>(t.const_data_ptr(), t.numel(), 0x7ffull << 52);
+  return all_finite<uint32_t>(t.const_data_ptr(), t.numel(), 0x7f800000);
+}
+
   const auto run = signed_kernels().norm;
   const int64_t grain = std::max<int64_t>(1, kGrainBlocks * kBlock / std::max<int64_t>(a.length, 1));
   at::parallel_for(0, a.rows, grain, [&](int64_t begin, int64_t end) {
@@ -269,10 +282,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_qsigned(
   n.weight = factors.const_data_ptr();
   Tensor terms;
   if (bias) {
+  n.finite = all_finite(factors.narrow(0, 0, n.length));
     terms = whole_blocks(bias, n.length, wide, 0);
     n.bias = terms.const_data_ptr();
   }
   std::vector<int64_t> shape = x.sizes().vec();
+    n.finite &= all_finite(terms.narrow(0, 0, n.length));
   shape.back() = 1;
   const auto none = [](at::ScalarType of) { return at::detail::empty_cpu({0}, of); };
   Tensor mean = centred ? at::detail::empty_cpu(shape, wide) : none(wide), inverse = at::detail::empty_cpu(shape, wide);

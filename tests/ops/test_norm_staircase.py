@@ -91,6 +91,7 @@ SHAPES = (
     *(((3, 64), 32, None), ((5, 7), None, None), ((4, 36), 12, 4), ((9, 1), None, None), ((33, 5), 5, None)),
     *(((3, 1024), 128, 128), ((2, 1027), None, None), ((2, 1100), 50, 4), ((130, 96), 32, 32)),
     *(((2, 3000), None, 8), ((3, 2048), 1024, 2048), ((2, 4099), None, None)),
+    *(((2, 130), None, None), ((2, 700), 100, 4), ((1, 900), None, None)),  # some lanes have nothing to be added
 )
 
 
@@ -137,6 +138,23 @@ def test_special_rows(backend, dtype, kind):
     for eps, twice, (bits, group) in itertools.product((1e-6, 0.0), (False, True), ((4, 35), (8, None))):
         weight, bias = random(70, dtype=dtype, seed=1), random(70, dtype=dtype, seed=2) if twice else None
         settings = (weight, bias, eps, kind, False, twice, bits, group, None)
+        assert_same(op(rows, *settings), expected(rows, *settings))
+
+
+# Three NaNs, of which the last two would be zeros if they were rounded as numbers are, and both infinities.
+NOT_FINITE = torch.tensor([0x7FC00000, 0x7FFFFFFF, -1, 0x7F800000, -0x800000], dtype=torch.int32).view(torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_parameters_that_are_not_finite(backend, dtype, kind):
+    """In whole vectors and after the last."""
+    rows = random(2, 37, dtype=dtype)
+    rows[:, ::3] = 0
+    for value, in_bias, twice in itertools.product(NOT_FINITE, (False, True), (False, True)):
+        weight, bias = random(37, seed=1), random(37, seed=2)
+        (bias if in_bias else weight)[[0, 5, 36]] = value
+        settings = (weight, bias if in_bias else None, 1e-6, kind, False, twice, 4, None, None)
         assert_same(op(rows, *settings), expected(rows, *settings))
 
 
