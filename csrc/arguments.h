@@ -89,6 +89,7 @@ struct SignedForward {
   uint8_t* mask;   // or null: the bit L[-p] <= x <= L[p]
   uint8_t* codes;  // or null
   bool stream;
+  const void* next;  // as many numbers as x has, which are read after it and may be prefetched, or null
 };
 
 struct SignedDequantize {
@@ -118,8 +119,8 @@ struct Norm {
   int64_t rows, length;
   double eps;
   bool rounds_twice;  // to x's dtype before the product with weight too
-  const void* x;
   bool finite;        // whether weight and bias are
+  const void* x;
   const void* weight;  // [length], in the compute type
   const void* bias;    // likewise, or null
   void* out;

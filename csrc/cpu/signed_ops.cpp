@@ -56,9 +56,10 @@ SignedForward part_of(SignedForward a, int64_t begin, int64_t end, int64_t eleme
   return a;
 }
 
-// x_of_thread()(begin, end): where a thread finds elements [begin, end) of x.
+// x_of_thread()(begin, end): where a thread finds elements [begin, end) of x. source: what these are made of, or x.
 template <class XOfThread>
-void forward_in_chunks(const SignedForward& a, int64_t chunk, int64_t element_size, const XOfThread& x_of_thread) {
+void forward_in_chunks(const SignedForward& a, const void* source, int64_t chunk, int64_t element_size,
+                       const XOfThread& x_of_thread) {
   const int64_t chunks = (a.count + chunk - 1) / chunk, grain = std::max<int64_t>(1, kGrainBlocks * kBlock / chunk);
   at::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
     const DynamicAlphas found(a, chunk / a.group);
@@ -67,6 +68,7 @@ void forward_in_chunks(const SignedForward& a, int64_t chunk, int64_t element_si
       const int64_t first = i * chunk, last = std::min(first + chunk, a.count);
       SignedForward part = part_of(a, first, last, element_size);
       part.x = x_of(first, last);
+      if (last + chunk <= a.count) part.next = static_cast<const char*>(source) + last * element_size;
       const int64_t groups = part.count / a.group;
       part.alphas = found.alphas(groups, found.find(part, 0, groups));
       signed_kernels(part.alphas.regular).forward(part, 0, block_total(part.count));
@@ -87,7 +89,7 @@ int64_t chunk_of(int64_t unit) {
 
 void forward_dynamic(SignedForward a, int64_t element_size) {
   if (const int64_t chunk = chunk_of(a.group); chunk <= kMaxChunk) {
-    return forward_in_chunks(a, chunk, element_size, [&] {
+    return forward_in_chunks(a, a.x, chunk, element_size, [&] {
       return [&](int64_t begin, int64_t) { return static_cast<const char*>(a.x) + begin * element_size; };
     });
   }
@@ -206,8 +208,6 @@ Tensor whole_blocks(const std::optional<Tensor>& parameter, int64_t length, at::
   return padded;
 }
 
-// All rows, by several threads.
-void norm_rows(const Norm& a) {
 // Whether all values are finite, in a loop so simple that compilers vectorise it.
 template <class Bits>
 bool all_finite(const void* values, int64_t count, Bits infinity) {
@@ -221,6 +221,8 @@ bool all_finite(const Tensor& t) {
   return all_finite<uint32_t>(t.const_data_ptr(), t.numel(), 0x7f800000);
 }
 
+// All rows, by several threads.
+void norm_rows(const Norm& a) {
   const auto run = signed_kernels().norm;
   const int64_t grain = std::max<int64_t>(1, kGrainBlocks * kBlock / std::max<int64_t>(a.length, 1));
   at::parallel_for(0, a.rows, grain, [&](int64_t begin, int64_t end) {
@@ -243,7 +245,7 @@ Norm rows_from(Norm n, int64_t first, int64_t element_size, void* out) {
 // The norm, rotated by r unless its size is 0, and its staircase, in chunks of whole rows.
 void staircase_in_chunks(const Norm& n, const Hadamard& r, const SignedForward& a, int64_t chunk, at::ScalarType type) {
   const int64_t element_size = at::elementSize(type);
-  forward_in_chunks(a, chunk, element_size, [&] {
+  forward_in_chunks(a, n.x, chunk, element_size, [&] {
     const int64_t room = std::max(norm_scratch(n.length), r.size > 0 ? hadamard_tile(r.size) : 0);
     const Tensor scratch = at::detail::empty_cpu({room}, wide_dtype(n.dtype));
     const Tensor made = at::detail::empty_cpu({n.out && r.size == 0 ? 0 : chunk}, type);
@@ -280,14 +282,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_qsigned(
   const auto wide = wide_dtype(n.dtype), type = x.scalar_type();
   const Tensor factors = whole_blocks(weight, n.length, wide, shifted ? 1 : 0);
   n.weight = factors.const_data_ptr();
+  n.finite = all_finite(factors.narrow(0, 0, n.length));
   Tensor terms;
   if (bias) {
-  n.finite = all_finite(factors.narrow(0, 0, n.length));
     terms = whole_blocks(bias, n.length, wide, 0);
     n.bias = terms.const_data_ptr();
+    n.finite &= all_finite(terms.narrow(0, 0, n.length));
   }
   std::vector<int64_t> shape = x.sizes().vec();
-    n.finite &= all_finite(terms.narrow(0, 0, n.length));
   shape.back() = 1;
   const auto none = [](at::ScalarType of) { return at::detail::empty_cpu({0}, of); };
   Tensor mean = centred ? at::detail::empty_cpu(shape, wide) : none(wide), inverse = at::detail::empty_cpu(shape, wide);

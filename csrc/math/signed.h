@@ -68,30 +68,46 @@ CG_HD F signed_guess(F x, F inverse) {
   const F to_integer(kToInteger<scalar_of<F>>);
   return (mul_add(x, inverse, F(-0.5)) + to_integer) - to_integer;
 }
-template <class T, class F>
-CG_HD Quantized<F> settle_signed(F guess, F x, F alpha, F p) {
-  const F next = guess + F(1);
-  const F below = round_regular<T>(mul(guess, alpha)), above = round_regular<T>(mul(next, alpha));
-  const auto raised = x > mul(below + above, F(0.5));
-  return {select(raised, next, guess) + p, select(raised, above, below)};
-}
-
-// The same for any x.
+// Settled so, for any x.
 template <class T, class F>
 CG_HD Quantized<F> quantize_signed(F x, F alpha, F inverse, F p) {
-  const F guess = max_of(min_of(signed_guess(x, inverse), p - F(1)), F(0) - p);
-  const Quantized<F> number = settle_signed<T>(guess, x, alpha, p);
-  return {select(x != x, p, number.code), select(x != x, x, number.y)};
+  const F guess = max_of(min_of(signed_guess(x, inverse), p - F(1)), F(0) - p), next = guess + F(1);
+  const F below = round_regular<T>(mul(guess, alpha)), above = round_regular<T>(mul(next, alpha));
+  const auto raised = x > mul(below + above, F(0.5));
+  return {select(x != x, p, select(raised, next, guess) + p), select(x != x, x, select(raised, above, below))};
 }
 
-// The same for x of a group with a regular dynamic alpha: no NaN, and none above p * alpha. Of float32 and float64 no
-// level is rounded, as alpha has 8 bits.
+// The levels of a dynamic alpha, if they are normal numbers of T. (2^16 + 1) v, in the 24 bits of a float, is 2^16 v
+// and the leading 8 bits of v, rounded: those of bfloat16 (with 2^13 it is the 11 of float16). All else is exact, as
+// alpha has 8 bits, and v = k * alpha at most 15. A difference of equals is never -0.
+template <class T, class F>
+struct LevelsOfGroup {
+  static constexpr float kTimes = std::is_same_v<T, bf16> ? 0x1p16f : 0x1p13f;
+  F more, less;
+  explicit CG_HD LevelsOfGroup(F alpha) : more(mul(alpha, F(kTimes + 1))), less(mul(alpha, F(-kTimes))) {}
+  CG_HD F at(F k) const { return mul_add(k, less, mul(k, more)); }
+};
+// Where all levels but 0 are normal numbers of T.
+template <class T, class A>
+CG_HD bool normal_levels(A alpha) {
+  return !std::is_same_v<T, f16> || alpha >= A(0x1p-14f);
+}
+
+// The same for x of a group with a regular dynamic alpha of `normal_levels`: no NaN, and none above p * alpha. Of
+// float32 and float64 no level is rounded.
 template <class T, class F>
 CG_HD Quantized<F> quantize_signed_of_group(F x, F alpha, F inverse, F p) {
-  const F guess = signed_guess(x, inverse);
   if constexpr (sizeof(T) == 2) {
-    return settle_signed<T>(guess, x, alpha, p);
+    // Down to an integer, by one instruction of a vector. T[k] is more than a few ulps away from any k * alpha.
+    F guess;
+    if constexpr (std::is_arithmetic_v<F>) guess = signed_guess(x, inverse);
+    else guess = floor(mul(x, inverse));
+    const LevelsOfGroup<T, F> levels(alpha);
+    const F next = guess + F(1), below = levels.at(guess), above = levels.at(next);
+    const auto raised = x > mul(below + above, F(0.5));
+    return {select(raised, next, guess) + p, select(raised, above, below)};
   } else {
+    const F guess = signed_guess(x, inverse);
     const F k = select(x > mul(guess + F(0.5), alpha), guess + F(1), guess);
     return {k + p, mul(k, alpha)};
   }

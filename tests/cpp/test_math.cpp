@@ -165,6 +165,22 @@ void test_signed_codes() {
   CHECK(!signed_outside<T>(kNan<A>, half, A(3)));
 }
 
+// All of them, up to powers of two.
+template <class T>
+void test_levels_of_groups() {
+  for (int mantissa = 128; mantissa < 256; ++mantissa) {
+    const float alpha = static_cast<float>(mantissa) * 0x1p-13f;
+    const LevelsOfGroup<T, float> levels(alpha);
+    for (int k = -127; k <= 127; ++k) {
+      const float level = levels.at(static_cast<float>(k));
+      CHECK(level == signed_level<T>(static_cast<float>(k), alpha) && (k != 0 || !std::signbit(level)));
+    }
+    CHECK(!std::signbit(levels.at(-0.0f)));
+  }
+  CHECK(normal_levels<T>(0x1p-14f));
+  CHECK(normal_levels<T>(0x1.fep-15f) == (std::is_same_v<T, bf16>));
+}
+
 // The quotient, rounded up to 8 significant bits.
 template <class A>
 void test_signed_alpha() {
@@ -345,6 +361,8 @@ int main() {
   test_signed_codes<double>();
   test_signed_codes<bf16>();
   test_signed_codes<f16>();
+  test_levels_of_groups<bf16>();
+  test_levels_of_groups<f16>();
   test_signed_alpha<float>();
   test_signed_alpha<double>();
   test_signed_alpha_of_doubles();

@@ -1,6 +1,8 @@
 // The signed staircase: x to dynamic alphas, to y and to what is saved for backward; codes to y.
 #pragma once
 
+#include <algorithm>
+
 #include "../../math/signed.h"
 #include "alphas.h"
 #include "blocks.h"
@@ -88,20 +90,36 @@ struct AlphaPerRun {
   CG_HD AlphaPerRun of(int64_t block) const { return {alpha, inverse, shift, block * kBlock}; }
 };
 
+// One alpha for each 2^shift blocks.
+template <class A>
+struct AlphaPerBlocks {
+  const A* alpha;
+  const A* inverse;
+  int shift;
+  CG_HD OneAlpha<A> of(int64_t block) const {
+    return {Vec<A>(alpha[block >> shift]), Vec<A>(inverse[block >> shift]), 0};
+  }
+};
+
 // for_each_range, of the alphas of groups.
 template <class A, class Body>
 CG_HD void for_each_group_range(const Alphas& alphas, int64_t begin, int64_t end, const Body& body) {
   const int64_t run = alphas.inner;
-  if (run >= 2 * Lanes<Vec<A>>::kCount && (run & (run - 1)) == 0) {
+  const auto shared = [&]<class Source>(int64_t unit) {
     body(begin, end,
-         AlphaPerRun<A>{static_cast<const A*>(alphas.values), static_cast<const A*>(alphas.inverses),
-                        __builtin_ctzll(run)});
+         Source{static_cast<const A*>(alphas.values), static_cast<const A*>(alphas.inverses),
+                __builtin_ctzll(run / unit)});
+  };
+  if (run >= kBlock && (run & (run - 1)) == 0) {
+    shared.template operator()<AlphaPerBlocks<A>>(kBlock);
+  } else if (run >= 2 * Lanes<Vec<A>>::kCount && (run & (run - 1)) == 0) {
+    shared.template operator()<AlphaPerRun<A>>(1);
   } else {
     for_each_range<A>(alphas, begin, end, body);
   }
 }
 
-// What is known of alphas: nothing, that they are regular, or that they are also those of groups.
+// What is known of alphas: nothing, that they are regular, or that they are also those of groups, with normal levels.
 enum class Alpha { any, regular, of_groups };
 
 template <class T, Alpha kAlpha, class V>
@@ -161,7 +179,8 @@ void signed_forward_range(const SignedForward& args, int64_t first, int64_t last
     const auto& source = sources.of(block);
     const int count = block_count(a.count, block);
     T x_copy[kBlock], y_copy[kBlock];
-    if constexpr (kAlpha != Alpha::of_groups) prefetch(static_cast<const T*>(a.x) + block * kBlock);
+    if (a.next) prefetch(static_cast<const T*>(a.next) + block * kBlock, 0);
+    else prefetch(static_cast<const T*>(a.x) + block * kBlock);
     const T* x = read_block(static_cast<const T*>(a.x), block, count, x_copy);
     const bool whole = count == kBlock, stream = whole && a.stream;
     T* y = whole ? static_cast<T*>(a.y) + block * kBlock : y_copy;
@@ -240,12 +259,20 @@ int64_t signed_forward_by_table(const SignedForward& args, int64_t begin, int64_
       for (; block < last; ++block) {
         const T* x = static_cast<const T*>(a.x) + block * kBlock;
         T* y = static_cast<T*>(a.y) + block * kBlock;
+        if (a.next) prefetch(static_cast<const T*>(a.next) + block * kBlock, 0);
         table.template store<codes.value>(x, y, codes.value ? a.codes + block * code_bytes : nullptr, a.bits, a.stream);
         if (a.mask) memset(a.mask + block * 8, 0xff, 8);  // nothing is outside
       }
     }
   });
   return begin < whole ? whole : begin;
+}
+
+// Whether all levels of all groups are normal.
+template <class T>
+bool all_normal(const Alphas& alphas) {
+  const auto* values = static_cast<const compute_t<T>*>(alphas.values);
+  return std::all_of(values, values + alphas.channels, normal_levels<T, compute_t<T>>);
 }
 
 void signed_forward(const SignedForward& a, int64_t begin, int64_t end) {
@@ -256,7 +283,7 @@ void signed_forward(const SignedForward& a, int64_t begin, int64_t end) {
     }
     with_regular(a.alphas, [&](auto regular) {
       if constexpr (!regular.value) signed_forward_of<T, Alpha::any>(a, begin, end);
-      else if (a.group == 0) signed_forward_of<T, Alpha::regular>(a, begin, end);
+      else if (a.group == 0 || !all_normal<T>(a.alphas)) signed_forward_of<T, Alpha::regular>(a, begin, end);
       else signed_forward_of<T, Alpha::of_groups>(a, begin, end);
     });
   });
