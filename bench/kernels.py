@@ -18,6 +18,7 @@ import coarsegrad as cg
 from coarsegrad import _ops
 from coarsegrad._types import AlphaGrad, MaskKind, Rounding, Ste
 
+from . import against
 from .sweep import (
     DTYPES,
     Case,
@@ -60,14 +61,24 @@ if it reads x and dy) into a new one, like a kernel's output: placement in memor
 changes either time by a fifth. It has the loads, stores (non-temporal from 8 MiB
 on) and threads of the kernels and no arithmetic; on a GPU, and without the native
 library, it is Tensor.copy_.
+
+--against CHECKOUT measures two builds instead: this one and that of another
+checkout, its package and its native library, say of the commit before
+(`git worktree add --detach CHECKOUT COMMIT`, then `make build` in it). Each has a
+process of its own, and checks its results against its own reference; the processes
+take turns in each round, never two at once. "ratio" is this build's time over the
+other's, the median of the rounds with the 20% and 80% quantiles. "itself" is the
+same ratio to this build in yet another process, which says how much is chance:
+every process places its memory anew. Kernels that the other build lacks are named
+and left out. Nothing is written without --out.
 """
 
 # ------------------------------------------------------------------------------------- the kernels
 
-_ALPHA, _BITS = 0.4866, 2
-_GROUP, _ROW = 128, 1024
+ALPHA, BITS = 0.4866, 2
+GROUP, ROW = 128, 1024
 # What has its own alpha: (how many, contiguous elements of each).
-_LAYOUTS = {"channel": (64, 256), "feature": (256, 1), "group": (1, _GROUP)}
+LAYOUTS = {"channel": (64, 256), "feature": (256, 1), "group": (1, GROUP)}
 _Tensors = dict[str, Tensor]
 
 
@@ -89,13 +100,13 @@ class Kernel:
 
 
 def _shaped(tensor: Tensor, per: str | None) -> Tensor:
-    return tensor.view(-1, *_LAYOUTS[per]) if per else tensor
+    return tensor.view(-1, *LAYOUTS[per]) if per else tensor
 
 
 def _forward(
     bits: int, mask: str = "inside", codes: bool = False, per: str | None = None
 ) -> Callable[[_Tensors], tuple[Tensor, ...]]:
-    count, channel_dim = (_LAYOUTS[per][0], 1) if per else (1, None)
+    count, channel_dim = (LAYOUTS[per][0], 1) if per else (1, None)
     return lambda t: _ops.ops.qrelu_forward(
         _shaped(t["x"], per), t["alpha"].expand(count), bits, Rounding.ceil, MaskKind[mask], codes, channel_dim
     )
@@ -106,7 +117,7 @@ def _backward(
 ) -> Callable[[_Tensors], tuple[Tensor, ...]]:
     """From what is kept: "x" (and alpha), "mask" or "state", "codes"."""
     channel_dim = 1 if per else None
-    settings = (_BITS, Ste[ste], Rounding.ceil, AlphaGrad[rule], 1.0, channel_dim, True, learned)
+    settings = (BITS, Ste[ste], Rounding.ceil, AlphaGrad[rule], 1.0, channel_dim, True, learned)
     mask = "state" if "state" in kept else "mask"
 
     def call(t: _Tensors) -> tuple[Tensor, ...]:
@@ -118,16 +129,16 @@ def _backward(
 
 
 def _signed(bits: int) -> Callable[[_Tensors], tuple[Tensor, ...]]:
-    return lambda t: _ops.ops.qsigned_forward(t["x"], None, bits, _GROUP, False, False, None)
+    return lambda t: _ops.ops.qsigned_forward(t["x"], None, bits, GROUP, False, False, None)
 
 
 def _norm(t: _Tensors, one_op: bool) -> tuple[Tensor, ...]:
     """RMSNorm of rows and its staircase of 4 bits; or the norm of torch, and then a staircase."""
-    x = t["x"].view(-1, math.gcd(t["x"].numel(), _ROW))
+    x = t["x"].view(-1, math.gcd(t["x"].numel(), ROW))
     if one_op:
-        staircase = (4, _GROUP, None)
+        staircase = (4, GROUP, None)
         return _ops.ops.norm_qsigned(x, None, None, 1e-6, False, False, False, *staircase, False, False)
-    return _ops.ops.qsigned_forward(F.rms_norm(x, x.shape[1:], None, 1e-6), None, 4, _GROUP, False, False, None)
+    return _ops.ops.qsigned_forward(F.rms_norm(x, x.shape[1:], None, 1e-6), None, 4, GROUP, False, False, None)
 
 
 _X, _DY = ("x",), ("dy",)
@@ -140,25 +151,25 @@ KERNELS = {
     "backward, reverse_exponential": Kernel(3, 0, _X + _DY, _backward("reverse_exponential", "x"), rtol=16),
     "backward, reverse_exponential_step": Kernel(
         2, 2, _DY, lambda t: (
-            _ops.ops.qrelu_backward_from_codes(t["dy"], t["codes"], _BITS, "reverse_exponential_step"),)
+            _ops.ops.qrelu_backward_from_codes(t["dy"], t["codes"], BITS, "reverse_exponential_step"),)
     ),
     "backward, learned step": Kernel(2, 2, _DY, _backward("clipped_relu", "state", learned=True), sums=True),
     **{
         f"backward, learned step, per {per}": Kernel(
             2, 2, _DY, _backward("clipped_relu", "state", learned=True, per=per), sums=True
         )
-        for per in _LAYOUTS
+        for per in LAYOUTS
     },
     "backward, learned step, exact": Kernel(
         2, 3, _DY, _backward("clipped_relu", "mask", "codes", rule="exact", learned=True), sums=True
     ),
     "codes to levels, 2 bits": Kernel(
         1, 2, _X, lambda t: (_ops.ops.dequantize(
-            t["codes"], t["alpha"], _BITS, t["x"].shape, t["x"].dtype, None, torch.contiguous_format),)
+            t["codes"], t["alpha"], BITS, t["x"].shape, t["x"].dtype, None, torch.contiguous_format),)
     ),
-    **{f"signed, {bits} bits, per group": Kernel(2, 16 / _GROUP, _X, _signed(bits)) for bits in (4, 8)},
+    **{f"signed, {bits} bits, per group": Kernel(2, 16 / GROUP, _X, _signed(bits)) for bits in (4, 8)},
     **{
-        f"norm, signed, {ops}, per group": Kernel(2, 16 / _GROUP, _X, functools.partial(_norm, one_op=ops == "one op"))
+        f"norm, signed, {ops}, per group": Kernel(2, 16 / GROUP, _X, functools.partial(_norm, one_op=ops == "one op"))
         for ops in ("one op", "two ops")
     },
 }  # fmt: skip
@@ -168,10 +179,10 @@ COPIES = {"copy of x": "x", "copy of dy": "dy"}
 def _inputs(dtype: torch.dtype, size: int, device: str) -> _Tensors:
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(2))
-    t = {"x": x, "dy": dy, "alpha": torch.tensor([_ALPHA], device=device)}
+    t = {"x": x, "dy": dy, "alpha": torch.tensor([ALPHA], device=device)}
     forward = _ops.ops.qrelu_forward
-    _, t["mask"], t["codes"] = forward(x, t["alpha"], _BITS, Rounding.ceil, MaskKind.inside, True, None)
-    _, t["state"], _ = forward(x, t["alpha"], _BITS, Rounding.ceil, MaskKind.state, False, None)
+    _, t["mask"], t["codes"] = forward(x, t["alpha"], BITS, Rounding.ceil, MaskKind.inside, True, None)
+    _, t["state"], _ = forward(x, t["alpha"], BITS, Rounding.ceil, MaskKind.state, False, None)
     return t
 
 
@@ -205,7 +216,7 @@ def _check(name: str, kernel: Kernel, got: tuple[Tensor, ...], t: _Tensors) -> N
                     f" {size * (piece + 1) // pieces} of {size} ({dtype}); no times are reported"
                 )
     if kernel.sums:
-        scale = 2**_BITS * t["dy"].double().abs().sum()
+        scale = 2**BITS * t["dy"].double().abs().sum()
         if ((got[1].double() - totals).abs() > 1e-5 * scale).any():
             raise BenchError(f"the step's gradient in {name!r} is not the reference's ({dtype}); no times are reported")
 
@@ -215,7 +226,7 @@ def _cases(part: Part, dtype: str, size: int) -> Iterator[Case]:
     jobs = {name: lambda source=t[key]: copying(torch.empty_like(source), source)() for name, key in COPIES.items()}
     for name in part.names:
         kernel = KERNELS[name]
-        if any(f"per {per}" in name and size % math.prod(shape) for per, shape in _LAYOUTS.items()):
+        if any(f"per {per}" in name and size % math.prod(shape) for per, shape in LAYOUTS.items()):
             continue
         _check(name, kernel, kernel.call(t), t)
         jobs[name] = lambda kernel=kernel: kernel.call(t)
@@ -263,6 +274,13 @@ SWEEP = Sweep(_cases, _rows, _HEADER, _line)
 # ------------------------------------------------------------------------------------ the command
 
 
+def _check_comparison(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if not against.is_checkout(args.against):
+        parser.error(f"--against: {args.against} is no checkout, it has no python/coarsegrad")
+    if args.device != "cpu" or args.threads != 1:
+        parser.error("--against compares one thread of a CPU: others would still spin while it is another's turn")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.kernels",
@@ -271,12 +289,24 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     size_options(parser, RESULTS, KERNELS, *COPIES)
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="CHECKOUT",
+        help="compare with another build: a checkout of this project in which `make build` has run",
+    )
     args = checked_options(parser, argv, RESULTS)
+    if args.against:
+        _check_comparison(parser, args)
     beyond_caches = [2**26] if args.device == "cpu" and not args.quick else []
     sizes = args.sizes or default_sizes(args) + beyond_caches
     names = tuple(name for name in KERNELS if name in args.only)
     part = Part(args.device, args.allocator, tuple(sizes), tuple(args.dtypes), names, args.rounds, args.threads)
-    run_parts("bench.kernels", SWEEP, [part], args.out)
+    if not args.against:
+        run_parts("bench.kernels", SWEEP, [part], args.out)
+        return
+    comparison = against.Comparison("bench.kernels", args.against)
+    print(against.verdict(run_parts("bench.kernels", comparison, [part], args.out, then=""), args.against))
 
 
 if __name__ == "__main__":

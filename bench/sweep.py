@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from .timing import (
     CpuTimer,
     GpuTimer,
     Row,
+    Timer,
     Times,
     at_least,
     facts,
@@ -75,6 +77,10 @@ class Case:
     grad: bool = False
 
 
+def timer_of(device: torch.device) -> Timer:
+    return CpuTimer() if device.type == "cpu" else GpuTimer(device)
+
+
 @dataclass(frozen=True)
 class Sweep:
     """A benchmark over dtypes and sizes.
@@ -87,6 +93,7 @@ class Sweep:
     rows: Callable[[str, int, str, dict[str, Times]], list[Row]]
     header: str
     line: Callable[[Row], str]
+    timer: Callable[[torch.device], Timer] = timer_of
 
     def measure(self, part: Part) -> list[Row]:
         """Measures all of `part` in this process and prints each case as it completes."""
@@ -95,7 +102,7 @@ class Sweep:
         device = torch.device(part.device)
         here = facts(device, part.allocator)
         print(*(f"{name.ljust(10)}  {value}" for name, value in here.items()), "", self.header, sep="\n")
-        timer = CpuTimer() if part.device == "cpu" else GpuTimer(device)
+        timer = self.timer(device)
         found: list[Row] = []
         inputs = list(itertools.product(part.dtypes, part.sizes))
         with tqdm(total=len(inputs), disable=None, leave=False, unit="input") as progress:
@@ -130,19 +137,33 @@ def timed(times: Times) -> Row:
     }
 
 
-def run_parts(program: str, sweep: Sweep, parts: Iterable[Part], out: Path) -> list[Row]:
-    """The rows of all parts, each measured in a new process; written to `out` after each part."""
+class Measures(Protocol):
+    """A Sweep, or what is measured as one."""
+
+    def measure(self, part: Part) -> list[Row]: ...
+
+
+_THEN = "`python -m bench.report` draws it and writes docs/benchmarks.md from all results."
+
+
+def run_parts(program: str, sweep: Measures, parts: Iterable[Part], out: Path | None, then: str = _THEN) -> list[Row]:
+    """The rows of all parts, each measured in a new process; written to `out`, if that is given, after each part.
+
+    then: what is said of the file.
+    """
     rows: list[Row] = []
     try:
         for part in parts:
             rows += in_new_process(part.allocator, sweep.measure, part)
-            write_csv(rows, out)
+            if out:
+                write_csv(rows, out)
     except (BenchError, OSError) as error:
         raise SystemExit(f"{program}: {error}") from error
     except KeyboardInterrupt:
-        print("\nInterrupted.", f"{out} has the parts that finished." if rows else "Nothing was written.")
+        print("\nInterrupted.", f"{out} has the parts that finished." if rows and out else "Nothing was written.")
         raise SystemExit(130) from None
-    print(f"Written: {out}. `python -m bench.report` draws it and writes docs/benchmarks.md from all results.")
+    if out:
+        print(f"Written: {out}.", then)
     return rows
 
 
@@ -201,19 +222,20 @@ def of_gpu(results: Path) -> Path:
     return results.with_name(f"{results.stem}-cuda.csv")
 
 
-def find_device(parser: argparse.ArgumentParser, args: argparse.Namespace, results: Path) -> None:
-    """Fills in `out`; an error if the device is missing."""
+def find_device(parser: argparse.ArgumentParser, args: argparse.Namespace, results: Path | None) -> None:
+    """Fills in `out`, which stays None without `results`; an error if the device is missing."""
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error(
             "--device cuda: torch sees no CUDA device here; `python -m tools.sass` checks the kernels without one"
         )
-    args.out = args.out or (results if args.device == "cpu" else of_gpu(results))
+    args.out = args.out or (results if results is None or args.device == "cpu" else of_gpu(results))
 
 
 def checked_options(parser: argparse.ArgumentParser, argv: list[str] | None, results: Path) -> argparse.Namespace:
-    """The parsed options, with `out` and `rounds` filled in; an error if the device is missing."""
+    """The parsed options, with `out` and `rounds` filled in; an error if the device is missing. A comparison
+    (`against`) is only written where that is asked for."""
     args = parser.parse_args(argv)
-    find_device(parser, args, results)
+    find_device(parser, args, None if getattr(args, "against", None) else results)
     args.rounds = args.rounds or (11 if args.quick else 31)
     if args.device == "cuda":
         args.allocator = "default"

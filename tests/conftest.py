@@ -101,8 +101,9 @@ _FIRST = (
 _ONE_BY_ONE = ("test_cuda_mutants.py", "test_ops.py", "test_theory.py")
 # What --fast leaves out: files that compile, run an interpreter, start new processes, or train networks.
 _SLOW = (
-    *_FIRST, "test_arm.py", "test_cuda_mutants.py", "test_backends.py", "test_bench_memory.py", "test_bench_times.py",
-    "test_bench_training.py", "test_blocks.py", "test_cifar.py", "test_distributed.py", "test_distributed_weights.py",
+    *_FIRST, "test_arm.py", "test_cuda_mutants.py", "test_backends.py", "test_bench_against.py",
+    "test_bench_instructions.py", "test_bench_memory.py", "test_bench_times.py", "test_bench_training.py",
+    "test_blocks.py", "test_cifar.py", "test_distributed.py", "test_distributed_weights.py",
     "test_dtensor.py", "test_experiments.py", "test_finetune.py", "test_finetune_torchrun.py", "test_graphs.py",
     "test_headers.py", "test_hugging_face.py", "test_hugging_face_errors.py", "test_inductor.py",
     "test_inductor_gates.py", "test_install.py", "test_integer_convert.py", "test_integer_trained.py",
