@@ -15,11 +15,23 @@ Results = Mapping[str, list[Mapping[str, str]]]
 
 
 @dataclass(frozen=True)
+class Work:
+    """What takes the time of a promise: CPU kernels, by their names in bench.kernels, on `size` elements.
+    row(results): where that time is measured."""
+
+    dtype: str
+    size: int
+    kernels: tuple[str, ...]
+    row: Callable[[Results], Mapping[str, str] | None]
+
+
+@dataclass(frozen=True)
 class Promise:
     """That a time is at most `most` times another. time(results) -> the measured ratio, None if not measured.
 
     tried: what was tried if the promise is missed, or why it cannot be kept.
     needs: the instruction set that the promise is about; none if empty.
+    work: what is timed; None where it is more than some kernels.
     """
 
     claim: str
@@ -27,6 +39,7 @@ class Promise:
     time: Callable[[Results], float | None]
     tried: str = ""
     needs: str = ""
+    work: Work | None = None
 
     def verdict(self, results: Results) -> str:
         if not self.is_about(results):
@@ -49,26 +62,40 @@ def _one(rows: list[Mapping[str, str]], **case: object) -> Mapping[str, str] | N
 
 
 def _over_copy(dtype: str, size: int, kernel: str, most: float, tried: str = "") -> Promise:
-    def time(results: Results) -> float | None:
-        row = _one(results["kernels"], dtype=dtype, size=size, kernel=kernel)
-        return float(row["time_over_copy"]) if row else None
+    def row(results: Results) -> Mapping[str, str] | None:
+        return _one(results["kernels"], dtype=dtype, size=size, kernel=kernel)
 
-    return Promise(f"{dtype}, {size_label(size)}: {kernel} vs. copying as many bytes", most, time, tried)
+    def time(results: Results) -> float | None:
+        found = row(results)
+        return float(found["time_over_copy"]) if found else None
+
+    claim = f"{dtype}, {size_label(size)}: {kernel} vs. copying as many bytes"
+    return Promise(claim, most, time, tried, work=Work(dtype, size, (kernel,), row))
+
+
+# The kernels of an implementation's forward and backward; a learned one's forward keeps two bits instead of one.
+_KERNELS = {
+    "qrelu": ("forward, 2 bits", "backward, clipped_relu"),
+    "qrelu_inplace": ("forward, 2 bits", "backward, clipped_relu"),
+    "qrelu_learned": ("forward, 2 bits", "backward, learned step"),
+}
 
 
 def _over(
     dtype: str, size: int, ours: str, theirs: str, most: float, tried: str = "", default_malloc: bool = False
 ) -> Promise:
-    def time(results: Results) -> float | None:
-        case = {"dtype": dtype, "size": size, "pass": "forward+backward"}
+    def row(results: Results, name: str = ours) -> Mapping[str, str] | None:
         rows = [row for row in results["peers"] if (row["allocator"] == "default") == default_malloc]
-        both = [_one(rows, implementation=name, **case) for name in (ours, theirs)]
+        return _one(rows, implementation=name, dtype=dtype, size=size, **{"pass": "forward+backward"})
+
+    def time(results: Results) -> float | None:
+        both = [row(results, name) for name in (ours, theirs)]
         return float(both[0]["seconds_median"]) / float(both[1]["seconds_median"]) if all(both) else None
 
     labels = [IMPLEMENTATIONS[name].label for name in (ours, theirs)]
     malloc = ", default malloc" if default_malloc else ""
     claim = f"{dtype}, {size_label(size)}{malloc}: {labels[0]} vs. {labels[1]}"
-    return Promise(claim, most, time, tried)
+    return Promise(claim, most, time, tried, work=Work(dtype, size, _KERNELS[ours], row))
 
 
 _EXPONENTIAL = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 from coarsegrad._text import format_table
 from coarsegrad.experiments.files import replacing
 
-from . import figures
+from . import bounds, figures
 from .activations import IMPLEMENTATIONS
 from .engines import ENGINES, PEERS, ours
 from .kernels import COPIES
@@ -24,7 +23,7 @@ from .sweep import DTYPES, of_gpu, size_label
 from .workloads import WORKLOADS
 
 RESULTS = Path(__file__).parent / "results"
-TABLES = ("kernels", "peers", "training", "memory", "inference")
+TABLES = ("kernels", "peers", "training", "memory", "inference", "instructions")
 
 _INTRODUCTION = """\
 # Benchmarks
@@ -50,6 +49,25 @@ and writes a new tensor, with the kernel's loads, stores (non-temporal from 8 Mi
 2^16 elements both stay in cache.
 
 ![Time of each kernel and of other libraries against the bytes moved](../bench/results/roofline.png)
+"""
+_INSTRUCTIONS = """\
+## Arithmetic or memory
+
+Instructions that a CPU executes for an element, counted by an emulator (`python -m bench.instructions`): no times. An
+instruction on a vector is one; stores are those into the caches. `default` is plain C++.
+
+"""
+_LIMITS = f"""\
+For an element of {size_label(bounds.SIZE)}: the least time, in which a core executes {bounds.PER_CYCLE} instructions
+a cycle at {bounds.GHZ} GHz; that of a copy of as many bytes; and the kernel's. Memory is the limit where the copy is
+{bounds.EXPLAINS:.0%} of the kernel's time or more. Else it is arithmetic where that takes longer than the copy, or
+both, as they do not overlap completely.
+
+"""
+_LIMITS_OF_PROMISES = """\
+The same of the promises that are missed, for all their kernels together. Where the limit is neither, the time is over
+twice the sum: it is that of calls, of autograd, or of the page faults of new tensors.
+
 """
 _PEERS = """\
 ## QReLU and alternatives
@@ -154,10 +172,7 @@ def load(folder: Path, on_gpu: bool = False) -> Results:
         path = folder / f"{table}.csv"
         if on_gpu:
             path = of_gpu(path)
-        found[table] = []
-        if path.exists():
-            with open(path, newline="") as file:
-                found[table] = list(csv.DictReader(file))
+        found[table] = bounds.rows_in(path)
     return found
 
 
@@ -319,6 +334,16 @@ def gpu_page(results: Results) -> str:
     return "\n".join(parts)
 
 
+def _instructions_page(results: Results) -> list[str]:
+    """What is known of limits, of results that have the counts."""
+    counts = results["instructions"]
+    parts = [_INSTRUCTIONS + bounds.count_table(counts), bounds.not_counted(counts), bounds.counted_by(counts)]
+    for text, table in ((_LIMITS, bounds.kernel_table(results)), (_LIMITS_OF_PROMISES, bounds.promise_table(results))):
+        if table:
+            parts.append(text + table)
+    return parts
+
+
 def page(results: Results) -> str:
     """docs/benchmarks.md; tables without results are omitted."""
     parts = [_INTRODUCTION]
@@ -329,6 +354,8 @@ def page(results: Results) -> str:
     ):  # fmt: skip
         if results[table]:
             parts += [text, make(results[table]), _setting(results[table])]
+        if table == "kernels" and results["instructions"]:
+            parts += _instructions_page(results)
     if results["inference"]:
         parts += _inference_page(results)
     parts.append("For the memory and times of networks with packed activations, see [memory.md](memory.md).\n")

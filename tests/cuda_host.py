@@ -13,7 +13,7 @@ from torch import Tensor
 
 # In the order of the enumerators in csrc/math and of the operations in tests/cpp/cuda_host_cases.h.
 OPS = ("forward", "backward", "dequantize", "backward_from_slopes", "signed_forward", "signed_dequantize", "hadamard",
-       "weight_scale", "norm")  # fmt: skip
+       "weight_scale", "norm", "copy")  # fmt: skip
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ROUNDINGS = ("ceil", "nearest", "hwgq")
 MASKS = ("nothing", "positive", "inside", "state", "near")
@@ -99,17 +99,22 @@ def run(program: Path | tuple, cases: list[Case]) -> list[dict[str, Tensor]]:
     done = subprocess.run(command, input=b"".join(case.encode() for case in cases), capture_output=True, timeout=600)
     if done.returncode:
         raise HostRunnerError(done.stderr.decode(errors="replace").strip() or f"exit status {done.returncode}")
+    return outputs(cases, done.stdout)
+
+
+def outputs(cases: list[Case], written: bytes) -> list[dict[str, Tensor]]:
+    """Those of each case, from what the program wrote."""
     results, at = [], 0
     for case in cases:
         result = {}
         for name in BUFFERS:
             if name in case.outputs:
                 like = case.outputs[name]
-                raw = bytearray(done.stdout[at : at + like.nbytes])
+                raw = bytearray(written[at : at + like.nbytes])
                 at += like.nbytes
                 result[name] = torch.frombuffer(raw, dtype=like.dtype) if raw else torch.empty(0, dtype=like.dtype)
         results.append(result)
-    assert at == len(done.stdout)
+    assert at == len(written)
     return results
 
 

@@ -1,8 +1,9 @@
 // The CPU kernels of an instruction set by themselves, named by the argument; for machines that have no torch, as
-// emulated ones.
+// emulated ones. A second argument: the blocks of a chunk of sums.
 #include "host_cases.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <string>
 
 #include "cpu/kernels.h"
@@ -46,15 +47,15 @@ void with_alphas(const Header& h, const void* given, int top, Rounding rounding,
 }
 
 // Chunks are short, so that there are some.
-constexpr int64_t kChunkBlocks = 3;
+int64_t chunk_blocks = 3;
 
 void backward(const Kernels& kernels, Backward a, int64_t blocks) {
   if (!a.grad_alpha) return kernels.backward(a, 0, blocks);
   with_dtype(a.dtype, [&](auto dtype) {
     using A = compute_t<typename decltype(dtype)::type>;
-    const int64_t chunks = (blocks + kChunkBlocks - 1) / kChunkBlocks;
+    const int64_t chunks = (blocks + chunk_blocks - 1) / chunk_blocks;
     std::vector<A> partial(chunks * a.alphas.channels);
-    a.partial = partial.data(), a.chunk_blocks = kChunkBlocks;
+    a.partial = partial.data(), a.chunk_blocks = chunk_blocks;
     kernels.backward(a, 0, blocks);
     for (int64_t channel = 0; channel < a.alphas.channels; ++channel) {
       A total = 0;
@@ -139,6 +140,8 @@ void run(const Kernels& kernels, const Header& h, const Buffer (&b)[kBuffers]) {
     std::vector<int32_t> magnitudes(blocks_of(length) * kBlock), more(magnitudes.size());
     kernels.signed_kernels.weight_scales({dtype, bits, rows, length, b[kX].data(), b[kAlpha].data()}, 0, rows,
                                          magnitudes.data(), more.data());
+  } else if (h.op == kCopy) {  // of whole blocks of float32
+    kernels.copy({static_cast<const float*>(b[kX].data()), static_cast<float*>(b[kY].data()), false}, 0, blocks);
   } else {  // a norm of `channels` rows of `inner` elements; scale is eps
     const std::vector<double> weight = whole_blocks(dtype, b[kWeight].data(), h.inner);
     const std::vector<double> bias = whole_blocks(dtype, b[kBias].data(), h.inner);
@@ -158,6 +161,12 @@ void run(const Kernels& kernels, const Header& h, const Buffer (&b)[kBuffers]) {
 }
 
 const Kernels* kernels_of(const std::string& isa) {
+#if defined(CG_HAVE_AVX2)
+  if (isa == kKernelsAvx2.isa) return &kKernelsAvx2;
+#endif
+#if defined(CG_HAVE_AVX512)
+  if (isa == kKernelsAvx512.isa) return &kKernelsAvx512;
+#endif
 #if defined(CG_HAVE_NEON)
   if (isa == kKernelsNeon.isa) return &kKernelsNeon;
 #endif
@@ -167,9 +176,10 @@ const Kernels* kernels_of(const std::string& isa) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const Kernels* const kernels = argc == 2 ? kernels_of(argv[1]) : nullptr;
-  if (!kernels) {
-    std::fprintf(stderr, "wanted the name of an instruction set that this program has\n");
+  const Kernels* const kernels = argc == 2 || argc == 3 ? kernels_of(argv[1]) : nullptr;
+  if (argc == 3) chunk_blocks = std::atoll(argv[2]);
+  if (!kernels || chunk_blocks < 1) {
+    std::fprintf(stderr, "wanted the name of an instruction set that this program has, and blocks if any\n");
     return 1;
   }
   return for_each_case([&](const Header& h, const Buffer(&b)[kBuffers]) { run(*kernels, h, b); });

@@ -26,6 +26,7 @@ enum Op : int64_t {
   kHadamard,
   kWeightScale,
   kNorm,
+  kCopy,
 };
 enum Mode : int64_t { kNull, kRead, kWrite, kReadWrite };
 enum Place {

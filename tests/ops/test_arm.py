@@ -10,6 +10,7 @@ import subprocess
 import cuda_host
 import pytest
 import torch
+from bench import instructions
 from cuda_host import DTYPES, MASKS, ROUNDINGS, Case
 from host_cases import (
     alpha_tensor,
@@ -114,6 +115,14 @@ def test_kernels_are_the_reference(build, isa, dtype):
     for case, result in zip(cases, cuda_host.run((*build("cpu_host"), isa), cases), strict=True):
         described = (case.op, case.bits, case.count, case.rounding, case.mask, case.ste, case.alpha_grad, case.channels)
         assert not (wrong := wrong_outputs(case, result)), (wrong, described, case.inner, case.group, case.offset)
+
+
+def test_what_is_counted_is_right(build):
+    """The cases of bench.instructions, with chunks of sums as long as its."""
+    cases = list(itertools.chain(*instructions.cases(torch.bfloat16, instructions.COUNTS[0]).values()))
+    command = (*build("cpu_host"), "neon", str(instructions.CHUNK_BLOCKS))
+    for case, result in zip(cases, cuda_host.run(command, cases), strict=True):
+        assert not (wrong := wrong_outputs(case, result)), (wrong, case.op, case.bits, case.ste, case.channels)
 
 
 @pytest.mark.parametrize("isa", ("neon", "neondot"))

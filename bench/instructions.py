@@ -1,0 +1,379 @@
+"""`python -m bench.instructions`: the machine instructions that each CPU kernel executes per element."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from coarsegrad import reference
+from coarsegrad.experiments.measure import environment
+
+from .bounds import COPY, GHZ, PER_CYCLE, least_seconds, rows_in, times_of
+from .kernels import ALPHA, BITS, GROUP, KERNELS, LAYOUTS, ROW
+from .kernels import RESULTS as TIMES
+from .timing import BenchError, Row, write_csv
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tests"))  # which run the kernels by themselves too: cases and program are theirs
+import cuda_host  # noqa: E402
+import host_cases  # noqa: E402
+import host_cases_signed  # noqa: E402
+from cuda_host import Case  # noqa: E402
+
+RESULTS = TIMES.with_name("instructions.csv")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_DESCRIPTION = """
+Counts the machine instructions that each CPU kernel of bench.kernels executes per
+element, for every instruction set that can be counted here. The kernels are built
+into a program of their own, which an emulator runs: valgrind for x86-64, qemu for
+AArch64, with a cross compiler. Nothing is timed: a busy machine counts the same.
+"""
+_EPILOG = """
+A count is what the functions of a kernel execute for 2^15 elements and not for
+2^14, so that what is done once is left out; an instruction on a vector is one. The
+stores are those into the caches. The outputs are compared with the reference.
+
+"at least" is the time in which a core executes as many, --per-cycle of them in a
+cycle of --ghz: a bound, as instructions wait for memory and for each other. Next
+to it, if bench/results/kernels.csv has the instruction set, what was measured at
+2^24 elements: a copy of as many bytes, and the kernel. `python -m bench.report`
+says of each promise that is missed which of the two is its limit.
+
+An instruction set that cannot be counted is named, with the reason. Debian's and
+Ubuntu's packages:
+  x86-64   cmake g++ valgrind
+  AArch64  cmake g++-aarch64-linux-gnu qemu-user-static
+"""
+
+# ------------------------------------------------------------------------------------------- the cases
+
+# Whole chunks of sums, and whole rows of every layout.
+COUNTS = (2**14, 2**15)
+CHUNK_BLOCKS = 256  # as csrc/cpu/ops.cpp has them
+
+
+def _layout(x: Tensor, per: str | None) -> tuple[Tensor, tuple[int, ...] | None]:
+    """(alphas, shape) where each of a layout has its own alpha, or there is one."""
+    if per is None:
+        return host_cases.alpha_tensor([ALPHA], x.dtype), None
+    channels, inner = LAYOUTS[per]
+    return host_cases.alpha_tensor([ALPHA] * channels, x.dtype), (x.numel() // (channels * inner), channels, inner)
+
+
+def _forward(x: Tensor, bits: int, mask: str = "inside", codes: bool = False, per: str | None = None) -> Case:
+    alpha, shape = _layout(x, per)
+    return host_cases.forward_case(x, alpha, bits, "ceil", mask, codes, shape=shape)
+
+
+def _backward(x: Tensor, dy: Tensor, ste: str, rule: str | None = None, per: str | None = None) -> Case:
+    alpha, shape = _layout(x, per)
+    return host_cases.backward_case(x, dy, alpha, BITS, ste, "ceil", rule, shape=shape)
+
+
+def _codes(x: Tensor) -> Tensor:
+    return reference.qrelu_codes(x, _layout(x, None)[0], BITS, "ceil", None)
+
+
+def _from_slopes(x: Tensor, dy: Tensor) -> Case:
+    codes, slopes = _codes(x), torch.linspace(1, 0.1, 2**BITS)
+    expected = {"grad_x": reference.backward_from_slopes(dy, codes, slopes, BITS)}
+    inputs = {"grad_y": dy, "codes": codes, "slopes": slopes}
+    return Case("backward_from_slopes", x.dtype, BITS, x.numel(), inputs, expected, expected=expected)
+
+
+def _dequantize(x: Tensor) -> Case:
+    return host_cases.dequantize_case(_codes(x), _layout(x, None)[0], BITS, x.shape, x.dtype, None)
+
+
+def _signed(x: Tensor, bits: int) -> Case:
+    return host_cases_signed.forward_case(x.view(1, -1), None, bits, False, False, group=GROUP)
+
+
+def _normed(x: Tensor) -> list[Case]:
+    """RMSNorm of rows, and the staircase of its output, as the one op runs them."""
+    rows, weight = x.view(-1, ROW), torch.ones(ROW)
+    out, *_, inverse = reference.norm_qsigned(
+        rows, weight, None, 1e-6, False, False, False, None, None, None, True, False
+    )
+    expected = {"out": out.flatten(), "inverse": inverse.flatten()}
+    norm = Case(
+        "norm", x.dtype, 0, x.numel(), {"x": x, "weight": weight}, expected, channels=rows.shape[0], inner=ROW,
+        scale=1e-6, expected=expected,
+    )  # fmt: skip
+    return [norm, _signed(out.flatten(), 4)]
+
+
+def _copy(x: Tensor) -> Case:
+    words = x.view(torch.float32)  # the kernel's, of any dtype
+    return Case("copy", torch.float32, 0, words.numel(), {"x": words}, {"y": words}, expected={"y": words})
+
+
+def _cases(x: Tensor, dy: Tensor) -> dict[str, Callable[[], Case | list[Case]]]:
+    """Kernel -> what runs it, with the settings that bench.kernels times it with."""
+    return {
+        COPY: lambda: _copy(x),
+        **{f"forward, {n} bit{'s' * (n > 1)}": functools.partial(_forward, x, n) for n in (1, 2, 3, 4, 6, 8)},
+        "forward, 2 bits, per feature": lambda: _forward(x, 2, per="feature"),
+        "forward to codes, 2 bits": lambda: _forward(x, 2, "nothing", codes=True),
+        **{
+            f"backward, {ste}": functools.partial(_backward, x, dy, ste)
+            for ste in ("clipped_relu", "log_tailed_relu", "reverse_exponential")
+        },
+        "backward, reverse_exponential_step": lambda: _from_slopes(x, dy),
+        "backward, learned step": lambda: _backward(x, dy, "clipped_relu", "three_valued"),
+        **{
+            f"backward, learned step, per {per}": functools.partial(
+                _backward, x, dy, "clipped_relu", "three_valued", per
+            )
+            for per in LAYOUTS
+        },
+        "backward, learned step, exact": lambda: _backward(x, dy, "clipped_relu", "exact"),
+        "codes to levels, 2 bits": lambda: _dequantize(x),
+        **{f"signed, {bits} bits, per group": functools.partial(_signed, x, bits) for bits in (4, 8)},
+        "norm, signed, one op, per group": lambda: _normed(x),
+    }
+
+
+@functools.cache
+def cases(dtype: torch.dtype, count: int) -> dict[str, list[Case]]:
+    """Kernel -> the calls that it consists of, on the first `count` of the same random numbers."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(COUNTS[1], generator=generator).to(dtype)[:count] for _ in range(2))
+    made = {name: make() for name, make in _cases(x, dy).items()}
+    return {name: case if isinstance(case, list) else [case] for name, case in made.items()}
+
+
+COUNTED = tuple(name for name in (COPY, *KERNELS) if "two ops" not in name)  # of which one is torch's
+
+# ---------------------------------------------------------------------------------------- the counters
+
+# The mangled names of the kernels' functions and of those within them; not of the program and of the C library.
+_OURS = re.compile(rb"_Z+NK?2cg")
+_COST = re.compile(rb"[-+*\d]\d* (\d+)$")  # of a line of a profile: where, and how many instructions
+
+
+class NotCounted(Exception):
+    """Why an instruction set cannot be counted."""
+
+
+def _finished(command: list[str], status: int, error: bytes) -> None:
+    if status == -signal.SIGILL:
+        raise NotCounted(f"{command[0]} does not know its instructions")
+    if status:
+        raise NotCounted(error.decode(errors="replace").strip() or f"{command[0]} ended with status {status}")
+
+
+def callgrind(command: list[str], given: bytes) -> tuple[int, bytes]:
+    """(instructions of the kernels' functions, the output) of a program of this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        profile = Path(folder) / "profile"
+        options = ["--tool=callgrind", f"--callgrind-out-file={profile}", "--demangle=no", "--compress-strings=no"]
+        done = subprocess.run(["valgrind", "-q", *options, *command], input=given, capture_output=True)
+        _finished(["valgrind"], done.returncode, done.stderr)
+        total, ours, lines = 0, False, iter(profile.read_bytes().splitlines())
+        for line in lines:
+            if line.startswith(b"fn="):
+                ours = bool(_OURS.match(line, 3))
+            elif line.startswith(b"calls="):
+                next(lines)  # of the function that is called, which has lines of its own
+            elif ours and (cost := _COST.match(line)):
+                total += int(cost[1])
+    return total, done.stdout
+
+
+def qemu(command: list[str], given: bytes) -> tuple[int, bytes]:
+    """The same of a program for AArch64. qemu lists the instructions of each stretch without a branch that it
+    translates, and names the stretches that it runs."""
+    with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as out:
+        source.write(given)
+        source.seek(0)
+        command = ["qemu-aarch64-static", "-d", "in_asm,exec,nochain", *command]
+        lengths: dict[int, int] = {}
+        total, start, said = 0, None, []
+        with subprocess.Popen(command, stdin=source, stdout=out, stderr=subprocess.PIPE) as process:
+            for line in process.stderr:
+                if line.startswith(b"Trace "):
+                    _, state, name = re.split(rb"[\[\]]", line)
+                    if _OURS.match(name.strip()):
+                        total += lengths[int(state.split(b"/")[1], 16)]
+                elif line.startswith(b"IN:"):
+                    start = None
+                elif line.startswith(b"0x"):
+                    if start is None:
+                        start = int(line[: line.index(b":")], 16)
+                        lengths[start] = 0
+                    lengths[start] += 1
+                elif line.strip(b"-\n"):
+                    said.append(line)
+        _finished(command, process.returncode, b"".join(said))
+        out.seek(0)
+        return total, out.read()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """sets: the instruction sets that have kernels. tools: what must be there. settings: of the build."""
+
+    sets: tuple[str, ...]
+    tools: tuple[str, ...]
+    count: Callable[[list[str], bytes], tuple[int, bytes]]
+    processors: tuple[str, ...] = ()  # that it runs on; none if on all
+    settings: dict[str, str] = field(default_factory=dict)
+
+    def why_not(self) -> str | None:
+        if self.processors and platform.machine() not in self.processors:
+            return f"this machine is {platform.machine()}"
+        missing = [tool for tool in self.tools if shutil.which(tool) is None]
+        return f"no {' and no '.join(missing)} found" if missing else None
+
+    def build(self, folder: Path) -> Path:
+        """The program, with the optimisation of a release."""
+        try:
+            cuda_host.configure(ROOT, folder, "-O3 -DNDEBUG -w", **self.settings)
+            return cuda_host.build(folder, "cpu_host")
+        except cuda_host.HostRunnerError as error:
+            raise BenchError(f"the kernels could not be built:\n{error}") from error
+
+    def versions(self) -> Row:
+        return {name: _version(tool) for name, tool in zip(("compiler", "counter"), self.tools)}
+
+    def per_element(self, program: Path, isa: str, kernel: str, dtype: torch.dtype) -> float:
+        totals = []
+        for count in COUNTS:
+            total = 0
+            for case in cases(dtype, count)[kernel]:
+                instructions, output = self.count([str(program), isa, str(CHUNK_BLOCKS)], case.encode())
+                (result,) = cuda_host.outputs([case], output)
+                if wrong := host_cases.wrong_outputs(case, result):
+                    raise BenchError(f"{kernel!r}: {', '.join(wrong)} differs from the reference ({isa}, {dtype})")
+                total += instructions
+            totals.append(total)
+        return (totals[1] - totals[0]) / (COUNTS[1] - COUNTS[0])
+
+
+MACHINES = {
+    "x86_64": Machine(
+        ("default", "avx2", "avx512"), ("c++", "valgrind", "cmake"), callgrind, ("x86_64", "AMD64")
+    ),
+    "aarch64": Machine(
+        ("default", "neon"), ("aarch64-linux-gnu-g++", "qemu-aarch64-static", "cmake"), qemu, settings={
+            "SYSTEM_NAME": "Linux", "SYSTEM_PROCESSOR": "aarch64", "CXX_COMPILER": "aarch64-linux-gnu-g++",
+            "EXE_LINKER_FLAGS": "-static",
+        }
+    ),
+}  # fmt: skip
+
+
+def _version(tool: str) -> str:
+    done = subprocess.run([tool, "--version"], capture_output=True, text=True)
+    return (done.stdout or done.stderr).splitlines()[0]
+
+
+def rows_of(machine: str, names: Iterable[str], dtypes: Iterable[str], folder: Path) -> Iterable[Row]:
+    """A row for each kernel, and one for an instruction set that is not counted."""
+    here = MACHINES[machine]
+    facts = {"machine": machine, "compiler": "", "counter": "", **_facts()}
+    not_counted = dict.fromkeys(("dtype", "kernel", "instructions_per_element"), "")
+    why_not = here.why_not()
+    if why_not is None:
+        facts |= here.versions()
+        program = here.build(folder / machine)
+    for isa in here.sets:
+        try:
+            if why_not is not None:
+                raise NotCounted(why_not)
+            for dtype in dtypes:
+                for name in names:
+                    count = here.per_element(program, isa, name, DTYPES[dtype])
+                    yield {
+                        "instruction_set": isa, "dtype": dtype, "kernel": name,
+                        "instructions_per_element": f"{count:.4g}", "not_counted": "", **facts,
+                    }  # fmt: skip
+        except NotCounted as why:
+            yield {"instruction_set": isa, **not_counted, "not_counted": str(why), **facts}
+
+
+def _facts() -> Row:
+    found = environment(torch.device("cpu"))
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return {"date": date, "coarsegrad": found["coarsegrad"], "git": found["git"]}
+
+
+# --------------------------------------------------------------------------------------- the command
+
+_COLUMNS = "{:<9}{:<9}{:<10}{:<36}{:>12}{:>12}{:>12}{:>12}"
+_HEADER = ("machine", "set", "dtype", "kernel", "instructions", "at least", "copy", "measured")
+
+
+def _line(row: Row, times: list[dict[str, str]], per_cycle: float, ghz: float) -> str:
+    if row["not_counted"]:
+        return f"{row['machine']:<9}{row['instruction_set']:<9}not counted: {row['not_counted']}"
+    names = [str(row[key]) for key in ("machine", "instruction_set", "dtype", "kernel")]
+    count, time = float(row["instructions_per_element"]), times_of(times, *names)
+    seconds = [least_seconds(count, per_cycle, ghz), *([time.copy, time.measured] if time else [])]
+    cells = [f"{1e9 * each:.3f} ns" for each in seconds]
+    return _COLUMNS.format(*names, f"{count:.2f}", *cells, *[""] * (3 - len(cells))).rstrip()
+
+
+def _positive(text: str) -> float:
+    try:
+        if 0 < (number := float(text)) < float("inf"):
+            return number
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.instructions",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--machines", nargs="+", choices=MACHINES, default=list(MACHINES), help="default: both")
+    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES)[:2], help="default: float32 bfloat16")
+    add(
+        "--only", nargs="+", choices=COUNTED, default=COUNTED, metavar="NAME",
+        help=f"some of {', '.join(COUNTED)} (default: all)",
+    )  # fmt: skip
+    add("--per-cycle", type=_positive, default=PER_CYCLE, metavar="N", help=f"default {PER_CYCLE}, as of a Zen 3")
+    add("--ghz", type=_positive, default=GHZ, metavar="F", help=f"the clock (default {GHZ})")
+    add("--build", type=Path, metavar="FOLDER", help="keep the build in a folder, and use what is there of it")
+    add("--out", type=Path, default=RESULTS, metavar="CSV", help=f"default {os.path.relpath(RESULTS)}")
+    args = parser.parse_args(argv)
+    times, rows = rows_in(TIMES), []
+    print(_COLUMNS.format(*_HEADER))
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            for machine in args.machines:
+                for row in rows_of(machine, args.only, args.dtypes, args.build or Path(scratch)):
+                    print(_line(row, times, args.per_cycle, args.ghz), flush=True)
+                    rows.append(row)
+        if all(row["not_counted"] for row in rows):
+            raise BenchError("nothing was counted")
+        write_csv(rows, args.out)
+    except (BenchError, OSError) as error:
+        raise SystemExit(f"bench.instructions: {error}") from error
+    print(f"Written: {args.out}. `python -m bench.report` shows it in docs/benchmarks.md.")
+
+
+if __name__ == "__main__":
+    main()
