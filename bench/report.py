@@ -119,9 +119,9 @@ _SLOW = """\
 - **New outputs of 32 MiB or more under glibc's malloc**: each is returned to the system, and its page faults cost more
   than the kernel (2^26 elements above). `inplace=True` avoids them. A preloaded tcmalloc or jemalloc, or
   `MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592` in the environment, fixes it for all of torch.
-- **No AVX-512**: the AVX2 kernels are slower where arithmetic rather than memory is the limit: gradients with an
-  exponential or a division, and staircases of 3 bits or more, especially of 16-bit numbers from 5 bits on. Without AVX2
-  plain C++ loops run.
+- **No AVX-512**: the AVX2 kernels are slower where arithmetic rather than memory is the limit (see above): gradients
+  with an exponential or a division, signed staircases and norms, and staircases of 3 bits or more of 16-bit numbers.
+  Without AVX2 plain C++ loops run.
 - **One thread**: torch uses one thread per core (`torch.set_num_threads`, `OMP_NUM_THREADS`). On busy cores, more
   threads are slower because they spin while they wait; set `OMP_WAIT_POLICY=PASSIVE`.
 - **Small tensors**: an op and its derivative cost microseconds at any size, a few more than those of `nn.ReLU`.

@@ -12,6 +12,7 @@ import pytest
 import torch
 from bench import bounds, instructions, kernels, report
 from bench.bounds import Bound
+from bench.promises import PROMISES
 
 # Ten instructions a byte in a kernel, and a hundred elsewhere. "trap" is no instruction at all.
 PROGRAM = r"""
@@ -176,6 +177,15 @@ def test_limits(copy, measured, limit):
     bound = Bound(14, copy * 1e-9, measured * 1e-9)
     assert bound.arithmetic == pytest.approx(1e-9)
     assert bound.limit() == limit
+
+
+def test_every_missed_promise_has_a_limit():
+    """On the page of the committed results."""
+    results = report.load(report.RESULTS)
+    missed = [promise for promise in PROMISES if promise.verdict(results).startswith("missed")]
+    rows = bounds.promise_table(results).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {promise.claim}" for promise in missed]
+    assert not any("|  |" in row for row in rows), rows
 
 
 def test_counts_of_another_instruction_set_say_nothing_of_what_was_measured():
