@@ -22,7 +22,6 @@ from typing import TypeVar
 
 import torch
 
-from coarsegrad._host import preloaded_malloc
 from coarsegrad.experiments.files import replacing
 from coarsegrad.experiments.measure import environment
 
@@ -220,6 +219,8 @@ def facts(device: torch.device, allocator: str) -> dict[str, object]:
             "malloc": torch.cuda.get_allocator_backend(),
             "clock": "CUDA events",
         }
+    from coarsegrad._host import preloaded_malloc  # here, as a package that is measured against this one may be older
+
     other = preloaded_malloc()
     settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
     return {
