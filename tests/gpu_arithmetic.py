@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -91,10 +92,11 @@ def every_operation(x_ptr, y_ptr, out_ptr):
 def installed() -> Iterator[None]:
     """Triton's interpreter computes by MODELS, and where they are taken out, as it does without.
 
-    It leaves out what takes about half of its time: it replaces the functions of triton.language by its own once, not
-    anew in each launch and call of a function; looks for no overflow of integers, of which it tells no one unless asked
-    to debug; and makes the table of dtypes once, not anew for each tensor.
+    It leaves out what takes most of its time: it replaces the functions of triton.language by its own once, not anew in
+    each launch and call of a function; looks for no overflow of integers, of which it tells no one unless asked to
+    debug; and makes the table of dtypes, the type of a block and the shape of a tensor once, not anew for each tensor.
     """
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -121,7 +123,31 @@ def installed() -> Iterator[None]:
     def numpy_dtype(of: tl.dtype) -> np.dtype:
         return np.dtype(np.uint64) if of.scalar.is_ptr() else of_scalar(of.scalar)
 
+    block_types: dict[tuple, tl.block_type] = {}
+    make_block_type, broadcast = tl.block_type.__init__, TritonSemantic.broadcast_impl_value
+
+    def block_type(new: tl.block_type, element_ty: tl.dtype, shape: Iterable) -> None:
+        key = element_ty.name, *(each.value if isinstance(each, tl.constexpr) else each for each in shape)
+        if key not in block_types:
+            make_block_type(new, element_ty, shape)
+            block_types[key] = new
+        new.__dict__ = block_types[key].__dict__
+
+    @functools.cache
+    def shape_of(*sizes: int) -> tuple[tl.tuple, tl.constexpr]:
+        return tl.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))
+
+    def tensor(new: tl.tensor, handle: TensorHandle, type: tl.dtype) -> None:
+        new.handle, new.type, new.dtype = handle, type, type.scalar
+        new.shape, new.numel = shape_of(*(type.shape if type.is_block() else ()))
+
+    def broadcast_unless_alike(semantic: TritonSemantic, a: tl.tensor, b: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+        return (a, b) if a.shape is b.shape else broadcast(semantic, a, b)
+
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(tl.block_type, "__init__", block_type))
+        stack.enter_context(mock.patch.object(tl.tensor, "__init__", tensor))
+        stack.enter_context(mock.patch.object(TritonSemantic, "broadcast_impl_value", broadcast_unless_alike))
         for name in MODELS:
             stack.enter_context(mock.patch.object(InterpreterBuilder, f"create_{name}", modelled(name)))
         for name in REFUSED:
