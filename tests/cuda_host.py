@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from paths import ROOT
 from torch import Tensor
 
 # In the order of the enumerators in csrc/math and of the operations in tests/cpp/cuda_host_cases.h.
@@ -23,6 +24,10 @@ BUFFERS = ("alpha", "x", "y", "mask", "codes", "grad_y", "grad_x", "grad_alpha",
            "weight", "bias", "out", "mean", "inverse")  # fmt: skip
 # Of a norm.
 FLAGS = ("shifted", "rounds_twice", "wide_parameters")
+
+# For the sanitizers of addresses and of undefined behaviour. What is undefined traps, and a debugger shows the line:
+# with messages it takes half as long again to compile.
+SANITIZED = "-O0 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fsanitize-undefined-trap-on-error"
 
 _NULL, _READ, _WRITE, _READ_WRITE = range(4)
 
@@ -132,10 +137,16 @@ def configure(source: Path, build: Path, flags: str, **more: str) -> None:
     _check(["cmake", "-S", source, "-B", build, *(f"-D{name}={value}" for name, value in settings.items())])
 
 
-def build(build: Path, program: str = "cuda_host") -> Path:
+def build(build: Path, program: str) -> Path:
     """The program, made anew where its sources have changed."""
     _check(["cmake", "--build", build, "--target", program])
     return build / program
+
+
+def build_once(folder: Path, program: str, flags: str) -> Path:
+    """A program of this tree's sources that is never made anew: a precompiled header would be read once."""
+    configure(ROOT, folder, flags, DISABLE_PRECOMPILE_HEADERS="ON")
+    return build(folder, program)
 
 
 def _check(command: list) -> None:

@@ -26,7 +26,6 @@ from host_cases import (
     same,
     wrong_outputs,
 )
-from paths import ROOT
 
 from coarsegrad import reference
 
@@ -37,9 +36,7 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)
 
 @pytest.fixture(scope="session")
 def program(tmp_path_factory):
-    build = tmp_path_factory.mktemp("cuda_host")
-    cuda_host.configure(ROOT, build, "-Og")
-    return cuda_host.build(build)
+    return cuda_host.build_once(tmp_path_factory.mktemp("cuda_host"), "cuda_host", "-Og")
 
 
 def check(program, cases):
@@ -209,9 +206,7 @@ def test_sums_do_not_depend_on_the_order_of_threads(program, dtype):
 
 @pytest.mark.costly
 def test_sanitizers_find_nothing(tmp_path):
-    flags = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
-    cuda_host.configure(ROOT, tmp_path, flags)
-    program = cuda_host.build(tmp_path)
+    program = cuda_host.build_once(tmp_path, "cuda_host", cuda_host.SANITIZED)
     for dtype in DTYPES:
         cases = [*forward_cases(dtype, (33, 4097), (3,)), *dequantize_cases(dtype, (0, 33, 4097))]
         cases += backward_from_slopes_cases(dtype, (33, 4097), (1, 3, 8))

@@ -12,7 +12,6 @@ from cuda_host import DTYPES, Case
 from host_cases import same
 from host_cases_signed import make_group
 from norm_rows import make_special
-from paths import ROOT
 from test_cuda_host import by_dtype
 from torch import Tensor
 
@@ -34,9 +33,7 @@ CASES = (
 
 @pytest.fixture(scope="session")
 def program(tmp_path_factory):
-    build = tmp_path_factory.mktemp("cuda_host_norm")
-    cuda_host.configure(ROOT, build, "-O1")
-    return cuda_host.build(build, "cuda_host_norm")
+    return cuda_host.build_once(tmp_path_factory.mktemp("cuda_host_norm"), "cuda_host_norm", "-O1")
 
 
 class Arguments(NamedTuple):
@@ -141,8 +138,6 @@ def test_against_the_reference(program, dtype, make):
 
 @pytest.mark.costly
 def test_sanitizers_find_nothing(tmp_path):
-    flags = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
-    cuda_host.configure(ROOT, tmp_path, flags)
-    program = cuda_host.build(tmp_path, "cuda_host_norm")
+    program = cuda_host.build_once(tmp_path, "cuda_host_norm", cuda_host.SANITIZED)
     for dtype in DTYPES:
         check(program, cases_of([*list(ordinary(dtype))[::3], *list(special(dtype))[::6]]))

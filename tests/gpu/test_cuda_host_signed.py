@@ -20,7 +20,6 @@ from host_cases_signed import (
     hadamard_cases,
     make_x,
 )
-from paths import ROOT
 from test_cuda_host import by_dtype
 
 from coarsegrad import reference
@@ -31,9 +30,7 @@ pytestmark = pytest.mark.skipif(cuda_host.why_not() is not None, reason=str(cuda
 
 @pytest.fixture(scope="session")
 def program(tmp_path_factory):
-    build = tmp_path_factory.mktemp("cuda_host_signed")
-    cuda_host.configure(ROOT, build, "-O1")
-    return cuda_host.build(build, "cuda_host_signed")
+    return cuda_host.build_once(tmp_path_factory.mktemp("cuda_host_signed"), "cuda_host_signed", "-O1")
 
 
 def every_case(dtype):
@@ -114,9 +111,7 @@ def test_illegal_alpha_makes_its_channel_nan(program, dtype):
 
 @pytest.mark.costly
 def test_sanitizers_find_nothing(tmp_path):
-    flags = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
-    cuda_host.configure(ROOT, tmp_path, flags)
-    program = cuda_host.build(tmp_path, "cuda_host_signed")
+    program = cuda_host.build_once(tmp_path, "cuda_host_signed", cuda_host.SANITIZED)
     for dtype in DTYPES:
         cases = [*given_cases(dtype, (33, 4097), (2, 3, 8)), *list(channel_cases(dtype))[::3]]
         check(program, [*cases, *group_cases(dtype, (3,)), *list(hadamard_cases(dtype))[::2]])

@@ -10,7 +10,6 @@ import torch
 from cuda_host import DTYPES, Case
 from host_cases import same
 from oracle_weights import extreme_rows
-from paths import ROOT
 from test_cuda_host import by_dtype
 
 from coarsegrad import reference
@@ -18,15 +17,13 @@ from coarsegrad._types import WEIGHT_BITS
 
 pytestmark = pytest.mark.skipif(cuda_host.why_not() is not None, reason=str(cuda_host.why_not()))
 
-# (rows, length): around the weights of a block of threads, and of several parts.
-SHAPES = ((0, 5), (3, 0), (1, 1), (7, 9), (300, 3), (3, 127), (2, 129), (2, 2049), (3, 8193), (1, 40_000))
+# (rows, length): around the weights of a block of threads, and of several parts; more rows than a block has threads.
+SHAPES = ((0, 5), (3, 0), (1, 1), (7, 9), (130, 3), (3, 127), (2, 129), (2, 2049), (3, 8193), (1, 40_000))
 
 
 @pytest.fixture(scope="session")
 def program(tmp_path_factory):
-    build = tmp_path_factory.mktemp("cuda_host_weights")
-    cuda_host.configure(ROOT, build, "-O1")
-    return cuda_host.build(build, "cuda_host_weights")
+    return cuda_host.build_once(tmp_path_factory.mktemp("cuda_host_weights"), "cuda_host_weights", "-O1")
 
 
 def scale_case(rows, bits, seed=0):
@@ -109,8 +106,8 @@ def test_every_number_of_16_bits(program, dtype):
 
 @pytest.mark.costly
 def test_sanitizers_find_nothing(tmp_path):
-    flags = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
-    cuda_host.configure(ROOT, tmp_path, flags)
-    program = cuda_host.build(tmp_path, "cuda_host_weights")
+    program = cuda_host.build_once(tmp_path, "cuda_host_weights", cuda_host.SANITIZED)
     for dtype in DTYPES:
-        check(program, [*ordinary_cases(dtype, ((3, 0), (1, 1), (2, 129), (1, 2049))), *extreme_cases(dtype)])
+        # Of 8 bits one row: they search as 4 do, and with many rows for long.
+        extreme = [case for case in extreme_cases(dtype) if case.bits < 8 or case.channels == 1]
+        check(program, [*ordinary_cases(dtype, ((3, 0), (1, 1), (2, 129), (1, 2049))), *extreme])
