@@ -255,7 +255,7 @@ def test_pairwise():
 @pytest.fixture(scope="module")
 def every_pair():
     """(architecture, kernel, what is compiled), in settings in which any two options meet."""
-    return [(arch, kernel, triton_kernels.compiled(kernel, arch)) for arch, kernel in triton_kernels.covering(ARCHS)]
+    return [(arch, kernel, triton_kernels.in_ptx(kernel, arch)) for arch, kernel in triton_kernels.covering(ARCHS)]
 
 
 @needs_triton
@@ -270,10 +270,10 @@ def test_triton_with_every_pair_of_options(tools, every_pair, arch):
 @needs_triton
 def test_code_read_together_is_that_of_each_by_itself(tools, every_pair, tmp_path):
     """Instructions, guards, registers and stack are those of what Triton made itself."""
-    some = [made for arch, _, made in every_pair if arch == "sm_90"][::12]
-    for made, together in zip(some, triton_kernels.binaries(some), strict=True):
+    some = [(kernel, made) for arch, kernel, made in every_pair if arch == "sm_90"][::12]
+    for (kernel, _), together in zip(some, triton_kernels.binaries([made for _, made in some]), strict=True):
         path = tmp_path / "alone.cubin"
-        path.write_bytes(made.asm["cubin"])
+        path.write_bytes(triton_kernels.compiled(kernel, "sm_90", tmp_path).asm["cubin"])
         (alone,) = read(path).values()
         assert together[1:] == alone[1:]
         codes = [
@@ -417,8 +417,8 @@ CUDA_LISTED = {
 def test_what_flushes_or_approximates_in_triton(every_pair):
     """That what they may return changes nothing exact is tested in triton_interpreted.py and triton_signed.py."""
     found = [made for *_, made in every_pair]
-    found += [triton_kernels.compiled(kernel, arch) for arch, kernel in triton_kernels.in_float64(ARCHS)]
-    found += (norms := [triton_kernels.compiled(kernel, arch) for arch, kernel in triton_kernels.norms(ARCHS)])
+    found += [triton_kernels.in_ptx(kernel, arch) for arch, kernel in triton_kernels.in_float64(ARCHS)]
+    found += (norms := [triton_kernels.in_ptx(kernel, arch) for arch, kernel in triton_kernels.norms(ARCHS)])
     assert not any("fma.rn" in made.asm["ptx"] for made in norms)
     assert set().union(*(listed(made.asm["ptx"]) for made in found)) == TRITON_LISTED.keys()
 

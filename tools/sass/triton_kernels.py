@@ -362,16 +362,24 @@ def compiled(kernel: TritonKernel, arch: str, folder: Path = CACHE, **options: o
         return triton.compile(ASTSource(function, types, constants, aligned), target=target, options=options)
 
 
+def in_ptx(kernel: TritonKernel, arch: str):
+    """What `compiled` returns for NVIDIA, without machine code: `binaries` makes that of many at once."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    with mock.patch.object(CUDABackend, "make_cubin", lambda *_: b""):
+        return compiled(kernel, arch, CACHE / "ptx")
+
+
 def reports(kernels: Iterable[TritonKernel], arch: str) -> list[Report]:
-    pairs = [(kernel, compiled(kernel, arch)) for kernel in kernels]
+    pairs = [(kernel, in_ptx(kernel, arch)) for kernel in kernels]
     codes = binaries([made for _, made in pairs])
     return [Report(kernel, arch, code) for (kernel, _), code in zip(pairs, codes, strict=True)]
 
 
 def binaries(made: Sequence) -> list[Binary]:
-    """The machine code for NVIDIA of what `compiled` returned for one architecture.
+    """The machine code for NVIDIA of what `compiled` or `in_ptx` returned for one architecture.
 
-    Triton assembles it again, as one module: reading one kernel takes the disassembler as long as reading hundreds.
+    Triton assembles it as one module: reading one kernel takes the disassembler as long as reading hundreds.
     """
     from triton.compiler import make_backend
 
