@@ -18,7 +18,10 @@ from torch import Tensor
 from coarsegrad import reference
 from coarsegrad._types import wide_dtype
 
-pytestmark = pytest.mark.skipif(cuda_host.why_not() is not None, reason=str(cuda_host.why_not()))
+pytestmark = [
+    pytest.mark.costly,
+    pytest.mark.skipif(cuda_host.why_not() is not None, reason=str(cuda_host.why_not())),
+]
 
 # (rows, length, group, rotation). In one kernel: rows of a chunk, of a warp's lanes and fewer, of two and of four
 # warps, and longer ones; with a staircase by group and by row, in some dtypes with a rotation within a chunk, within a
@@ -136,7 +139,6 @@ def test_against_the_reference(program, dtype, make):
     check(program, cases_of(make(dtype)))
 
 
-@pytest.mark.costly
 def test_sanitizers_find_nothing(tmp_path):
     program = cuda_host.build_once(tmp_path, "cuda_host_norm", cuda_host.SANITIZED)
     for dtype in DTYPES:

@@ -25,7 +25,10 @@ from test_cuda_host import by_dtype
 from coarsegrad import reference
 from coarsegrad._types import top_level
 
-pytestmark = pytest.mark.skipif(cuda_host.why_not() is not None, reason=str(cuda_host.why_not()))
+pytestmark = [
+    pytest.mark.costly,
+    pytest.mark.skipif(cuda_host.why_not() is not None, reason=str(cuda_host.why_not())),
+]
 
 
 @pytest.fixture(scope="session")
@@ -109,7 +112,6 @@ def test_illegal_alpha_makes_its_channel_nan(program, dtype):
     check(program, cases)
 
 
-@pytest.mark.costly
 def test_sanitizers_find_nothing(tmp_path):
     program = cuda_host.build_once(tmp_path, "cuda_host_signed", cuda_host.SANITIZED)
     for dtype in DTYPES:

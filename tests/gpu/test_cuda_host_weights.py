@@ -15,7 +15,10 @@ from test_cuda_host import by_dtype
 from coarsegrad import reference
 from coarsegrad._types import WEIGHT_BITS
 
-pytestmark = pytest.mark.skipif(cuda_host.why_not() is not None, reason=str(cuda_host.why_not()))
+pytestmark = [
+    pytest.mark.costly,
+    pytest.mark.skipif(cuda_host.why_not() is not None, reason=str(cuda_host.why_not())),
+]
 
 # (rows, length): around the weights of a block of threads, and of several parts; more rows than a block has threads.
 SHAPES = ((0, 5), (3, 0), (1, 1), (7, 9), (130, 3), (3, 127), (2, 129), (2, 2049), (3, 8193), (1, 40_000))
@@ -104,7 +107,6 @@ def test_every_number_of_16_bits(program, dtype):
     check(program, [scale_case(rows, bits) for bits in WEIGHT_BITS])
 
 
-@pytest.mark.costly
 def test_sanitizers_find_nothing(tmp_path):
     program = cuda_host.build_once(tmp_path, "cuda_host_weights", cuda_host.SANITIZED)
     for dtype in DTYPES:

@@ -30,7 +30,10 @@ from coarsegrad._types import WEIGHT_BITS, wide_dtype
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 MISSING = [name for name in ("cmake", COMPILER) if shutil.which(name) is None]
 MISSING += [] if EMULATOR else ["qemu-aarch64-static"]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no {' and no '.join(MISSING)} found")
+pytestmark = [
+    pytest.mark.costly,
+    pytest.mark.skipif(bool(MISSING), reason=f"no {' and no '.join(MISSING)} found"),
+]
 
 SETS = ("default", "neon")
 # Less than a vector, than a block; two chunks of sums and a part of a block.
@@ -48,7 +51,7 @@ def build(tmp_path_factory):
 
 def norm_cases(dtype):
     """RMSNorm and LayerNorm of rows shorter than a vector, not of whole vectors, and longer than all lanes of sums."""
-    for n, (length, centred) in enumerate(itertools.product((3, 70, 300), (False, True))):
+    for n, (length, centred) in enumerate(itertools.product((3, 70, 1100), (False, True))):
         x = torch.randn(5, length, generator=torch.Generator().manual_seed(n), dtype=torch.float64).to(dtype)
         weight, bias = (torch.linspace(low, 2, length).to(wide_dtype(dtype)) for low in (-1, 0.3))
         made = reference.norm_qsigned(

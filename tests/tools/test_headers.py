@@ -33,7 +33,10 @@ FOLDERS = {
 }
 TORCH = {CSRC / name for name in ("checks.h", "register.h", "cpu/tensors.h", "cuda/tensors.h", "cuda/launch.cuh")}
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.costly,
+    pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
+]
 
 
 def _headers(folder):
