@@ -1,8 +1,6 @@
 // The signed staircase: x to dynamic alphas, to y and to what is saved for backward; codes to y.
 #pragma once
 
-#include <algorithm>
-
 #include "../../math/signed.h"
 #include "alphas.h"
 #include "blocks.h"
@@ -272,7 +270,9 @@ int64_t signed_forward_by_table(const SignedForward& args, int64_t begin, int64_
 template <class T>
 bool all_normal(const Alphas& alphas) {
   const auto* values = static_cast<const compute_t<T>*>(alphas.values);
-  return std::all_of(values, values + alphas.channels, normal_levels<T, compute_t<T>>);
+  bool normal = true;
+  for (int64_t i = 0; i < alphas.channels; ++i) normal &= normal_levels<T>(values[i]);
+  return normal;
 }
 
 void signed_forward(const SignedForward& a, int64_t begin, int64_t end) {
