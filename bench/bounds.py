@@ -140,9 +140,10 @@ def not_counted(counts: list[dict[str, str]]) -> str:
 
 def counted_by(counts: list[dict[str, str]]) -> str:
     """What counted, and of which source."""
-    tools = dict.fromkeys(f"{row['compiler']}, {row['counter']}" for row in counts if row["kernel"])
-    row = counts[0]
-    return f"{'; '.join(tools)}; coarsegrad at {row['git'][:10]}, {row['date'][:10]}.\n"
+    counted = [row for row in counts if row["kernel"]]
+    tools = dict.fromkeys(f"{row['compiler']}, {row['counter']}" for row in counted)
+    sources = dict.fromkeys(f"{row['git'][:10]}, {row['date'][:10]}" for row in counted)
+    return f"{'; '.join(tools)}; coarsegrad at {' and '.join(sources)}.\n"
 
 
 _HEADER = ("instructions", "at least, ns", "copy, ns", "measured, ns", "limit")
