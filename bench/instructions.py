@@ -55,8 +55,9 @@ to it, if bench/results/kernels.csv has the instruction set, what was measured a
 2^24 elements: a copy of as many bytes, and the kernel. `python -m bench.report`
 says of each promise that is missed which of the two is its limit.
 
-An instruction set that cannot be counted is named, with the reason. Debian's and
-Ubuntu's packages:
+In the CSV what is counted takes the place of what was; other rows stay, each with
+the commit that it was counted at. An instruction set that cannot be counted is
+named, with the reason. Debian's and Ubuntu's packages:
   x86-64   cmake g++ valgrind
   AArch64  cmake g++-aarch64-linux-gnu qemu-user-static
 """
@@ -309,6 +310,22 @@ def rows_of(machine: str, names: Iterable[str], dtypes: Iterable[str], folder: P
             yield {"instruction_set": isa, **not_counted, "not_counted": str(why), **facts}
 
 
+def merged(old: list[Row], new: list[Row]) -> list[Row]:
+    """The old rows, with what was counted again in their places, and what was not there before. That a set is not
+    counted is said only of sets without counts."""
+    rows = {_key(row): row for row in (*old, *new)}
+    counted = {_set(row) for row in rows.values() if row["kernel"]}
+    return [row for row in rows.values() if row["kernel"] or _set(row) not in counted]
+
+
+def _set(row: Row) -> tuple[object, ...]:
+    return row["machine"], row["instruction_set"]
+
+
+def _key(row: Row) -> tuple[object, ...]:
+    return *_set(row), row["dtype"], row["kernel"]
+
+
 def _facts() -> Row:
     found = environment(torch.device("cpu"))
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -369,9 +386,12 @@ def main(argv: list[str] | None = None) -> None:
                     rows.append(row)
         if all(row["not_counted"] for row in rows):
             raise BenchError("nothing was counted")
-        write_csv(rows, args.out)
+        write_csv(merged(rows_in(args.out), rows), args.out)
     except (BenchError, OSError) as error:
         raise SystemExit(f"bench.instructions: {error}") from error
+    except KeyboardInterrupt:
+        print("\nInterrupted. Nothing was written.")
+        raise SystemExit(130) from None
     print(f"Written: {args.out}. `python -m bench.report` shows it in docs/benchmarks.md.")
 
 

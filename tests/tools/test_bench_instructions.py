@@ -138,6 +138,29 @@ def test_rows(machines, tmp_path, capsys):
     assert bounds.not_counted(counts).startswith("Not counted: x86_64 avx512 (too new), aarch64 default (no no-such")
 
 
+def test_what_is_not_counted_again_stays(machines, tmp_path, monkeypatch):
+    """A set's counts stay where it cannot be counted; what was said of it goes once it is."""
+
+    def counted(*options):
+        instructions.main([*options, "--dtypes", "float32", "--out", str(out)])
+        return {(row["instruction_set"], row["kernel"]): row for row in bounds.rows_in(out)}
+
+    out = tmp_path / "instructions.csv"
+    first = counted("--only", "copy", "forward, 2 bits")
+    assert first["avx512", ""]["not_counted"] == "too new" and first["neon", ""]["not_counted"]
+    monkeypatch.setattr(type(machines["x86_64"]), "per_element", lambda *_: 7.0)
+    second = counted("--machines", "x86_64", "--only", "copy")
+    assert second["avx2", "copy"]["instructions_per_element"] == second["avx512", "copy"][
+        "instructions_per_element"
+    ] == "7"  # fmt: skip
+    assert second["avx2", "forward, 2 bits"] == first["avx2", "forward, 2 bits"]
+    assert second["neon", ""] == first["neon", ""] and ("avx512", "") not in second
+    monkeypatch.setitem(instructions.MACHINES, "aarch64", machines["x86_64"])
+    monkeypatch.setitem(instructions.MACHINES, "x86_64", replace(machines["x86_64"], tools=("no-such-compiler",)))
+    third = counted("--machines", "x86_64", "aarch64", "--only", "copy")
+    assert third["avx2", "copy"]["instructions_per_element"] == "7" and ("avx2", "") not in third
+
+
 def test_nothing_counted_is_nothing_written(machines, tmp_path):
     out = tmp_path / "instructions.csv"
     with pytest.raises(SystemExit, match="nothing was counted"):
