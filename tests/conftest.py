@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import importlib.util
 import os
+import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -174,6 +175,18 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"backends tested: {', '.join(backend_ids())}")
     if _ops.native is None:
         terminalreporter.write_line(f"native backend skipped: {_ops.native_why_not}")
+
+
+@pytest.fixture
+def measured_here(monkeypatch):
+    """Benchmarks measure in this process, whose output is captured; the number of threads is restored."""
+    from bench import sweep
+
+    monkeypatch.setattr(sweep, "in_new_process", lambda allocator, function, *arguments: function(*arguments))
+    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

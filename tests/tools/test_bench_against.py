@@ -5,31 +5,20 @@ from __future__ import annotations
 import csv
 import os
 import re
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from bench import against, kernels, sweep
 
 import coarsegrad as cg
 from coarsegrad import _ops
 
+pytestmark = pytest.mark.usefixtures("measured_here")
 PACKAGE = Path(cg.__file__).parent
 ONLY = ["--sizes", "2^14", "--dtypes", "float32", "--rounds", "5", "--only"]
 NATIVE = pytest.mark.skipif(_ops.native is None, reason=f"native library not in use: {_ops.native_why_not}")
-
-
-@pytest.fixture(autouse=True)
-def here(monkeypatch):
-    """Measures in this process, whose output is captured, and restores the number of threads."""
-    monkeypatch.setattr(sweep, "in_new_process", lambda allocator, function, *arguments: function(*arguments))
-    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -19,18 +19,9 @@ from paths import ROOT
 import coarsegrad as cg
 from coarsegrad import _ops
 
+pytestmark = pytest.mark.usefixtures("measured_here")
 # The peers' packages are not always installed, and torch.compile takes long.
 OURS = ["qrelu", "qrelu_inplace", "qrelu_learned", "eager", "fake_quantize", "learnable"]
-
-
-@pytest.fixture(autouse=True)
-def here(monkeypatch):
-    """Measures in this process, whose output is captured, and restores the number of threads."""
-    monkeypatch.setattr(sweep, "in_new_process", lambda allocator, function, *arguments: function(*arguments))
-    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def rows_of(path):
