@@ -34,14 +34,19 @@ def _weight_codes(weight: Tensor, bits: int, channel_dim: int | None) -> tuple[T
 
 
 def _qweight(weight: Tensor, bits: int, channel_dim: int | None, ste: str = "identity") -> Tensor:
-    return _qweight_forward(weight, bits, channel_dim, ste)[0]
+    return _with_scale(weight, bits, channel_dim, ste)[0]
 
 
 def _qweight_forward(weight: Tensor, bits: int, channel_dim: int | None, ste: str) -> tuple[Tensor, Tensor]:
+    y, scale = _with_scale(weight, bits, channel_dim, ste)
+    return y, _limit(scale, weight.dtype, bits, ste)
+
+
+def _with_scale(weight: Tensor, bits: int, channel_dim: int | None, ste: str) -> tuple[Tensor, Tensor]:
     check_option("ste", ste, WEIGHT_STES)
     channel_dim = check_weight(weight, bits, channel_dim)
     scale = ops.weight_scale.default(weight, bits, channel_dim)
-    return _quantized(weight, scale, bits, channel_dim), _limit(scale, weight.dtype, bits, ste)
+    return _quantized(weight, scale, bits, channel_dim), scale
 
 
 def _limit(scale: Tensor, dtype: torch.dtype, bits: int, ste: str) -> Tensor:
@@ -56,7 +61,8 @@ def _quantized(weight: Tensor, scale: Tensor, bits: int, channel_dim: int | None
     if bits == 1:
         of_each = per_element(scale, weight, channel_dim).to(weight.dtype)
         out = torch.empty_like(weight, memory_format=suggest_memory_format(weight))
-        return torch.where(weight < 0, -of_each, of_each, out=out)
+        # On a CPU torch.where branches at each element, and signs of weights cannot be predicted. -0 + 0 is 0.
+        return torch.copysign(of_each, torch.add(weight, 0, out=out), out=out)
     y = _staircase(weight, scale, bits, channel_dim, codes=False)[0]
     bad = scale.isnan()
     if bad.device.type == "cpu" and not bad.any():
@@ -108,8 +114,9 @@ class _Select(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         weight, limit = (t.detach() for t in ctx.saved_tensors)
-        outside = weight.abs().to(limit.dtype) > per_element(limit, weight, ctx.channel_dim)  # false for NaN
-        return torch.where(outside, 0.0, grad_y), None, None, None
+        outside = weight.abs().to(limit.dtype).gt_(per_element(limit, weight, ctx.channel_dim))  # 1 or 0, 0 for NaN
+        # torch.where(outside, 0, grad_y), but vectorized on a CPU.
+        return torch.ops.aten.threshold_backward(grad_y, -outside.to(grad_y.dtype), -0.5), None, None, None
 
 
 _library.impl("qweight", _qweight, "CompositeExplicitAutograd")
