@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from .kernels import COPIES
 from .pages import markdown
@@ -17,6 +19,9 @@ PER_CYCLE, GHZ = 4, 3.5
 SIZE = 2**24
 # The row of the copy among the counts; that of x among the times.
 COPY = "copy"
+# What layers on codes read; an element of theirs is a product of a code and a weight.
+LAYER_DTYPE = torch.uint8
+PRODUCTS = 1000  # that the counts of layers are shown of
 
 _Rows = Iterable[Mapping[str, str]]
 
@@ -116,19 +121,31 @@ def _ns(seconds: float) -> str:
 
 
 def count_table(counts: list[dict[str, str]]) -> str:
-    """A line for each kernel, a column for each machine, instruction set and dtype."""
+    """A line for each kernel, a column for each machine, instruction set and dtype; without layers on codes."""
+    return _count_table(counts, lambda row: row["kernel"] and not _of_layer(row), ("dtype",), 1, "kernel")
+
+
+def layer_table(counts: list[dict[str, str]]) -> str:
+    """The same of layers on codes, for PRODUCTS products; empty if none was counted."""
+    return _count_table(counts, _of_layer, (), PRODUCTS, "layer") if any(map(_of_layer, counts)) else ""
+
+
+def _of_layer(row: Mapping[str, str]) -> bool:
+    return row["dtype"] == str(LAYER_DTYPE).removeprefix("torch.")
+
+
+def _count_table(
+    counts: _Rows, shown: Callable[[Mapping[str, str]], object], facts: tuple[str, ...], elements: int, head: str
+) -> str:
     cells = {
-        (row["machine"], row["instruction_set"], row["dtype"], row["kernel"]): row["instructions_per_element"]
+        (row["machine"], row["instruction_set"], *(row[fact] for fact in facts), row["kernel"]):
+        f"{elements * float(row['instructions_per_element']):.{0 if elements > 1 else 2}f}"
         for row in counts
-        if row["kernel"]
-    }
+        if shown(row)
+    }  # fmt: skip
     columns, kernels = dict.fromkeys(key[:-1] for key in cells), dict.fromkeys(key[-1] for key in cells)
-    lines = ((kernel, *(_rounded(cells.get((*column, kernel), "")) for column in columns)) for kernel in kernels)
-    return markdown(("kernel", *map(" ".join, columns)), lines)
-
-
-def _rounded(count: str) -> str:
-    return f"{float(count):.2f}" if count else ""
+    lines = ((kernel, *(cells.get((*column, kernel), "") for column in columns)) for kernel in kernels)
+    return markdown((head, *map(" ".join, columns)), lines)
 
 
 def not_counted(counts: list[dict[str, str]]) -> str:

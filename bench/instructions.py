@@ -22,8 +22,9 @@ from torch import Tensor
 
 from coarsegrad import reference
 from coarsegrad.experiments.measure import environment
+from coarsegrad.integer.weights import pack_weights
 
-from .bounds import COPY, GHZ, PER_CYCLE, least_seconds, rows_in, times_of
+from .bounds import COPY, GHZ, LAYER_DTYPE, PER_CYCLE, least_seconds, rows_in, times_of
 from .kernels import ALPHA, BITS, GROUP, KERNELS, LAYOUTS, ROW
 from .kernels import RESULTS as TIMES
 from .timing import BenchError, Row, write_csv
@@ -36,7 +37,7 @@ import host_cases_signed  # noqa: E402
 from cuda_host import Case  # noqa: E402
 
 RESULTS = TIMES.with_name("instructions.csv")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 
 _DESCRIPTION = """
 Counts the machine instructions that each CPU kernel of bench.kernels executes per
@@ -47,7 +48,8 @@ AArch64, with a cross compiler. Nothing is timed: a busy machine counts the same
 _EPILOG = """
 A count is what the functions of a kernel execute for 2^15 elements and not for
 2^14, so that what is done once is left out; an instruction on a vector is one. The
-stores are those into the caches. The outputs are compared with the reference.
+stores are those into the caches. An element of a Linear on codes is a product of
+one with a weight. The outputs are compared with the reference.
 
 "at least" is the time in which a core executes as many, --per-cycle of them in a
 cycle of --ghz: a bound, as instructions wait for memory and for each other. Next
@@ -151,16 +153,45 @@ def _cases(x: Tensor, dy: Tensor) -> dict[str, Callable[[], Case | list[Case]]]:
     }
 
 
+# Outputs of a Linear on codes. By 64 rows each instruction set multiplies in the way that it does most.
+LAYER_CHANNELS = 32
+LAYERS = {
+    f"linear, {rows} row{'s' * (rows > 1)}, {bits} bit{'s' * (bits > 1)}": (rows, bits)
+    for rows in (64, 1)
+    for bits in (8, 4, 2, 1)
+}
+
+
+def _linear(count: int, rows: int, bits: int) -> Case:
+    """A Linear on codes of `bits` bits, whose weights have as many."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(2**bits, (rows, count // rows), generator=generator)
+    top = max(1, 2 ** (bits - 1) - 1)
+    weight = torch.randint(-top, top + 1, (LAYER_CHANNELS, count // rows), generator=generator)
+    if bits == 1:
+        weight[weight == 0] = 1
+    scale, offset = torch.linspace(0.1, 1, LAYER_CHANNELS), torch.linspace(-1, 1, LAYER_CHANNELS)
+    out = ((codes.double() @ weight.double().T).float() * scale + offset).flatten()
+    inputs = {"x": codes.to(torch.uint8), "weight": pack_weights(weight, bits), "alpha": scale, "bias": offset}
+    return Case(
+        "linear", torch.float32, bits, count, inputs, {"out": out}, channels=LAYER_CHANNELS, inner=count // rows,
+        group=bits, expected={"out": out},
+    )  # fmt: skip
+
+
 @functools.cache
 def cases(dtype: torch.dtype, count: int) -> dict[str, list[Case]]:
-    """Kernel -> the calls that it consists of, on the first `count` of the same random numbers."""
+    """Kernel -> the calls that it consists of, on the first `count` of the same random numbers; of LAYER_DTYPE those on
+    codes."""
+    if dtype == LAYER_DTYPE:
+        return {name: [_linear(count, *settings)] for name, settings in LAYERS.items()}
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(COUNTS[1], generator=generator).to(dtype)[:count] for _ in range(2))
     made = {name: make() for name, make in _cases(x, dy).items()}
     return {name: case if isinstance(case, list) else [case] for name, case in made.items()}
 
 
-COUNTED = tuple(name for name in (COPY, *KERNELS) if "two ops" not in name)  # of which one is torch's
+COUNTED = (*(name for name in (COPY, *KERNELS) if "two ops" not in name), *LAYERS)  # of the two one is torch's
 
 # ---------------------------------------------------------------------------------------- the counters
 
@@ -229,9 +260,11 @@ def qemu(command: list[str], given: bytes) -> tuple[int, bytes]:
 
 @dataclass(frozen=True)
 class Machine:
-    """sets: the instruction sets that have kernels. tools: what must be there. settings: of the build."""
+    """sets: the instruction sets that have kernels. layer_sets: those for layers on codes alone. tools: what must be
+    there. settings: of the build."""
 
     sets: tuple[str, ...]
+    layer_sets: tuple[str, ...]
     tools: tuple[str, ...]
     count: Callable[[list[str], bytes], tuple[int, bytes]]
     processors: tuple[str, ...] = ()  # that it runs on; none if on all
@@ -255,6 +288,7 @@ class Machine:
         return {name: _version(tool) for name, tool in zip(("compiler", "counter"), self.tools)}
 
     def per_element(self, program: Path, isa: str, kernel: str, dtype: torch.dtype) -> float:
+        """Of layers on codes per product."""
         totals = []
         for count in COUNTS:
             total = 0
@@ -265,18 +299,20 @@ class Machine:
                     raise BenchError(f"{kernel!r}: {', '.join(wrong)} differs from the reference ({isa}, {dtype})")
                 total += instructions
             totals.append(total)
-        return (totals[1] - totals[0]) / (COUNTS[1] - COUNTS[0])
+        return (totals[1] - totals[0]) / (COUNTS[1] - COUNTS[0]) / (LAYER_CHANNELS if kernel in LAYERS else 1)
 
 
 MACHINES = {
     "x86_64": Machine(
-        ("default", "avx2", "avx512"), ("c++", "valgrind", "cmake"), callgrind, ("x86_64", "AMD64")
+        ("default", "avx2", "avx512"), ("avxvnni", "avx512vnni", "amx"), ("c++", "valgrind", "cmake"), callgrind,
+        ("x86_64", "AMD64"),
     ),
     "aarch64": Machine(
-        ("default", "neon"), ("aarch64-linux-gnu-g++", "qemu-aarch64-static", "cmake"), qemu, settings={
+        ("default", "neon"), ("neondot", "neoni8mm"), ("aarch64-linux-gnu-g++", "qemu-aarch64-static", "cmake"), qemu,
+        settings={
             "SYSTEM_NAME": "Linux", "SYSTEM_PROCESSOR": "aarch64", "CXX_COMPILER": "aarch64-linux-gnu-g++",
             "EXE_LINKER_FLAGS": "-static",
-        }
+        },
     ),
 }  # fmt: skip
 
@@ -295,17 +331,19 @@ def rows_of(machine: str, names: Iterable[str], dtypes: Iterable[str], folder: P
     if why_not is None:
         facts |= here.versions()
         program = here.build(folder / machine)
-    for isa in here.sets:
+    layers = [(str(LAYER_DTYPE).removeprefix("torch."), name) for name in names if name in LAYERS]
+    others = [(dtype, name) for dtype in dtypes for name in names if name not in LAYERS]
+    wanted = {**dict.fromkeys(here.sets, others + layers), **dict.fromkeys(here.layer_sets, layers)}
+    for isa in filter(wanted.get, wanted):
         try:
             if why_not is not None:
                 raise NotCounted(why_not)
-            for dtype in dtypes:
-                for name in names:
-                    count = here.per_element(program, isa, name, DTYPES[dtype])
-                    yield {
-                        "instruction_set": isa, "dtype": dtype, "kernel": name,
-                        "instructions_per_element": f"{count:.4g}", "not_counted": "", **facts,
-                    }  # fmt: skip
+            for dtype, name in wanted[isa]:
+                count = here.per_element(program, isa, name, getattr(torch, dtype))
+                yield {
+                    "instruction_set": isa, "dtype": dtype, "kernel": name,
+                    "instructions_per_element": f"{count:.4g}", "not_counted": "", **facts,
+                }  # fmt: skip
         except NotCounted as why:
             yield {"instruction_set": isa, **not_counted, "not_counted": str(why), **facts}
 
@@ -334,18 +372,18 @@ def _facts() -> Row:
 
 # --------------------------------------------------------------------------------------- the command
 
-_COLUMNS = "{:<9}{:<9}{:<10}{:<36}{:>12}{:>12}{:>12}{:>12}"
+_COLUMNS = "{:<9}{:<12}{:<10}{:<36}{:>12}{:>12}{:>12}{:>12}"
 _HEADER = ("machine", "set", "dtype", "kernel", "instructions", "at least", "copy", "measured")
 
 
 def _line(row: Row, times: list[dict[str, str]], per_cycle: float, ghz: float) -> str:
     if row["not_counted"]:
-        return f"{row['machine']:<9}{row['instruction_set']:<9}not counted: {row['not_counted']}"
+        return f"{row['machine']:<9}{row['instruction_set']:<12}not counted: {row['not_counted']}"
     names = [str(row[key]) for key in ("machine", "instruction_set", "dtype", "kernel")]
     count, time = float(row["instructions_per_element"]), times_of(times, *names)
     seconds = [least_seconds(count, per_cycle, ghz), *([time.copy, time.measured] if time else [])]
     cells = [f"{1e9 * each:.3f} ns" for each in seconds]
-    return _COLUMNS.format(*names, f"{count:.2f}", *cells, *[""] * (3 - len(cells))).rstrip()
+    return _COLUMNS.format(*names, f"{count:.3g}", *cells, *[""] * (3 - len(cells))).rstrip()
 
 
 def _positive(text: str) -> float:
@@ -366,7 +404,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--machines", nargs="+", choices=MACHINES, default=list(MACHINES), help="default: both")
-    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES)[:2], help="default: float32 bfloat16")
+    add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES[:2], help="default: float32 bfloat16")
     add(
         "--only", nargs="+", choices=COUNTED, default=COUNTED, metavar="NAME",
         help=f"some of {', '.join(COUNTED)} (default: all)",

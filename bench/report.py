@@ -57,6 +57,11 @@ Instructions that a CPU executes for an element, counted by an emulator (`python
 instruction on a vector is one; stores are those into the caches. `default` is plain C++.
 
 """
+_LAYER_INSTRUCTIONS = f"""\
+The same of a Linear [on codes](integer.md), for {bounds.PRODUCTS:,} products of a code and a weight. Both have as many
+bits. One row is a batch of one; 64 rows share what is read and unpacked of the weights.
+
+"""
 _LIMITS = f"""\
 For an element of {size_label(bounds.SIZE)}: the least time, in which a core executes {bounds.PER_CYCLE} instructions
 a cycle at {bounds.GHZ} GHz; that of a copy of as many bytes; and the kernel's. Memory is the limit where the copy is
@@ -337,7 +342,10 @@ def gpu_page(results: Results) -> str:
 def _instructions_page(results: Results) -> list[str]:
     """What is known of limits, of results that have the counts."""
     counts = results["instructions"]
-    parts = [_INSTRUCTIONS + bounds.count_table(counts), bounds.not_counted(counts), bounds.counted_by(counts)]
+    parts = [_INSTRUCTIONS + bounds.count_table(counts)]
+    if layers := bounds.layer_table(counts):
+        parts.append(_LAYER_INSTRUCTIONS + layers)
+    parts += [bounds.not_counted(counts), bounds.counted_by(counts)]
     for text, table in ((_LIMITS, bounds.kernel_table(results)), (_LIMITS_OF_PROMISES, bounds.promise_table(results))):
         if table:
             parts.append(text + table)

@@ -114,5 +114,8 @@ extern const IntegerKernels kIntegerKernelsNeon;
 #if defined(CG_HAVE_NEONDOT)
 extern const IntegerKernels kIntegerKernelsNeonDot;
 #endif
+#if defined(CG_HAVE_NEONI8MM)
+extern const IntegerKernels kIntegerKernelsNeonI8mm;
+#endif
 
 }  // namespace cg

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "cpu/integer.h"
 #include "cpu/kernels.h"
 #include "dispatch.h"
 #include "math/signed.h"
@@ -97,6 +98,25 @@ std::vector<double> whole_blocks(Dtype dtype, const void* from, int64_t length) 
   return to;
 }
 
+// A Linear on codes, cut into tasks as csrc/cpu/integer_ops.cpp does for one thread: `channels` outputs of rows of
+// `inner` codes, by weights of `group` bits.
+void linear(const IntegerKernels& kernels, const Header& h, const Buffer (&b)[kBuffers]) {
+  IntegerLayer a{};
+  a.codes = b[kX].packed(), a.bits = static_cast<int>(h.bits);
+  a.images = h.count / h.inner, a.channels = h.inner, a.groups = 1;
+  for (int i = 0; i < 2; ++i) a.size[i] = a.kernel[i] = a.stride[i] = a.dilation[i] = a.out_size[i] = 1;
+  a.weight = b[kWeight].packed(), a.weight_bits = static_cast<int>(h.group);
+  a.row_bytes = IntegerShape::parts(h.inner * h.group, 8 * kWeightBlock) * kWeightBlock, a.out_channels = h.channels;
+  a.scale = static_cast<const float*>(b[kAlpha].data()), a.offset = static_cast<const float*>(b[kBias].data());
+  a.out = static_cast<float*>(b[kOut].data());
+  a.by_columns = kernels.by_columns && a.images >= 48;
+  a.rows_per_task = std::min<int64_t>(a.images, a.by_columns ? 64 : 32), a.channels_per_task = h.channels;
+  const IntegerShape shape(a);
+  uint8_t* const room = static_cast<uint8_t*>(std::aligned_alloc(64, IntegerShape::rounded(shape.scratch(a), 64)));
+  kernels.layer(a, 0, shape.tasks(a), room);
+  std::free(room);
+}
+
 void run(const Kernels& kernels, const Header& h, const Buffer (&b)[kBuffers]) {
   const auto dtype = static_cast<Dtype>(h.dtype);
   const auto rounding = static_cast<Rounding>(h.rounding);
@@ -160,27 +180,68 @@ void run(const Kernels& kernels, const Header& h, const Buffer (&b)[kBuffers]) {
   }
 }
 
-const Kernels* kernels_of(const std::string& isa) {
+const Kernels* const kSets[] = {
 #if defined(CG_HAVE_AVX2)
-  if (isa == kKernelsAvx2.isa) return &kKernelsAvx2;
+    &kKernelsAvx2,
 #endif
 #if defined(CG_HAVE_AVX512)
-  if (isa == kKernelsAvx512.isa) return &kKernelsAvx512;
+    &kKernelsAvx512,
 #endif
 #if defined(CG_HAVE_NEON)
-  if (isa == kKernelsNeon.isa) return &kKernelsNeon;
+    &kKernelsNeon,
 #endif
-  return isa == kKernelsDefault.isa ? &kKernelsDefault : nullptr;
+    &kKernelsDefault};
+const IntegerKernels* const kIntegerSets[] = {
+#if defined(CG_HAVE_AVX2)
+    &kIntegerKernelsAvx2,
+#endif
+#if defined(CG_HAVE_AVXVNNI)
+    &kIntegerKernelsAvxVnni,
+#endif
+#if defined(CG_HAVE_AVX512)
+    &kIntegerKernelsAvx512,
+#endif
+#if defined(CG_HAVE_AVX512VNNI)
+    &kIntegerKernelsAvx512Vnni,
+#endif
+#if defined(CG_HAVE_AMX)
+    &kIntegerKernelsAmx,
+#endif
+#if defined(CG_HAVE_NEON)
+    &kIntegerKernelsNeon,
+#endif
+#if defined(CG_HAVE_NEONDOT)
+    &kIntegerKernelsNeonDot,
+#endif
+#if defined(CG_HAVE_NEONI8MM)
+    &kIntegerKernelsNeonI8mm,
+#endif
+    &kIntegerKernelsDefault};
+
+template <class K, size_t kCount>
+const K* named(const K* const (&sets)[kCount], const std::string& isa) {
+  const auto found = std::find_if(sets, sets + kCount, [&](const K* set) { return isa == set->isa; });
+  return found == sets + kCount ? nullptr : *found;
+}
+template <class K>
+const K& needed(const K* kernels) {
+  if (!kernels) throw std::runtime_error("this instruction set has no kernel of the op");
+  return *kernels;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const Kernels* const kernels = argc == 2 || argc == 3 ? kernels_of(argv[1]) : nullptr;
+  const std::string isa = argc == 2 || argc == 3 ? argv[1] : "";
+  const Kernels* const kernels = named(kSets, isa);
+  const IntegerKernels* const integer_kernels = named(kIntegerSets, isa);
   if (argc == 3) chunk_blocks = std::atoll(argv[2]);
-  if (!kernels || chunk_blocks < 1) {
+  if ((!kernels && !integer_kernels) || chunk_blocks < 1) {
     std::fprintf(stderr, "wanted the name of an instruction set that this program has, and blocks if any\n");
     return 1;
   }
-  return for_each_case([&](const Header& h, const Buffer(&b)[kBuffers]) { run(*kernels, h, b); });
+  return for_each_case([&](const Header& h, const Buffer(&b)[kBuffers]) {
+    if (h.op == kLinear) linear(needed(integer_kernels), h, b);
+    else run(needed(kernels), h, b);
+  });
 }

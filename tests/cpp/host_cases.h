@@ -27,6 +27,7 @@ enum Op : int64_t {
   kWeightScale,
   kNorm,
   kCopy,
+  kLinear,  // on codes
 };
 enum Mode : int64_t { kNull, kRead, kWrite, kReadWrite };
 enum Place {

@@ -36,6 +36,7 @@ pytestmark = [
 ]
 
 SETS = ("default", "neon")
+LAYER_SETS = ("neon", "neondot", "neoni8mm")
 # Less than a vector, than a block; two chunks of sums and a part of a block.
 SIZES = (3, 33, 64 * 5 + 21)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -128,7 +129,14 @@ def test_what_is_counted_is_right(build):
         assert not (wrong := wrong_outputs(case, result)), (wrong, case.op, case.bits, case.ste, case.channels)
 
 
-@pytest.mark.parametrize("isa", ("neon", "neondot"))
+@pytest.mark.parametrize("isa", LAYER_SETS)
+def test_counted_layers_are_right(build, isa):
+    cases = list(itertools.chain(*instructions.cases(torch.uint8, instructions.COUNTS[0]).values()))
+    for case, result in zip(cases, cuda_host.run((*build("cpu_host"), isa), cases), strict=True):
+        assert not (wrong := wrong_outputs(case, result)), (wrong, case.bits, case.inner)
+
+
+@pytest.mark.parametrize("isa", LAYER_SETS)
 def test_layers_on_codes_are_exact(build, isa):
     done = subprocess.run([*build(f"test_integer_layer_{isa}"), "30"], capture_output=True, text=True)
     assert done.returncode == 0 and "are exact" in done.stdout, done.stdout + done.stderr

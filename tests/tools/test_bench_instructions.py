@@ -88,9 +88,9 @@ def test_an_unknown_instruction_is_no_count(machine, program):
 
 
 def test_every_kernel_is_counted():
-    made = instructions.cases(torch.bfloat16, instructions.COUNTS[0])
-    assert tuple(made) == instructions.COUNTED
-    assert set(kernels.KERNELS) - set(made) == {"norm, signed, two ops, per group"}
+    made = [instructions.cases(dtype, instructions.COUNTS[0]) for dtype in (torch.bfloat16, torch.uint8)]
+    assert (*made[0], *made[1]) == instructions.COUNTED
+    assert set(kernels.KERNELS) - set(made[0]) == {"norm, signed, two ops, per group"}
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def machines(monkeypatch):
             return dtype.itemsize * 1.25
 
     machines = {
-        "x86_64": Counts(("avx2", "avx512"), (), lambda *_: None),
+        "x86_64": Counts(("avx2", "avx512"), ("amx",), (), lambda *_: None),
         "aarch64": replace(instructions.MACHINES["aarch64"], tools=("no-such-compiler",)),
     }
     monkeypatch.setattr(instructions, "MACHINES", machines)
@@ -131,11 +131,27 @@ def test_rows(machines, tmp_path, capsys):
     why = "no no-such-compiler found"
     assert [row["not_counted"] for row in rows] == [*[""] * 4, "too new", why, why]
     shown = capsys.readouterr().out
-    assert "x86_64   avx512   not counted: too new" in shown and f"aarch64  neon     not counted: {why}" in shown
-    assert "5.00    0.500 ns" in shown  # 5 at 5 in a cycle of half a nanosecond
+    assert "x86_64   avx512      not counted: too new" in shown and f"aarch64  neon        not counted: {why}" in shown
+    assert "5    0.500 ns" in shown  # 5 at 5 in a cycle of half a nanosecond
     counts = bounds.rows_in(out)
     assert bounds.count_table(counts).splitlines()[-1] == "| forward, 2 bits | 5.00 | 2.50 |"
+    assert bounds.layer_table(counts) == ""
     assert bounds.not_counted(counts).startswith("Not counted: x86_64 avx512 (too new), aarch64 default (no no-such")
+
+
+def test_layers_on_codes_have_more_sets_and_a_table_of_products(machines, tmp_path, capsys):
+    out = tmp_path / "instructions.csv"
+    instructions.main(["--only", "copy", "linear, 64 rows, 4 bits", "--dtypes", "float32", "--out", str(out)])
+    counts = bounds.rows_in(out)
+    assert [(row["instruction_set"], row["dtype"], row["kernel"]) for row in counts if row["kernel"]] == [
+        ("avx2", "float32", "copy"), ("avx2", "uint8", "linear, 64 rows, 4 bits"),
+        ("amx", "uint8", "linear, 64 rows, 4 bits"),
+    ]  # fmt: skip
+    assert "linear" not in bounds.count_table(counts)
+    assert bounds.layer_table(counts).splitlines() == [
+        "| layer | x86_64 avx2 | x86_64 amx |", "| --- | --- | --- |", "| linear, 64 rows, 4 bits | 1250 | 1250 |"
+    ]  # fmt: skip
+    assert "aarch64  neoni8mm    not counted" in capsys.readouterr().out
 
 
 def test_what_is_not_counted_again_stays(machines, tmp_path, monkeypatch):

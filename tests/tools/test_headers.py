@@ -29,6 +29,7 @@ FOLDERS = {
     "cpu/amx": (*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"),
     "cpu/neon": (),
     "cpu/neondot": ("-march=armv8.2-a+dotprod",),
+    "cpu/neoni8mm": ("-march=armv8.2-a+dotprod+i8mm",),
     "cuda": ("-include", str(ROOT / "tests" / "cpp" / "cuda_host.h"), "-Wno-unknown-pragmas"),
 }
 TORCH = {CSRC / name for name in ("checks.h", "register.h", "cpu/tensors.h", "cuda/tensors.h", "cuda/launch.cuh")}

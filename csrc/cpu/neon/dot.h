@@ -1,106 +1,13 @@
-// Products of rows of codes and weights along the rows: a register of weights is unpacked once for each tile of rows.
-// CG_DOT_FOURS: by SDOT, which adds four products of bytes to a 32-bit number.
 #pragma once
 
-#include <utility>
-
-#include "../generic/dot_panel.h"
-#include "registers.h"
+#include "dot_rows.h"
 
 namespace cg::neon {
 namespace {
 
-// Sums are kept in registers, of which there are 32.
-constexpr int kTileRows = 4, kTileChannels = 4;
-
-template <int kWeightBits, int kPlane>
-CG_HD int8x16_t unpack_weights(uint8x16_t packed) {
-  if constexpr (kWeightBits == 8) {
-    return vreinterpretq_s8_u8(packed);
-  } else if constexpr (kWeightBits == 1) {
-    const uint8x16_t set = vtstq_u8(packed, vdupq_n_u8(1 << kPlane));
-    return vreinterpretq_s8_u8(vornq_u8(vdupq_n_u8(1), set));  // -1 or 1
-  } else {
-    constexpr int kUp = 8 - kWeightBits * (kPlane + 1);
-    const int8x16_t upper = vreinterpretq_s8_u8(vshlq_n_u8(packed, kUp));
-    return vshrq_n_s8(upper, 8 - kWeightBits);
-  }
-}
-
-// sums += products of bytes; without SDOT, of which no two of one sign and the largest leave 16 bits.
-CG_HD int32x4_t add_products(int32x4_t sums, int8x16_t codes, int8x16_t weights) {
-#if defined(CG_DOT_FOURS)
-  return vdotq_s32(sums, codes, weights);
-#else
-  const int16x8_t low = vmull_s8(vget_low_s8(codes), vget_low_s8(weights));
-  return vpadalq_s16(vpadalq_s16(sums, low), vmull_high_s8(codes, weights));
-#endif
-}
-
-// Codes of 8 bits are multiplied as signed numbers, less by 128, and their weights are summed for it.
-template <int kWeightBits, bool kShifted, int kRows, int kChannels>
-__attribute__((noinline)) void dot_tile(const DotPanel& a, const uint8_t* codes, const uint8_t* weights, int32_t* acc) {
-  constexpr int kCount = kPlanes<kWeightBits>;
-  int32x4_t sums[kRows][kChannels], weight_sums[kChannels];
-  for (int c = 0; c < kChannels; ++c) {
-    weight_sums[c] = vdupq_n_s32(0);
-    for (int r = 0; r < kRows; ++r) sums[r][c] = weight_sums[c];
-  }
-  // Half a block at a time: its codes of a plane are as far apart as whole blocks are.
-  for (int64_t at = 0; at < a.blocks * kWeightBlock; at += 16) {
-    const uint8_t* const from = codes + at / kWeightBlock * kWeightBlock * kCount + at % kWeightBlock;
-    uint8x16_t packed[kChannels];
-    for (int c = 0; c < kChannels; ++c) packed[c] = load<uint8x16_t>(weights + c * a.weight_stride + at);
-    const auto add_plane = [&]<int kPlane>(std::integral_constant<int, kPlane>) __attribute__((always_inline)) {
-      int8x16_t w[kChannels];
-      for (int c = 0; c < kChannels; ++c) {
-        w[c] = unpack_weights<kWeightBits, kPlane>(packed[c]);
-        if constexpr (kShifted) weight_sums[c] = add_products(weight_sums[c], vdupq_n_s8(1), w[c]);
-      }
-      for (int r = 0; r < kRows; ++r) {
-        uint8x16_t code = load<uint8x16_t>(from + r * a.code_stride + kPlane * kWeightBlock);
-        if constexpr (kShifted) code ^= uint8_t{0x80};
-        for (int c = 0; c < kChannels; ++c) sums[r][c] = add_products(sums[r][c], vreinterpretq_s8_u8(code), w[c]);
-      }
-    };
-    const auto add_planes = [&]<int... kPlane>(std::integer_sequence<int, kPlane...>) __attribute__((always_inline)) {
-      (add_plane(std::integral_constant<int, kPlane>{}), ...);
-    };
-    add_planes(std::make_integer_sequence<int, kCount>{});
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kChannels; ++c) {
-      int32_t sum = vaddvq_s32(sums[r][c]);
-      if constexpr (kShifted) sum += 128 * vaddvq_s32(weight_sums[c]);
-      acc[r * a.acc_stride + c] += sum;
-    }
-  }
-}
-
-template <int kWeightBits, bool kShifted, int kChannels, int kRows = kTileRows>
-void dot_rows(const DotPanel& a, int64_t channel, int64_t row = 0) {
-  for (; row + kRows <= a.rows; row += kRows) {
-    dot_tile<kWeightBits, kShifted, kRows, kChannels>(
-        a, a.codes + row * a.code_stride, a.weights + channel * a.weight_stride, a.acc + row * a.acc_stride + channel);
-  }
-  if constexpr (kRows > 1) {
-    if (row < a.rows) dot_rows<kWeightBits, kShifted, kChannels, kRows / 2>(a, channel, row);
-  }
-}
-
-template <int kWeightBits, bool kShifted>
-void dot_channels(const DotPanel& a) {
-  int64_t channel = 0;
-  for (; channel + kTileChannels <= a.channels; channel += kTileChannels) {
-    dot_rows<kWeightBits, kShifted, kTileChannels>(a, channel);
-  }
-  for (; channel < a.channels; ++channel) dot_rows<kWeightBits, kShifted, 1>(a, channel);
-}
-
 template <int kWeightBits>
 void dot_panel(const DotPanel& a) {
-  if (a.bits == 8) dot_channels<kWeightBits, true>(a);
-  else dot_channels<kWeightBits, false>(a);
+  dot_panel_by_rows<kWeightBits>(a);
 }
 
 using Columns = NoColumns;
