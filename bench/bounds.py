@@ -149,10 +149,12 @@ def _count_table(
 
 
 def not_counted(counts: list[dict[str, str]]) -> str:
-    named = [
-        f"{row['machine']} {row['instruction_set']} ({row['not_counted']})" for row in counts if row["not_counted"]
-    ]
-    return f"Not counted: {', '.join(named)}.\n" if named else ""
+    sets: dict[tuple[str, str], list[str]] = {}
+    for row in counts:
+        if row["not_counted"]:
+            sets.setdefault((row["machine"], row["not_counted"]), []).append(row["instruction_set"])
+    named = [f"{machine} {', '.join(isas)} ({reason})" for (machine, reason), isas in sets.items()]
+    return f"Not counted: {'; '.join(named)}.\n" if named else ""
 
 
 def counted_by(counts: list[dict[str, str]]) -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from coarsegrad import reference
@@ -48,7 +49,7 @@ AArch64, with a cross compiler. Nothing is timed: a busy machine counts the same
 _EPILOG = """
 A count is what the functions of a kernel execute for 2^15 elements and not for
 2^14, so that what is done once is left out; an instruction on a vector is one. The
-stores are those into the caches. An element of a Linear on codes is a product of
+stores are those into the caches. An element of a layer on codes is a product of
 one with a weight. The outputs are compared with the reference.
 
 "at least" is the time in which a core executes as many, --per-cycle of them in a
@@ -131,7 +132,7 @@ def _cases(x: Tensor, dy: Tensor) -> dict[str, Callable[[], Case | list[Case]]]:
     """Kernel -> what runs it, with the settings that bench.kernels times it with."""
     return {
         COPY: lambda: _copy(x),
-        **{f"forward, {n} bit{'s' * (n > 1)}": functools.partial(_forward, x, n) for n in (1, 2, 3, 4, 6, 8)},
+        **{f"forward, {_plural(n, 'bit')}": functools.partial(_forward, x, n) for n in (1, 2, 3, 4, 6, 8)},
         "forward, 2 bits, per feature": lambda: _forward(x, 2, per="feature"),
         "forward to codes, 2 bits": lambda: _forward(x, 2, "nothing", codes=True),
         **{
@@ -153,30 +154,55 @@ def _cases(x: Tensor, dy: Tensor) -> dict[str, Callable[[], Case | list[Case]]]:
     }
 
 
-# Outputs of a Linear on codes. By 64 rows each instruction set multiplies in the way that it does most.
-LAYER_CHANNELS = 32
-LAYERS = {
-    f"linear, {rows} row{'s' * (rows > 1)}, {bits} bit{'s' * (bits > 1)}": (rows, bits)
-    for rows in (64, 1)
-    for bits in (8, 4, 2, 1)
-}
-
-
-def _linear(count: int, rows: int, bits: int) -> Case:
-    """A Linear on codes of `bits` bits, whose weights have as many."""
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(2**bits, (rows, count // rows), generator=generator)
+def _on_codes(
+    op: str, codes: Tensor, fan_in: int, channels: int, inner: int, bits: int, sums: Callable[[Tensor, Tensor], Tensor]
+) -> Case:
+    """A layer on codes of `bits` bits, whose weights, `fan_in` a channel, have as many."""
     top = max(1, 2 ** (bits - 1) - 1)
-    weight = torch.randint(-top, top + 1, (LAYER_CHANNELS, count // rows), generator=generator)
+    weight = torch.randint(-top, top + 1, (channels, fan_in), generator=torch.Generator().manual_seed(1))
     if bits == 1:
         weight[weight == 0] = 1
-    scale, offset = torch.linspace(0.1, 1, LAYER_CHANNELS), torch.linspace(-1, 1, LAYER_CHANNELS)
-    out = ((codes.double() @ weight.double().T).float() * scale + offset).flatten()
+    scale, offset = torch.linspace(0.1, 1, channels), torch.linspace(-1, 1, channels)
+    out = (sums(codes.double(), weight.double()).float() * scale + offset).flatten()
     inputs = {"x": codes.to(torch.uint8), "weight": pack_weights(weight, bits), "alpha": scale, "bias": offset}
     return Case(
-        "linear", torch.float32, bits, count, inputs, {"out": out}, channels=LAYER_CHANNELS, inner=count // rows,
-        group=bits, expected={"out": out},
+        op, torch.float32, bits, codes.numel(), inputs, {"out": out}, channels=channels, inner=inner, group=bits,
+        expected={"out": out},
     )  # fmt: skip
+
+
+def _codes_of(bits: int, *shape: int) -> Tensor:
+    return torch.randint(2**bits, shape, generator=torch.Generator().manual_seed(0))
+
+
+_OUTPUTS, _CHANNELS, _WIDTH = 32, 64, 16
+
+
+def _linear(rows: int, bits: int, count: int) -> Case:
+    codes = _codes_of(bits, rows, count // rows)
+    return _on_codes("linear", codes, codes.size(1), _OUTPUTS, codes.size(1), bits, lambda x, w: x @ w.T)
+
+
+def _depthwise(bits: int, count: int) -> Case:
+    def sums(x: Tensor, w: Tensor) -> Tensor:
+        images = F.conv2d(x.movedim(-1, 0)[None], w.view(-1, 1, 3, 3), padding=1, groups=_CHANNELS)
+        return images[0].movedim(0, -1)
+
+    codes = _codes_of(bits, count // (_CHANNELS * _WIDTH), _WIDTH, _CHANNELS)
+    return _on_codes("depthwise", codes, 9, _CHANNELS, _WIDTH, bits, sums)
+
+
+def _plural(number: int, word: str) -> str:
+    return f"{number} {word}{'s' * (number > 1)}"
+
+
+# Layer -> how it is made for a number of codes, and the products of each of these. By 64 rows each instruction set
+# multiplies in the way that it does most.
+LAYERS = {
+    f"linear, {_plural(rows, 'row')}, {_plural(bits, 'bit')}": (functools.partial(_linear, rows, bits), _OUTPUTS)
+    for rows in (64, 1)
+    for bits in (8, 4, 2, 1)
+} | {f"depthwise, 3 x 3, {_plural(bits, 'bit')}": (functools.partial(_depthwise, bits), 9) for bits in (8, 4)}
 
 
 @functools.cache
@@ -184,7 +210,7 @@ def cases(dtype: torch.dtype, count: int) -> dict[str, list[Case]]:
     """Kernel -> the calls that it consists of, on the first `count` of the same random numbers; of LAYER_DTYPE those on
     codes."""
     if dtype == LAYER_DTYPE:
-        return {name: [_linear(count, *settings)] for name, settings in LAYERS.items()}
+        return {name: [make(count)] for name, (make, _) in LAYERS.items()}
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(COUNTS[1], generator=generator).to(dtype)[:count] for _ in range(2))
     made = {name: make() for name, make in _cases(x, dy).items()}
@@ -299,7 +325,7 @@ class Machine:
                     raise BenchError(f"{kernel!r}: {', '.join(wrong)} differs from the reference ({isa}, {dtype})")
                 total += instructions
             totals.append(total)
-        return (totals[1] - totals[0]) / (COUNTS[1] - COUNTS[0]) / (LAYER_CHANNELS if kernel in LAYERS else 1)
+        return (totals[1] - totals[0]) / (COUNTS[1] - COUNTS[0]) / LAYERS.get(kernel, (None, 1))[1]
 
 
 MACHINES = {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 # In the order of the enumerators in csrc/math and of the operations in tests/cpp/cuda_host_cases.h.
 OPS = ("forward", "backward", "dequantize", "backward_from_slopes", "signed_forward", "signed_dequantize", "hadamard",
-       "weight_scale", "norm", "copy", "linear")  # fmt: skip
+       "weight_scale", "norm", "copy", "linear", "depthwise")  # fmt: skip
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ROUNDINGS = ("ceil", "nearest", "hwgq")
 MASKS = ("nothing", "positive", "inside", "state", "near")
@@ -51,7 +51,7 @@ class Case:
     ste: str = "identity"
     alpha_grad: str = "exact"
     scale: float = 1.0
-    group: int = 0  # of dynamic alphas; the size of a Hadamard block; the bits of a Linear's weights
+    group: int = 0  # of dynamic alphas; the size of a Hadamard block; the bits of a layer's weights
     rotation: int = 0
     flags: tuple[str, ...] = ()  # of FLAGS
     offset: int = 0

@@ -98,19 +98,32 @@ std::vector<double> whole_blocks(Dtype dtype, const void* from, int64_t length) 
   return to;
 }
 
-// A Linear on codes, cut into tasks as csrc/cpu/integer_ops.cpp does for one thread: `channels` outputs of rows of
-// `inner` codes, by weights of `group` bits.
-void linear(const IntegerKernels& kernels, const Header& h, const Buffer (&b)[kBuffers]) {
+// A layer on codes by weights of `group` bits, cut into tasks as csrc/cpu/integer_ops.cpp does for one thread. A Linear
+// has `channels` outputs of rows of `inner` codes. Depthwise: windows of 3 x 3, with padding, of an image with `inner`
+// pixels in a line.
+void layer_on_codes(const IntegerKernels& kernels, const Header& h, const Buffer (&b)[kBuffers]) {
+  const bool depthwise = h.op == kDepthwise;
   IntegerLayer a{};
-  a.codes = b[kX].packed(), a.bits = static_cast<int>(h.bits);
-  a.images = h.count / h.inner, a.channels = h.inner, a.groups = 1;
-  for (int i = 0; i < 2; ++i) a.size[i] = a.kernel[i] = a.stride[i] = a.dilation[i] = a.out_size[i] = 1;
+  for (int i = 0; i < 2; ++i) {
+    a.stride[i] = a.dilation[i] = 1, a.size[i] = 1, a.kernel[i] = depthwise ? 3 : 1, a.padding[i] = depthwise ? 1 : 0;
+  }
+  a.codes = b[kX].packed(), a.bits = static_cast<int>(h.bits), a.out_channels = h.channels;
+  if (depthwise) {
+    a.images = 1, a.channels = h.channels, a.groups = kernels.depthwise ? 1 : h.channels;
+    a.size[0] = h.count / (h.channels * h.inner), a.size[1] = h.inner;
+    a.rows_per_task = kernels.depthwise ? h.inner : 32, a.depthwise = kernels.depthwise;
+  } else {
+    a.images = h.count / h.inner, a.channels = h.inner, a.groups = 1;
+    a.by_columns = kernels.by_columns && a.images >= 48;
+    a.rows_per_task = std::min<int64_t>(a.images, a.by_columns ? 64 : 32);
+  }
+  a.channels_per_task = h.channels / a.groups;
+  a.out_size[0] = a.size[0], a.out_size[1] = a.size[1];
+  const int64_t row_codes = depthwise ? 9 : h.inner;
   a.weight = b[kWeight].packed(), a.weight_bits = static_cast<int>(h.group);
-  a.row_bytes = IntegerShape::parts(h.inner * h.group, 8 * kWeightBlock) * kWeightBlock, a.out_channels = h.channels;
+  a.row_bytes = IntegerShape::parts(row_codes * h.group, 8 * kWeightBlock) * kWeightBlock;
   a.scale = static_cast<const float*>(b[kAlpha].data()), a.offset = static_cast<const float*>(b[kBias].data());
   a.out = static_cast<float*>(b[kOut].data());
-  a.by_columns = kernels.by_columns && a.images >= 48;
-  a.rows_per_task = std::min<int64_t>(a.images, a.by_columns ? 64 : 32), a.channels_per_task = h.channels;
   const IntegerShape shape(a);
   uint8_t* const room = static_cast<uint8_t*>(std::aligned_alloc(64, IntegerShape::rounded(shape.scratch(a), 64)));
   kernels.layer(a, 0, shape.tasks(a), room);
@@ -241,7 +254,7 @@ int main(int argc, char** argv) {
     return 1;
   }
   return for_each_case([&](const Header& h, const Buffer(&b)[kBuffers]) {
-    if (h.op == kLinear) linear(needed(integer_kernels), h, b);
+    if (h.op == kLinear || h.op == kDepthwise) layer_on_codes(needed(integer_kernels), h, b);
     else run(needed(kernels), h, b);
   });
 }

@@ -27,7 +27,8 @@ enum Op : int64_t {
   kWeightScale,
   kNorm,
   kCopy,
-  kLinear,  // on codes
+  kLinear,  // this and the next on codes
+  kDepthwise,
 };
 enum Mode : int64_t { kNull, kRead, kWrite, kReadWrite };
 enum Place {

@@ -136,7 +136,9 @@ def test_rows(machines, tmp_path, capsys):
     counts = bounds.rows_in(out)
     assert bounds.count_table(counts).splitlines()[-1] == "| forward, 2 bits | 5.00 | 2.50 |"
     assert bounds.layer_table(counts) == ""
-    assert bounds.not_counted(counts).startswith("Not counted: x86_64 avx512 (too new), aarch64 default (no no-such")
+    assert bounds.not_counted(counts).startswith(
+        "Not counted: x86_64 avx512 (too new); aarch64 default, neon (no no-such"
+    )
 
 
 def test_layers_on_codes_have_more_sets_and_a_table_of_products(machines, tmp_path, capsys):

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "depthwise.h"
 #include "dot_rows.h"
 
 namespace cg::neon {
@@ -11,7 +12,6 @@ void dot_panel(const DotPanel& a) {
 }
 
 using Columns = NoColumns;
-using Depthwise = NoColumns;
 
 }  // namespace
 }  // namespace cg::neon

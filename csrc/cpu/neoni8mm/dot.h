@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #define CG_DOT_UNSIGNED
+#include "../neon/depthwise.h"
 #include "../neon/dot_rows.h"
 
 namespace cg::neon {
@@ -105,7 +106,6 @@ void dot_panel(const DotPanel& a) {
 }
 
 using Columns = NoColumns;
-using Depthwise = NoColumns;
 
 }  // namespace
 }  // namespace cg::neon

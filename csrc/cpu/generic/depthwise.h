@@ -1,0 +1,60 @@
+// Products of codes and weights of each channel by itself, by a set's Window: that of 32 channels around a pixel, of
+// which it multiplies some pixels in a step.
+#pragma once
+
+#include <algorithm>
+
+#include "dot_panel.h"
+
+namespace cg::CG_ISA {
+namespace {
+
+// What integer_layer.h wants of a set that multiplies channels by themselves. Of a Window:
+//   kPixels: that a step has room for; pixels(a): that it multiplies
+//   sums(a): steps whose sums stay in 16 bits
+//   place(i): where channel i of 32 is among the weights of a step, its pixels in turn
+//   unpack(...): a row of weights, one in a byte
+//   dot(...): the sums of 32 channels
+template <class Window>
+struct DepthwiseBy {
+  static constexpr int64_t kChannels = 32, kStepBytes = kChannels * Window::kPixels;
+
+  static int64_t steps(const IntegerLayer& a) {
+    return IntegerShape::parts(a.kernel[0] * a.kernel[1], Window::pixels(a));
+  }
+
+  // Where in the window the pixels of each step are, and [channels / 32, steps, kStepBytes] weights.
+  static void order(const IntegerLayer& a, const ColumnShape& shape, const uint8_t* weights, int64_t channels,
+                    uint8_t* unpacked, uint8_t* to) {
+    const int64_t pixels = a.kernel[0] * a.kernel[1], step_count = steps(a), in_step = Window::pixels(a);
+    int64_t* const offsets = reinterpret_cast<int64_t*>(to);
+    for (int64_t i = 0; i < Window::kPixels * step_count; ++i) {
+      const int64_t pixel = std::min(i / Window::kPixels * in_step + i % in_step, pixels - 1);
+      offsets[i] = pixel / a.kernel[1] * shape.piece_stride + pixel % a.kernel[1] * a.dilation[1] * a.channels;
+    }
+    to += shape.offset_bytes;
+    memset(to, 0, IntegerShape::parts(channels, kChannels) * step_count * kStepBytes);
+    for (int64_t c = 0; c < channels; ++c) {
+      Window::unpack(weights + c * a.row_bytes, a.row_bytes, a.weight_bits, unpacked);
+      for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+        const int64_t step = c / kChannels * step_count + pixel / in_step;
+        to[step * kStepBytes + Window::place(c % kChannels) + pixel % in_step] = unpacked[pixel];
+      }
+    }
+  }
+
+  static void dot(const IntegerLayer& a, const ColumnShape& shape, const uint8_t* const* row, int64_t rows,
+                  const uint8_t* weights, int64_t channels, int32_t* acc, int64_t acc_stride) {
+    const int64_t* const offsets = reinterpret_cast<const int64_t*>(weights);
+    const int64_t step_count = steps(a), together = Window::sums(a);
+    weights += shape.offset_bytes;
+    for (int64_t channel = 0; channel < channels; channel += kChannels, weights += step_count * kStepBytes) {
+      for (int64_t r = 0; r < rows; ++r) {
+        Window::dot(row[r] + channel, offsets, weights, step_count, together, acc + r * acc_stride + channel);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace cg::CG_ISA

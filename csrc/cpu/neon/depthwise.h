@@ -1,0 +1,78 @@
+// Windows of channels by themselves, a pixel at a time.
+#pragma once
+
+#include "registers.h"
+
+#include "../generic/depthwise.h"
+
+namespace cg::neon {
+namespace {
+
+struct PixelWindow {
+  static constexpr int64_t kPixels = 1;
+
+  static int64_t pixels(const IntegerLayer&) { return 1; }
+  // 0: codes are no signed bytes, or a sum of two products may leave 16 bits.
+  static int64_t sums(const IntegerLayer& a) {
+    const int64_t sums = 32767 / (((1 << a.bits) - 1) * (1 << (a.weight_bits - 1)));
+    return a.bits < 8 && sums > 1 ? sums : 0;
+  }
+  static int64_t place(int64_t i) { return i; }
+  static void unpack(const uint8_t* packed, int64_t bytes, int bits, uint8_t* to) {
+    const uint8x16_t field = vdupq_n_u8(static_cast<uint8_t>((1 << bits) - 1));
+    const uint8x16_t top = vdupq_n_u8(static_cast<uint8_t>(1 << (bits - 1)));
+    for (int64_t at = 0; at < bytes; at += kWeightBlock) {
+      for (int up = 0; up < 8; up += bits, to += kWeightBlock) {
+        for (int64_t half = 0; half < kWeightBlock; half += 16) {
+          const uint8x16_t block = load<uint8x16_t>(packed + at + half);
+          const uint8x16_t w = vshlq_u8(block, vdupq_n_s8(static_cast<int8_t>(-up))) & field;
+          store(to + half, bits == 1 ? w + w - top : (w ^ top) - top);
+        }
+      }
+    }
+  }
+
+  static CG_HD void dot(const uint8_t* codes, const int64_t* offsets, const uint8_t* weights, int64_t pixels,
+                        int64_t together, int32_t* sums) {
+    int32x4_t wide[8];
+    for (int32x4_t& sum : wide) sum = vdupq_n_s32(0);
+    for (int64_t pixel = 0; pixel < pixels;) {
+      if (together == 0) {
+        add_wide(codes + offsets[pixel], weights + pixel * 32, wide);
+        ++pixel;
+        continue;
+      }
+      int16x8_t narrow[4];
+      for (int16x8_t& sum : narrow) sum = vdupq_n_s16(0);
+      for (const int64_t end = std::min(pixel + together, pixels); pixel < end; ++pixel) {
+        for (int i = 0; i < 2; ++i) {
+          const int8x16_t v = load<int8x16_t>(codes + offsets[pixel] + 16 * i);
+          const int8x16_t w = load<int8x16_t>(weights + pixel * 32 + 16 * i);
+          narrow[2 * i] = vmlal_s8(narrow[2 * i], vget_low_s8(v), vget_low_s8(w));
+          narrow[2 * i + 1] = vmlal_high_s8(narrow[2 * i + 1], v, w);
+        }
+      }
+      for (int i = 0; i < 4; ++i) {
+        wide[2 * i] = vaddw_s16(wide[2 * i], vget_low_s16(narrow[i]));
+        wide[2 * i + 1] = vaddw_high_s16(wide[2 * i + 1], narrow[i]);
+      }
+    }
+    for (int i = 0; i < 8; ++i) store(sums + 4 * i, wide[i]);
+  }
+
+ private:
+  // wide += the products of a pixel.
+  static CG_HD void add_wide(const uint8_t* codes, const uint8_t* weights, int32x4_t (&wide)[8]) {
+    for (int i = 0; i < 4; ++i) {
+      const int16x8_t v = vreinterpretq_s16_u16(vmovl_u8(vld1_u8(codes + 8 * i)));
+      const int16x8_t w = vmovl_s8(vreinterpret_s8_u8(vld1_u8(weights + 8 * i)));
+      wide[2 * i] = vmlal_s16(wide[2 * i], vget_low_s16(v), vget_low_s16(w));
+      wide[2 * i + 1] = vmlal_high_s16(wide[2 * i + 1], v, w);
+    }
+  }
+};
+
+using Depthwise = DepthwiseBy<PixelWindow>;
+
+}  // namespace
+}  // namespace cg::neon
