@@ -10,26 +10,27 @@ namespace cg::CG_ISA {
 namespace {
 
 // What integer_layer.h wants of a set that multiplies channels by themselves. Of a Window:
-//   kPixels: that a step has room for; pixels(a): that it multiplies
-//   sums(a): steps whose sums stay in 16 bits
+//   kPixels: of a step
+//   sums(a): steps whose sums stay in 16 bits; 0 if that does not pay
 //   place(i): where channel i of 32 is among the weights of a step, its pixels in turn
 //   unpack(...): a row of weights, one in a byte
-//   dot(...): the sums of 32 channels
+//   dot_narrow(...), dot_wide(...): the sums of 32 channels, by sums of 16 bits and without
 template <class Window>
 struct DepthwiseBy {
+  static constexpr bool kAdds = false;  // to acc: it is written
   static constexpr int64_t kChannels = 32, kStepBytes = kChannels * Window::kPixels;
 
   static int64_t steps(const IntegerLayer& a) {
-    return IntegerShape::parts(a.kernel[0] * a.kernel[1], Window::pixels(a));
+    return IntegerShape::parts(a.kernel[0] * a.kernel[1], Window::kPixels);
   }
 
   // Where in the window the pixels of each step are, and [channels / 32, steps, kStepBytes] weights.
   static void order(const IntegerLayer& a, const ColumnShape& shape, const uint8_t* weights, int64_t channels,
                     uint8_t* unpacked, uint8_t* to) {
-    const int64_t pixels = a.kernel[0] * a.kernel[1], step_count = steps(a), in_step = Window::pixels(a);
+    const int64_t pixels = a.kernel[0] * a.kernel[1], step_count = steps(a);
     int64_t* const offsets = reinterpret_cast<int64_t*>(to);
     for (int64_t i = 0; i < Window::kPixels * step_count; ++i) {
-      const int64_t pixel = std::min(i / Window::kPixels * in_step + i % in_step, pixels - 1);
+      const int64_t pixel = std::min(i, pixels - 1);
       offsets[i] = pixel / a.kernel[1] * shape.piece_stride + pixel % a.kernel[1] * a.dilation[1] * a.channels;
     }
     to += shape.offset_bytes;
@@ -37,8 +38,8 @@ struct DepthwiseBy {
     for (int64_t c = 0; c < channels; ++c) {
       Window::unpack(weights + c * a.row_bytes, a.row_bytes, a.weight_bits, unpacked);
       for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-        const int64_t step = c / kChannels * step_count + pixel / in_step;
-        to[step * kStepBytes + Window::place(c % kChannels) + pixel % in_step] = unpacked[pixel];
+        const int64_t step = c / kChannels * step_count + pixel / Window::kPixels;
+        to[step * kStepBytes + Window::place(c % kChannels) + pixel % Window::kPixels] = unpacked[pixel];
       }
     }
   }
@@ -48,10 +49,18 @@ struct DepthwiseBy {
     const int64_t* const offsets = reinterpret_cast<const int64_t*>(weights);
     const int64_t step_count = steps(a), together = Window::sums(a);
     weights += shape.offset_bytes;
-    for (int64_t channel = 0; channel < channels; channel += kChannels, weights += step_count * kStepBytes) {
-      for (int64_t r = 0; r < rows; ++r) {
-        Window::dot(row[r] + channel, offsets, weights, step_count, together, acc + r * acc_stride + channel);
+    const auto each = [&](const auto& dot) __attribute__((always_inline)) {
+      for (int64_t channel = 0; channel < channels; channel += kChannels, weights += step_count * kStepBytes) {
+        for (int64_t r = 0; r < rows; ++r) dot(row[r] + channel, acc + r * acc_stride + channel);
       }
+    };
+    if (together > 0) {
+      each([&](const uint8_t* codes, int32_t* sums) __attribute__((always_inline)) {
+        Window::dot_narrow(codes, offsets, weights, step_count, together, sums);
+      });
+    } else {
+      each([&](const uint8_t* codes, int32_t* sums)
+               __attribute__((always_inline)) { Window::dot_wide(codes, offsets, weights, step_count, sums); });
     }
   }
 };

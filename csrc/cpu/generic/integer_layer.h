@@ -281,7 +281,7 @@ void layer_by_columns(const IntegerLayer& a, int64_t begin, int64_t end, uint8_t
                   }
                   point_rows(a, shape, row, rows, group, scratch + shape.copies, row_codes);
                   const int64_t stride = IntegerShape::rounded(channels, Set::kChannels);
-                  memset(acc, 0, rows * stride * sizeof(int32_t));
+                  if constexpr (Set::kAdds) memset(acc, 0, rows * stride * sizeof(int32_t));
                   Set::dot(a, shape, row_codes, rows, scratch + shape.weights, channels, acc, stride);
                   outputs.store(acc, stride, row, rows, channel, channels);
                 });

@@ -11,7 +11,6 @@ namespace {
 struct PixelWindow {
   static constexpr int64_t kPixels = 1;
 
-  static int64_t pixels(const IntegerLayer&) { return 1; }
   // 0: codes are no signed bytes, or a sum of two products may leave 16 bits.
   static int64_t sums(const IntegerLayer& a) {
     const int64_t sums = 32767 / (((1 << a.bits) - 1) * (1 << (a.weight_bits - 1)));
@@ -32,16 +31,11 @@ struct PixelWindow {
     }
   }
 
-  static CG_HD void dot(const uint8_t* codes, const int64_t* offsets, const uint8_t* weights, int64_t pixels,
-                        int64_t together, int32_t* sums) {
+  static CG_HD void dot_narrow(const uint8_t* codes, const int64_t* offsets, const uint8_t* weights, int64_t pixels,
+                               int64_t together, int32_t* sums) {
     int32x4_t wide[8];
     for (int32x4_t& sum : wide) sum = vdupq_n_s32(0);
     for (int64_t pixel = 0; pixel < pixels;) {
-      if (together == 0) {
-        add_wide(codes + offsets[pixel], weights + pixel * 32, wide);
-        ++pixel;
-        continue;
-      }
       int16x8_t narrow[4];
       for (int16x8_t& sum : narrow) sum = vdupq_n_s16(0);
       for (const int64_t end = std::min(pixel + together, pixels); pixel < end; ++pixel) {
@@ -60,15 +54,19 @@ struct PixelWindow {
     for (int i = 0; i < 8; ++i) store(sums + 4 * i, wide[i]);
   }
 
- private:
-  // wide += the products of a pixel.
-  static CG_HD void add_wide(const uint8_t* codes, const uint8_t* weights, int32x4_t (&wide)[8]) {
-    for (int i = 0; i < 4; ++i) {
-      const int16x8_t v = vreinterpretq_s16_u16(vmovl_u8(vld1_u8(codes + 8 * i)));
-      const int16x8_t w = vmovl_s8(vreinterpret_s8_u8(vld1_u8(weights + 8 * i)));
-      wide[2 * i] = vmlal_s16(wide[2 * i], vget_low_s16(v), vget_low_s16(w));
-      wide[2 * i + 1] = vmlal_high_s16(wide[2 * i + 1], v, w);
+  static CG_HD void dot_wide(const uint8_t* codes, const int64_t* offsets, const uint8_t* weights, int64_t pixels,
+                             int32_t* sums) {
+    int32x4_t wide[8];
+    for (int32x4_t& sum : wide) sum = vdupq_n_s32(0);
+    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+      for (int i = 0; i < 4; ++i) {
+        const int16x8_t v = vreinterpretq_s16_u16(vmovl_u8(vld1_u8(codes + offsets[pixel] + 8 * i)));
+        const int16x8_t w = vmovl_s8(vreinterpret_s8_u8(vld1_u8(weights + pixel * 32 + 8 * i)));
+        wide[2 * i] = vmlal_s16(wide[2 * i], vget_low_s16(v), vget_low_s16(w));
+        wide[2 * i + 1] = vmlal_high_s16(wide[2 * i + 1], v, w);
+      }
     }
+    for (int i = 0; i < 8; ++i) store(sums + 4 * i, wide[i]);
   }
 };
 

@@ -145,6 +145,7 @@ void dot_columns(const ColumnPanel& a);
 
 // What integer_layer.h wants of a set that multiplies across channels.
 struct Columns {
+  static constexpr bool kAdds = true;
   static constexpr int64_t kChannels = kColumnChannels;
 
   static void order(const IntegerLayer& a, const ColumnShape& shape, const uint8_t* weights, int64_t channels,
