@@ -11,10 +11,10 @@ namespace {
 
 // What integer_layer.h wants of a set that multiplies channels by themselves. Of a Window:
 //   kPixels: of a step
-//   sums(a): steps whose sums stay in 16 bits; 0 if that does not pay
 //   place(i): where channel i of 32 is among the weights of a step, its pixels in turn
 //   unpack(...): a row of weights, one in a byte
-//   dot_narrow(...), dot_wide(...): the sums of 32 channels, by sums of 16 bits and without
+//   dot_wide(...): the sums of 32 channels
+//   dot_narrow(...), which it may have: the same by way of sums(a) steps in 16 bits, if there are any
 template <class Window>
 struct DepthwiseBy {
   static constexpr bool kAdds = false;  // to acc: it is written
@@ -47,21 +47,22 @@ struct DepthwiseBy {
   static void dot(const IntegerLayer& a, const ColumnShape& shape, const uint8_t* const* row, int64_t rows,
                   const uint8_t* weights, int64_t channels, int32_t* acc, int64_t acc_stride) {
     const int64_t* const offsets = reinterpret_cast<const int64_t*>(weights);
-    const int64_t step_count = steps(a), together = Window::sums(a);
+    const int64_t step_count = steps(a);
     weights += shape.offset_bytes;
     const auto each = [&](const auto& dot) __attribute__((always_inline)) {
       for (int64_t channel = 0; channel < channels; channel += kChannels, weights += step_count * kStepBytes) {
         for (int64_t r = 0; r < rows; ++r) dot(row[r] + channel, acc + r * acc_stride + channel);
       }
     };
-    if (together > 0) {
-      each([&](const uint8_t* codes, int32_t* sums) __attribute__((always_inline)) {
-        Window::dot_narrow(codes, offsets, weights, step_count, together, sums);
-      });
-    } else {
-      each([&](const uint8_t* codes, int32_t* sums)
-               __attribute__((always_inline)) { Window::dot_wide(codes, offsets, weights, step_count, sums); });
+    if constexpr (requires { Window::dot_narrow; }) {
+      if (const int64_t together = Window::sums(a); together > 0) {
+        return each([&](const uint8_t* codes, int32_t* sums) __attribute__((always_inline)) {
+          Window::dot_narrow(codes, offsets, weights, step_count, together, sums);
+        });
+      }
     }
+    each([&](const uint8_t* codes, int32_t* sums)
+             __attribute__((always_inline)) { Window::dot_wide(codes, offsets, weights, step_count, sums); });
   }
 };
 
