@@ -17,7 +17,7 @@ from coarsegrad._text import format_table
 from coarsegrad.integer import WEIGHT_BITS
 
 from .engines import ENGINES, PEERS, Prepared, Subject, instruction_sets, ours, versions
-from .sweep import timed
+from .sweep import results_file, timed
 from .timing import (
     BenchError,
     CpuTimer,
@@ -207,22 +207,29 @@ def main(argv: list[str] | None = None) -> None:
     add("--rounds", type=at_least(5), metavar="N", help="measured rounds, at least 5 (default 15; with --quick 7)")
     add("--threads", type=at_least(1), default=1, metavar="N", help="threads of each engine (default 1)")
     add(
-        "--out", type=Path, default=RESULTS, metavar="CSV", help=f"the results (default {os.path.relpath(RESULTS)})"
+        "--out", type=Path, metavar="CSV",
+        help=f"the results (default {os.path.relpath(RESULTS)}; none for a part of the measurements)",
     )  # fmt: skip
     args = parser.parse_args(argv)
+    args.out = results_file(parser, args, RESULTS)
     names, rounds = _names(args), args.rounds or (7 if args.quick else 15)
     rows: list[Row] = []
     try:
         for workload in args.workloads:
             part = Part(workload, _batches(args, workload), names, rounds, args.threads)
             rows += in_new_process("keep", _measure, part)
-            write_csv(rows, args.out)
+            if args.out:
+                write_csv(rows, args.out)
     except (BenchError, OSError) as error:
         raise SystemExit(f"bench.inference: {error}") from error
     except KeyboardInterrupt:
-        print("\nInterrupted.", f"{args.out} has the workloads that finished." if rows else "Nothing was written.")
+        written = rows and args.out
+        print("\nInterrupted.", f"{args.out} has the workloads that finished." if written else "Nothing was written.")
         raise SystemExit(130) from None
-    print(f"\nWritten: {args.out}. `python -m bench.report` draws it and writes docs/benchmarks.md from all results.")
+    if args.out:
+        print(
+            f"\nWritten: {args.out}. `python -m bench.report` draws it and writes docs/benchmarks.md from all results."
+        )
 
 
 if __name__ == "__main__":

@@ -183,12 +183,14 @@ def main(argv: list[str] | None = None) -> None:
         for network, dtype in product(args.networks, args.dtypes):
             if network not in missing:
                 rows += ({**row, **here} for row in _rows(network, dtype, args))
-                write_csv(rows, args.out)
+                if args.out:
+                    write_csv(rows, args.out)
     except BenchError as error:
         raise SystemExit(f"bench.memory: {error}") from error
     for name in [*missing_peers(), *(f"transformers, for {network}" for network in missing)]:
         print(f"\nSkipped, not installed: {name}")
-    print(f"\nWritten: {args.out}. `python -m bench.report` draws it.")
+    if args.out:
+        print(f"\nWritten: {args.out}. `python -m bench.report` draws it.")
 
 
 def _rows(network: str, dtype: str, args: argparse.Namespace) -> list[dict[str, object]]:

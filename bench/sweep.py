@@ -213,7 +213,8 @@ def add_device(parser: argparse.ArgumentParser, results: Path) -> None:
         "--out",
         type=Path,
         metavar="CSV",
-        help=f"the results (default {os.path.relpath(results)}; for a GPU, {os.path.relpath(of_gpu(results))})",
+        help=f"the results (default {os.path.relpath(results)}; for a GPU, {os.path.relpath(of_gpu(results))};"
+        " none for a part of the measurements)",
     )
 
 
@@ -222,13 +223,30 @@ def of_gpu(results: Path) -> Path:
     return results.with_name(f"{results.stem}-cuda.csv")
 
 
+def results_file(parser: argparse.ArgumentParser, args: argparse.Namespace, results: Path) -> Path | None:
+    """--out, or else the published results. These are of one run with the settings by default: with others nothing is
+    written, None, and it says so."""
+    if args.out is not None:
+        return args.out
+    free = ("out", "device")
+    changed = [name for name, value in vars(args).items() if name not in free and value != parser.get_default(name)]
+    if not changed:
+        return results
+    options = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+    print(
+        f"Only printed: {options} would replace {os.path.relpath(results)} by a part of it. --out CSV writes a file.\n"
+    )
+    return None
+
+
 def find_device(parser: argparse.ArgumentParser, args: argparse.Namespace, results: Path | None) -> None:
     """Fills in `out`, which stays None without `results`; an error if the device is missing."""
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error(
             "--device cuda: torch sees no CUDA device here; `python -m tools.sass` checks the kernels without one"
         )
-    args.out = args.out or (results if results is None or args.device == "cpu" else of_gpu(results))
+    if results is not None:
+        args.out = results_file(parser, args, results if args.device == "cpu" else of_gpu(results))
 
 
 def checked_options(parser: argparse.ArgumentParser, argv: list[str] | None, results: Path) -> argparse.Namespace:

@@ -19,7 +19,7 @@ from coarsegrad._text import format_table
 from coarsegrad.experiments.models import resnet18, resnet20
 
 from .networks import RELU_NETWORKS, ReluNetwork, Run, compiled, gradients
-from .sweep import DTYPES, network_options
+from .sweep import DTYPES, network_options, results_file
 from .timing import BenchError, CpuTimer, Times, facts, in_new_process, interleaved, quantiles, write_csv
 
 RESULTS = Path(__file__).parent / "results" / "training.csv"
@@ -150,9 +150,13 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     network_options(parser, list(NETWORKS), "float32", 15)
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, metavar="CSV", help=f"the results (default {os.path.relpath(RESULTS)})"
+        "--out",
+        type=Path,
+        metavar="CSV",
+        help=f"the results (default {os.path.relpath(RESULTS)}; none for a part of the measurements)",
     )
     args = parser.parse_args(argv)
+    args.out = results_file(parser, args, RESULTS)
     torch.set_num_threads(args.threads)  # as in the processes that measure
     here = facts(torch.device("cpu"), "keep")
     rows = []
@@ -185,8 +189,9 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nInterrupted; nothing was written.")
         raise SystemExit(130) from None
-    write_csv(({**row, **here} for row in rows), args.out)
-    print(f"\nWritten: {args.out}. `python -m bench.report` draws it.")
+    if args.out:
+        write_csv(({**row, **here} for row in rows), args.out)
+        print(f"\nWritten: {args.out}. `python -m bench.report` draws it.")
 
 
 if __name__ == "__main__":

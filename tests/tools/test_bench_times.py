@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench import activations, autograd, kernels, peers, report, sweep, timing
+from bench import activations, autograd, inference, kernels, memory, peers, report, sweep, timing, training
 from bench.promises import PROMISES, Promise
 from paths import ROOT
 
@@ -257,6 +257,30 @@ def test_help_helps(capsys, command, option):
     with pytest.raises(SystemExit, match="0"):
         command.main(["--help"])
     assert option in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command, option",
+    [
+        (kernels, ["--only", "forward, 2 bits"]), (peers, ["--quick"]), (memory, ["--networks", "lenet"]),
+        (training, ["--rounds", "5"]), (inference, ["--threads", "2"]),
+    ],
+)  # fmt: skip
+def test_a_part_replaces_no_published_results(command, option, tmp_path, monkeypatch, capsys):
+    measured = {"pass": "", "mode": "", "activation": "", "seconds_median": "1", "time_over_relu_median": "1",
+                "share_of_activation_median": "1", "seconds_to_compile": ""}  # fmt: skip
+    results = tmp_path / "results.csv"
+    monkeypatch.setattr(command, "RESULTS", results)
+    for module in (sweep, command):
+        monkeypatch.setattr(module, "in_new_process", lambda *_: [measured], raising=False)
+    monkeypatch.setattr(command, "_rows", lambda *_: [measured], raising=False)
+    command.main(option)
+    shown = capsys.readouterr().out
+    assert not results.exists() and f"Only printed: {option[0]} would replace" in shown and "Written" not in shown
+    command.main([*option, "--out", str(tmp_path / "other.csv")])
+    assert not results.exists() and (tmp_path / "other.csv").exists()
+    command.main([])
+    assert results.exists() and f"Written: {results}" in capsys.readouterr().out
 
 
 def test_a_benchmark_is_a_command():
