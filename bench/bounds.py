@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from .kernels import COPIES
 from .pages import markdown
 from .promises import PROMISES, Promise, Results
@@ -20,7 +18,7 @@ SIZE = 2**24
 # The row of the copy among the counts; that of x among the times.
 COPY = "copy"
 # What layers on codes read; an element of theirs is a product of a code and a weight.
-LAYER_DTYPE = torch.uint8
+LAYER_DTYPE = "uint8"
 PRODUCTS = 1000  # that the counts of layers are shown of
 
 _Rows = Iterable[Mapping[str, str]]
@@ -131,7 +129,7 @@ def layer_table(counts: list[dict[str, str]]) -> str:
 
 
 def _of_layer(row: Mapping[str, str]) -> bool:
-    return row["dtype"] == str(LAYER_DTYPE).removeprefix("torch.")
+    return row["dtype"] == LAYER_DTYPE
 
 
 def _count_table(

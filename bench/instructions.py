@@ -49,8 +49,9 @@ AArch64, with a cross compiler. Nothing is timed: a busy machine counts the same
 _EPILOG = """
 A count is what the functions of a kernel execute for 2^15 elements and not for
 2^14, so that what is done once is left out; an instruction on a vector is one. The
-stores are those into the caches. An element of a layer on codes is a product of
-one with a weight. The outputs are compared with the reference.
+stores are those into the caches. For a layer on codes an
+element is one product of a code and a weight. The outputs are compared with the
+reference.
 
 "at least" is the time in which a core executes as many, --per-cycle of them in a
 cycle of --ghz: a bound, as instructions wait for memory and for each other. Next
@@ -196,21 +197,28 @@ def _plural(number: int, word: str) -> str:
     return f"{number} {word}{'s' * (number > 1)}"
 
 
-# Layer -> how it is made for a number of codes, and the products of each of these. By 64 rows each instruction set
-# multiplies in the way that it does most.
+@dataclass(frozen=True)
+class Layer:
+    """make: for a number of codes. products: of each of these."""
+
+    make: Callable[[int], Case]
+    products: int
+
+
+# By 64 rows each instruction set multiplies in the way that it does most.
 LAYERS = {
-    f"linear, {_plural(rows, 'row')}, {_plural(bits, 'bit')}": (functools.partial(_linear, rows, bits), _OUTPUTS)
+    f"linear, {_plural(rows, 'row')}, {_plural(bits, 'bit')}": Layer(functools.partial(_linear, rows, bits), _OUTPUTS)
     for rows in (64, 1)
     for bits in (8, 4, 2, 1)
-} | {f"depthwise, 3 x 3, {_plural(bits, 'bit')}": (functools.partial(_depthwise, bits), 9) for bits in (8, 4)}
+} | {f"depthwise, 3 x 3, {_plural(bits, 'bit')}": Layer(functools.partial(_depthwise, bits), 9) for bits in (8, 4)}
 
 
 @functools.cache
 def cases(dtype: torch.dtype, count: int) -> dict[str, list[Case]]:
     """Kernel -> the calls that it consists of, on the first `count` of the same random numbers; of LAYER_DTYPE those on
     codes."""
-    if dtype == LAYER_DTYPE:
-        return {name: [make(count)] for name, (make, _) in LAYERS.items()}
+    if dtype == getattr(torch, LAYER_DTYPE):
+        return {name: [layer.make(count)] for name, layer in LAYERS.items()}
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(COUNTS[1], generator=generator).to(dtype)[:count] for _ in range(2))
     made = {name: make() for name, make in _cases(x, dy).items()}
@@ -325,7 +333,8 @@ class Machine:
                     raise BenchError(f"{kernel!r}: {', '.join(wrong)} differs from the reference ({isa}, {dtype})")
                 total += instructions
             totals.append(total)
-        return (totals[1] - totals[0]) / (COUNTS[1] - COUNTS[0]) / LAYERS.get(kernel, (None, 1))[1]
+        per_code = (totals[1] - totals[0]) / (COUNTS[1] - COUNTS[0])
+        return per_code / LAYERS[kernel].products if kernel in LAYERS else per_code
 
 
 MACHINES = {
@@ -357,7 +366,7 @@ def rows_of(machine: str, names: Iterable[str], dtypes: Iterable[str], folder: P
     if why_not is None:
         facts |= here.versions()
         program = here.build(folder / machine)
-    layers = [(str(LAYER_DTYPE).removeprefix("torch."), name) for name in names if name in LAYERS]
+    layers = [(LAYER_DTYPE, name) for name in names if name in LAYERS]
     others = [(dtype, name) for dtype in dtypes for name in names if name not in LAYERS]
     wanted = {**dict.fromkeys(here.sets, others + layers), **dict.fromkeys(here.layer_sets, layers)}
     for isa in filter(wanted.get, wanted):

@@ -58,7 +58,7 @@ instruction on a vector is one; stores are those into the caches. `default` is p
 
 """
 _LAYER_INSTRUCTIONS = f"""\
-The same of layers [on codes](integer.md), for {bounds.PRODUCTS:,} products of a code and a weight, which have as many
+The same of layers [on codes](integer.md), for {bounds.PRODUCTS:,} products of a code and a weight of the same number of
 bits. One row is a batch of one; 64 rows share what is read and unpacked of the weights.
 
 """

@@ -155,8 +155,7 @@ struct IntegerLayer {
   float* out;          // the same in float32, if out_codes is null
   // How the work is cut. Sums are exact, so that no result depends on it.
   int64_t rows_per_task, channels_per_task;
-  // Ways to compute that not all instruction sets have (IntegerKernels).
-  bool by_columns;  // across channels
+  bool by_columns;  // across channels, which not all instruction sets can (IntegerKernels)
   // A channel of the output from each of the input, by itself. Then groups is 1, a row of weights is [kernel height,
   // kernel width], and tasks have all channels.
   bool depthwise;

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # torch 2.13.0, CPU: the time of torch.where and masked_fill depends on the order of the mask. A random one, as the mask of
 # a ReLU or the signs of weights, takes several times as long as the same mask sorted: their loops branch at each element,
-# which processors predict. Products with the mask and relu's backward (threshold_backward), a select too, take the same
-# time for both.
-# Guess before: a select is vectorized, as a product is. Seen (AMD EPYC, AVX2; 400,000 float32, ns an element, random and
-# sorted): where 3.9 and 0.6, masked_fill 4.4 and 1.3,
+# which a processor cannot predict for a random mask. A product with the mask, and relu's backward (threshold_backward), which
+# selects too, take the same time for both.
+# Guess before: a select is vectorized, as a product is.
+# Seen (AMD EPYC, AVX2; 400,000 float32, ns an element, random and sorted): where 3.9 and 0.6, masked_fill 4.4 and 1.3,
 # mask * x 0.8 and 0.8, threshold_backward 0.2 and 0.2.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/python" -m pip install --quiet torch==2.13.0 numpy
+"$folder/venv/bin/python" -m pip install --quiet torch==2.13.0
 "$folder/venv/bin/python" -W ignore - <<'PY'
 import time
 

@@ -50,7 +50,8 @@ struct ColumnShape : IntegerShape {
   int64_t weights, unpacked, acc, copies, bytes;
   int64_t offset_bytes;  // of where pixels of a window are, before depthwise weights
 
-  static constexpr int64_t kAlignment = 64, kMaxChannels = 32;  // that a set multiplies at a time
+  // That a set multiplies at a time; pixels of a depthwise window.
+  static constexpr int64_t kAlignment = 64, kMaxChannels = 32, kMaxPixels = 2;
 
   CG_HD explicit ColumnShape(const IntegerLayer& a) : IntegerShape(a) {
     const int64_t pixel = a.channels / a.groups, line = a.kernel[1] * pixel;
@@ -71,8 +72,8 @@ struct ColumnShape : IntegerShape {
     unpacked_stride = padded_codes + kAlignment;
     weights = rounded(a.rows_per_task * static_cast<int64_t>(sizeof(uint8_t*)), kAlignment);
     const int64_t window = a.kernel[0] * a.kernel[1];
-    offset_bytes = a.depthwise ? rounded(2 * window * static_cast<int64_t>(sizeof(int64_t)), kAlignment) : 0;
-    unpacked = weights + offset_bytes + channels * (a.depthwise ? 2 * window : pieces * quads * 4);
+    offset_bytes = a.depthwise ? rounded(kMaxPixels * window * static_cast<int64_t>(sizeof(int64_t)), kAlignment) : 0;
+    unpacked = weights + offset_bytes + channels * (a.depthwise ? kMaxPixels * window : pieces * quads * 4);
     acc = unpacked + kMaxChannels * unpacked_stride;
     copies = acc + a.rows_per_task * channels * static_cast<int64_t>(sizeof(int32_t));
     bytes = copies + (in_place ? 0 : in_lines ? copied_lines * pieces * piece_stride : a.rows_per_task * piece_stride);
@@ -87,7 +88,7 @@ inline int64_t IntegerShape::scratch(const IntegerLayer& a) const {
 
 struct IntegerKernels {
   const char* isa;
-  bool by_columns, depthwise;  // can compute so
+  bool by_columns;  // can compute so
   // Runs tasks [begin, end); scratch is aligned to 64 bytes.
   void (*layer)(const IntegerLayer&, int64_t begin, int64_t end, uint8_t* scratch);
 };

@@ -120,8 +120,7 @@ struct Layer {
   // Into tasks.
   void cut(const IntegerKernels& kernels) {
     const int64_t rows = args.images * args.out_size[0] * args.out_size[1], line = args.out_size[1];
-    args.depthwise =
-        kernels.depthwise && args.groups > 1 && args.groups == args.channels && args.groups == args.out_channels;
+    args.depthwise = args.groups > 1 && args.groups == args.channels && args.groups == args.out_channels;
     if (args.depthwise) {
       args.groups = 1, args.channels_per_task = args.channels;
       args.rows_per_task = std::clamp<int64_t>(kDepthwiseSumsPerTask / args.channels, 1, std::min(rows, line));

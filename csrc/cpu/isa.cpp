@@ -96,7 +96,7 @@ std::vector<const IntegerKernels*> usable_kernels() {
   if (torch_uses("AVX")) usable.push_back(&kIntegerKernelsAvx2);
 #endif
 #if defined(CG_HAVE_NEONI8MM)
-  if (uses_neon() && has_i8mm()) usable.push_back(&kIntegerKernelsNeonI8mm);
+  if (uses_neon() && has_dot() && has_i8mm()) usable.push_back(&kIntegerKernelsNeonI8mm);
 #endif
 #if defined(CG_HAVE_NEONDOT)
   if (uses_neon() && has_dot()) usable.push_back(&kIntegerKernelsNeonDot);

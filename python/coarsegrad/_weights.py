@@ -26,7 +26,7 @@ def _weight_codes(weight: Tensor, bits: int, channel_dim: int | None) -> tuple[T
     memory_format = suggest_memory_format(weight)
     codes = torch.empty_like(weight, dtype=torch.int8, memory_format=memory_format)
     if bits == 1:
-        return codes.fill_(1).masked_fill_(weight < 0, -1), scale
+        return codes.copy_(weight < 0).mul_(-2).add_(1), scale
     packed = _staircase(weight, scale, bits, channel_dim, codes=True)[3]
     found = from_memory_order(unpack(packed, CODE_WIDTH[bits], weight.numel()), weight.shape, memory_format)
     codes.copy_(found.to(torch.int8) - top_level(bits))
@@ -114,9 +114,10 @@ class _Select(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         weight, limit = (t.detach() for t in ctx.saved_tensors)
-        outside = weight.abs().to(limit.dtype).gt_(per_element(limit, weight, ctx.channel_dim))  # 1 or 0, 0 for NaN
-        # torch.where(outside, 0, grad_y), but vectorized on a CPU.
-        return torch.ops.aten.threshold_backward(grad_y, -outside.to(grad_y.dtype), -0.5), None, None, None
+        outside = weight.abs().to(limit.dtype) > per_element(limit, weight, ctx.channel_dim)  # false for NaN
+        inside = outside.logical_not_().to(grad_y.dtype)
+        # torch.where(inside > 0.5, grad_y, 0), but vectorized on a CPU.
+        return torch.ops.aten.threshold_backward(grad_y, inside, 0.5), None, None, None
 
 
 _library.impl("qweight", _qweight, "CompositeExplicitAutograd")

@@ -98,9 +98,9 @@ std::vector<double> whole_blocks(Dtype dtype, const void* from, int64_t length) 
   return to;
 }
 
-// A layer on codes by weights of `group` bits, cut into tasks as csrc/cpu/integer_ops.cpp does for one thread. A Linear
-// has `channels` outputs of rows of `inner` codes. Depthwise: windows of 3 x 3, with padding, of an image with `inner`
-// pixels in a line.
+// A layer on codes by weights of `group` bits, in tasks of as many rows as csrc/cpu/integer_ops.cpp gives them, and of
+// all channels. A Linear has `channels` outputs of rows of `inner` codes. Depthwise: windows of 3 x 3, with padding, of
+// an image with `inner` pixels in a line.
 void layer_on_codes(const IntegerKernels& kernels, const Header& h, const Buffer (&b)[kBuffers]) {
   const bool depthwise = h.op == kDepthwise;
   IntegerLayer a{};
@@ -109,15 +109,15 @@ void layer_on_codes(const IntegerKernels& kernels, const Header& h, const Buffer
   }
   a.codes = b[kX].packed(), a.bits = static_cast<int>(h.bits), a.out_channels = h.channels;
   if (depthwise) {
-    a.images = 1, a.channels = h.channels, a.groups = kernels.depthwise ? 1 : h.channels;
+    a.images = 1, a.channels = h.channels, a.groups = 1;
     a.size[0] = h.count / (h.channels * h.inner), a.size[1] = h.inner;
-    a.rows_per_task = kernels.depthwise ? h.inner : 32, a.depthwise = kernels.depthwise;
+    a.rows_per_task = h.inner, a.depthwise = true;
   } else {
     a.images = h.count / h.inner, a.channels = h.inner, a.groups = 1;
     a.by_columns = kernels.by_columns && a.images >= 48;
     a.rows_per_task = std::min<int64_t>(a.images, a.by_columns ? 64 : 32);
   }
-  a.channels_per_task = h.channels / a.groups;
+  a.channels_per_task = h.channels;
   a.out_size[0] = a.size[0], a.out_size[1] = a.size[1];
   const int64_t row_codes = depthwise ? 9 : h.inner;
   a.weight = b[kWeight].packed(), a.weight_bits = static_cast<int>(h.group);

@@ -65,7 +65,7 @@ bool matches(const Case& c) {
   const int64_t rows = c.images * a.out_size[0] * a.out_size[1], top = (1 << c.bits) - 1;
   a.rows_per_task = c.rows_per_task, a.channels_per_task = c.channels_per_task;
   a.by_columns = c.by_columns && CG_KERNELS.by_columns;
-  a.depthwise = c.groups == c.channels && c.groups == c.out_channels && CG_KERNELS.depthwise;
+  a.depthwise = c.groups == c.channels && c.groups == c.out_channels;
   if (a.depthwise) a.groups = 1, a.channels_per_task = c.channels;
 
   // Vectors of the exact size: a sanitizer then sees what is read past their ends.
@@ -168,6 +168,32 @@ int main(int argc, char** argv) {
     for (int weight_bits : {8, 4, 2, 1}) {
       failures +=
           !matches({bits, weight_bits, 1, 35, 35, 35, {9, 9}, {7, 7}, {1, 1}, {3, 3}, {1, 1}, 33, 35, true, false});
+    }
+  }
+  // The same where they lie in the image: whole blocks of channels, and no padding.
+  for (int64_t channels : {32, 64}) {
+    for (int bits : {4, 8}) {
+      for (int64_t stride : {1, 2}) {
+        for (const auto& [height, width] : {std::pair<int64_t, int64_t>{1, 1}, {1, 5}, {5, 1}, {3, 3}}) {
+          for (bool extremes : {false, true}) {
+            failures += !matches({bits,
+                                  8,
+                                  2,
+                                  channels,
+                                  channels,
+                                  channels,
+                                  {9, 11},
+                                  {height, width},
+                                  {stride, stride},
+                                  {0, 0},
+                                  {1, stride},
+                                  7,
+                                  channels,
+                                  extremes,
+                                  false});
+          }
+        }
+      }
     }
   }
   // Rows so long that they are multiplied in parts.

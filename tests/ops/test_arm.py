@@ -129,7 +129,7 @@ def test_what_is_counted_is_right(build):
         assert not (wrong := wrong_outputs(case, result)), (wrong, case.op, case.bits, case.ste, case.channels)
 
 
-@pytest.mark.parametrize("isa", LAYER_SETS)
+@pytest.mark.parametrize("isa", ("default", *LAYER_SETS))
 def test_counted_layers_are_right(build, isa):
     cases = list(itertools.chain(*instructions.cases(torch.uint8, instructions.COUNTS[0]).values()))
     for case, result in zip(cases, cuda_host.run((*build("cpu_host"), isa), cases), strict=True):

@@ -3,6 +3,5 @@
 #include "../generic/integer_layer.h"
 
 namespace cg {
-const IntegerKernels kIntegerKernelsAvxVnni = {"avxvnni", avx2::Columns::kChannels > 0, avx2::Depthwise::kChannels > 0,
-                                               avx2::integer_layer};
+const IntegerKernels kIntegerKernelsAvxVnni = {"avxvnni", avx2::Columns::kChannels > 0, avx2::integer_layer};
 }

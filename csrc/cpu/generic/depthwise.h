@@ -1,5 +1,5 @@
-// Products of codes and weights of each channel by itself, by a set's Window: that of 32 channels around a pixel, of
-// which it multiplies some pixels in a step.
+// Products of codes and weights of each channel by itself. A set's Window multiplies 32 channels of the window of an
+// output pixel, a step of some of its pixels at a time.
 #pragma once
 
 #include <algorithm>
@@ -13,12 +13,13 @@ namespace {
 //   kPixels: of a step
 //   place(i): where channel i of 32 is among the weights of a step, its pixels in turn
 //   unpack(...): a row of weights, one in a byte
-//   dot_wide(...): the sums of 32 channels
-//   dot_narrow(...), which it may have: the same by way of sums(a) steps in 16 bits, if there are any
+//   dot_wide(...): the sums of 32 channels, in 32 bits
+//   dot_narrow(...), which it may have: the same, with the sums of steps_in_16_bits(a) steps in 16 bits; not used for 0
 template <class Window>
 struct DepthwiseBy {
   static constexpr bool kAdds = false;  // to acc: it is written
   static constexpr int64_t kChannels = 32, kStepBytes = kChannels * Window::kPixels;
+  static_assert(kChannels <= ColumnShape::kMaxChannels && Window::kPixels <= ColumnShape::kMaxPixels);
 
   static int64_t steps(const IntegerLayer& a) {
     return IntegerShape::parts(a.kernel[0] * a.kernel[1], Window::kPixels);
@@ -55,7 +56,7 @@ struct DepthwiseBy {
       }
     };
     if constexpr (requires { Window::dot_narrow; }) {
-      if (const int64_t together = Window::sums(a); together > 0) {
+      if (const int64_t together = Window::steps_in_16_bits(a); together > 0) {
         return each([&](const uint8_t* codes, int32_t* sums) __attribute__((always_inline)) {
           Window::dot_narrow(codes, offsets, weights, step_count, together, sums);
         });

@@ -34,7 +34,7 @@ struct ColumnPanel {
   int64_t acc_stride;  // a multiple of what channels are rounded up to
 };
 
-// A set that cannot multiply across channels, or each by itself.
+// A set that cannot multiply across channels.
 struct NoColumns {
   static constexpr int64_t kChannels = 0;
 };

@@ -288,9 +288,7 @@ void layer_by_columns(const IntegerLayer& a, int64_t begin, int64_t end, uint8_t
 }
 
 void integer_layer(const IntegerLayer& a, int64_t begin, int64_t end, uint8_t* scratch) {
-  if constexpr (Depthwise::kChannels > 0) {
-    if (a.depthwise) return layer_by_columns<Depthwise>(a, begin, end, scratch);
-  }
+  if (a.depthwise) return layer_by_columns<Depthwise>(a, begin, end, scratch);
   if constexpr (Columns::kChannels > 0) {
     if (a.by_columns) return layer_by_columns<Columns>(a, begin, end, scratch);
   }

@@ -11,10 +11,10 @@ namespace {
 struct PixelWindow {
   static constexpr int64_t kPixels = 1;
 
-  // 0: codes are no signed bytes, or a sum of two products may leave 16 bits.
-  static int64_t sums(const IntegerLayer& a) {
-    const int64_t sums = 32767 / (((1 << a.bits) - 1) * (1 << (a.weight_bits - 1)));
-    return a.bits < 8 && sums > 1 ? sums : 0;
+  // None where codes are no signed bytes, or the sum of two products may leave 16 bits.
+  static int64_t steps_in_16_bits(const IntegerLayer& a) {
+    const int64_t steps = 32767 / (((1 << a.bits) - 1) * (1 << (a.weight_bits - 1)));
+    return a.bits < 8 && steps > 1 ? steps : 0;
   }
   static int64_t place(int64_t i) { return i; }
   static void unpack(const uint8_t* packed, int64_t bytes, int bits, uint8_t* to) {

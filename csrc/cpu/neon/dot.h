@@ -1,3 +1,4 @@
+// Products of codes and weights along rows, and of channels by themselves.
 #pragma once
 
 #include "depthwise.h"

@@ -3,6 +3,5 @@
 #include "../generic/integer_layer.h"
 
 namespace cg {
-const IntegerKernels kIntegerKernelsNeon = {"neon", neon::Columns::kChannels > 0, neon::Depthwise::kChannels > 0,
-                                            neon::integer_layer};
+const IntegerKernels kIntegerKernelsNeon = {"neon", neon::Columns::kChannels > 0, neon::integer_layer};
 }

@@ -3,6 +3,5 @@
 #include "../generic/integer_layer.h"
 
 namespace cg {
-const IntegerKernels kIntegerKernelsNeonDot = {"neondot", neon::Columns::kChannels > 0, neon::Depthwise::kChannels > 0,
-                                               neon::integer_layer};
+const IntegerKernels kIntegerKernelsNeonDot = {"neondot", neon::Columns::kChannels > 0, neon::integer_layer};
 }

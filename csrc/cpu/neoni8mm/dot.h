@@ -14,6 +14,9 @@ namespace {
 // Of rows and of channels: sums take 16 of 32 registers.
 constexpr int kTilePairs = 4;
 
+// Those of a panel, and of one more row if it has an odd number.
+constexpr int64_t kMaxPairedCodes = kPanelBytes + kPanelBytes / kMinPanelRows + kMaxPanelRows * 8 * kWeightBlock;
+
 // Eight codes of a row, then eight of the next, or zeros; of the rows [row, row + 2) of each pair in turn.
 void pair_codes(const DotPanel& a, int64_t row, int64_t rows, int64_t count, uint8_t* to) {
   for (; rows > 0; row += 2, rows -= 2, to += 2 * count) {
@@ -43,13 +46,9 @@ __attribute__((noinline)) void dot_pairs(const DotPanel& a, const uint8_t* codes
     const uint8_t* const from = codes + 2 * (at / kWeightBlock * kWeightBlock * kCount + at % kWeightBlock);
     uint8x16_t packed[2][kChannelPairs];
     for (int c = 0; c < kChannelPairs; ++c) {
-      const uint8_t *const one = weights + 2 * c * a.weight_stride + at, *const other =
-                                                                             weights +
-                                                                             std::min<int64_t>(2 * c + 1, last) *
-                                                                                 a.weight_stride +
-                                                                             at;
-      const uint64x2_t w = vreinterpretq_u64_u8(load<uint8x16_t>(one));
-      const uint64x2_t v = vreinterpretq_u64_u8(load<uint8x16_t>(other));
+      const int64_t one = 2 * c, other = std::min<int64_t>(2 * c + 1, last);
+      const uint64x2_t w = vreinterpretq_u64_u8(load<uint8x16_t>(weights + one * a.weight_stride + at));
+      const uint64x2_t v = vreinterpretq_u64_u8(load<uint8x16_t>(weights + other * a.weight_stride + at));
       packed[0][c] = vreinterpretq_u8_u64(vzip1q_u64(w, v)), packed[1][c] = vreinterpretq_u8_u64(vzip2q_u64(w, v));
     }
     const auto add_plane = [&]<int kPlane>(std::integral_constant<int, kPlane>) __attribute__((always_inline)) {
@@ -90,8 +89,8 @@ void dot_row_pairs(const DotPanel& a, const uint8_t* codes, int64_t rows, int64_
 
 template <int kWeightBits>
 void dot_panel(const DotPanel& a) {
-  if (a.rows == 1) return dot_panel_by_rows<kWeightBits>(a);
-  alignas(64) uint8_t paired[kMaxPanelRows * kMaxPanelCodes];  // about 200 KB
+  if (a.rows == 1) return dot_channels<kWeightBits, false, 1, kChannelsOfOneRow>(a);
+  alignas(64) uint8_t paired[kMaxPairedCodes];
   const int64_t count = a.blocks * kWeightBlock * kPlanes<kWeightBits>;
   for (int64_t row = 0; row < a.rows; row += kMaxPanelRows) {
     const int64_t rows = std::min(a.rows - row, kMaxPanelRows);

@@ -3,6 +3,5 @@
 #include "../generic/integer_layer.h"
 
 namespace cg {
-const IntegerKernels kIntegerKernelsNeonI8mm = {"neoni8mm", neon::Columns::kChannels > 0,
-                                                neon::Depthwise::kChannels > 0, neon::integer_layer};
+const IntegerKernels kIntegerKernelsNeonI8mm = {"neoni8mm", neon::Columns::kChannels > 0, neon::integer_layer};
 }

@@ -3,6 +3,5 @@
 #include "../generic/integer_layer.h"
 
 namespace cg {
-const IntegerKernels kIntegerKernelsDefault = {"default", scalar::Columns::kChannels > 0,
-                                               scalar::Depthwise::kChannels > 0, scalar::integer_layer};
+const IntegerKernels kIntegerKernelsDefault = {"default", scalar::Columns::kChannels > 0, scalar::integer_layer};
 }
