@@ -14,7 +14,7 @@ namespace {
 //   place(i): where channel i of 32 is among the weights of a step, its pixels in turn
 //   unpack(...): a row of weights, one in a byte
 //   dot_wide(...): the sums of 32 channels, in 32 bits
-//   dot_narrow(...), which it may have: the same, with the sums of steps_in_16_bits(a) steps in 16 bits; not used for 0
+//   dot_narrow(...), which it may have: the same of codes of up to kNarrowBits, with the sums of some steps in 16 bits
 template <class Window>
 struct DepthwiseBy {
   static constexpr bool kAdds = false;  // to acc: it is written
@@ -56,7 +56,9 @@ struct DepthwiseBy {
       }
     };
     if constexpr (requires { Window::dot_narrow; }) {
-      if (const int64_t together = Window::steps_in_16_bits(a); together > 0) {
+      // One step alone would only have to be widened.
+      const int64_t together = 32767 / (Window::kPixels * ((1 << a.bits) - 1) * (1 << (a.weight_bits - 1)));
+      if (together > 1 && a.bits <= Window::kNarrowBits) {
         return each([&](const uint8_t* codes, int32_t* sums) __attribute__((always_inline)) {
           Window::dot_narrow(codes, offsets, weights, step_count, together, sums);
         });

@@ -10,12 +10,8 @@ namespace {
 
 struct PixelWindow {
   static constexpr int64_t kPixels = 1;
+  static constexpr int kNarrowBits = 7;  // of a signed byte
 
-  // None where codes are no signed bytes, or the sum of two products may leave 16 bits.
-  static int64_t steps_in_16_bits(const IntegerLayer& a) {
-    const int64_t steps = 32767 / (((1 << a.bits) - 1) * (1 << (a.weight_bits - 1)));
-    return a.bits < 8 && steps > 1 ? steps : 0;
-  }
   static int64_t place(int64_t i) { return i; }
   static void unpack(const uint8_t* packed, int64_t bytes, int bits, uint8_t* to) {
     const uint8x16_t field = vdupq_n_u8(static_cast<uint8_t>((1 << bits) - 1));

@@ -13,12 +13,8 @@ namespace {
 
 struct PairWindow {
   static constexpr int64_t kPixels = 2;
+  static constexpr int kNarrowBits = 8;
 
-  // None where a single one would have to be widened, or two products may leave 16 bits.
-  static int64_t steps_in_16_bits(const IntegerLayer& a) {
-    const int64_t steps = 32767 / (2 * ((1 << a.bits) - 1) * (1 << (a.weight_bits - 1)));
-    return steps > 1 ? steps : 0;
-  }
   // The order of vpunpcklbw and vpunpckhbw.
   static int64_t place(int64_t i) { return i / 8 % 2 * 32 + i / 16 * 16 + i % 8 * 2; }
   static void unpack(const uint8_t* packed, int64_t bytes, int bits, uint8_t* to) {
