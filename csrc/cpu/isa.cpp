@@ -11,10 +11,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
-#if defined(CG_HAVE_NEON) && defined(__linux__)
-#include <sys/auxv.h>
-#elif defined(CG_HAVE_NEON) && defined(__APPLE__)
-#include <sys/sysctl.h>
+#if defined(CG_HAVE_NEON)
+#include "neon/features.h"
 #endif
 
 namespace cg {
@@ -39,23 +37,6 @@ bool uses_neon() {
   const char* const held = std::getenv("ATEN_CPU_CAPABILITY");
   return !held || std::string_view(held) != "default";
 }
-
-#if defined(__linux__)
-// HWCAP_ASIMDDP and HWCAP2_I8MM, which headers of older systems lack.
-[[maybe_unused]] bool has_dot() { return getauxval(AT_HWCAP) >> 20 & 1; }
-[[maybe_unused]] bool has_i8mm() { return getauxval(AT_HWCAP2) >> 13 & 1; }
-#elif defined(__APPLE__)
-bool has(const char* feature) {
-  int found = 0;
-  size_t size = sizeof(found);
-  return sysctlbyname(feature, &found, &size, nullptr, 0) == 0 && found;
-}
-[[maybe_unused]] bool has_dot() { return has("hw.optional.arm.FEAT_DotProd"); }
-[[maybe_unused]] bool has_i8mm() { return has("hw.optional.arm.FEAT_I8MM"); }
-#else
-[[maybe_unused]] bool has_dot() { return false; }
-[[maybe_unused]] bool has_i8mm() { return false; }
-#endif
 #endif
 
 }  // namespace
@@ -96,10 +77,10 @@ std::vector<const IntegerKernels*> usable_kernels() {
   if (torch_uses("AVX")) usable.push_back(&kIntegerKernelsAvx2);
 #endif
 #if defined(CG_HAVE_NEONI8MM)
-  if (uses_neon() && has_dot() && has_i8mm()) usable.push_back(&kIntegerKernelsNeonI8mm);
+  if (uses_neon() && neon::has_dot() && neon::has_i8mm()) usable.push_back(&kIntegerKernelsNeonI8mm);
 #endif
 #if defined(CG_HAVE_NEONDOT)
-  if (uses_neon() && has_dot()) usable.push_back(&kIntegerKernelsNeonDot);
+  if (uses_neon() && neon::has_dot()) usable.push_back(&kIntegerKernelsNeonDot);
 #endif
 #if defined(CG_HAVE_NEON)
   if (uses_neon()) usable.push_back(&kIntegerKernelsNeon);

@@ -129,6 +129,22 @@ def test_what_is_counted_is_right(build):
         assert not (wrong := wrong_outputs(case, result)), (wrong, case.op, case.bits, case.ste, case.channels)
 
 
+@pytest.mark.parametrize("cpu, features", [("cortex-a72", "0 0"), ("neoverse-n1", "1 0"), ("max", "1 1")])
+def test_what_a_cpu_has(tmp_path, cpu, features):
+    """SDOT and I8MM, by which the kernels are chosen."""
+    source = tmp_path / "features.cpp"
+    source.write_text("""
+        #include <asm/hwcap.h>
+        #include <cstdio>
+        #include "cpu/neon/features.h"
+        static_assert(cg::neon::kDot == HWCAP_ASIMDDP && cg::neon::kI8mm == HWCAP2_I8MM);
+        int main() { std::printf("%d %d", cg::neon::has_dot(), cg::neon::has_i8mm()); }
+    """)
+    program = tmp_path / "features"
+    subprocess.run([COMPILER, "-std=c++20", "-static", "-I", ROOT / "csrc", "-o", program, source], check=True)
+    assert subprocess.run([EMULATOR, "-cpu", cpu, program], capture_output=True, text=True).stdout == features
+
+
 @pytest.mark.parametrize("isa", ("default", *LAYER_SETS))
 def test_counted_layers_are_right(build, isa):
     cases = list(itertools.chain(*instructions.cases(torch.uint8, instructions.COUNTS[0]).values()))
