@@ -25,6 +25,12 @@ struct DepthwiseBy {
     return IntegerShape::parts(a.kernel[0] * a.kernel[1], Window::kPixels);
   }
 
+  // Whose sums do. One alone would only have to be widened.
+  static int64_t steps_in_16_bits(const IntegerLayer& a) {
+    const int64_t count = 32767 / (Window::kPixels * ((1 << a.bits) - 1) * (1 << (a.weight_bits - 1)));
+    return count > 1 && a.bits <= Window::kNarrowBits ? count : 0;
+  }
+
   // Where in the window the pixels of each step are, and [channels / 32, steps, kStepBytes] weights.
   static void order(const IntegerLayer& a, const ColumnShape& shape, const uint8_t* weights, int64_t channels,
                     uint8_t* unpacked, uint8_t* to) {
@@ -56,9 +62,7 @@ struct DepthwiseBy {
       }
     };
     if constexpr (requires { Window::dot_narrow; }) {
-      // One step alone would only have to be widened.
-      const int64_t together = 32767 / (Window::kPixels * ((1 << a.bits) - 1) * (1 << (a.weight_bits - 1)));
-      if (together > 1 && a.bits <= Window::kNarrowBits) {
+      if (const int64_t together = steps_in_16_bits(a); together > 0) {
         return each([&](const uint8_t* codes, int32_t* sums) __attribute__((always_inline)) {
           Window::dot_narrow(codes, offsets, weights, step_count, together, sums);
         });
