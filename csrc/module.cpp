@@ -41,7 +41,9 @@ void def_isa(pybind11::module_& m, const std::string& prefix) {
 #ifdef __GLIBC__
 // Since glibc 2.32 g++'s shared_ptr does without atomics while this says that there is one thread. Our own says that
 // there may be more, and then a wheel that is built today needs no newer glibc than torch's wheels do, 2.28.
-extern "C" char __libc_single_threaded = 0;
+extern "C" {
+char __libc_single_threaded = 0;
+}
 #endif
 
 PYBIND11_MODULE(_C, m) {
