@@ -176,7 +176,7 @@ def _codes_of(bits: int, *shape: int) -> Tensor:
     return torch.randint(2**bits, shape, generator=torch.Generator().manual_seed(0))
 
 
-_OUTPUTS, _CHANNELS, _WIDTH = 32, 64, 16
+_OUTPUTS, _WIDTH = 32, 16
 
 
 def _linear(rows: int, bits: int, count: int) -> Case:
@@ -184,13 +184,17 @@ def _linear(rows: int, bits: int, count: int) -> Case:
     return _on_codes("linear", codes, codes.size(1), _OUTPUTS, codes.size(1), bits, lambda x, w: x @ w.T)
 
 
-def _depthwise(bits: int, count: int) -> Case:
+def _conv(op: str, channels: int, bits: int, count: int) -> Case:
+    """Of 3 x 3, with as many channels of the output."""
+    inputs = 1 if op == "depthwise" else channels
+
     def sums(x: Tensor, w: Tensor) -> Tensor:
-        images = F.conv2d(x.movedim(-1, 0)[None], w.view(-1, 1, 3, 3), padding=1, groups=_CHANNELS)
+        kernel = w.view(channels, 3, 3, inputs).movedim(-1, 1)
+        images = F.conv2d(x.movedim(-1, 0)[None], kernel, padding=1, groups=channels // inputs)
         return images[0].movedim(0, -1)
 
-    codes = _codes_of(bits, count // (_CHANNELS * _WIDTH), _WIDTH, _CHANNELS)
-    return _on_codes("depthwise", codes, 9, _CHANNELS, _WIDTH, bits, sums)
+    codes = _codes_of(bits, count // (channels * _WIDTH), _WIDTH, channels)
+    return _on_codes(op, codes, 9 * inputs, channels, _WIDTH, bits, sums)
 
 
 def _plural(number: int, word: str) -> str:
@@ -205,12 +209,16 @@ class Layer:
     products: int
 
 
-# By 64 rows each instruction set multiplies in the way that it does most.
+# By 64 rows and more each instruction set multiplies in the way that it does most.
 LAYERS = {
     f"linear, {_plural(rows, 'row')}, {_plural(bits, 'bit')}": Layer(functools.partial(_linear, rows, bits), _OUTPUTS)
     for rows in (64, 1)
     for bits in (8, 4, 2, 1)
-} | {f"depthwise, 3 x 3, {_plural(bits, 'bit')}": Layer(functools.partial(_depthwise, bits), 9) for bits in (8, 4)}
+} | {
+    f"{op}, 3 x 3, {_plural(bits, 'bit')}": Layer(functools.partial(_conv, op, channels, bits), products)
+    for op, channels, products in (("conv", _OUTPUTS, 9 * _OUTPUTS), ("depthwise", 64, 9))
+    for bits in (8, 4)
+}
 
 
 @functools.cache

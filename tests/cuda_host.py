@@ -14,7 +14,7 @@ from torch import Tensor
 
 # In the order of the enumerators in csrc/math and of the operations in tests/cpp/cuda_host_cases.h.
 OPS = ("forward", "backward", "dequantize", "backward_from_slopes", "signed_forward", "signed_dequantize", "hadamard",
-       "weight_scale", "norm", "copy", "linear", "depthwise")  # fmt: skip
+       "weight_scale", "norm", "copy", "linear", "conv", "depthwise")  # fmt: skip
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ROUNDINGS = ("ceil", "nearest", "hwgq")
 MASKS = ("nothing", "positive", "inside", "state", "near")

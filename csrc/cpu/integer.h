@@ -51,7 +51,7 @@ struct ColumnShape : IntegerShape {
   int64_t offset_bytes;  // of where pixels of a window are, before depthwise weights
 
   // That a set multiplies at a time; pixels of a depthwise window.
-  static constexpr int64_t kAlignment = 64, kMaxChannels = 32, kMaxPixels = 2;
+  static constexpr int64_t kAlignment = 64, kMaxChannels = 32, kMaxQuads = 2, kMaxPixels = 2;
 
   CG_HD explicit ColumnShape(const IntegerLayer& a) : IntegerShape(a) {
     const int64_t pixel = a.channels / a.groups, line = a.kernel[1] * pixel;
@@ -73,7 +73,8 @@ struct ColumnShape : IntegerShape {
     weights = rounded(a.rows_per_task * static_cast<int64_t>(sizeof(uint8_t*)), kAlignment);
     const int64_t window = a.kernel[0] * a.kernel[1];
     offset_bytes = a.depthwise ? rounded(kMaxPixels * window * static_cast<int64_t>(sizeof(int64_t)), kAlignment) : 0;
-    unpacked = weights + offset_bytes + channels * (a.depthwise ? kMaxPixels * window : pieces * quads * 4);
+    unpacked = weights + offset_bytes +
+               channels * (a.depthwise ? kMaxPixels * window : pieces * rounded(quads, kMaxQuads) * 4);
     acc = unpacked + kMaxChannels * unpacked_stride;
     copies = acc + a.rows_per_task * channels * static_cast<int64_t>(sizeof(int32_t));
     bytes = copies + (in_place ? 0 : in_lines ? copied_lines * pieces * piece_stride : a.rows_per_task * piece_stride);

@@ -99,27 +99,29 @@ std::vector<double> whole_blocks(Dtype dtype, const void* from, int64_t length) 
 }
 
 // A layer on codes by weights of `group` bits, in tasks of as many rows as csrc/cpu/integer_ops.cpp gives them, and of
-// all channels. A Linear has `channels` outputs of rows of `inner` codes. Depthwise: windows of 3 x 3, with padding, of
-// an image with `inner` pixels in a line.
+// all channels. A Linear has `channels` outputs of rows of `inner` codes. Convolutions have windows of 3 x 3, with
+// padding, of an image with `inner` pixels in a line and as many channels as there are outputs; depthwise, each by
+// itself.
 void layer_on_codes(const IntegerKernels& kernels, const Header& h, const Buffer (&b)[kBuffers]) {
-  const bool depthwise = h.op == kDepthwise;
+  const bool linear = h.op == kLinear;
   IntegerLayer a{};
   for (int i = 0; i < 2; ++i) {
-    a.stride[i] = a.dilation[i] = 1, a.size[i] = 1, a.kernel[i] = depthwise ? 3 : 1, a.padding[i] = depthwise ? 1 : 0;
+    a.stride[i] = a.dilation[i] = 1, a.size[i] = 1, a.kernel[i] = linear ? 1 : 3, a.padding[i] = linear ? 0 : 1;
   }
   a.codes = b[kX].packed(), a.bits = static_cast<int>(h.bits), a.out_channels = h.channels;
-  if (depthwise) {
-    a.images = 1, a.channels = h.channels, a.groups = 1;
-    a.size[0] = h.count / (h.channels * h.inner), a.size[1] = h.inner;
-    a.rows_per_task = h.inner, a.depthwise = true;
+  a.groups = 1;
+  if (linear) {
+    a.images = h.count / h.inner, a.channels = h.inner;
   } else {
-    a.images = h.count / h.inner, a.channels = h.inner, a.groups = 1;
-    a.by_columns = kernels.by_columns && a.images >= 48;
-    a.rows_per_task = std::min<int64_t>(a.images, a.by_columns ? 64 : 32);
+    a.images = 1, a.channels = h.channels;
+    a.size[0] = h.count / (h.channels * h.inner), a.size[1] = h.inner;
   }
+  const int64_t rows = a.images * a.size[0] * a.size[1];
+  a.depthwise = h.op == kDepthwise, a.by_columns = !a.depthwise && kernels.by_columns && rows >= 48;
+  a.rows_per_task = a.depthwise ? h.inner : std::min<int64_t>(rows, a.by_columns ? 64 : 32);
   a.channels_per_task = h.channels;
   a.out_size[0] = a.size[0], a.out_size[1] = a.size[1];
-  const int64_t row_codes = depthwise ? 9 : h.inner;
+  const int64_t row_codes = a.kernel[0] * a.kernel[1] * (a.depthwise ? 1 : a.channels);
   a.weight = b[kWeight].packed(), a.weight_bits = static_cast<int>(h.group);
   a.row_bytes = IntegerShape::parts(row_codes * h.group, 8 * kWeightBlock) * kWeightBlock;
   a.scale = static_cast<const float*>(b[kAlpha].data()), a.offset = static_cast<const float*>(b[kBias].data());
@@ -254,7 +256,7 @@ int main(int argc, char** argv) {
     return 1;
   }
   return for_each_case([&](const Header& h, const Buffer(&b)[kBuffers]) {
-    if (h.op == kLinear || h.op == kDepthwise) layer_on_codes(needed(integer_kernels), h, b);
+    if (h.op == kLinear || h.op == kConv || h.op == kDepthwise) layer_on_codes(needed(integer_kernels), h, b);
     else run(needed(kernels), h, b);
   });
 }

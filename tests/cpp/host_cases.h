@@ -27,7 +27,8 @@ enum Op : int64_t {
   kWeightScale,
   kNorm,
   kCopy,
-  kLinear,  // this and the next on codes
+  kLinear,  // this and the next two on codes
+  kConv,
   kDepthwise,
 };
 enum Mode : int64_t { kNull, kRead, kWrite, kReadWrite };

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "dot_panel.h"
+#include "unpack_row.h"
 
 namespace cg::CG_ISA {
 namespace {
@@ -12,7 +13,6 @@ namespace {
 // What integer_layer.h wants of a set that multiplies channels by themselves. Of a Window:
 //   kPixels: of a step
 //   place(i): where channel i of 32 is among the weights of a step, its pixels in turn
-//   unpack(...): a row of weights, one in a byte
 //   dot_wide(...): the sums of 32 channels, in 32 bits
 //   dot_narrow(...), which it may have: the same of codes of up to kNarrowBits, with the sums of some steps in 16 bits
 template <class Window>
@@ -43,7 +43,7 @@ struct DepthwiseBy {
     to += shape.offset_bytes;
     memset(to, 0, IntegerShape::parts(channels, kChannels) * step_count * kStepBytes);
     for (int64_t c = 0; c < channels; ++c) {
-      Window::unpack(weights + c * a.row_bytes, a.row_bytes, a.weight_bits, unpacked);
+      unpack_row(weights + c * a.row_bytes, a.row_bytes, a.weight_bits, unpacked);
       for (int64_t pixel = 0; pixel < pixels; ++pixel) {
         const int64_t step = c / kChannels * step_count + pixel / Window::kPixels;
         to[step * kStepBytes + Window::place(c % kChannels) + pixel % Window::kPixels] = unpacked[pixel];

@@ -23,7 +23,7 @@ struct DotPanel {
   int64_t acc_stride;
 };
 
-// acc[r, c] += the same of rows in pieces, by weights in the order of x86/dot_columns.h.
+// acc[r, c] += the same of rows in pieces, by weights in the order that the set takes them in.
 struct ColumnPanel {
   const uint8_t* const* row;  // the first code of each
   int64_t rows, pieces, piece_stride, quads;

@@ -1,7 +1,7 @@
 // Windows of channels by themselves, a pixel at a time.
 #pragma once
 
-#include "registers.h"
+#include "unpack_weights.h"
 
 #include "../generic/depthwise.h"
 
@@ -13,19 +13,6 @@ struct PixelWindow {
   static constexpr int kNarrowBits = 7;  // of a signed byte
 
   static int64_t place(int64_t i) { return i; }
-  static void unpack(const uint8_t* packed, int64_t bytes, int bits, uint8_t* to) {
-    const uint8x16_t field = vdupq_n_u8(static_cast<uint8_t>((1 << bits) - 1));
-    const uint8x16_t top = vdupq_n_u8(static_cast<uint8_t>(1 << (bits - 1)));
-    for (int64_t at = 0; at < bytes; at += kWeightBlock) {
-      for (int up = 0; up < 8; up += bits, to += kWeightBlock) {
-        for (int64_t half = 0; half < kWeightBlock; half += 16) {
-          const uint8x16_t block = load<uint8x16_t>(packed + at + half);
-          const uint8x16_t w = vshlq_u8(block, vdupq_n_s8(static_cast<int8_t>(-up))) & field;
-          store(to + half, bits == 1 ? w + w - top : (w ^ top) - top);
-        }
-      }
-    }
-  }
 
   static CG_HD void dot_narrow(const uint8_t* codes, const int64_t* offsets, const uint8_t* weights, int64_t pixels,
                                int64_t together, int32_t* sums) {

@@ -1,8 +1,8 @@
-// Products of codes and weights along rows, and of channels by themselves.
+// Products of codes and weights along rows, across channels, and of channels by themselves.
 #pragma once
 
 #include "depthwise.h"
-#include "dot_rows.h"
+#include "dot_columns.h"
 
 namespace cg::neon {
 namespace {
@@ -11,8 +11,6 @@ template <int kWeightBits>
 void dot_panel(const DotPanel& a) {
   dot_panel_by_rows<kWeightBits>(a);
 }
-
-using Columns = NoColumns;
 
 }  // namespace
 }  // namespace cg::neon

@@ -5,28 +5,13 @@
 
 #include <utility>
 
-#include "../generic/dot_panel.h"
-#include "registers.h"
+#include "unpack_weights.h"
 
 namespace cg::neon {
 namespace {
 
 // Sums are kept in registers, of which there are 32.
 constexpr int kTileRows = 4, kTileChannels = 4, kChannelsOfOneRow = 8;
-
-template <int kWeightBits, int kPlane>
-CG_HD int8x16_t unpack_weights(uint8x16_t packed) {
-  if constexpr (kWeightBits == 8) {
-    return vreinterpretq_s8_u8(packed);
-  } else if constexpr (kWeightBits == 1) {
-    const uint8x16_t set = vtstq_u8(packed, vdupq_n_u8(1 << kPlane));
-    return vreinterpretq_s8_u8(vornq_u8(vdupq_n_u8(1), set));  // -1 or 1
-  } else {
-    constexpr int kUp = 8 - kWeightBits * (kPlane + 1);
-    const int8x16_t upper = vreinterpretq_s8_u8(vshlq_n_u8(packed, kUp));
-    return vshrq_n_s8(upper, 8 - kWeightBits);
-  }
-}
 
 #if defined(CG_DOT_UNSIGNED)
 constexpr int kCodeBits = 8;
@@ -65,12 +50,10 @@ __attribute__((noinline)) void dot_tile(const DotPanel& a, const uint8_t* codes,
     weight_sums[c] = vdupq_n_s32(0);
     for (int r = 0; r < kRows; ++r) sums[r][c] = weight_sums[c];
   }
-  // Half a block at a time: its codes of a plane are as far apart as whole blocks are.
-  for (int64_t at = 0; at < a.blocks * kWeightBlock; at += 16) {
-    const uint8_t* const from = codes + at / kWeightBlock * kWeightBlock * kCount + at % kWeightBlock;
+  const auto add = [&](const uint8_t* from, int64_t at) __attribute__((always_inline)) {
     uint8x16_t packed[kChannels];
     for (int c = 0; c < kChannels; ++c) packed[c] = load<uint8x16_t>(weights + c * a.weight_stride + at);
-    const auto add_plane = [&]<int kPlane>(std::integral_constant<int, kPlane>) __attribute__((always_inline)) {
+    for_each_plane<kCount>([&]<int kPlane>(std::integral_constant<int, kPlane>) __attribute__((always_inline)) {
       int8x16_t w[kChannels];
       for (int c = 0; c < kChannels; ++c) {
         w[c] = unpack_weights<kWeightBits, kPlane>(packed[c]);
@@ -81,14 +64,24 @@ __attribute__((noinline)) void dot_tile(const DotPanel& a, const uint8_t* codes,
         if constexpr (kShifted) code ^= uint8_t{0x80};
         for (int c = 0; c < kChannels; ++c) sums[r][c] = add_products(sums[r][c], code, w[c]);
       }
-    };
-    for_each_plane<kCount>(add_plane);
+    });
+  };
+  // Half a block at a time: its codes of a plane are as far apart as whole blocks are.
+  for (int64_t at = 0; at < a.blocks * kWeightBlock;) {
+    if constexpr (kCount == 1) {
+      add(codes + at, at);
+      at += 16;
+    } else {
+      add(codes + at * kCount, at);
+      add(codes + at * kCount + 16, at + 16);
+      at += kWeightBlock;
+    }
   }
   for (int r = 0; r < kRows; ++r) {
     for (int c = 0; c < kChannels; ++c) {
       int32_t sum = vaddvq_s32(sums[r][c]);
       if constexpr (kShifted) sum += 128 * vaddvq_s32(weight_sums[c]);
-      acc[r * a.acc_stride + c] += sum;
+      acc[r * a.acc_stride + c] += sum >> kWeightShift<kWeightBits>;
     }
   }
 }

@@ -7,6 +7,7 @@
 #define CG_DOT_UNSIGNED
 #include "../neon/depthwise.h"
 #include "../neon/dot_rows.h"
+#include "dot_columns.h"
 
 namespace cg::neon {
 namespace {
@@ -67,9 +68,10 @@ __attribute__((noinline)) void dot_pairs(const DotPanel& a, const uint8_t* codes
   for (int64_t r = 0; r < kRowPairs; ++r) {
     for (int c = 0; c < kChannelPairs; ++c) {
       int32_t* const to = acc + 2 * r * a.acc_stride + 2 * c;
-      vst1_s32(to, vld1_s32(to) + vget_low_s32(sums[r][c]));
+      const int32x4_t sum = sums[r][c] >> kWeightShift<kWeightBits>;
+      vst1_s32(to, vld1_s32(to) + vget_low_s32(sum));
       if (2 * r + 1 == rows) continue;
-      vst1_s32(to + a.acc_stride, vld1_s32(to + a.acc_stride) + vget_high_s32(sums[r][c]));
+      vst1_s32(to + a.acc_stride, vld1_s32(to + a.acc_stride) + vget_high_s32(sum));
     }
   }
 }
@@ -103,8 +105,6 @@ void dot_panel(const DotPanel& a) {
     for (; channel < a.channels; channel += 2) dot_row_pairs<kWeightBits, 1>(a, paired, rows, channel, acc);
   }
 }
-
-using Columns = NoColumns;
 
 }  // namespace
 }  // namespace cg::neon

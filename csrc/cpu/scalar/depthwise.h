@@ -20,17 +20,18 @@ void unpack_block(const uint8_t* packed, int8_t* weights) {
   }
 }
 
+void unpack_row(const uint8_t* packed, int64_t bytes, int bits, uint8_t* to) {
+  with_width(bits, [&](auto width) {
+    for (int64_t at = 0; at < bytes; at += kWeightBlock, to += kWeightBlock * kPlanes<width.value>) {
+      unpack_block<width.value>(packed + at, reinterpret_cast<int8_t*>(to));
+    }
+  });
+}
+
 struct PlainWindow {
   static constexpr int64_t kPixels = 1;
 
   static int64_t place(int64_t i) { return i; }
-  static void unpack(const uint8_t* packed, int64_t bytes, int bits, uint8_t* to) {
-    with_width(bits, [&](auto width) {
-      for (int64_t at = 0; at < bytes; at += kWeightBlock, to += kWeightBlock * kPlanes<width.value>) {
-        unpack_block<width.value>(packed + at, reinterpret_cast<int8_t*>(to));
-      }
-    });
-  }
   static void dot_wide(const uint8_t* codes, const int64_t* offsets, const uint8_t* weights, int64_t pixels,
                        int32_t* sums) {
     int32_t wide[32] = {};

@@ -17,9 +17,6 @@ struct PairWindow {
 
   // The order of vpunpcklbw and vpunpckhbw.
   static int64_t place(int64_t i) { return i / 8 % 2 * 32 + i / 16 * 16 + i % 8 * 2; }
-  static void unpack(const uint8_t* packed, int64_t bytes, int bits, uint8_t* to) {
-    unpack_row(packed, bytes, bits, to);
-  }
 
   static CG_HD void dot_narrow(const uint8_t* codes, const int64_t* offsets, const uint8_t* weights, int64_t pairs,
                                int64_t together, int32_t* sums) {
