@@ -9,7 +9,7 @@ from typing import Any
 from . import integrations, nn
 from .backends import backends, use_backend
 from .export import export_onnx, onnx_translations
-from .functional import dequantize, qrelu, qrelu_codes, qrelu_conv2d, qrelu_linear
+from .functional import dequantize, qrelu, qrelu_codes, qrelu_conv2d, qrelu_linear, qrelu_mlp
 from .gated import gated_product
 from .integer import convert
 from .memory import saved_memory
@@ -60,6 +60,7 @@ __all__ = [
     "qrelu_codes",
     "qrelu_conv2d",
     "qrelu_linear",
+    "qrelu_mlp",
     "qsigned",
     "qsigned_codes",
     "quantize_",

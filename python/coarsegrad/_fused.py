@@ -175,8 +175,8 @@ def qrelu_and_layer(
 
 @functools.cache
 def register_flop_formulas() -> None:
-    """Have torch.utils.flop_counter count these ops like the layer alone. Called when a fused module is created, as the
-    import is slow: it imports Triton."""
+    """Have torch.utils.flop_counter count these ops, and those of `_mlp.py`, like the layer alone. Called when a fused
+    module is created, as the import is slow: it imports Triton."""
     from torch.utils.flop_counter import conv_backward_flop, conv_flop_count, register_flop_formula
 
     @register_flop_formula(_ops.ops.qrelu_linear)
@@ -196,3 +196,19 @@ def register_flop_formulas() -> None:
         stride, padding, dilation, groups = conv
         rest = (None, stride, padding, dilation, False, [0, 0], groups, mask)
         return conv_backward_flop(grad_out, torch.empty(shape, device="meta"), weight, *rest, out_val=out_val)
+
+    @register_flop_formula(_ops.ops.linear_to_codes)
+    def _(x, weight, *_, **__):
+        return 2 * x[0] * weight[0] * weight[1]
+
+    @register_flop_formula(_ops.ops.linear_from_codes)
+    def _(codes, nan_rows, alpha, bits, weight, *_, **__):
+        return 2 * nan_rows[0] * weight[0] * weight[1]
+
+    @register_flop_formula(_ops.ops.linear_from_codes_grad_input)
+    def _(grad_out, weight, *_, **__):
+        return 2 * grad_out[0] * weight[0] * weight[1]
+
+    @register_flop_formula(_ops.ops.linear_from_codes_grad_weight)
+    def _(grad_out, codes, alpha, bits, hidden, **__):
+        return 2 * grad_out[0] * grad_out[1] * hidden

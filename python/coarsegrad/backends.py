@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import _ops, integer, reference
+from . import _mlp, _ops, integer, reference
 from ._host import slow_reasons, usable_cores
 from ._text import format_table, one_of
 from ._torch_internals import dispatch_key, unregister
@@ -153,6 +153,8 @@ def _register_kernels() -> None:
     kernels = {op: getattr(backend.kernels(), name) for op, name in _ops.KERNELS.items()}
     for op, on_reference in integer.KERNELS.items():
         kernels[op] = on_reference if backend.name == "reference" else getattr(backend.kernels(), op)
+    for op in _mlp.KERNELS:
+        kernels[op] = getattr(_mlp if backend.name == "reference" else backend.kernels(), op)
     _override = torch.library.Library("coarsegrad", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")  # intended
@@ -224,8 +226,19 @@ def _triton_layer_kernel(op: str):
     return call
 
 
+def _triton_mlp_kernel(op: str):
+    """The same for an op of a chain of layers. Without Triton the ops of each layer serve it, as on a CPU."""
+
+    def call(*args):
+        return getattr(_load_triton() or _mlp, op)(*args)
+
+    return call
+
+
 _triton_library = torch.library.Library("coarsegrad", "IMPL")
 for _device in _TRITON_DEVICES:
+    for _op in _mlp.KERNELS:
+        _triton_library.impl(_op, _triton_mlp_kernel(_op), dispatch_key(_device))
     for _op in _ops.KERNELS:
         if _ops.why_not_native(_device) is not None or _op in _NEVER_NATIVE:
             _triton_library.impl(_op, _triton_kernel(_op), dispatch_key(_device))

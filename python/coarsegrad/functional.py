@@ -28,6 +28,7 @@ from ._checks import (
 )
 from ._dtensor import is_dtensor, on_shards
 from ._fused import qrelu_and_layer
+from ._mlp import keeps_codes_alone, mlp
 from ._torch_internals import nested_like
 from ._types import (
     ALPHA_GRADS,
@@ -358,6 +359,59 @@ def qrelu_conv2d(
         if is_dtensor(x):
             return F.conv2d(_plain_qrelu(x, alpha, *options), weight, bias, *conv)
         return qrelu_and_layer(x, alpha, weight, bias, options, conv)
+    except Exception:
+        if wrong := _wrong_argument(x, alpha, bits, rounding, channel_dim):
+            raise wrong from None
+        raise
+
+
+@overridable
+def qrelu_mlp(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    alpha: Tensor | float,
+    weight2: Tensor,
+    bias2: Tensor | None = None,
+    bits: int = 4,
+    *,
+    ste: SteName = "clipped_relu",
+    rounding: RoundingName = "ceil",
+    alpha_grad: AlphaGradName = "three_valued",
+    alpha_scale: AlphaScale = 1.0,
+    channel_dim: int | None = None,
+) -> Tensor:
+    """A Linear, qrelu and a Linear: out = qrelu(h) @ weight2.T + bias2, h = x @ weight1.T + bias1, of which x and codes
+    are kept.
+
+    x: [..., in_features], with at least one dimension, not nested and no DTensor.
+    weight1, bias1: [hidden, in_features] and [hidden], in x's dtype or a dtype that autocast converts.
+    weight2, bias2: [out_features, hidden] and [out_features].
+    The other arguments and the papers are those of `qrelu`; alpha is that of h.
+
+    Returns out, [..., out_features]. h is rounded to its dtype before it is compared with the thresholds, so that the
+    codes are those of `qrelu(h)`. NaN in a row of h makes NaN of its row of out.
+
+    On a GPU, in float16 and bfloat16 and with hidden a multiple of 8, Triton's matrix products write and read the
+    codes: neither h nor qrelu(h) nor the latter's gradient exists in memory. Sums are in float32, in another order than
+    the BLAS library's. Elsewhere the layers run one after the other, with their bits.
+
+    Saved for backward: x, if weight1 requires grad; the packed codes (1, 2, 4, 4, 8, 8, 8, 8 bits an element of h for
+    bits 1..8), if weight2 does; and one bit an element of h for the gate, unless the codes imply it (they do for relu
+    under "ceil" and "hwgq"). With an alpha that requires grad or is one of several, and with an STE whose gradient is
+    more than a gate (any but relu, clipped_relu, identity and trust), F.linear and `qrelu_linear` run, and what they
+    save is kept. There is no second derivative.
+
+    Raises TypeError or ValueError for an argument of `qrelu`, ValueError for a nested x or a DTensor, and what F.linear
+    raises.
+    """
+    if x.is_nested or is_dtensor(x):
+        raise ValueError(f"x must be a plain tensor, got a {'nested tensor' if x.is_nested else 'DTensor'}")
+    alpha, options = _checked(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
+    try:
+        if not keeps_codes_alone(ste, alpha, channel_dim):
+            return qrelu_and_layer(F.linear(x, weight1, bias1), alpha, weight2, bias2, options)
+        return mlp(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding)
     except Exception:
         if wrong := _wrong_argument(x, alpha, bits, rounding, channel_dim):
             raise wrong from None

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ._alphas import initial_alpha, keep_wide, readable, reshape_alpha
 from ._checks import check_alpha_scale, check_bits, check_option, checked_values
+from ._dtensor import is_dtensor
 from ._fused import register_flop_formulas
 from ._torch_internals import suggest_memory_format
 from ._types import (
@@ -29,7 +30,7 @@ from ._types import (
     RoundingName,
     SteName,
 )
-from .functional import qrelu, qrelu_conv2d, qrelu_linear
+from .functional import qrelu, qrelu_conv2d, qrelu_linear, qrelu_mlp
 from .packing import packed_activations, square
 from .ste import check_inplace, get_ste, saved
 
@@ -333,6 +334,13 @@ torch.fx.wrap("_dropped")
 torch.fx.wrap("_dropped_qrelu")
 
 
+def _is_plain(module: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
+    """Whether a call of the module is the forward of `kind` and nothing else: no subclass, no hooks."""
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    own = type(module) is kind and "forward" not in module.__dict__
+    return own and not any(getattr(module, name) for name in hooks)
+
+
 class _ActivationAndLayer(torch.nn.Module):
     """Base of the fused modules. `layer` may be any replacement of a `_fusable`; only exact instances are fused."""
 
@@ -361,14 +369,9 @@ class _ActivationAndLayer(torch.nn.Module):
 
     def _fuses(self) -> bool:
         """Whether fusing skips nothing: no square, no overridden forward, no hooks."""
-        plain = type(self.activation) is QReLU and type(self.layer) is self._fusable and not self.activation.squared
-        if not plain or "forward" in self.activation.__dict__ or "forward" in self.layer.__dict__:
-            return False
-        return not any(
-            getattr(module, hooks)
-            for module in (self.activation, self.layer)
-            for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-        )
+        activation, layer = self.activation, self.layer
+        plain = _is_plain(activation, QReLU) and _is_plain(layer, self._fusable)
+        return plain and not activation.squared
 
 
 class QReLULinear(_ActivationAndLayer):
@@ -391,6 +394,41 @@ class QReLULinear(_ActivationAndLayer):
         activation, layer = self.activation, self.layer
         x, alpha = activation.before(x)
         return qrelu_linear(x, alpha, layer.weight, layer.bias, activation.bits, **activation.settings())
+
+
+class QReLUMLP(QReLULinear):
+    """A Linear, a QReLU and a Linear, layer(activation(first(x))), computed by `coarsegrad.qrelu_mlp`.
+
+    first, layer: nn.Linears.
+    activation: a `QReLU`. Its `inplace` has no effect.
+
+    All stay modules with their own parameters and may be replaced. If `first` is something else, such as a LoRA
+    adapter, or has hooks, or the activation has dropout in training, `first` runs by itself and the others as in
+    `QReLULinear`.
+
+    Saved for backward: what `qrelu_mlp` saves.
+
+    Raises TypeError if activation is not a QReLU, or first or layer not a module.
+    """
+
+    first: Any
+
+    def __init__(self, first: torch.nn.Module, activation: QReLU, layer: torch.nn.Module) -> None:
+        super().__init__(activation, layer)
+        if not isinstance(first, torch.nn.Module):
+            raise TypeError(f"first must be an nn.Module, got {type(first).__name__}")
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        activation, layer = self.activation, self.layer
+        drops = activation.dropout and activation.training
+        if drops or not (self._fuses() and _is_plain(self.first, torch.nn.Linear)) or x.is_nested or is_dtensor(x):
+            return super().forward(self.first(x))
+        first = self.first
+        return qrelu_mlp(
+            x, first.weight, first.bias, activation.alpha, layer.weight, layer.bias, activation.bits,
+            **activation.settings(),
+        )  # fmt: skip
 
 
 class QReLUConv2d(_ActivationAndLayer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import oracle
@@ -12,6 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import coarsegrad as cg
+from coarsegrad import _mlp
 from coarsegrad._types import WEIGHT_BITS, AlphaGrad, MaskKind, Rounding, Ste
 
 ALPHA = torch.tensor([0.4])
@@ -127,6 +129,32 @@ def layer_samples(*settings):
         bias = sample(8, dtype=dtype).requires_grad_() if need else None
         alpha = ALPHA.clone().requires_grad_(need)
         yield (x, alpha, weight, bias, 2, "relu", "ceil", "exact", 0.5, None, dtype, *settings)
+
+
+def mlp_samples():
+    for need, (ste, rounding), dtype in (
+        (False, ("relu", "ceil"), torch.float32), (True, ("relu", "hwgq"), torch.float32),
+        (True, ("clipped_relu", "nearest"), torch.bfloat16), (True, ("identity", "ceil"), torch.float64),
+    ):  # fmt: skip
+        sizes = ((2, 3, 5), (8, 5), (8,), (7, 8), (7,))
+        x, weight1, bias1, weight2, bias2 = (sample(*size, dtype=dtype).requires_grad_(need) for size in sizes)
+        yield x, weight1, bias1 if need else None, ALPHA, weight2, None if need else bias2, 3, ste, rounding
+
+
+def mlp_part_samples(op):
+    """linear_to_codes, and what reads its codes."""
+    for dtype, (ste, mask), bits in ((torch.float32, ("clipped_relu", 2), 2), (torch.bfloat16, ("relu", 0), 3)):
+        x, weight1, weight2, grad_out = (sample(*size, dtype=dtype) for size in ((4, 5), (8, 5), (7, 8), (4, 7)))
+        bias = sample(8, dtype=dtype) if mask else None
+        given = (x, weight1, bias, ALPHA, bits, 0, mask)
+        codes, packed_mask, nan_rows = torch.ops.coarsegrad.linear_to_codes(*given)
+        gates = (packed_mask if mask else None, None if mask else codes)
+        yield {
+            "linear_to_codes": given,
+            "linear_from_codes": (codes, nan_rows, ALPHA, bits, weight2, None),
+            "linear_from_codes_grad_input": (grad_out, weight2, *gates, bits, int(Ste[ste]), 0),
+            "linear_from_codes_grad_weight": (grad_out, codes, ALPHA, bits, 8),
+        }[op]
 
 
 def signed_inputs():
@@ -247,6 +275,8 @@ SAMPLES = {
     "weight_codes": lambda: list(weight_samples())[::5],
     "gated_product": gated_samples,
     "gated_product_backward": lambda: gated_samples(with_gradient=True),
+    "qrelu_mlp": mlp_samples,
+    **{op: functools.partial(mlp_part_samples, op) for op in _mlp.KERNELS},
     "linear_backward_from_codes": layer_backward_samples,
     "conv2d_backward_from_codes": lambda: layer_backward_samples([2, 1], [1, 1], [1, 2], 2),
 }

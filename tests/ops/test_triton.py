@@ -16,14 +16,19 @@ import torch
 from paths import ROOT, TESTS
 
 import coarsegrad as cg
-from coarsegrad import _ops, integer
+from coarsegrad import _mlp, _ops, integer
 from coarsegrad.backends import _serving
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 def run(*arguments, interpret=True, **environment):
-    settings = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1", **environment}
+    settings = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "python"), str(ROOT)]),
+        "OMP_NUM_THREADS": "1",
+        **environment,
+    }
     settings.pop("TRITON_INTERPRET", None)
     if interpret:
         settings["TRITON_INTERPRET"] = "1"
@@ -39,7 +44,7 @@ def test_in_the_interpreter():
     options = ["-q", "-p", "no:cacheprovider", "-k", chosen, "--no-header", "-rf"]
     files = (
         "triton_interpreted.py", "triton_signed.py", "triton_weights.py", "triton_norm.py", "triton_gpu_arithmetic.py",
-        "triton_inductor.py",
+        "triton_mlp.py", "triton_inductor.py",
         "ops/test_ops.py::test_opcheck", "ops/test_signed.py", "ops/test_ste_registry.py",
         "integer/test_integer_ops.py",
     )  # fmt: skip
@@ -56,7 +61,7 @@ def test_a_gpu_is_served_by_triton_where_there_is_nothing_native():
     else:
         assert table.backend == "triton"
     for device in ("CUDA", "XPU"):
-        for op in (*_ops.KERNELS, *integer.KERNELS):
+        for op in (*_ops.KERNELS, *integer.KERNELS, *_mlp.KERNELS):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"coarsegrad::{op}", device), (op, device)
 
 

@@ -359,6 +359,42 @@ def test_layers_in_triton(tools, case, arch, tmp_path):
     assert bool(re.search(r"ld\.global\S*\.b8", ptx)) == (channels == 3)
 
 
+# Of bfloat16, and of float16.
+_MATRIX_PRODUCTS = {
+    "sm_80": r"mma\.sync\.aligned\.m16n8k16\S*\.f32\.{0}\.{0}",
+    "sm_90": r"wgmma\.mma_async\S*\.f32\.{0}\.{0}",
+    "sm_100": r"tcgen05\.mma\S*kind::f16",
+    "sm_120": r"mma\.sync\.aligned\.m16n8k16\S*\.f32\.{0}\.{0}",
+}
+_MLP = (  # op, bits, dtype, ste
+    ("linear_to_codes", 4, "bfloat16", "clipped_relu"),
+    ("linear_to_codes", 2, "float16", "relu"),
+    ("linear_from_codes", 4, "bfloat16", "clipped_relu"),
+    ("linear_from_codes", 1, "float16", "clipped_relu"),
+    ("linear_from_codes_grad_input", 4, "bfloat16", "clipped_relu"),
+    ("linear_from_codes_grad_input", 2, "bfloat16", "relu"),
+    ("linear_from_codes_grad_weight", 8, "bfloat16", "clipped_relu"),
+    ("linear_from_codes_grad_weight", 4, "float16", "clipped_relu"),
+)
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", ARCHS)
+def test_mlps_in_triton(tools, arch, tmp_path):
+    """Tensor cores, no stack, nothing read byte by byte; no fused or flushed step that moves a code. Tiles go round."""
+    from coarsegrad.triton.mlp import TILES
+
+    for i, (op, bits, dtype, ste) in enumerate(_MLP):
+        tile = (i + ARCHS.index(arch)) % len(TILES)
+        made = triton_kernels.compiled(triton_kernels.mlp(op, tile, bits, dtype, ste), arch, tmp_path)
+        ptx = made.asm["ptx"]
+        case = op, bits, dtype, TILES[tile]
+        assert re.search(_MATRIX_PRODUCTS[arch].format("bf16" if dtype == "bfloat16" else "f16"), ptx), case
+        assert listed(ptx) <= set(TRITON_LISTED), case
+        assert "fma.rn" not in ptx and not re.search(r"ld\.global\S*\.b8", ptx), case
+        assert triton_kernels.binaries([made])[0].stack == 0, case
+
+
 # ------------------------------------------------------------------------- what flushes or approximates
 
 _ROUNDED = "rounded once, and flushes nothing"
@@ -367,6 +403,7 @@ _REFINED = f"{_GUESS}; and 1 / m, 1 <= m < 2, whose last bits do not reach the r
 _SLOPE = "a slope of reverse_exponential, which is promised in ulps"
 # (kernel, instruction): why no code, level, mask bit or exact gradient depends on how it rounds or on subnormals.
 TRITON_LISTED = {
+    ("linear_to_codes_kernel", "div.full.f32"): _GUESS,
     ("qrelu_forward_kernel", "div.full.f32"): _GUESS,
     ("qrelu_backward_kernel", "div.full.f32"): _REFINED,
     ("grad_alpha_channels_kernel", "div.full.f32"): _REFINED,
@@ -419,6 +456,7 @@ def test_what_flushes_or_approximates_in_triton(every_pair):
     found = [made for *_, made in every_pair]
     found += [triton_kernels.in_ptx(kernel, arch) for arch, kernel in triton_kernels.in_float64(ARCHS)]
     found += (norms := [triton_kernels.in_ptx(kernel, arch) for arch, kernel in triton_kernels.norms(ARCHS)])
+    found.append(triton_kernels.in_ptx(triton_kernels.mlp("linear_to_codes", 0), "sm_90"))
     assert not any("fma.rn" in made.asm["ptx"] for made in norms)
     assert set().union(*(listed(made.asm["ptx"]) for made in found)) == TRITON_LISTED.keys()
 

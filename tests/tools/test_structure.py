@@ -17,7 +17,7 @@ CSRC = ROOT / "csrc"
 ORDER = {
     "coarsegrad": """
         _text  _types  _host  _inductor  _torch_internals  _estimators  ste  _checks  _alphas  reference
-        _build  _C  _ops  _autograd  _inductor_gates  _signed  _weights  _fused
+        _build  _C  _ops  _autograd  _inductor_gates  _signed  _weights  _fused  _mlp
         packing  _dtensor  functional  weights  parametrization  integer  triton  backends  nn  signed  gated  norms
         blocks  quantization  optim  memory  integrations  export  experiments  testing  __init__  __main__
     """.split(),
@@ -26,7 +26,7 @@ ORDER = {
     "coarsegrad.reference": "bits  staircase  signed  norm  weights  __init__".split(),
     "coarsegrad.triton": """
         staircase  ste  kernels  qrelu  signed_kernels  signed  norm_kernels  norm  weight_kernels  weights
-        layer_kernels  layers  __init__
+        layer_kernels  layers  mlp_kernels  mlp  __init__
     """.split(),
     "coarsegrad.integer": """
         weights  checks  reference  ops  exact  layers  trained  moves  pools  sums  flow  names  report  rewriting

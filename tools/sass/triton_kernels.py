@@ -222,6 +222,49 @@ def layer(name: str, bits: int, weight_bits: int, output: str, channels: int | N
     return TritonKernel(name, "uint8", function, Data(1, 1, 1, 0), wide=False, arguments=given, aligned=True)
 
 
+def mlp(op: str, tile: int, bits: int = 4, dtype: str = "bfloat16", ste: str = "clipped_relu") -> TritonKernel:
+    """A matrix product of qrelu_mlp, of sizes that are multiples of 16. tile: a number of triton/mlp.py's TILES."""
+    from coarsegrad.triton import mlp as launcher
+
+    rows, inputs, hidden, outputs = 4096, 1024, 4096, 1024
+    numbers = getattr(torch, dtype)
+    x, weight1, weight2, grad_out = (
+        torch.empty(size, dtype=numbers)
+        for size in ((rows, inputs), (hidden, inputs), (outputs, hidden), (rows, outputs))
+    )
+    bias1, bias2 = (torch.empty(size, dtype=numbers) for size in (hidden, outputs))
+    alpha, nan_rows = torch.tensor([0.5]), torch.empty(rows)
+    codes, mask = (torch.empty(rows * hidden * width // 8, dtype=torch.uint8) for width in (CODE_WIDTH[bits], 1))
+    kind = MaskKind.nothing if ste == "relu" else MaskKind.inside
+    gates = (None, codes) if ste == "relu" else (mask, None)
+    given = {
+        "linear_to_codes": (x, weight1, bias1, alpha, bits, Rounding.ceil, kind),
+        "linear_from_codes": (codes, nan_rows, alpha, bits, weight2, bias2),
+        "linear_from_codes_grad_input": (grad_out, weight2, *gates, bits, 0, Rounding.ceil),
+        "linear_from_codes_grad_weight": (grad_out, codes, alpha, bits, hidden),
+    }
+    found: list[dict[str, object]] = []
+
+    class Recorder:
+        def __init__(self, kernel: object) -> None:
+            self.fn = kernel.fn
+
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *args, **rest: found.append(
+                dict(zip(self.fn.arg_names, args)) | rest | {"name": self.fn.fn.__name__}
+            )
+
+    recorders = {name: Recorder(kernel) for name, kernel in launcher._KERNELS.items()}
+    with mock.patch.object(launcher, "_KERNELS", recorders):
+        getattr(launcher, op)(*given[op])
+    ((arguments),) = found
+    sizes = launcher._config(*launcher.TILES[tile])
+    options = sizes.kwargs | {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages}
+    name = arguments.pop("name")
+    return TritonKernel(f"{op}, tile {tile}", dtype, name, Data(1, 1, 1, 0), wide=False,
+                        arguments=arguments | options, aligned=True)  # fmt: skip
+
+
 # --------------------------------------------------------------------------------------------- settings
 
 
@@ -331,11 +374,11 @@ def compiled(kernel: TritonKernel, arch: str, folder: Path = CACHE, **options: o
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from coarsegrad.triton import kernels, layer_kernels, norm_kernels, signed_kernels, weight_kernels
+    from coarsegrad.triton import kernels, layer_kernels, mlp_kernels, norm_kernels, signed_kernels, weight_kernels
 
     if triton.knobs.runtime.interpret:
         raise SassError("with TRITON_INTERPRET=1 Triton compiles nothing; unset it")
-    modules = kernels, layer_kernels, signed_kernels, norm_kernels, weight_kernels
+    modules = kernels, layer_kernels, mlp_kernels, signed_kernels, norm_kernels, weight_kernels
     function = next(getattr(each, kernel.expression) for each in modules if hasattr(each, kernel.expression))
 
     def type_of(name: str, value: object) -> str:

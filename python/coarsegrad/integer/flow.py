@@ -52,6 +52,8 @@ def normalize(graph: torch.fx.Graph) -> None:
             node.target = _INPLACE[target(node)]
         elif node.target in _FUSED:
             _split(graph, node)
+        elif node.target == ops.qrelu_mlp.default:
+            _split_mlp(graph, node)
 
 
 def _is_last_use(node: Node) -> bool:
@@ -79,6 +81,22 @@ def _split(graph: torch.fx.Graph, node: Node) -> None:
         y = graph.call_function(ops.qrelu.default, tuple(given[name] for name in activation))
         y.meta = {**node.meta, "val": given["x"].meta["val"]}
         layer = graph.call_function(_FUSED[target(node)], (y, given["weight"], given["bias"], *window))
+        layer.meta = dict(node.meta)
+    node.replace_all_uses_with(layer)
+    graph.erase_node(node)
+
+
+def _split_mlp(graph: torch.fx.Graph, node: Node) -> None:
+    """A Linear, a qrelu and a Linear instead of the three in one op."""
+    x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding = arguments(node).values()
+    with graph.inserting_before(node):
+        with node.meta["val"].fake_mode:
+            h_value = aten.linear.default(*(t and t.meta["val"] for t in (x, weight1, bias1)))
+        h = graph.call_function(aten.linear.default, (x, weight1, bias1))
+        y = graph.call_function(ops.qrelu.default, (h, alpha, bits, ste, rounding, "three_valued", 1.0, None))
+        for each in (h, y):
+            each.meta = {**node.meta, "val": h_value}
+        layer = graph.call_function(aten.linear.default, (y, weight2, bias2))
         layer.meta = dict(node.meta)
     node.replace_all_uses_with(layer)
     graph.erase_node(node)

@@ -8,6 +8,12 @@ from .layers import (
     integer_linear_float,
     integer_quantize,
 )
+from .mlp import (
+    linear_from_codes,
+    linear_from_codes_grad_input,
+    linear_from_codes_grad_weight,
+    linear_to_codes,
+)
 from .norm import norm_qsigned
 from .qrelu import backward_from_slopes, dequantize, qrelu_backward, qrelu_codes, qrelu_forward, qrelu_forward_
 from .signed import hadamard, qsigned_dequantize, qsigned_forward
@@ -23,6 +29,10 @@ __all__ = [
     "integer_linear",
     "integer_linear_float",
     "integer_quantize",
+    "linear_from_codes",
+    "linear_from_codes_grad_input",
+    "linear_from_codes_grad_weight",
+    "linear_to_codes",
     "norm_qsigned",
     "qrelu_backward",
     "qrelu_codes",

@@ -1,0 +1,169 @@
+"""Matrix products with the staircase at the end of one and codes at the start of the next: y and its gradient before
+the gate are in registers alone.
+
+    linear_to_codes                 codes = staircase(h), h = round(x @ weight.T + bias)
+    linear_from_codes               out = L[codes] @ weight.T + bias
+    linear_from_codes_grad_input    dh = gate ? round(dout @ weight) : 0
+    linear_from_codes_grad_weight   dweight = dout.T @ L[codes]
+
+A program computes a tile of ROWS x COLUMNS, STEP of the inner dimension at a time, with sums in float32. Matrices are
+contiguous, codes and masks packed as by the other kernels; a row of hidden features begins with a byte.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .kernels import _checked, _unpacked
+from .staircase import _IN_THE_INTERPRETER, code_of, narrow, near_of, state_of, widen
+
+
+@triton.jit
+def _tile(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """(first row, first column) of a program's tile. Consecutive programs go down GROUP tiles before they go to the
+    right, so that what they read stays in the L2 cache."""
+    down, right = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
+    program, group = tl.program_id(0), GROUP * right
+    first = program // group * GROUP
+    size = tl.minimum(down - first, GROUP)
+    return (first + program % group % size) * ROWS, program % group // size * COLUMNS
+
+
+@triton.jit
+def _matrix(ptr, i, j, height, width):
+    """ptr[i, j] of a [height, width] matrix, 0 outside of it. For tl.dot: the interpreter's arithmetic in bfloat16 is
+    wrong, and that of its products in float32 is what a GPU's is."""
+    inside = (i < height)[:, None] & (j < width)[None, :]
+    v = tl.load(ptr + i.to(tl.int64)[:, None] * width + j[None, :], mask=inside, other=0)
+    return widen(v) if _IN_THE_INTERPRETER else v
+
+
+@triton.jit
+def _levels(codes_ptr, alpha, i, first, height, width, WIDTH: tl.constexpr, COUNT: tl.constexpr, DTYPE: tl.constexpr):
+    """L[c] of the codes [i, first : first + COUNT] of a [height, width] matrix of them, 0 outside of it."""
+    PER_BYTE: tl.constexpr = 8 // WIDTH
+    at = first // PER_BYTE + tl.arange(0, COUNT // PER_BYTE)
+    inside = (i < height)[:, None] & (at < width // PER_BYTE)[None, :]
+    packed = tl.load(codes_ptr + i.to(tl.int64)[:, None] * (width // PER_BYTE) + at[None, :], mask=inside, other=0)
+    v = narrow(_unpacked(packed, WIDTH).to(tl.float32) * alpha, DTYPE)
+    return widen(v) if _IN_THE_INTERPRETER else v
+
+
+@triton.jit
+def _store_packed(ptr, values, i, first, height, width, WIDTH: tl.constexpr):
+    """Packs a tile of int32 values below 2**WIDTH."""
+    PER_BYTE: tl.constexpr = 8 // WIDTH
+    COUNT: tl.constexpr = values.shape[1] // PER_BYTE
+    if PER_BYTE > 1:
+        shifts = tl.arange(0, PER_BYTE) * WIDTH
+        values = tl.sum(tl.reshape(values, [values.shape[0], COUNT, PER_BYTE]) << shifts[None, None, :], 2)
+    at = first // PER_BYTE + tl.arange(0, COUNT)
+    inside = (i < height)[:, None] & (at < width // PER_BYTE)[None, :]
+    tl.store(ptr + i.to(tl.int64)[:, None] * (width // PER_BYTE) + at[None, :], values.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def linear_to_codes_kernel(
+    x_ptr, weight_ptr, bias_ptr, alpha_ptr, codes_ptr, mask_ptr, nan_rows_ptr, h_ptr,
+    rows, inputs, hidden, bucket,
+    BITS: tl.constexpr, CODE_WIDTH: tl.constexpr, ROUNDING: tl.constexpr, MASK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """x: [rows, inputs], weight: [hidden, inputs]. nan_rows: NaN where a row of h has one; else it is left. h: None, or
+    receives what the codes are of."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    top, left = _tile(rows, hidden, ROWS, COLUMNS, GROUP)
+    m, n = top + tl.arange(0, ROWS), left + tl.arange(0, COLUMNS)
+    acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for first in range(0, inputs, STEP):
+        k = first + tl.arange(0, STEP)
+        a, b = _matrix(x_ptr, m, k, rows, inputs), _matrix(weight_ptr, n, k, hidden, inputs)
+        acc = tl.dot(a, tl.trans(b), acc)
+    if bias_ptr is not None:
+        acc += widen(tl.load(bias_ptr + n, mask=n < hidden, other=0))[None, :]
+    rounded = narrow(acc, DTYPE)
+    inside = (m < rows)[:, None] & (n < hidden)[None, :]
+    if h_ptr is not None:
+        tl.store(h_ptr + m.to(tl.int64)[:, None] * hidden + n[None, :], rounded, mask=inside)
+    h = widen(rounded)
+    has_nan = tl.sum((inside & (h != h)).to(tl.int32), 1) > 0
+    tl.store(nan_rows_ptr + m, tl.full([ROWS], float("nan"), tl.float32), mask=has_nan)
+    alpha = _checked(widen(tl.load(alpha_ptr)))
+    code = tl.minimum(code_of(h, alpha, DTYPE, BITS, ROUNDING), 2.0**BITS - 1)
+    _store_packed(codes_ptr, code.to(tl.int32), m, left, rows, hidden, CODE_WIDTH)
+    if mask_ptr is not None:
+        if MASK == "near":
+            keep = near_of(h, alpha, DTYPE, BITS).to(tl.int32)
+        elif MASK == "inside":
+            keep = (state_of(h, alpha, DTYPE, BITS) == 1).to(tl.int32)
+        else:
+            keep = (state_of(h, alpha, DTYPE, BITS) != 0).to(tl.int32)
+        _store_packed(mask_ptr, keep, m, left, rows, hidden, 1)
+
+
+@triton.jit
+def linear_from_codes_kernel(
+    codes_ptr, nan_rows_ptr, alpha_ptr, weight_ptr, bias_ptr, out_ptr, rows, hidden, outputs, bucket,
+    CODE_WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """codes: [rows, hidden], weight: [outputs, hidden], out: [rows, outputs]. nan_rows is added to its rows."""
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    top, left = _tile(rows, outputs, ROWS, COLUMNS, GROUP)
+    m, n = top + tl.arange(0, ROWS), left + tl.arange(0, COLUMNS)
+    alpha = _checked(widen(tl.load(alpha_ptr)))
+    acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for first in range(0, hidden, STEP):
+        a = _levels(codes_ptr, alpha, m, first, rows, hidden, CODE_WIDTH, STEP, DTYPE)
+        b = _matrix(weight_ptr, n, first + tl.arange(0, STEP), outputs, hidden)
+        acc = tl.dot(a, tl.trans(b), acc)
+    acc += tl.load(nan_rows_ptr + m, mask=m < rows, other=0)[:, None]
+    if bias_ptr is not None:
+        acc += widen(tl.load(bias_ptr + n, mask=n < outputs, other=0))[None, :]
+    inside = (m < rows)[:, None] & (n < outputs)[None, :]
+    tl.store(out_ptr + m.to(tl.int64)[:, None] * outputs + n[None, :], narrow(acc, DTYPE), mask=inside)
+
+
+@triton.jit
+def grad_input_kernel(
+    grad_out_ptr, weight_ptr, gate_ptr, grad_h_ptr, rows, outputs, hidden, bucket,
+    GATE_WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """grad_out: [rows, outputs], weight: [outputs, hidden], grad_h: [rows, hidden]. gate: packed, a mask or codes of
+    GATE_WIDTH bits, of which 0 closes; None: all are open."""
+    DTYPE: tl.constexpr = grad_h_ptr.dtype.element_ty
+    top, left = _tile(rows, hidden, ROWS, COLUMNS, GROUP)
+    m, n = top + tl.arange(0, ROWS), left + tl.arange(0, COLUMNS)
+    acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for first in range(0, outputs, STEP):
+        k = first + tl.arange(0, STEP)
+        a, b = _matrix(grad_out_ptr, m, k, rows, outputs), _matrix(weight_ptr, k, n, outputs, hidden)
+        acc = tl.dot(a, b, acc)
+    if gate_ptr is not None:
+        gate = _levels(gate_ptr, 1.0, m, left, rows, hidden, GATE_WIDTH, COLUMNS, tl.float32)
+        acc = tl.where(gate > 0, acc, 0.0)
+    inside = (m < rows)[:, None] & (n < hidden)[None, :]
+    tl.store(grad_h_ptr + m.to(tl.int64)[:, None] * hidden + n[None, :], narrow(acc, DTYPE), mask=inside)
+
+
+@triton.jit
+def grad_weight_kernel(
+    grad_out_ptr, codes_ptr, alpha_ptr, grad_weight_ptr, rows, outputs, hidden, bucket,
+    CODE_WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """grad_out: [rows, outputs], codes: [rows, hidden], grad_weight: [outputs, hidden]."""
+    DTYPE: tl.constexpr = grad_weight_ptr.dtype.element_ty
+    top, left = _tile(outputs, hidden, ROWS, COLUMNS, GROUP)
+    m, n = top + tl.arange(0, ROWS), left + tl.arange(0, COLUMNS)
+    alpha = _checked(widen(tl.load(alpha_ptr)))
+    acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for first in range(0, rows, STEP):
+        i = first + tl.arange(0, STEP)
+        a = _matrix(grad_out_ptr, i, m, rows, outputs)
+        b = _levels(codes_ptr, alpha, i, left, rows, hidden, CODE_WIDTH, COLUMNS, DTYPE)
+        acc = tl.dot(tl.trans(a), b, acc)
+    inside = (m < outputs)[:, None] & (n < hidden)[None, :]
+    tl.store(grad_weight_ptr + m.to(tl.int64)[:, None] * hidden + n[None, :], narrow(acc, DTYPE), mask=inside)
