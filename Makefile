@@ -50,6 +50,7 @@ bench-full: build  ## all benchmarks, docs/benchmarks.md and its figures; needs 
 	python -m bench.training
 	python -m bench.memory
 	python -m bench.inference
+	python -m bench.layers
 	python -m bench.report
 
 bench-gpu: build  ## the benchmarks on a GPU and docs/benchmarks-cuda.md; brevitas and torchao if installed

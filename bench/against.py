@@ -1,4 +1,4 @@
-"""Two builds of the package, measured in turns: `python -m bench.kernels --against CHECKOUT`.
+"""Two builds of the package, measured in turns: `--against CHECKOUT` of bench.kernels and bench.layers.
 
 Only one build can be loaded in a process, as both register the same operators. So each has a process of its own, which
 runs a job only while the measuring process, which has nothing else to do, waits for its answer.
@@ -6,8 +6,10 @@ runs a job only while the measuring process, which has nothing else to do, waits
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -25,14 +27,12 @@ import coarsegrad
 from coarsegrad import _ops
 from coarsegrad.experiments.measure import environment
 
-from .sweep import Case, Part, Sweep, size_label, timed
+from .sweep import Case, Part, Sweep, run_parts, size_label, timed
 from .timing import BenchError, CpuTimer, Row, Times, quantiles
 
 ROOT = Path(__file__).parent.parent
-# A kernel is slower if its time is more than this many times the other's.
+# A job is slower if its time is more than this many times the other's.
 SLOWER = 1.02
-# Whole rows of every layout; for asking what runs at all.
-_FEW = 2**14
 
 
 def is_checkout(folder: Path) -> bool:
@@ -128,7 +128,7 @@ class _Turns:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("error", UserWarning)
-                    list(self._sweep.cases(part, part.dtypes[0], _FEW))
+                    list(self._sweep.cases(part, part.inputs[0][0], self._sweep.few))
             except BenchError:
                 raise
             except Exception as error:
@@ -164,10 +164,8 @@ def main(benchmark: str) -> None:
 # ---------------------------------------------------------------------------------- the comparison
 
 _BUILDS = ("this", "other", "again")
-_COLUMNS = "{:<9}{:>5}  {:<36}{:>10}{:>10}{:>8}  {:<16}{:>8}  {}"
-_HEADER = _COLUMNS.format(
-    "dtype", "size", "kernel", "us", "other, us", "ratio", "(20% to 80%)", "itself", "(20% to 80%)"
-)  # fmt: skip
+_COLUMNS = "{:>5}  {:<36}{:>10}{:>10}{:>8}  {:<16}{:>8}  {}"
+_TIMES = ("us", "other, us", "ratio", "(20% to 80%)", "itself", "(20% to 80%)")
 
 
 @dataclass(frozen=True)
@@ -176,6 +174,7 @@ class Comparison:
 
     benchmark: str
     checkout: Path
+    columns: tuple[str, str, str]
 
     def measure(self, part: Part) -> list[Row]:
         folders = dict.fromkeys(_BUILDS, package_folder()) | {"other": self.checkout / "python"}
@@ -193,7 +192,11 @@ class Comparison:
 
             facts = builds["other"].facts
             print(f"against     {self.checkout}, {facts['git'] or 'no commit'}, {facts['backend']}")
-            turns = Sweep(cases, _rows, _HEADER, _line, timer=lambda _: _TurnTimer())
+            line = f"{{:<{max(len(name) for name, _ in part.inputs) + 1}}}{_COLUMNS}"
+            turns = Sweep(
+                cases, functools.partial(_rows, self.columns), line.format(*self.columns, *_TIMES),
+                functools.partial(_line, line), timer=lambda _: _TurnTimer(),
+            )  # fmt: skip
             rows = turns.measure(part)
         return [{**row, "other_git": facts["git"], "other_backend": facts["backend"]} for row in rows]
 
@@ -202,13 +205,13 @@ class Comparison:
         for name, why in lacking.items():
             print(f"Skipped, not in {self.checkout}: {name} ({why})")
         if lacking.keys() >= set(names):
-            raise BenchError(f"{self.checkout} has none of these kernels")
+            raise BenchError(f"{self.checkout} has none of these")
         return [name for name in names if name not in lacking]
 
 
-def _rows(dtype: str, size: int, kernel: str, times: dict[str, Times]) -> list[Row]:
+def _rows(columns: tuple[str, str, str], dtype: str, size: int, job: str, times: dict[str, Times]) -> list[Row]:
     this, other, again = (times[build] for build in _BUILDS)
-    row: Row = {"dtype": dtype, "size": size, "kernel": kernel, **timed(this)}
+    row: Row = {**dict(zip(columns, (dtype, size, job))), **timed(this)}
     row["other_seconds_median"] = f"{quantiles(other.seconds)[1]:.6g}"
     for name, against in (("other", other), ("itself", again)):
         low, median, high = quantiles(against.speeds_over(this))
@@ -217,32 +220,65 @@ def _rows(dtype: str, size: int, kernel: str, times: dict[str, Times]) -> list[R
     return [row]
 
 
-def _line(row: Row) -> str:
+def _case(row: Row) -> tuple[str, str, str]:
+    """What a row is of: its first three columns."""
+    dtype, size, job, *_ = row.values()
+    return dtype, size_label(size), job
+
+
+def _line(line: str, row: Row) -> str:
     us, other_us = (1e6 * float(row[name]) for name in ("seconds_median", "other_seconds_median"))
     ratios = []
     for name in ("other", "itself"):
         low, high = (float(row[f"time_over_{name}_{q}"]) for q in ("q20", "q80"))
         ratios += [f"{float(row[f'time_over_{name}']):.3f}", f"({low:.3f} to {high:.3f})"]
-    return _COLUMNS.format(
-        row["dtype"], size_label(row["size"]), row["kernel"], f"{us:.1f}", f"{other_us:.1f}", *ratios
-    )  # fmt: skip
+    return line.format(*_case(row), f"{us:.1f}", f"{other_us:.1f}", *ratios)
 
 
 def verdict(rows: list[Row], checkout: Path) -> str:
-    """Which kernels are slower than those of a checkout, and how far a build is from itself."""
+    """What is slower than in a checkout, and how far a build is from itself."""
     percent = f"{SLOWER - 1:.0%}"
     slower = [
-        f"  {row['dtype']}, {size_label(row['size'])}, {row['kernel']}: {row['time_over_other']}"
-        f" (itself {row['time_over_itself']})"
+        f"  {', '.join(_case(row))}: {row['time_over_other']} (itself {row['time_over_itself']})"
         for row in rows
         if float(row["time_over_other"]) > SLOWER
     ]
     chance = max(abs(float(row["time_over_itself"]) - 1) for row in rows)
     return "\n".join([
         f"Slower than in {checkout} by more than {percent}:" if slower else
-        f"No kernel is slower than in {checkout} by more than {percent}.", *slower,
+        f"Nothing is slower than in {checkout} by more than {percent}.", *slower,
         f"The same build in two processes differs by up to {chance:.1%}.",
     ])  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ of a benchmark's command
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="CHECKOUT",
+        help="compare with another build: a checkout of this project in which `make build` has run",
+    )
+
+
+def check_option(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if not args.against:
+        return
+    if not is_checkout(args.against):
+        parser.error(f"--against: {args.against} is no checkout, it has no python/coarsegrad")
+    if getattr(args, "device", "cpu") != "cpu" or args.threads != 1:
+        parser.error("--against compares one thread of a CPU: others would still spin while it is another's turn")
+
+
+def run(benchmark: str, sweep: Sweep, part: Part, args: argparse.Namespace) -> None:
+    """Measures a part, or compares it with another build's."""
+    if not args.against:
+        run_parts(benchmark, sweep, [part], args.out)
+        return
+    comparison = Comparison(benchmark, args.against, sweep.columns)
+    print(verdict(run_parts(benchmark, comparison, [part], args.out, then=""), args.against))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,20 +107,6 @@ def versions() -> str:
 def _onednn_version() -> str:
     line = next((line for line in torch.__config__.show().splitlines() if "MKL-DNN" in line), "")
     return line.partition(" v")[2].partition(" ")[0] or "none"
-
-
-# Those of /proc/cpuinfo that decide which kernels run.
-_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
-
-
-def instruction_sets() -> str:
-    """Those of the CPU that matter here, empty where the system does not list them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    return " ".join(name for name in _SETS if name in flags)
 
 
 def _tensor_bytes(module: nn.Module) -> int:

@@ -23,10 +23,10 @@ from coarsegrad._text import format_table
 from coarsegrad.experiments.data import PIXEL_MEAN, PIXEL_STD, Split, load_mnist
 from coarsegrad.experiments.models import lenet5, quantized
 
-from .engines import PACKAGES, instruction_sets, onnxruntime_session, openvino_request, versions
+from .engines import PACKAGES, onnxruntime_session, openvino_request, versions
 from .pages import DOCS, fill, markdown
 from .sweep import timed
-from .timing import BenchError, CpuTimer, Row, at_least, facts, interleaved, write_csv
+from .timing import BenchError, CpuTimer, Row, at_least, facts, instruction_sets, interleaved, write_csv
 
 RESULTS = Path(__file__).parent / "results" / "exports.csv"
 PAGE = DOCS / "onnx.md"

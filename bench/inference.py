@@ -16,7 +16,7 @@ from tqdm import tqdm
 from coarsegrad._text import format_table
 from coarsegrad.integer import WEIGHT_BITS
 
-from .engines import ENGINES, PEERS, Prepared, Subject, instruction_sets, ours, versions
+from .engines import ENGINES, PEERS, Prepared, Subject, ours, versions
 from .sweep import results_file, timed
 from .timing import (
     BenchError,
@@ -26,6 +26,7 @@ from .timing import (
     at_least,
     facts,
     in_new_process,
+    instruction_sets,
     interleaved,
     quantiles,
     write_csv,

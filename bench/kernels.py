@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -27,7 +28,6 @@ from .sweep import (
     checked_options,
     copying,
     default_sizes,
-    run_parts,
     size_label,
     size_options,
     timed,
@@ -274,13 +274,6 @@ SWEEP = Sweep(_cases, _rows, _HEADER, _line)
 # ------------------------------------------------------------------------------------ the command
 
 
-def _check_comparison(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if not against.is_checkout(args.against):
-        parser.error(f"--against: {args.against} is no checkout, it has no python/coarsegrad")
-    if args.device != "cpu" or args.threads != 1:
-        parser.error("--against compares one thread of a CPU: others would still spin while it is another's turn")
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.kernels",
@@ -289,24 +282,15 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     size_options(parser, RESULTS, KERNELS, *COPIES)
-    parser.add_argument(
-        "--against",
-        type=Path,
-        metavar="CHECKOUT",
-        help="compare with another build: a checkout of this project in which `make build` has run",
-    )
+    against.add_option(parser)
     args = checked_options(parser, argv, RESULTS)
-    if args.against:
-        _check_comparison(parser, args)
+    against.check_option(parser, args)
     beyond_caches = [2**26] if args.device == "cpu" and not args.quick else []
     sizes = args.sizes or default_sizes(args) + beyond_caches
     names = tuple(name for name in KERNELS if name in args.only)
-    part = Part(args.device, args.allocator, tuple(sizes), tuple(args.dtypes), names, args.rounds, args.threads)
-    if not args.against:
-        run_parts("bench.kernels", SWEEP, [part], args.out)
-        return
-    comparison = against.Comparison("bench.kernels", args.against)
-    print(against.verdict(run_parts("bench.kernels", comparison, [part], args.out, then=""), args.against))
+    inputs = tuple(itertools.product(args.dtypes, sizes))
+    part = Part(args.device, args.allocator, inputs, names, args.rounds, args.threads)
+    against.run("bench.kernels", SWEEP, part, args)
 
 
 if __name__ == "__main__":

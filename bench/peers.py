@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -238,7 +239,8 @@ def main(argv: list[str] | None = None) -> None:
         chosen = tuple(
             name for name in names if name == "relu" or (name in args.only and IMPLEMENTATIONS[name].installed)
         )
-        return Part(args.device, allocator, tuple(sizes), tuple(args.dtypes), chosen, args.rounds, args.threads)
+        inputs = tuple(itertools.product(args.dtypes, sizes))
+        return Part(args.device, allocator, inputs, chosen, args.rounds, args.threads)
 
     sizes = args.sizes or ([4] if on_cpu else []) + default_sizes(args)
     parts = [part(args.allocator, sizes, IMPLEMENTATIONS)]

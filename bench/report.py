@@ -16,6 +16,7 @@ from . import bounds, figures
 from .activations import IMPLEMENTATIONS
 from .engines import ENGINES, PEERS, ours
 from .kernels import COPIES
+from .layers import BASE as LAYER_BASE
 from .pages import DOCS, markdown, write
 from .peers import PASSES
 from .promises import INFERENCE_PROMISES, PROMISES, Promise, Results
@@ -23,7 +24,7 @@ from .sweep import DTYPES, of_gpu, size_label
 from .workloads import WORKLOADS
 
 RESULTS = Path(__file__).parent / "results"
-TABLES = ("kernels", "peers", "training", "memory", "inference", "instructions")
+TABLES = ("kernels", "peers", "training", "memory", "inference", "layers", "instructions")
 
 _INTRODUCTION = """\
 # Benchmarks
@@ -118,6 +119,14 @@ KiB of weights, as stored:
 _INFERENCE_PROMISES = """\
 What is promised, for the CPUs that have the instruction set: how many times as fast at least.
 """
+_LAYERS = """\
+## Layers on codes
+
+Single layers as a converted network runs them, called again and again, so that what they read is in cache: the
+microseconds of torch's layer in float32, and how many times as fast it is on codes. W8A4 has weights of 8 bits and
+codes of 4, which it reads and writes.
+
+"""
 _SLOW = """\
 ## What is slow, and what to do about it
 
@@ -193,7 +202,9 @@ def _setting(rows: list[dict[str, str]]) -> str:
     if row["device"] != "cpu":
         machine = f"{row['device']}, {row['backend']}"
     if "instruction_sets" in row:
-        machine += f", CPU with {row['instruction_sets']}, {row['versions']}"
+        machine += f", CPU with {row['instruction_sets']}"
+    if "versions" in row:
+        machine += f", {row['versions']}"
     return f"{machine}, torch {row['torch']}, coarsegrad at {row['git'][:10]}, {row['date'][:10]}.\n"
 
 
@@ -327,6 +338,19 @@ def _inference_page(results: Results) -> list[str]:
     ]  # fmt: skip
 
 
+def _layer_table(rows: list[dict[str, str]]) -> str:
+    """A line for each layer and batch, a column for each kind of numbers."""
+    cases: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        cases.setdefault((row["layer"], row["shape"], row["batch"]), {})[row["numbers"]] = row
+    names = [name for name in dict.fromkeys(row["numbers"] for row in rows) if name != LAYER_BASE]
+    lines = []
+    for case, found in cases.items():
+        speeds = (_number(found[name][f"speed_over_{LAYER_BASE}"]) for name in names)
+        lines.append((*case, f"{1e6 * float(found[LAYER_BASE]['seconds_median']):,.0f}", *speeds))
+    return markdown(("layer", "", "batch", f"{LAYER_BASE}, us", *map(str.upper, names)), lines)
+
+
 def gpu_page(results: Results) -> str:
     """docs/benchmarks-cuda.md; tables without results are omitted."""
     parts = [_GPU_INTRODUCTION]
@@ -366,6 +390,8 @@ def page(results: Results) -> str:
             parts += _instructions_page(results)
     if results["inference"]:
         parts += _inference_page(results)
+    if results["layers"]:
+        parts += [_LAYERS + _layer_table(results["layers"]), _setting(results["layers"])]
     parts.append("For the memory and times of networks with packed activations, see [memory.md](memory.md).\n")
     parts.append(_SLOW)
     return "\n".join(part for part in parts if part)

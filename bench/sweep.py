@@ -1,9 +1,9 @@
-"""A sweep over dtypes and sizes, which bench.kernels and bench.peers run, and the copy that they compare with."""
+"""A sweep over inputs, which bench.kernels, bench.peers and bench.layers run, and the copy that the first two compare
+with."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import platform
 import statistics
@@ -57,12 +57,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Part:
-    """What one process measures. allocator: one of ALLOCATORS; names: the jobs that take turns."""
+    """What one process measures. allocator: one of ALLOCATORS; inputs: (dtype, size) of each, or (layer, batch); names:
+    the jobs that take turns."""
 
     device: str
     allocator: str
-    sizes: tuple[int, ...]
-    dtypes: tuple[str, ...]
+    inputs: tuple[tuple[str, int], ...]
     names: tuple[str, ...]
     rounds: int
     threads: int
@@ -70,7 +70,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Case:
-    """Checked jobs that take turns, with or without gradients. name: distinguishes cases of one dtype and size."""
+    """Checked jobs that take turns, with or without gradients. name: distinguishes cases of one input."""
 
     name: str
     jobs: dict[str, Callable[[], object]]
@@ -83,10 +83,11 @@ def timer_of(device: torch.device) -> Timer:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A benchmark over dtypes and sizes.
+    """A benchmark over inputs, each a dtype and a size or the like.
 
     cases(part, dtype, size) yields each Case lazily. rows(dtype, size, case's name, times) -> the rows of the CSV, to
-    which the facts that they depend on are added. header and line(row): what is printed.
+    which the facts that they depend on are added. header and line(row): what is printed. columns: what an input and a
+    job are called. few: a size with which every job runs.
     """
 
     cases: Callable[[Part, str, int], Iterator[Case]]
@@ -94,6 +95,8 @@ class Sweep:
     header: str
     line: Callable[[Row], str]
     timer: Callable[[torch.device], Timer] = timer_of
+    columns: tuple[str, str, str] = ("dtype", "size", "kernel")
+    few: int = 2**14
 
     def measure(self, part: Part) -> list[Row]:
         """Measures all of `part` in this process and prints each case as it completes."""
@@ -104,9 +107,8 @@ class Sweep:
         print(*(f"{name.ljust(10)}  {value}" for name, value in here.items()), "", self.header, sep="\n")
         timer = self.timer(device)
         found: list[Row] = []
-        inputs = list(itertools.product(part.dtypes, part.sizes))
-        with tqdm(total=len(inputs), disable=None, leave=False, unit="input") as progress:
-            for dtype, size in inputs:
+        with tqdm(total=len(part.inputs), disable=None, leave=False, unit="input") as progress:
+            for dtype, size in part.inputs:
                 progress.set_description(f"{dtype} {size_label(size)}")
                 for case in self.cases(part, dtype, size):
                     with torch.set_grad_enabled(case.grad):
@@ -169,9 +171,9 @@ def run_parts(program: str, sweep: Measures, parts: Iterable[Part], out: Path | 
 
 def size_options(parser: argparse.ArgumentParser, results: Path, names: Iterable[str], *measures: str) -> None:
     """The options of a Sweep; `results` is the default output, see `of_gpu`."""
-    names = list(names)
     add = parser.add_argument
     add_device(parser, results)
+    common_options(parser, names, *measures)
     add("--quick", action="store_true", help="fewer sizes and rounds")
     add("--sizes", nargs="+", type=_elements, metavar="N", help="numbers of elements, such as 65536 or 2^16")
     add(
@@ -182,6 +184,19 @@ def size_options(parser: argparse.ArgumentParser, results: Path, names: Iterable
         metavar="DTYPE",
         help=f"{' and/or '.join(DTYPES)} (default: both)",
     )
+    add("--rounds", type=at_least(5), metavar="N", help="measured rounds, at least 5 (default 31; with --quick 11)")
+    add(
+        "--allocator",
+        choices=ALLOCATORS,
+        default="keep",
+        help="whether malloc keeps freed memory, or runs as the environment says (default keep)",
+    )
+
+
+def common_options(parser: argparse.ArgumentParser, names: Iterable[str], *measures: str) -> None:
+    """The options for what is measured, and on how many threads."""
+    names = list(names)
+    add = parser.add_argument
     add(
         "--only",
         nargs="+",
@@ -190,19 +205,12 @@ def size_options(parser: argparse.ArgumentParser, results: Path, names: Iterable
         metavar="NAME",
         help=f"some of {', '.join(names)}; always with {', '.join(measures)} to compare with (default: all)",
     )
-    add("--rounds", type=at_least(5), metavar="N", help="measured rounds, at least 5 (default 31; with --quick 11)")
     add(
         "--threads",
         type=at_least(1),
         default=1,
         metavar="N",
         help="threads (default 1, timed by its CPU time; several by the wall clock)",
-    )
-    add(
-        "--allocator",
-        choices=ALLOCATORS,
-        default="keep",
-        help="whether malloc keeps freed memory, or runs as the environment says (default keep)",
     )
 
 

@@ -203,6 +203,20 @@ def _caches() -> str:
     return ", ".join(found)
 
 
+# Those of /proc/cpuinfo that decide which kernels run.
+_SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+
+
+def instruction_sets() -> str:
+    """Those of the CPU that matter here, empty where the system does not list them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    return " ".join(name for name in _SETS if name in flags)
+
+
 def facts(device: torch.device, allocator: str) -> dict[str, object]:
     """What the times of this process depend on besides the jobs, under the CSV files' column names.
 

@@ -63,7 +63,7 @@ _library.impl("qrelu_backward_from_codes", _absent, "CPU")
     assert {row["rounds"] for row in rows} == {"5"} and rows[0]["other_backend"] == rows[0]["backend"]
     shown = capsys.readouterr().out
     assert f"Skipped, not in {checkout}: backward, reverse_exponential_step (NotImplementedError: not yet)" in shown
-    assert re.search(rf"(Slower|No kernel is slower) than in {re.escape(str(checkout))}", shown)
+    assert re.search(rf"(Slower|Nothing is slower) than in {re.escape(str(checkout))}", shown)
     assert f"Written: {out}" in shown and "bench.report" not in shown
 
 
@@ -77,7 +77,7 @@ def test_a_library_for_another_torch(checkout):
 
 def test_a_package_that_the_benchmark_does_not_fit(checkout):
     change(checkout, "_types.py", "")
-    part = sweep.Part("cpu", "keep", (2**14,), ("float32",), ("forward, 2 bits",), 5, 1)
+    part = sweep.Part("cpu", "keep", (("float32", 2**14),), ("forward, 2 bits",), 5, 1)
     with pytest.raises(against.BenchError, match="does not run this benchmark: ImportError: cannot import name"):
         against.Build(checkout / "python", "bench.kernels", part)
 
@@ -98,7 +98,7 @@ def test_what_cannot_be_compared(checkout, capsys, arguments, message):
 def test_nothing_is_written_unless_asked(checkout, monkeypatch):
     row = {"dtype": "float32", "size": 4, "kernel": "copy of x", "time_over_other": "1", "time_over_itself": "1"}
     written = []
-    monkeypatch.setattr(kernels, "run_parts", lambda program, sweep, parts, out, then: written.append(out) or [row])
+    monkeypatch.setattr(against, "run_parts", lambda program, sweep, parts, out, then: written.append(out) or [row])
     kernels.main(["--against", str(checkout)])
     kernels.main(["--against", str(checkout), "--out", "a.csv"])
     assert written == [None, Path("a.csv")]
@@ -107,7 +107,7 @@ def test_nothing_is_written_unless_asked(checkout, monkeypatch):
 @pytest.fixture
 def turns():
     made = against._Turns("bench.kernels")
-    made.begin({"device": "cpu", "allocator": "keep", "sizes": [2**14], "dtypes": ["float32"],
+    made.begin({"device": "cpu", "allocator": "keep", "inputs": [["float32", 2**14]],
                 "names": ["forward, 2 bits", "forward, 4 bits"], "rounds": 5, "threads": 1})  # fmt: skip
     return made
 
@@ -142,4 +142,4 @@ def test_the_verdict():
         "  float32, 2^22, forward, 2 bits: 1.021 (itself 0.992)",
         "The same build in two processes differs by up to 0.8%.",
     ]
-    assert against.verdict(rows[:1], Path("there")).startswith("No kernel is slower than in there by more than 2%.\n")
+    assert against.verdict(rows[:1], Path("there")).startswith("Nothing is slower than in there by more than 2%.\n")

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench import activations, autograd, inference, kernels, memory, peers, report, sweep, timing, training
+from bench import activations, autograd, inference, kernels, layers, memory, peers, report, sweep, timing, training
 from bench.promises import PROMISES, Promise
 from paths import ROOT
 
@@ -252,7 +252,9 @@ def test_report_without_results(tmp_path):
         report.main(["--results", str(tmp_path), "--page", str(tmp_path / "page.md")])
 
 
-@pytest.mark.parametrize("command, option", [(kernels, "--rounds"), (peers, "--rounds"), (report, "--page")])
+@pytest.mark.parametrize(
+    "command, option", [(kernels, "--rounds"), (peers, "--rounds"), (layers, "--against"), (report, "--page")]
+)
 def test_help_helps(capsys, command, option):
     with pytest.raises(SystemExit, match="0"):
         command.main(["--help"])
@@ -263,7 +265,7 @@ def test_help_helps(capsys, command, option):
     "command, option",
     [
         (kernels, ["--only", "forward, 2 bits"]), (peers, ["--quick"]), (memory, ["--networks", "lenet"]),
-        (training, ["--rounds", "5"]), (inference, ["--threads", "2"]),
+        (training, ["--rounds", "5"]), (inference, ["--threads", "2"]), (layers, ["--only", "linear"]),
     ],
 )  # fmt: skip
 def test_a_part_replaces_no_published_results(command, option, tmp_path, monkeypatch, capsys):
