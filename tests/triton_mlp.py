@@ -59,7 +59,7 @@ def test_codes_and_mask_are_those_of_the_kernels_own_h(dtype, bits, rounding, ma
         h = x.new_empty(shape[0], shape[2])
         options = (bits, ROUNDINGS.index(rounding), MaskKind[mask].value)
         codes, packed_mask, nan_rows = mlp.linear_to_codes(x, weight1, bias1, ALPHA, *options, h)
-        assert far(h, F.linear(x.double(), weight1.double(), None if bias1 is None else bias1.double())) < 4e-3
+        assert far(h, F.linear(x, weight1, bias1)) < 1e-3
         with cg.use_backend("reference"):
             _, want_mask, want = _ops.ops.qrelu_forward.default(h, ALPHA, *options, True, None)
         assert torch.equal(codes, want) and torch.equal(packed_mask, want_mask)
@@ -76,17 +76,17 @@ def test_what_reads_codes(dtype, bits):
             kind = {"clipped_relu": MaskKind.inside}.get(ste, MaskKind.nothing)
             mode = ROUNDINGS.index(rounding)
             codes, mask, nan_rows = _mlp.linear_to_codes(x, weight1, bias1, ALPHA, bits, mode, kind)
-            wide = [t.double() for t in (weight2, bias2, grad_out)]
-            y = cg.dequantize(codes, ALPHA, bits, (rows, hidden), dtype).double()
-            out = mlp.linear_from_codes(codes, nan_rows, ALPHA, bits, weight2, bias2 if bits > 1 else None)
-            assert far(out, F.linear(y, wide[0], wide[1] if bits > 1 else None)) < 4e-3
+            y = cg.dequantize(codes, ALPHA, bits, (rows, hidden), dtype)
+            bias = bias2 if bits > 1 else None
+            out = mlp.linear_from_codes(codes, nan_rows, ALPHA, bits, weight2, bias)
+            assert far(out, F.linear(y, weight2, bias)) < 1e-3
             grad_weight = mlp.linear_from_codes_grad_weight(grad_out, codes, ALPHA, bits, hidden)
-            assert far(grad_weight, wide[2].T @ y) < 4e-3
+            assert far(grad_weight, grad_out.T @ y) < 1e-3
             gates = (mask if ste == "clipped_relu" else None, codes if ste == "relu" else None)
             options = (bits, Ste[ste].value, mode)
             got = mlp.linear_from_codes_grad_input(grad_out, weight2, *gates, *options)
-            want = _mlp.linear_from_codes_grad_input(wide[2], wide[0], *gates, *options)
-            assert far(got, want) < 4e-3 and torch.equal(got == 0, want == 0)
+            want = _mlp.linear_from_codes_grad_input(grad_out, weight2, *gates, *options)
+            assert far(got, want) < 1e-3 and torch.equal(got == 0, want == 0)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -105,9 +105,9 @@ def test_a_chain(dtype, ste, rounding):
             out = chain(x)
         got = torch.autograd.grad(out, leaves, grad_out)
     want = chain.layer(chain.activation(chain.first(x)))
-    assert far(out, want) < 1e-2
+    assert far(out, want) < 1e-3
     for mine, other in zip(got, torch.autograd.grad(want, leaves, grad_out), strict=True):
-        assert far(mine, other) < 2e-2  # a code in a few hundred is another one, by the order of a sum
+        assert far(mine, other) < 1e-3
     own = {t.data_ptr() for t in (*leaves, chain.activation.alpha)}
     assert sum(t.nbytes for t in kept if t.data_ptr() not in own) == rows * hidden * (4 + (ste != "relu")) // 8
 
