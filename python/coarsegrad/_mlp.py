@@ -197,11 +197,11 @@ _ops._fake("qrelu_mlp")(_without_grad)
 _ops._library.impl("qrelu_mlp", _one_after_the_other, "FuncTorchBatched")
 
 
-def keeps_codes_alone(ste: str, alpha: Tensor, channel_dim: int | None) -> bool:
-    """Whether codes and a bit are all that the gradients of a chain need: a gate that is open or closed, one alpha, and
-    that fixed."""
+def keeps_codes_alone(ste: str, alpha: Tensor) -> bool:
+    """Whether codes and a bit are all that the gradients of a chain need: a gate that is open or closed, and a fixed
+    alpha."""
     gates = ("nothing", "positive", "inside", "near")
-    return ste in BUILT_IN and ste_of(ste).needs in gates and channel_dim is None and not alpha.requires_grad
+    return ste in BUILT_IN and ste_of(ste).needs in gates and not alpha.requires_grad
 
 
 def mlp(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding) -> Tensor:

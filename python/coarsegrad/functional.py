@@ -384,7 +384,7 @@ def qrelu_mlp(
     """A Linear, qrelu and a Linear: out = qrelu(h) @ weight2.T + bias2, h = x @ weight1.T + bias1, of which x and codes
     are kept.
 
-    x: [..., in_features], with at least one dimension, not nested and no DTensor.
+    x: [..., in_features], with at least one dimension.
     weight1, bias1: [hidden, in_features] and [hidden], in x's dtype or a dtype that autocast converts.
     weight2, bias2: [out_features, hidden] and [out_features].
     The other arguments and the papers are those of `qrelu`; alpha is that of h.
@@ -398,18 +398,20 @@ def qrelu_mlp(
 
     Saved for backward: x, if weight1 requires grad; the packed codes (1, 2, 4, 4, 8, 8, 8, 8 bits an element of h for
     bits 1..8), if weight2 does; and one bit an element of h for the gate, unless the codes imply it (they do for relu
-    under "ceil" and "hwgq"). With an alpha that requires grad or is one of several, and with an STE whose gradient is
-    more than a gate (any but relu, clipped_relu, identity and trust), F.linear and `qrelu_linear` run, and what they
-    save is kept. There is no second derivative.
+    under "ceil" and "hwgq"). With an alpha that requires grad or is one of several, with an STE whose gradient is more
+    than a gate (any but relu, clipped_relu, identity and trust), and for a nested x or a DTensor, F.linear and
+    `qrelu_linear` run, and what they save is kept. There is no second derivative.
 
-    Raises TypeError or ValueError for an argument of `qrelu`, ValueError for a nested x or a DTensor, and what F.linear
-    raises.
+    Raises TypeError or ValueError for an argument of `qrelu`, and what F.linear raises.
     """
-    if x.is_nested or is_dtensor(x):
-        raise ValueError(f"x must be a plain tensor, got a {'nested tensor' if x.is_nested else 'DTensor'}")
+    if not isinstance(x, Tensor) or x.is_nested or is_dtensor(x) or channel_dim is not None:
+        return qrelu_linear(
+            F.linear(x, weight1, bias1), alpha, weight2, bias2, bits, ste=ste, rounding=rounding, alpha_grad=alpha_grad,
+            alpha_scale=alpha_scale, channel_dim=channel_dim,
+        )  # fmt: skip
     alpha, options = _checked(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
     try:
-        if not keeps_codes_alone(ste, alpha, channel_dim):
+        if not keeps_codes_alone(ste, alpha):
             return qrelu_and_layer(F.linear(x, weight1, bias1), alpha, weight2, bias2, options)
         return mlp(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding)
     except Exception:

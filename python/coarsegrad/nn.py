@@ -17,7 +17,6 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ._alphas import initial_alpha, keep_wide, readable, reshape_alpha
 from ._checks import check_alpha_scale, check_bits, check_option, checked_values
-from ._dtensor import is_dtensor
 from ._fused import register_flop_formulas
 from ._torch_internals import suggest_memory_format
 from ._types import (
@@ -422,7 +421,7 @@ class QReLUMLP(QReLULinear):
     def forward(self, x: Tensor) -> Tensor:
         activation, layer = self.activation, self.layer
         drops = activation.dropout and activation.training
-        if drops or not (self._fuses() and _is_plain(self.first, torch.nn.Linear)) or x.is_nested or is_dtensor(x):
+        if drops or not (self._fuses() and _is_plain(self.first, torch.nn.Linear)):
             return super().forward(self.first(x))
         first = self.first
         return qrelu_mlp(

@@ -130,6 +130,16 @@ def test_modules_in_its_place():
     }  # fmt: skip
 
 
+def test_nested_and_sharded_rows():
+    model, x = chain(ste="relu"), rows(6, 24)
+    nested = torch.nested.nested_tensor([x[:2], x[2:]], layout=torch.jagged)
+    assert torch.equal(model(nested).values(), model(x))
+    model.layer.weight.grad = None
+    model(nested).values().sum().backward()
+    got = model.layer.weight.grad
+    assert torch.equal(got, torch.autograd.grad(apart(model, x).sum(), model.layer.weight)[0])
+
+
 def test_deepcopy_autocast_and_compile():
     model, x = copy.deepcopy(chain()), rows(6, 24).requires_grad_()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -204,8 +214,10 @@ def test_bad_input():
             cg.qrelu_mlp(x, *weights, **wrong)
     with pytest.raises(ValueError, match="alpha must be finite and > 0"):
         cg.qrelu_mlp(x, first.weight, None, torch.tensor([-1.0]), layer.weight)
-    with pytest.raises(ValueError, match="got a nested tensor"):
-        cg.qrelu_mlp(torch.nested.nested_tensor([x, x], layout=torch.jagged), *weights)
+    with pytest.raises(TypeError, match="must be Tensor"):
+        cg.qrelu_mlp([1.0], *weights)
+    with pytest.raises(ValueError, match=r"alpha must have 8 elements|alpha"):
+        cg.qrelu_mlp(x, first.weight, None, torch.full((4,), 0.3), layer.weight, channel_dim=-1)
     for call in (
         lambda: cg.qrelu_mlp(rows(3, 5), *weights), lambda: cg.qrelu_mlp(x.double(), *weights),
         lambda: cg.qrelu_mlp(x, first.weight, None, 0.3, first.weight),
