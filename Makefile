@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 	@echo
-	@echo 'TEST_ARGS, DEMO_ARGS, BENCH_ARGS and WHEEL_ARGS are passed through: make demo DEMO_ARGS="--subset 2000"'
+	@echo 'TEST_ARGS, DEMO_ARGS, BENCH_ARGS and WHEEL_ARGS are passed through: make demo DEMO_ARGS="--subset 2000 --out runs/small"'
 
 setup: $(VENV)/.done  ## .venv with the pinned development environment
 $(VENV)/.done: pyproject.toml requirements-dev.txt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -70,10 +70,11 @@ def blended(optimizer: torch.optim.Optimizer, model: nn.Module, rho: float = 1e-
     nor does a fused optimizer that it tells to skip.
 
     Returns the optimizer. Copies made with `copy.deepcopy` together with the model do the same, and so does a pickle of
-    the optimizer alone; torch refuses to pickle a model with parametrizations.
+    the optimizer alone; torch refuses to pickle a model with parametrizations. Where a QWeight is taken off, as by the
+    report's `undo`, the optimizer goes on to blend: make a new one.
 
-    Raises TypeError or ValueError if rho is no such number, if the model has no QWeight, or the optimizer none of the
-    parameters that have one.
+    Raises TypeError or ValueError if an argument is of another type, rho no such number, if the model has no QWeight,
+    or the optimizer none of the parameters that have one, or blends them already.
 
     Source: Yin et al. 2018, arXiv 1808.05240.
     """
@@ -81,11 +82,18 @@ def blended(optimizer: torch.optim.Optimizer, model: nn.Module, rho: float = 1e-
         raise TypeError(f"rho must be a number from 0 to 1, got {rho!r}")
     if not 0 <= rho <= 1:
         raise ValueError(f"rho must be a number from 0 to 1, got {rho}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     weights = {id(weight): (weight, quantizer) for _, weight, quantizer in quantized_parameters(model)}
     if not weights:
         raise ValueError("model must have a QWeight, as quantize_(model, weight_bits=...) gives it, got one without")
     if not any(id(p) in weights for p in _parameters(optimizer)):
         raise ValueError("optimizer must hold a weight of model with a QWeight, got one made of other parameters")
+    hooks = vars(optimizer).get("_coarsegrad_hooks", [])
+    if any(isinstance(hook, _Blend) and hook.blends(weights) for hook in hooks):
+        raise ValueError("optimizer must blend a weight once, got one that blends weights of model already")
     return _with_hooks(optimizer, [_Blend(list(weights.values()), float(rho))])
 
 
@@ -114,6 +122,10 @@ class _Blend:
 
     def __init__(self, weights: list[tuple[Tensor, QWeight]], rho: float) -> None:
         self._weights, self._rho = weights, rho
+
+    def blends(self, weights: Mapping[int, object]) -> bool:
+        """Whether one of these, by id, is among its own."""
+        return any(id(weight) in weights for weight, _ in self._weights)
 
     @torch.no_grad()
     def before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -308,6 +308,49 @@ def test_copies_and_files(small, tmp_path):
     assert torch.equal(copied(x), y)
 
 
+class _Sum(nn.Module):
+    """Of two branches, whose alphas are in the graph."""
+
+    def __init__(self, bits=2, alphas=(0.75, 0.75), rounding="ceil"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.i, self.j, self.o = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+        self.q, self.p = (cg.QReLU(bits, alpha=alpha, rounding=rounding) for alpha in alphas)
+
+    def forward(self, x):
+        return self.o(self.q(self.i(x)) + self.p(self.j(x)))
+
+
+def test_a_state_of_other_integers_is_refused():
+    x = torch.randn(4, 6)
+    made = {
+        name: cg.convert(_Sum(**settings).eval(), (x,), weight_bits=weight_bits)
+        for name, settings, weight_bits in (
+            ("as it is", {}, 8), ("alphas", {"alphas": (0.5, 1.0)}, 8), ("bits", {"bits": 4}, 8),
+            ("rounding", {"rounding": "nearest"}, 8), ("weights", {}, 4),
+        )
+    }  # fmt: skip
+    state = made.pop("as it is").state_dict()
+    for name, other in made.items():
+        with pytest.raises(RuntimeError, match="converted with other bits, roundings, weight_bits or alphas"):
+            other.load_state_dict(state)
+        assert other(x).isfinite().all(), name
+    again = cg.convert(_Sum().eval(), (x,))
+    again.load_state_dict(state)
+    del state["input_shapes._extra_state"]  # as older files
+    again.load_state_dict(state)
+
+
+def test_a_model_that_is_wrapped_is_refused_and_one_without_integers_warns():
+    model, x = _Sum().eval(), torch.randn(4, 6)
+    for wrapped, inner in ((torch.compile(model), "_orig_mod"), (nn.DataParallel(model), "module")):
+        with pytest.raises(ValueError, match=rf"got a \w+: pass model\.{inner}"):
+            cg.convert(wrapped.eval(), (x,))
+    with pytest.warns(UserWarning, match="no layer became integer"):
+        converted = cg.convert(_Sum(alphas=(0.75, 0.7500001)).eval(), (x,))
+    assert "give the summands alphas with a common unit" in str(converted.report)
+
+
 def test_export_and_compile(small):
     x, _, converted = small
     y = converted(x)

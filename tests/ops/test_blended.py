@@ -242,6 +242,18 @@ def test_bad_rho(bad):
         cg.blended(torch.optim.SGD(model.parameters(), lr=0.1), model, bad)
 
 
+def test_twice_and_swapped():
+    model = nn.Sequential(nn.Linear(3, 3))
+    cg.quantize_(model, bits=None, weight_bits=2)
+    optimizer = cg.blended(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    with pytest.raises(ValueError, match="optimizer must blend a weight once"):
+        cg.blended(optimizer, model)
+    with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, got Sequential"):
+        cg.blended(model, optimizer)
+    with pytest.raises(TypeError, match="model must be an nn.Module, got list"):
+        cg.blended(optimizer, [model])
+
+
 def test_models_without_quantized_weights_and_other_optimizers():
     model = nn.Linear(4, 4)
     with pytest.raises(ValueError, match="model must have a QWeight"):

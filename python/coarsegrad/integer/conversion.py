@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -33,7 +35,8 @@ def convert(
     float32: float32(float32(acc) * scale) + offset. All else computes as before. A NaN in the input of a QReLU becomes
     its top code.
 
-    model: in evaluation mode, with at least one QReLU. It is not changed and shares no tensor with the result.
+    model: in evaluation mode, with at least one QReLU. It is not changed and shares no tensor with the result. Neither
+        compiled by `torch.compile(model)` nor wrapped in DataParallel or DistributedDataParallel.
     example_inputs: a tuple of the model's positional arguments, on its device. The model is exported with them by
         torch.export; the first dimension of tensors is dynamic.
     weight_bits: 8 (integers in -127..127), 4 (-7..7), 2 (-2..1) or 1 (-1, 1): for all layers, or by the name of the
@@ -41,8 +44,11 @@ def convert(
         lossless by rounding alone; 2 and 1 are for networks whose weights were trained for it. A layer with a `QWeight`
         has the codes and scales of that, and its bits: weight_bits must be None, leave it out, or agree.
 
-    Returns a GraphModule in evaluation mode. Its `report` lists what became integer, and what stays float and why. The
-    first time that there are no compiled kernels for its integer layers on their device, a warning says so.
+    Returns a GraphModule in evaluation mode. Its `report` lists what became integer, and what stays float and why; a
+    warning says if nothing did. The first time that there are no compiled kernels for its integer layers on their
+    device, a warning says so, unless COARSEGRAD_NATIVE=0 asks for none. Its state_dict has an entry for the numbers
+    that are constants of the graph, such as bits and the steps of sums: `load_state_dict` rejects that of a conversion
+    with others.
 
     Raises TypeError or ValueError for a wrong argument, such as weight_bits that contradict a QWeight, a model in
     training mode, without a QReLU, or converted before; and ValueError, with the reason, where the model does not run
@@ -67,11 +73,16 @@ def convert(
     rewriting.run()
     converted = torch.fx.GraphModule(graph_module, without_tracer(graph_module.graph), type(model).__name__)
     _own_tensors(converted)
+    converted.get_submodule("input_shapes").constants = _digest(converted.graph)
     set_preserved(converted, "report", rewriting.report)
     if hasattr(model, "save_pretrained"):
         set_preserved(converted, "save_pretrained", _refuse_save_pretrained)
     if rewriting.report.converted:
         warn_if_slow(rewriting.report.device)
+    else:
+        warnings.warn(
+            "no layer became integer; the report of the result says why: print(converted.report)", stacklevel=2
+        )
     return converted.eval()
 
 
@@ -84,12 +95,32 @@ def _refuse_save_pretrained(*args: object, **kwargs: object) -> None:
 
 
 class InputShapes(nn.Module):
-    """A check of the sizes that an exported graph is made for. shapes: by name of an input, None for a size that is
-    free."""
+    """A check of the sizes that an exported graph is made for, and in its state_dict of the graph's constants. shapes:
+    by name of an input, None for a size that is free."""
+
+    constants: Tensor | None = None  # a digest; older files have none
 
     def __init__(self, shapes: dict[str, list[int | None]]) -> None:
         super().__init__()
         self.shapes = shapes
+
+    def get_extra_state(self) -> Tensor | None:
+        return self.constants
+
+    def set_extra_state(self, state: Tensor | None) -> None:
+        """Sets nothing: `_load_from_state_dict` compares."""
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        extra = f"{prefix}_extra_state"
+        given = state.get(extra)
+        if given is not None and self.constants is not None and not torch.equal(given.cpu(), self.constants):
+            errors.append(
+                f"{extra}: got the integers of a network that was converted with other bits, roundings, weight_bits or"
+                " alphas, wanted those of one converted as this was; load the state of the float network, and convert"
+            )
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+        if extra in missing:
+            missing.remove(extra)
 
     def forward(self, *inputs: Tensor) -> None:
         for (name, shape), x in zip(self.shapes.items(), inputs):
@@ -110,6 +141,17 @@ def _check_shapes_in(module: torch.fx.GraphModule) -> None:
         module.graph.call_module("input_shapes", tuple(inputs))
 
 
+def _digest(graph: torch.fx.Graph) -> Tensor:
+    """Of the numbers and words that its calls are given beside nodes: 32 bytes, as uint8."""
+    calls = []
+    for node in graph.nodes:
+        if node.op == "call_function":
+            leaves = tree_leaves((node.args, dict(sorted(node.kwargs.items()))))
+            constants = [repr(leaf) for leaf in leaves if isinstance(leaf, (bool, int, float, str))]
+            calls += [(str(node.target), constants)] if constants else []
+    return torch.tensor(list(hashlib.sha256(repr(calls).encode()).digest()), dtype=torch.uint8, device="cpu")
+
+
 def _own_tensors(module: nn.Module) -> None:
     """Copies in the place of tensors that are the original model's; none requires grad."""
     for part in module.modules():
@@ -121,6 +163,13 @@ def _own_tensors(module: nn.Module) -> None:
                 part._buffers[name] = buffer.detach().clone()
 
 
+def _wraps(model: nn.Module, name: str) -> bool:
+    """Whether the model is what torch.compile, DataParallel or DistributedDataParallel made of its submodule `name`."""
+    if name == "module":
+        return isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    return name in model._modules
+
+
 def check_model(model: nn.Module, example_inputs: tuple) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -128,6 +177,8 @@ def check_model(model: nn.Module, example_inputs: tuple) -> None:
         raise TypeError(f"example_inputs must be a tuple of arguments, got {type(example_inputs).__name__}")
     if any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves(example_inputs)):
         raise ValueError("example_inputs must hold values, got a tensor on the meta device")
+    if inner := next((name for name in ("_orig_mod", "module") if _wraps(model, name)), None):
+        raise ValueError(f"model must not be wrapped, got a {type(model).__name__}: pass model.{inner}")
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     meta = next((name for name, t in tensors if t.is_meta), None)
     if meta is not None:

@@ -206,7 +206,9 @@ class CodeFlow:
                 step, factors = common_step(self.step(terms[0]), self.step(terms[1]))
                 levels = sum(factor * self.codes[n].levels for factor, n in zip(factors, terms))
             if levels > MOST:
-                raise CannotConvert(f"whose sums of codes reach {levels}, above {MOST}")
+                raise CannotConvert(
+                    f"whose sums of codes reach {levels}, above {MOST}: give the summands alphas with a common unit"
+                )
         except CannotConvert as why:
             self.why_not[node] = str(why)
             return None

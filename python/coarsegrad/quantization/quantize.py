@@ -197,6 +197,8 @@ def check_arguments(
         check_option("weight_ste", weight_ste, WEIGHT_STES)
     elif weight_ste != "identity":
         raise TypeError(f"weight_ste needs weight_bits, got {weight_ste!r} without")
+    elif bits is None and not blocks:
+        raise ValueError("bits, weight_bits, inputs, gates, attention or norms must be given, got None for all")
     if bits is not None:
         QReLU(bits, **{**settings, "rounding": rounding})
     elif settings or fold_dropout or example_inputs is not None:
