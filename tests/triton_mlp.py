@@ -72,30 +72,34 @@ def test_what_reads_codes(dtype, bits):
     for shape in SHAPES:
         rows, inputs, hidden, outputs = shape
         x, weight1, bias1, weight2, bias2, grad_out = tensors(shape, dtype)
-        for ste, rounding in (("clipped_relu", "nearest"), ("relu", "ceil"), ("identity", "ceil")):
+        for (ste, rounding), squared in itertools.product(
+            (("clipped_relu", "nearest"), ("relu", "ceil"), ("identity", "ceil")), (False, True)
+        ):
             kind = {"clipped_relu": MaskKind.inside}.get(ste, MaskKind.nothing)
             mode = ROUNDINGS.index(rounding)
             codes, mask, nan_rows = _mlp.linear_to_codes(x, weight1, bias1, ALPHA, bits, mode, kind)
             y = cg.dequantize(codes, ALPHA, bits, (rows, hidden), dtype)
             bias = bias2 if bits > 1 else None
-            out = mlp.linear_from_codes(codes, nan_rows, ALPHA, bits, weight2, bias)
+            out = mlp.linear_from_codes(codes, nan_rows, ALPHA, bits, squared, weight2, bias)
+            y = y.square() if squared else y
             assert far(out, F.linear(y, weight2, bias)) < 1e-3
-            grad_weight = mlp.linear_from_codes_grad_weight(grad_out, codes, ALPHA, bits, hidden)
+            grad_weight = mlp.linear_from_codes_grad_weight(grad_out, codes, ALPHA, bits, squared, hidden)
             assert far(grad_weight, grad_out.T @ y) < 1e-3
-            gates = (mask if ste == "clipped_relu" else None, codes if ste == "relu" else None)
-            options = (bits, Ste[ste].value, mode)
+            gates = (mask if ste == "clipped_relu" else None, codes if ste == "relu" or squared else None)
+            options = (ALPHA, bits, squared, Ste[ste].value, mode)
             got = mlp.linear_from_codes_grad_input(grad_out, weight2, *gates, *options)
             want = _mlp.linear_from_codes_grad_input(grad_out, weight2, *gates, *options)
             assert far(got, want) < 1e-3 and torch.equal(got == 0, want == 0)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("ste, rounding", [("clipped_relu", "ceil"), ("relu", "hwgq"), ("trust", "nearest")])
-def test_a_chain(dtype, ste, rounding):
+def test_a_chain(dtype, ste, rounding, squared):
     """The whole module, near to the layers one after the other; and x and codes are all that is kept."""
     rows, inputs, hidden, outputs = SHAPES[1]
     first, layer = nn.Linear(inputs, hidden, dtype=dtype), nn.Linear(hidden, outputs, dtype=dtype)
-    chain = cg.nn.QReLUMLP(first, cg.QReLU(4, ste=ste, rounding=rounding, alpha=0.05), layer)
+    chain = cg.nn.QReLUMLP(first, cg.QReLU(4, ste=ste, rounding=rounding, alpha=0.05, squared=squared), layer)
     x, *_, grad_out = tensors(SHAPES[1], dtype)
     x = x.clone().requires_grad_()
     leaves = [x, *chain.parameters()]
@@ -117,10 +121,10 @@ def test_nan_flows_by_rows_and_a_bad_alpha_is_noticed(monkeypatch):
     x[66, 2] = torch.nan
     codes, _, nan_rows = mlp.linear_to_codes(x, weight1, bias1, ALPHA, 2, 0, 0)
     assert nan_rows.isnan().nonzero().tolist() == [[66]]
-    out = mlp.linear_from_codes(codes, nan_rows, ALPHA, 2, weight2, bias2)
+    out = mlp.linear_from_codes(codes, nan_rows, ALPHA, 2, False, weight2, bias2)
     assert torch.equal(out.isnan(), nan_rows.isnan()[:, None].expand_as(out))
     monkeypatch.setattr(mlp, "prepared", lambda alpha, dtype: alpha)  # as on a GPU, where its value is not read
-    assert mlp.linear_from_codes(codes, torch.zeros(70), -ALPHA, 2, weight2, bias2).isnan().all()
+    assert mlp.linear_from_codes(codes, torch.zeros(70), -ALPHA, 2, False, weight2, bias2).isnan().all()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # inf * 0 in a product of the interpreter
@@ -129,7 +133,7 @@ def test_a_closed_gate_is_a_select():
     x, weight1, bias1, weight2, _, grad_out = (t.clone() for t in tensors(SHAPES[0], torch.bfloat16))
     grad_out[1, 2] = torch.inf
     codes, mask, _ = mlp.linear_to_codes(x, weight1, bias1, ALPHA, 2, 0, MaskKind.inside)
-    got = mlp.linear_from_codes_grad_input(grad_out, weight2, mask, None, 2, Ste.clipped_relu.value, 0)
+    got = mlp.linear_from_codes_grad_input(grad_out, weight2, mask, None, ALPHA, 2, False, Ste.clipped_relu.value, 0)
     is_open = reference.unpack(mask, 1, 24).view(3, 8) == 1
     assert (got[~is_open] == 0).all() and got[is_open].isinf().any()
 
@@ -142,9 +146,9 @@ def test_what_it_does_not_serve_runs_as_elsewhere():
         for got, want in zip(made, _mlp.linear_to_codes(x, weight1, bias1, ALPHA, 2, 0, MaskKind.inside), strict=True):
             assert torch.equal(got, want)
         codes, mask, nan_rows = made
-        assert mlp.linear_from_codes(codes, nan_rows, ALPHA, 2, weight2, bias2).shape == (shape[0], shape[3])
-        assert mlp.linear_from_codes_grad_weight(grad_out, codes, ALPHA, 2, shape[2]).shape == weight2.shape
-        gate = (mask, None, 2, Ste.clipped_relu.value, 0)
+        assert mlp.linear_from_codes(codes, nan_rows, ALPHA, 2, False, weight2, bias2).shape == (shape[0], shape[3])
+        assert mlp.linear_from_codes_grad_weight(grad_out, codes, ALPHA, 2, False, shape[2]).shape == weight2.shape
+        gate = (mask, None, ALPHA, 2, False, Ste.clipped_relu.value, 0)
         assert mlp.linear_from_codes_grad_input(grad_out, weight2, *gate).shape == (shape[0], shape[2])
 
 
@@ -156,14 +160,16 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"bias must have shape \[8\], got \[7\]"):
         mlp.linear_to_codes(x, weight1, bias2, ALPHA, 2, 0, 0)
     for call in (
-        lambda codes: mlp.linear_from_codes(codes, nan_rows, ALPHA, 2, weight2, bias2),
-        lambda codes: mlp.linear_from_codes_grad_weight(grad_out, codes, ALPHA, 2, 8),
-        lambda codes: mlp.linear_from_codes_grad_input(grad_out, weight2, None, codes, 2, Ste.relu.value, 0),
+        lambda codes: mlp.linear_from_codes(codes, nan_rows, ALPHA, 2, False, weight2, bias2),
+        lambda codes: mlp.linear_from_codes_grad_weight(grad_out, codes, ALPHA, 2, False, 8),
+        lambda codes: mlp.linear_from_codes_grad_input(
+            grad_out, weight2, None, codes, ALPHA, 2, False, Ste.relu.value, 0
+        ),
     ):
         with pytest.raises(ValueError, match="codes must be a uint8 tensor of 6 bytes"):
             call(codes[:-1])
     with pytest.raises(ValueError, match="mask must be a uint8 tensor of 3 bytes"):
-        mlp.linear_from_codes_grad_input(grad_out, weight2, mask[:-1], None, 2, Ste.clipped_relu.value, 0)
+        mlp.linear_from_codes_grad_input(grad_out, weight2, mask[:-1], None, ALPHA, 2, False, Ste.clipped_relu.value, 0)
 
 
 def test_what_is_loaded_is_what_is_counted(monkeypatch):
@@ -188,15 +194,15 @@ def test_what_is_loaded_is_what_is_counted(monkeypatch):
         call()
         return moved["bytes"]
 
-    options = (4, Ste.clipped_relu.value, 0)
+    options = (ALPHA, 4, False, Ste.clipped_relu.value, 0)
     tiles = {name: -(-size // 64) for name, size in zip(("rows", "inputs", "hidden", "outputs"), shape)}
     calls = (
         (lambda: mlp.linear_to_codes(x, weight1, None, ALPHA, 4, 0, MaskKind.inside),
          4 * tiles["rows"] * tiles["hidden"]),
-        (lambda: mlp.linear_from_codes(codes, nan_rows, ALPHA, 4, weight2, None),
+        (lambda: mlp.linear_from_codes(codes, nan_rows, ALPHA, 4, False, weight2, None),
          4 * tiles["rows"] * tiles["outputs"] + 4 * rows * tiles["outputs"]),
         (lambda: mlp.linear_from_codes_grad_input(grad_out, weight2, mask, None, *options), 0),
-        (lambda: mlp.linear_from_codes_grad_weight(grad_out, codes, ALPHA, 4, hidden),
+        (lambda: mlp.linear_from_codes_grad_weight(grad_out, codes, ALPHA, 4, False, hidden),
          4 * tiles["outputs"] * tiles["hidden"]),
     )  # fmt: skip
     for kernel, (call, left_out) in zip(traffic.chain(shape, 4, True), calls):

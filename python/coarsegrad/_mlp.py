@@ -32,8 +32,8 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"bias must have shape [{weight.size(0)}], got {list(bias.shape)}")
 
 
-def check_codes(codes: Tensor, bits: int, rows: int, hidden: int) -> None:
-    check_packed(codes, "codes", rows * hidden, CODE_WIDTH[bits], codes.device)
+def check_codes(codes: Tensor | None, bits: int, rows: int, hidden: int, device: torch.device) -> None:
+    check_packed(codes, "codes", rows * hidden, CODE_WIDTH[bits], device)
 
 
 def linear_to_codes(
@@ -48,31 +48,46 @@ def linear_to_codes(
 
 
 def linear_from_codes(
-    codes: Tensor, nan_rows: Tensor, alpha: Tensor, bits: int, weight: Tensor, bias: Tensor | None
+    codes: Tensor, nan_rows: Tensor, alpha: Tensor, bits: int, squared: bool, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """F.linear(dequantize(codes), weight, bias), NaN in the rows of which nan_rows is."""
-    y = _rebuilt(codes, alpha, bits, nan_rows.numel(), weight.size(1), weight.dtype)
+    """F.linear(y, weight, bias), y = dequantize(codes) or its square; NaN in the rows of which nan_rows is."""
+    y = _rebuilt(codes, alpha, bits, squared, nan_rows.numel(), weight.size(1), weight.dtype)
     out = F.linear(y, weight, bias)
     return torch.where(nan_rows.isnan()[:, None], nan_rows[:, None].to(out.dtype), out)
 
 
 def linear_from_codes_grad_input(
-    grad_out: Tensor, weight: Tensor, mask: Tensor | None, codes: Tensor | None, bits: int, ste: int, rounding: int
+    grad_out: Tensor, weight: Tensor, mask: Tensor | None, codes: Tensor | None, alpha: Tensor, bits: int,
+    squared: bool, ste: int, rounding: int,
+) -> Tensor:  # fmt: skip
+    """grad_out @ weight, times 2 * dequantize(codes) if squared, through the gate of the STE. codes: given if squared,
+    or if the gate is read from them."""
+    grad_y = grad_out @ weight
+    if squared:
+        grad_y = grad_y * (2 * _rebuilt(codes, alpha, bits, False, *grad_y.shape, grad_y.dtype))
+    settings, gate = Settings.of(bits, Ste(ste).name, rounding, AlphaGrad.three_valued, 1.0, None, True), None
+    if gate_is_in_codes(mask, ste):
+        settings, gate = settings.reading_codes(), codes
+    return backward_from_saved(grad_y, None, None, mask, gate, settings, torch.contiguous_format)[0]
+
+
+def gate_is_in_codes(mask: Tensor | None, ste: int) -> bool:
+    return mask is None and ste != Ste.identity
+
+
+def linear_from_codes_grad_weight(
+    grad_out: Tensor, codes: Tensor, alpha: Tensor, bits: int, squared: bool, hidden: int
 ) -> Tensor:
-    """grad_out @ weight through the gate of the STE, which the mask or the codes give."""
-    settings = Settings.of(bits, Ste(ste).name, rounding, AlphaGrad.three_valued, 1.0, None, True)
-    settings = settings.reading_codes() if codes is not None else settings
-    return backward_from_saved(grad_out @ weight, None, None, mask, codes, settings, torch.contiguous_format)[0]
+    """grad_out.T @ y, y as in `linear_from_codes`."""
+    return grad_out.t() @ _rebuilt(codes, alpha, bits, squared, grad_out.size(0), hidden, grad_out.dtype)
 
 
-def linear_from_codes_grad_weight(grad_out: Tensor, codes: Tensor, alpha: Tensor, bits: int, hidden: int) -> Tensor:
-    """grad_out.T @ dequantize(codes)."""
-    return grad_out.t() @ _rebuilt(codes, alpha, bits, grad_out.size(0), hidden, grad_out.dtype)
-
-
-def _rebuilt(codes: Tensor, alpha: Tensor, bits: int, rows: int, hidden: int, dtype: torch.dtype) -> Tensor:
+def _rebuilt(
+    codes: Tensor, alpha: Tensor, bits: int, squared: bool, rows: int, hidden: int, dtype: torch.dtype
+) -> Tensor:
     shape = (rows, hidden)
-    return _ops.ops.dequantize.default(codes, alpha, bits, shape, dtype, None, torch.contiguous_format)
+    y = _ops.ops.dequantize.default(codes, alpha, bits, shape, dtype, None, torch.contiguous_format)
+    return y.square() if squared else y
 
 
 for _name in KERNELS:
@@ -88,7 +103,7 @@ def _(x, weight, bias, alpha, bits, rounding, mask):
 
 
 @_ops._fake("linear_from_codes")
-def _(codes, nan_rows, alpha, bits, weight, bias):
+def _(codes, nan_rows, alpha, bits, squared, weight, bias):
     return weight.new_empty(nan_rows.size(0), weight.size(0))
 
 
@@ -98,7 +113,7 @@ def _(grad_out, weight, *_):
 
 
 @_ops._fake("linear_from_codes_grad_weight")
-def _(grad_out, codes, alpha, bits, hidden):
+def _(grad_out, codes, alpha, bits, squared, hidden):
     return grad_out.new_empty(grad_out.size(1), hidden)
 
 
@@ -109,7 +124,7 @@ class _QReLUMLP(torch.autograd.Function):
     """needs: whether x, weight1, bias1, weight2 and bias2 require grad."""
 
     @staticmethod
-    def forward(ctx, x, weight1, bias1, alpha, weight2, bias2, settings, needs):
+    def forward(ctx, x, weight1, bias1, alpha, weight2, bias2, settings, squared, needs):
         need_h = any(needs[:3])
         kind = settings._replace(need_grad_x=need_h).saved().mask
         # The codes are kept for the weight's gradient, or they replace the mask.
@@ -120,15 +135,15 @@ class _QReLUMLP(torch.autograd.Function):
         codes, mask, nan_rows = _ops.ops.linear_to_codes.default(
             rows, weight1, bias1, alpha, bits, settings.rounding, kind
         )
-        out = _ops.ops.linear_from_codes.default(codes, nan_rows, alpha, bits, weight2, bias2)
-        ctx.settings, ctx.needs, ctx.reads_codes, ctx.shape = settings, needs, reads_codes, x.shape
-        ctx.hidden = weight1.size(0)
+        out = _ops.ops.linear_from_codes.default(codes, nan_rows, alpha, bits, squared, weight2, bias2)
+        ctx.settings, ctx.squared, ctx.needs, ctx.shape, ctx.hidden = settings, squared, needs, x.shape, weight1.size(0)
+        ctx.reads_codes = need_h and (reads_codes or squared)
         ctx.save_for_backward(
             x if needs[1] else None,
             weight1 if needs[0] else None,
             weight2 if need_h else None,
-            alpha if needs[3] else None,
-            codes if needs[3] or reads_codes else None,
+            alpha,
+            codes if needs[3] or ctx.reads_codes else None,
             mask if kind != MaskKind.nothing else None,
         )
         return out.view(*x.shape[:-1], weight2.size(0))
@@ -146,7 +161,15 @@ class _QReLUMLP(torch.autograd.Function):
         grad_x = grad_weight1 = grad_bias1 = grad_weight2 = grad_bias2 = None
         if need_x or need_weight1 or need_bias1:
             grad_h = _ops.ops.linear_from_codes_grad_input.default(
-                rows, weight2, mask, codes if ctx.reads_codes else None, settings.bits, settings.ste, settings.rounding
+                rows,
+                weight2,
+                mask,
+                codes if ctx.reads_codes else None,
+                alpha,
+                settings.bits,
+                ctx.squared,
+                settings.ste,
+                settings.rounding,
             )
             if need_x:
                 grad_x = (grad_h @ weight1).view(ctx.shape)
@@ -155,40 +178,42 @@ class _QReLUMLP(torch.autograd.Function):
             if need_bias1:
                 grad_bias1 = grad_h.sum(0)
         if need_weight2:
-            grad_weight2 = _ops.ops.linear_from_codes_grad_weight.default(rows, codes, alpha, settings.bits, ctx.hidden)
+            grad_weight2 = _ops.ops.linear_from_codes_grad_weight.default(
+                rows, codes, alpha, settings.bits, ctx.squared, ctx.hidden
+            )
         if need_bias2:
             grad_bias2 = rows.sum(0)
-        return grad_x, grad_weight1, grad_bias1, None, grad_weight2, grad_bias2, None, None
+        return grad_x, grad_weight1, grad_bias1, None, grad_weight2, grad_bias2, None, None, None
 
 
-def _one_after_the_other(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding):
+def _one_after_the_other(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding, squared):
     h = F.linear(x, weight1, bias1)
     y = _ops.ops.qrelu.default(h, alpha, bits, ste, rounding, "three_valued", 1.0, None)
-    return F.linear(y, weight2, bias2)
+    return F.linear(y.square() if squared else y, weight2, bias2)
 
 
-def _without_grad(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding):
+def _without_grad(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding, squared):
     if x.device.type == "cpu":  # where codes would only be packed to be unpacked
-        return _one_after_the_other(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding)
+        return _one_after_the_other(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding, squared)
     rounding = parse("rounding", rounding, Rounding).value
     codes, _, nan_rows = _ops.ops.linear_to_codes.default(
         _rows(x), weight1, bias1, alpha, bits, rounding, MaskKind.nothing.value
     )
-    out = _ops.ops.linear_from_codes.default(codes, nan_rows, alpha, bits, weight2, bias2)
+    out = _ops.ops.linear_from_codes.default(codes, nan_rows, alpha, bits, squared, weight2, bias2)
     return out.view(*x.shape[:-1], weight2.size(0))
 
 
-def _autograd_kernel(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding):
+def _autograd_kernel(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding, squared):
     tensors = (x, weight1, bias1, alpha, weight2, bias2)
     if in_functorch_kernel():  # which promises nothing about saved tensors
-        return _one_after_the_other(*tensors, bits, ste, rounding)
+        return _one_after_the_other(*tensors, bits, ste, rounding, squared)
     refuse_forward_mode(*tensors, op="qrelu_mlp")
     needs = needs_grad(x, weight1, bias1, weight2, bias2)
     if not any(needs):
         with below_autograd():
-            return _without_grad(*tensors, bits, ste, rounding)
+            return _without_grad(*tensors, bits, ste, rounding, squared)
     settings = Settings.of(bits, ste, rounding, AlphaGrad.three_valued.value, 1.0, None)
-    return _QReLUMLP.apply(*tensors, settings, needs)
+    return _QReLUMLP.apply(*tensors, settings, squared, needs)
 
 
 _ops._library.impl("qrelu_mlp", _without_grad, "CompositeExplicitAutograd")
@@ -204,7 +229,7 @@ def keeps_codes_alone(ste: str, alpha: Tensor) -> bool:
     return ste in BUILT_IN and ste_of(ste).needs in gates and not alpha.requires_grad
 
 
-def mlp(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding) -> Tensor:
+def mlp(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding, squared) -> Tensor:
     """qrelu_mlp in the dtype of autocast, if it is on."""
     tensors = [x, weight1, bias1, weight2, bias2]
     device = x.device.type
@@ -212,4 +237,4 @@ def mlp(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding) -> Tensor
         dtype = torch.get_autocast_dtype(device)
         tensors = [None if t is None else t.to(dtype) for t in tensors]
     x, weight1, bias1, weight2, bias2 = tensors
-    return _ops.ops.qrelu_mlp.default(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding)
+    return _ops.ops.qrelu_mlp.default(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding, squared)

@@ -43,7 +43,7 @@ from ._types import (
     packed_bytes,
     wide_dtype,
 )
-from .packing import active_packing, packs_graph
+from .packing import active_packing, packed_activations, packs_graph, square
 from .reference import lsq_scale
 from .ste import check_inplace, get_ste
 
@@ -380,6 +380,7 @@ def qrelu_mlp(
     alpha_grad: AlphaGradName = "three_valued",
     alpha_scale: AlphaScale = 1.0,
     channel_dim: int | None = None,
+    squared: bool = False,
 ) -> Tensor:
     """A Linear, qrelu and a Linear: out = qrelu(h) @ weight2.T + bias2, h = x @ weight1.T + bias1, of which x and codes
     are kept.
@@ -387,6 +388,7 @@ def qrelu_mlp(
     x: [..., in_features], with at least one dimension.
     weight1, bias1: [hidden, in_features] and [hidden], in x's dtype or a dtype that autocast converts.
     weight2, bias2: [out_features, hidden] and [out_features].
+    squared: whether the second Linear reads the square of qrelu(h), which its codes give too.
     The other arguments and the papers are those of `qrelu`; alpha is that of h.
 
     Returns out, [..., out_features]. h is rounded to its dtype before it is compared with the thresholds, so that the
@@ -397,27 +399,32 @@ def qrelu_mlp(
     the BLAS library's. Elsewhere the layers run one after the other, with their bits.
 
     Saved for backward: x, if weight1 requires grad; the packed codes (1, 2, 4, 4, 8, 8, 8, 8 bits an element of h for
-    bits 1..8), if weight2 does; and one bit an element of h for the gate, unless the codes imply it (they do for relu
-    under "ceil" and "hwgq"). With an alpha that requires grad or is one of several, with an STE whose gradient is more
-    than a gate (any but relu, clipped_relu, identity and trust), and for a nested x or a DTensor, F.linear and
-    `qrelu_linear` run, and what they save is kept. There is no second derivative.
+    bits 1..8), if weight2 does or for a square; and one bit an element of h for the gate, unless the codes imply it
+    (they do for relu under "ceil" and "hwgq"). With an alpha that requires grad or is one of several, with an STE whose
+    gradient is more than a gate (any but relu, clipped_relu, identity and trust), and for a nested x or a DTensor, the
+    layers run one after the other, the second as in `qrelu_linear`, and what they save is kept. There is no second
+    derivative.
 
     Raises TypeError or ValueError for an argument of `qrelu`, and what F.linear raises.
     """
-    if not isinstance(x, Tensor) or x.is_nested or is_dtensor(x) or channel_dim is not None:
-        return qrelu_linear(
-            F.linear(x, weight1, bias1), alpha, weight2, bias2, bits, ste=ste, rounding=rounding, alpha_grad=alpha_grad,
-            alpha_scale=alpha_scale, channel_dim=channel_dim,
-        )  # fmt: skip
-    alpha, options = _checked(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
-    try:
-        if not keeps_codes_alone(ste, alpha):
-            return qrelu_and_layer(F.linear(x, weight1, bias1), alpha, weight2, bias2, options)
-        return mlp(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding)
-    except Exception:
-        if wrong := _wrong_argument(x, alpha, bits, rounding, channel_dim):
-            raise wrong from None
-        raise
+    if isinstance(x, Tensor) and not (x.is_nested or is_dtensor(x)) and channel_dim is None:
+        step, _ = _checked(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
+        if keeps_codes_alone(ste, step):
+            try:
+                return mlp(x, weight1, bias1, step, weight2, bias2, bits, ste, rounding, squared)
+            except Exception:
+                if wrong := _wrong_argument(x, step, bits, rounding, channel_dim):
+                    raise wrong from None
+                raise
+    options: dict[str, Any] = {
+        "ste": ste, "rounding": rounding, "alpha_grad": alpha_grad, "alpha_scale": alpha_scale,
+        "channel_dim": channel_dim,
+    }  # fmt: skip
+    h = F.linear(x, weight1, bias1)
+    if not squared:
+        return qrelu_linear(h, alpha, weight2, bias2, bits, **options)
+    with packed_activations():
+        return F.linear(square(qrelu(h, alpha, bits, **options)), weight2, bias2)
 
 
 @overridable

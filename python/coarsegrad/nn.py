@@ -421,12 +421,13 @@ class QReLUMLP(QReLULinear):
     def forward(self, x: Tensor) -> Tensor:
         activation, layer = self.activation, self.layer
         drops = activation.dropout and activation.training
-        if drops or not (self._fuses() and _is_plain(self.first, torch.nn.Linear)):
+        linears = _is_plain(self.first, torch.nn.Linear) and _is_plain(layer, torch.nn.Linear)
+        if drops or not linears or not _is_plain(activation, QReLU):
             return super().forward(self.first(x))
         first = self.first
         return qrelu_mlp(
             x, first.weight, first.bias, activation.alpha, layer.weight, layer.bias, activation.bits,
-            **activation.settings(),
+            **activation.settings(), squared=activation.squared,
         )  # fmt: skip
 
 

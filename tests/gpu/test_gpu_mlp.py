@@ -34,9 +34,10 @@ def gradients(out, model, x):
 
 @any_device
 @pytest.mark.parametrize("ste, rounding", [("relu", "ceil"), ("clipped_relu", "nearest"), ("trust", "hwgq")])
+@pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_gradients_are_near_and_codes_alone_are_kept(device, dtype, ste, rounding):
-    model, x = chain(device, dtype, ste=ste, rounding=rounding)
+def test_gradients_are_near_and_codes_alone_are_kept(device, dtype, squared, ste, rounding):
+    model, x = chain(device, dtype, ste=ste, rounding=rounding, squared=squared)
     with Kept(x, *model.parameters(), model.activation.alpha) as kept:
         out = model(x)
     want = model.layer(model.activation(model.first(x)))

@@ -43,11 +43,12 @@ def assert_same(model, x, call=None):
         assert torch.equal(got, right)
 
 
+@pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("ste", oracle.STES)
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_bits_are_those_of_the_three(dtype, rounding, ste):
-    model = chain(3, dtype, ste=ste, rounding=rounding)
+def test_bits_are_those_of_the_three(dtype, rounding, ste, squared):
+    model = chain(3, dtype, ste=ste, rounding=rounding, squared=squared)
     for x in (rows(3, 5, 24, dtype=dtype), rows(24, dtype=dtype), rows(0, 24, dtype=dtype)):
         assert_same(model, x.requires_grad_())
         with torch.no_grad():
@@ -89,12 +90,24 @@ def test_what_is_not_needed_is_not_kept_or_computed():
     assert_same(chain(bias=False), x)
 
 
+@pytest.mark.parametrize("ste", GATES)
+def test_a_square_is_read_from_the_codes(ste):
+    model, x = chain(4, ste=ste, squared=True), rows(6, 24).requires_grad_()
+    gate = ste in ("clipped_relu", "trust")
+    for trained in (True, False):  # the gradient of the square needs the codes too
+        model.layer.weight.requires_grad_(trained)
+        with Kept(x, *model.parameters(), model.activation.alpha) as kept:
+            out = model(x)
+        assert out.requires_grad and kept.bytes == 6 * 40 * (4 + gate) // 8
+
+
 def test_other_settings_run_one_after_the_other():
-    """A learned or a per feature alpha, dropout, a square; they keep what they need."""
+    """A learned or a per feature alpha, dropout; they keep what they need."""
     x = rows(6, 24).requires_grad_()
     assert_same(chain(learn_alpha=True), x)
     assert_same(chain(num_channels=40, channel_dim=-1), x)
-    assert_same(chain(squared=True), x)
+    assert_same(chain(squared=True, learn_alpha=True), x)
+    assert_same(chain(squared=True, num_channels=40, channel_dim=-1), x)
     model = chain(dropout=0.5)
     torch.manual_seed(2)
     out = model(x)

@@ -138,7 +138,8 @@ def mlp_samples():
     ):  # fmt: skip
         sizes = ((2, 3, 5), (8, 5), (8,), (7, 8), (7,))
         x, weight1, bias1, weight2, bias2 = (sample(*size, dtype=dtype).requires_grad_(need) for size in sizes)
-        yield x, weight1, bias1 if need else None, ALPHA, weight2, None if need else bias2, 3, ste, rounding
+        bias1, bias2 = (bias1, None) if need else (None, bias2)
+        yield x, weight1, bias1, ALPHA, weight2, bias2, 3, ste, rounding, dtype != torch.float32
 
 
 def mlp_part_samples(op):
@@ -148,12 +149,12 @@ def mlp_part_samples(op):
         bias = sample(8, dtype=dtype) if mask else None
         given = (x, weight1, bias, ALPHA, bits, 0, mask)
         codes, packed_mask, nan_rows = torch.ops.coarsegrad.linear_to_codes(*given)
-        gates = (packed_mask if mask else None, None if mask else codes)
+        gates, squared = (packed_mask if mask else None, codes), bool(mask)
         yield {
             "linear_to_codes": given,
-            "linear_from_codes": (codes, nan_rows, ALPHA, bits, weight2, None),
-            "linear_from_codes_grad_input": (grad_out, weight2, *gates, bits, int(Ste[ste]), 0),
-            "linear_from_codes_grad_weight": (grad_out, codes, ALPHA, bits, 8),
+            "linear_from_codes": (codes, nan_rows, ALPHA, bits, squared, weight2, None),
+            "linear_from_codes_grad_input": (grad_out, weight2, *gates, ALPHA, bits, squared, int(Ste[ste]), 0),
+            "linear_from_codes_grad_weight": (grad_out, codes, ALPHA, bits, squared, 8),
         }[op]
 
 

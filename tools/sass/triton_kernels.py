@@ -25,6 +25,7 @@ from coarsegrad._types import (
     AlphaGrad,
     MaskKind,
     Rounding,
+    Ste,
 )
 from coarsegrad.ste import get_ste, saved
 
@@ -222,7 +223,9 @@ def layer(name: str, bits: int, weight_bits: int, output: str, channels: int | N
     return TritonKernel(name, "uint8", function, Data(1, 1, 1, 0), wide=False, arguments=given, aligned=True)
 
 
-def mlp(op: str, tile: int, bits: int = 4, dtype: str = "bfloat16", ste: str = "clipped_relu") -> TritonKernel:
+def mlp(
+    op: str, tile: int, bits: int = 4, dtype: str = "bfloat16", ste: str = "clipped_relu", squared: bool = False
+) -> TritonKernel:
     """A matrix product of qrelu_mlp, of sizes that are multiples of 16. tile: a number of triton/mlp.py's TILES."""
     from coarsegrad.triton import mlp as launcher
 
@@ -236,12 +239,21 @@ def mlp(op: str, tile: int, bits: int = 4, dtype: str = "bfloat16", ste: str = "
     alpha, nan_rows = torch.tensor([0.5]), torch.empty(rows)
     codes, mask = (torch.empty(rows * hidden * width // 8, dtype=torch.uint8) for width in (CODE_WIDTH[bits], 1))
     kind = MaskKind.nothing if ste == "relu" else MaskKind.inside
-    gates = (None, codes) if ste == "relu" else (mask, None)
     given = {
         "linear_to_codes": (x, weight1, bias1, alpha, bits, Rounding.ceil, kind),
-        "linear_from_codes": (codes, nan_rows, alpha, bits, weight2, bias2),
-        "linear_from_codes_grad_input": (grad_out, weight2, *gates, bits, 0, Rounding.ceil),
-        "linear_from_codes_grad_weight": (grad_out, codes, alpha, bits, hidden),
+        "linear_from_codes": (codes, nan_rows, alpha, bits, squared, weight2, bias2),
+        "linear_from_codes_grad_input": (
+            grad_out,
+            weight2,
+            None if ste == "relu" else mask,
+            codes,
+            alpha,
+            bits,
+            squared,
+            Ste[ste],
+            Rounding.ceil,
+        ),
+        "linear_from_codes_grad_weight": (grad_out, codes, alpha, bits, squared, hidden),
     }
     found: list[dict[str, object]] = []
 

@@ -76,42 +76,53 @@ def linear_to_codes(
 
 
 def linear_from_codes(
-    codes: Tensor, nan_rows: Tensor, alpha: Tensor, bits: int, weight: Tensor, bias: Tensor | None
+    codes: Tensor, nan_rows: Tensor, alpha: Tensor, bits: int, squared: bool, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     rows, (outputs, hidden) = nan_rows.numel(), weight.shape
     if not (_serves(weight.dtype, hidden) and weight.numel() and rows):
-        return _mlp.linear_from_codes(codes, nan_rows, alpha, bits, weight, bias)
-    _mlp.check_codes(codes, bits, rows, hidden)
+        return _mlp.linear_from_codes(codes, nan_rows, alpha, bits, squared, weight, bias)
+    _mlp.check_codes(codes, bits, rows, hidden, codes.device)
     out = weight.new_empty(rows, outputs)
     tensors = (
         codes, nan_rows, prepared(alpha, weight.dtype), weight.contiguous(),
         None if bias is None else bias.contiguous(), out,
     )  # fmt: skip
-    _launch("from_codes", tensors, (rows, outputs), rows, hidden, outputs, CODE_WIDTH=CODE_WIDTH[bits])
+    _launch("from_codes", tensors, (rows, outputs), rows, hidden, outputs, CODE_WIDTH=CODE_WIDTH[bits], SQUARED=squared)
     return out
 
 
 def linear_from_codes_grad_input(
-    grad_out: Tensor, weight: Tensor, mask: Tensor | None, codes: Tensor | None, bits: int, ste: int, rounding: int
-) -> Tensor:
+    grad_out: Tensor, weight: Tensor, mask: Tensor | None, codes: Tensor | None, alpha: Tensor, bits: int,
+    squared: bool, ste: int, rounding: int,
+) -> Tensor:  # fmt: skip
     (rows, outputs), hidden = grad_out.shape, weight.size(1)
     if not (_serves(weight.dtype, hidden) and weight.numel() and rows):
-        return _mlp.linear_from_codes_grad_input(grad_out, weight, mask, codes, bits, ste, rounding)
-    gate, width = (mask, 1) if codes is None else (codes, CODE_WIDTH[bits])
-    if gate is not None:
-        check_packed(gate, "mask" if codes is None else "codes", rows * hidden, width, grad_out.device)
+        return _mlp.linear_from_codes_grad_input(grad_out, weight, mask, codes, alpha, bits, squared, ste, rounding)
+    by_codes = _mlp.gate_is_in_codes(mask, ste)
+    if by_codes or squared:
+        _mlp.check_codes(codes, bits, rows, hidden, grad_out.device)
+    if mask is not None:
+        check_packed(mask, "mask", rows * hidden, 1, grad_out.device)
     grad_h = grad_out.new_empty(rows, hidden)
-    _launch("grad_input", (grad_out.contiguous(), weight.contiguous(), gate, grad_h), (rows, hidden),
-            rows, outputs, hidden, GATE_WIDTH=width)  # fmt: skip
+    tensors = (
+        grad_out.contiguous(), weight.contiguous(), codes if by_codes else mask, codes if squared else None,
+        prepared(alpha, weight.dtype), grad_h,
+    )  # fmt: skip
+    _launch("grad_input", tensors, (rows, hidden), rows, outputs, hidden,
+            GATE_WIDTH=CODE_WIDTH[bits] if by_codes else 1, CODE_WIDTH=CODE_WIDTH[bits])  # fmt: skip
     return grad_h
 
 
-def linear_from_codes_grad_weight(grad_out: Tensor, codes: Tensor, alpha: Tensor, bits: int, hidden: int) -> Tensor:
+def linear_from_codes_grad_weight(
+    grad_out: Tensor, codes: Tensor, alpha: Tensor, bits: int, squared: bool, hidden: int
+) -> Tensor:
     rows, outputs = grad_out.shape
     if not (_serves(grad_out.dtype, hidden) and rows and outputs):
-        return _mlp.linear_from_codes_grad_weight(grad_out, codes, alpha, bits, hidden)
-    _mlp.check_codes(codes, bits, rows, hidden)
+        return _mlp.linear_from_codes_grad_weight(grad_out, codes, alpha, bits, squared, hidden)
+    _mlp.check_codes(codes, bits, rows, hidden, grad_out.device)
     grad_weight = grad_out.new_empty(outputs, hidden)
     tensors = (grad_out.contiguous(), codes, prepared(alpha, grad_out.dtype), grad_weight)
-    _launch("grad_weight", tensors, (outputs, hidden), rows, outputs, hidden, CODE_WIDTH=CODE_WIDTH[bits])
+    _launch(
+        "grad_weight", tensors, (outputs, hidden), rows, outputs, hidden, CODE_WIDTH=CODE_WIDTH[bits], SQUARED=squared
+    )
     return grad_weight

@@ -2,9 +2,9 @@
 the gate are in registers alone.
 
     linear_to_codes                 codes = staircase(h), h = round(x @ weight.T + bias)
-    linear_from_codes               out = L[codes] @ weight.T + bias
-    linear_from_codes_grad_input    dh = gate ? round(dout @ weight) : 0
-    linear_from_codes_grad_weight   dweight = dout.T @ L[codes]
+    linear_from_codes               out = y @ weight.T + bias, y = L[codes], or its square
+    linear_from_codes_grad_input    dh = gate ? round(dout @ weight) : 0, times 2 L[codes] before a square
+    linear_from_codes_grad_weight   dweight = dout.T @ y
 
 A program computes a tile of ROWS x COLUMNS, STEP of the inner dimension at a time, with sums in float32. Matrices are
 contiguous, codes and masks packed as by the other kernels; a row of hidden features begins with a byte.
@@ -40,13 +40,19 @@ def _matrix(ptr, i, j, height, width):
 
 
 @triton.jit
-def _levels(codes_ptr, alpha, i, first, height, width, WIDTH: tl.constexpr, COUNT: tl.constexpr, DTYPE: tl.constexpr):
-    """L[c] of the codes [i, first : first + COUNT] of a [height, width] matrix of them, 0 outside of it."""
+def _levels(
+    codes_ptr, alpha, i, first, height, width,
+    WIDTH: tl.constexpr, COUNT: tl.constexpr, DTYPE: tl.constexpr, SQUARED: tl.constexpr = False,
+):  # fmt: skip
+    """L[c], or its square, of the codes [i, first : first + COUNT] of a [height, width] matrix of them, 0 outside of
+    it."""
     PER_BYTE: tl.constexpr = 8 // WIDTH
     at = first // PER_BYTE + tl.arange(0, COUNT // PER_BYTE)
     inside = (i < height)[:, None] & (at < width // PER_BYTE)[None, :]
     packed = tl.load(codes_ptr + i.to(tl.int64)[:, None] * (width // PER_BYTE) + at[None, :], mask=inside, other=0)
     v = narrow(_unpacked(packed, WIDTH).to(tl.float32) * alpha, DTYPE)
+    if SQUARED:
+        v = narrow(widen(v) * widen(v), DTYPE)
     return widen(v) if _IN_THE_INTERPRETER else v
 
 
@@ -105,7 +111,7 @@ def linear_to_codes_kernel(
 @triton.jit
 def linear_from_codes_kernel(
     codes_ptr, nan_rows_ptr, alpha_ptr, weight_ptr, bias_ptr, out_ptr, rows, hidden, outputs, bucket,
-    CODE_WIDTH: tl.constexpr,
+    CODE_WIDTH: tl.constexpr, SQUARED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """codes: [rows, hidden], weight: [outputs, hidden], out: [rows, outputs]. nan_rows is added to its rows."""
@@ -115,7 +121,7 @@ def linear_from_codes_kernel(
     alpha = _checked(widen(tl.load(alpha_ptr)))
     acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for first in range(0, hidden, STEP):
-        a = _levels(codes_ptr, alpha, m, first, rows, hidden, CODE_WIDTH, STEP, DTYPE)
+        a = _levels(codes_ptr, alpha, m, first, rows, hidden, CODE_WIDTH, STEP, DTYPE, SQUARED)
         b = _matrix(weight_ptr, n, first + tl.arange(0, STEP), outputs, hidden)
         acc = tl.dot(a, tl.trans(b), acc)
     acc += tl.load(nan_rows_ptr + m, mask=m < rows, other=0)[:, None]
@@ -127,12 +133,12 @@ def linear_from_codes_kernel(
 
 @triton.jit
 def grad_input_kernel(
-    grad_out_ptr, weight_ptr, gate_ptr, grad_h_ptr, rows, outputs, hidden, bucket,
-    GATE_WIDTH: tl.constexpr,
+    grad_out_ptr, weight_ptr, gate_ptr, codes_ptr, alpha_ptr, grad_h_ptr, rows, outputs, hidden, bucket,
+    GATE_WIDTH: tl.constexpr, CODE_WIDTH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """grad_out: [rows, outputs], weight: [outputs, hidden], grad_h: [rows, hidden]. gate: packed, a mask or codes of
-    GATE_WIDTH bits, of which 0 closes; None: all are open."""
+    GATE_WIDTH bits, of which 0 closes; None: all are open. codes: None, or of what is squared before the product."""
     DTYPE: tl.constexpr = grad_h_ptr.dtype.element_ty
     top, left = _tile(rows, hidden, ROWS, COLUMNS, GROUP)
     m, n = top + tl.arange(0, ROWS), left + tl.arange(0, COLUMNS)
@@ -141,6 +147,9 @@ def grad_input_kernel(
         k = first + tl.arange(0, STEP)
         a, b = _matrix(grad_out_ptr, m, k, rows, outputs), _matrix(weight_ptr, k, n, outputs, hidden)
         acc = tl.dot(a, b, acc)
+    if codes_ptr is not None:
+        y = _levels(codes_ptr, _checked(widen(tl.load(alpha_ptr))), m, left, rows, hidden, CODE_WIDTH, COLUMNS, DTYPE)
+        acc = widen(narrow(acc, DTYPE)) * (2 * widen(y))
     if gate_ptr is not None:
         gate = _levels(gate_ptr, 1.0, m, left, rows, hidden, GATE_WIDTH, COLUMNS, tl.float32)
         acc = tl.where(gate > 0, acc, 0.0)
@@ -151,7 +160,7 @@ def grad_input_kernel(
 @triton.jit
 def grad_weight_kernel(
     grad_out_ptr, codes_ptr, alpha_ptr, grad_weight_ptr, rows, outputs, hidden, bucket,
-    CODE_WIDTH: tl.constexpr,
+    CODE_WIDTH: tl.constexpr, SQUARED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """grad_out: [rows, outputs], codes: [rows, hidden], grad_weight: [outputs, hidden]."""
@@ -163,7 +172,7 @@ def grad_weight_kernel(
     for first in range(0, rows, STEP):
         i = first + tl.arange(0, STEP)
         a = _matrix(grad_out_ptr, i, m, rows, outputs)
-        b = _levels(codes_ptr, alpha, i, left, rows, hidden, CODE_WIDTH, COLUMNS, DTYPE)
+        b = _levels(codes_ptr, alpha, i, left, rows, hidden, CODE_WIDTH, COLUMNS, DTYPE, SQUARED)
         acc = tl.dot(tl.trans(a), b, acc)
     inside = (m < outputs)[:, None] & (n < hidden)[None, :]
     tl.store(grad_weight_ptr + m.to(tl.int64)[:, None] * hidden + n[None, :], narrow(acc, DTYPE), mask=inside)
