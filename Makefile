@@ -57,6 +57,7 @@ bench-gpu: build  ## the benchmarks on a GPU and docs/benchmarks-cuda.md; brevit
 	python -m bench.kernels --device cuda
 	python -m bench.peers --device cuda
 	python -m bench.memory --device cuda
+	python -m bench.mlp --device cuda
 	python -m bench.report
 
 docs: setup  ## the documentation site in build/docs; warnings and broken links are errors

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from bench import traffic
+from bench import mlp_square, traffic
 from torch import nn
 from triton.runtime.interpreter import InterpreterBuilder
 
@@ -207,6 +207,16 @@ def test_what_is_loaded_is_what_is_counted(monkeypatch):
     )  # fmt: skip
     for kernel, (call, left_out) in zip(traffic.chain(shape, 4, True), calls):
         assert after(call) - left_out == kernel.loaded(64, 64), kernel.name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_peer_of_the_benchmark(shape):
+    """ReLU squared at the end of a product, and its derivative."""
+    x, weight1, bias1, weight2, _, grad_out = tensors(shape, torch.bfloat16)
+    y, z = mlp_square.forward(x, weight1, bias1)
+    want = F.linear(x, weight1, bias1).relu()
+    assert far(y, want) < 1e-3 and torch.equal(z, y.square())
+    assert far(mlp_square.backward(grad_out, weight2, y), 2 * y.float() * (grad_out.float() @ weight2.float())) < 4e-3
 
 
 def test_every_kernel_is_used():

@@ -26,17 +26,17 @@ def _config(rows: int, columns: int, step: int, warps: int, stages: int) -> trit
     return triton.Config(sizes, num_warps=warps, num_stages=stages)
 
 
-def _tuned(kernel, *sizes: str):
+def tuned(kernel, *sizes: str):
     """The kernel with the fastest of TILES; nothing is measured in the interpreter."""
     tiles = TILES[-1:] if triton.knobs.runtime.interpret else TILES
     return triton.autotune([_config(*tile) for tile in tiles], [*sizes, "bucket"], cache_results=True)(kernel)
 
 
 _KERNELS = {
-    "to_codes": _tuned(mlp_kernels.linear_to_codes_kernel, "inputs", "hidden"),
-    "from_codes": _tuned(mlp_kernels.linear_from_codes_kernel, "hidden", "outputs"),
-    "grad_input": _tuned(mlp_kernels.grad_input_kernel, "outputs", "hidden"),
-    "grad_weight": _tuned(mlp_kernels.grad_weight_kernel, "outputs", "hidden"),
+    "to_codes": tuned(mlp_kernels.linear_to_codes_kernel, "inputs", "hidden"),
+    "from_codes": tuned(mlp_kernels.linear_from_codes_kernel, "hidden", "outputs"),
+    "grad_input": tuned(mlp_kernels.grad_input_kernel, "outputs", "hidden"),
+    "grad_weight": tuned(mlp_kernels.grad_weight_kernel, "outputs", "hidden"),
 }
 
 

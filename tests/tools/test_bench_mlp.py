@@ -1,0 +1,63 @@
+"""bench.mlp without a GPU: what it measures and compares, and that it publishes nothing of a CPU. tests/triton_mlp.py
+has the peer in Triton."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+from bench import mlp
+from bench.timing import BenchError
+
+SHAPE = "OPT-1.3B, 4,096 tokens"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Sizes of which an eighth is a few numbers; one process; nothing compiled."""
+    monkeypatch.setitem(mlp.SHAPES, SHAPE, (128, 256, 512, 192))
+    monkeypatch.setitem(mlp.WAYS, mlp.BASE, mlp.WAYS["nn.ReLU"])
+    monkeypatch.setattr("bench.sweep.in_new_process", lambda allocator, call, *arguments: call(*arguments))
+
+
+WAYS = ["nn.ReLU", "ReLU in the epilogue", *(way for way in mlp.WAYS if "QReLU" in way and "compiled" not in way)]
+
+
+def test_rows_and_what_is_kept(small, tmp_path, capsys):
+    out = tmp_path / "mlp.csv"
+    mlp.main(["--shapes", SHAPE, "--rounds", "5", "--only", *WAYS, "--out", str(out)])
+    rows = {row["way"]: row for row in csv.DictReader(out.open())}
+    assert set(rows) == {mlp.BASE, *WAYS}
+    elements = 16 * 64
+    kept = {way: int(row["kept_bytes"]) for way, row in rows.items()}
+    assert kept["nn.ReLU"] == kept["ReLU in the epilogue"] == 2 * elements
+    assert kept["QReLUMLP, 4 bits"] == kept["QReLUMLP, 4 bits, squared"] == elements // 2
+    assert kept["QReLUMLP, 4 bits, clipped_relu"] == elements * 5 // 8
+    assert all(row["peak_bytes"] == "" and float(row["speed_over_relu"]) > 0 for row in rows.values())
+
+
+def test_a_wrong_way_is_seen(small, monkeypatch):
+    monkeypatch.setitem(
+        mlp.WAYS, "nn.ReLU", lambda first, layer: torch.nn.Sequential(first, torch.nn.Identity(), layer)
+    )
+    with pytest.raises(BenchError, match=r"nn\.ReLU differs from float32"):
+        mlp._Job("nn.ReLU", (16, 32, 64, 24), "cpu")
+
+
+def test_nothing_of_a_cpu_is_published(small, monkeypatch, capsys):
+    monkeypatch.setattr("bench.sweep.write_csv", lambda *_: pytest.fail("published"))
+    mlp.main(["--shapes", SHAPE, "--rounds", "5", "--only", "nn.ReLU"])
+    for wrong in (
+        ["--only", "nn.GELU"],
+        ["--rounds", "2"],
+        ["--device", "cuda"] if not torch.cuda.is_available() else [],
+    ):
+        if wrong:
+            with pytest.raises(SystemExit):
+                mlp.main(wrong)
+
+
+def test_what_needs_a_gpu_is_left_out(small, capsys):
+    mlp.main(["--shapes", SHAPE, "--rounds", "5", "--only", mlp._SQUARE])
+    assert mlp._SQUARE not in capsys.readouterr().out
