@@ -139,7 +139,9 @@ def test_a_closed_gate_is_a_select():
 
 
 def test_what_it_does_not_serve_runs_as_elsewhere():
-    """float32, rows of codes that do not end with a byte, and nothing at all."""
+    """float32, rows of codes that do not end with a byte, two bits for a gate, and nothing at all."""
+    given = (*tensors(SHAPES[0], torch.bfloat16)[:3], ALPHA, 2, 0, MaskKind.state.value)
+    assert all(map(torch.equal, mlp.linear_to_codes(*given), _mlp.linear_to_codes(*given)))
     for shape, dtype in (((3, 5, 8, 7), torch.float32), ((3, 5, 9, 7), torch.bfloat16), ((0, 5, 8, 7), torch.bfloat16)):
         x, weight1, bias1, weight2, bias2, grad_out = tensors(shape, dtype)
         made = mlp.linear_to_codes(x, weight1, bias1, ALPHA, 2, 0, MaskKind.inside)

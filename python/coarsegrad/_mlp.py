@@ -236,5 +236,8 @@ def mlp(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding, squared) 
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         tensors = [None if t is None else t.to(dtype) for t in tensors]
+    for name, t in zip(("weight1", "bias1", "weight2", "bias2"), tensors[1:]):
+        if t is not None and t.dtype != tensors[0].dtype:
+            raise TypeError(f"{name} must be {tensors[0].dtype}, as x, got {t.dtype}")
     x, weight1, bias1, weight2, bias2 = tensors
     return _ops.ops.qrelu_mlp.default(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding, squared)

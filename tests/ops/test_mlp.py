@@ -209,6 +209,16 @@ def test_it_converts_as_the_three():
     assert "2.first" in str(converted.report) and "2.layer" in str(converted.report)
 
 
+def test_dtypes_are_those_of_x():
+    """Also where codes, which have none, are between the two Linears."""
+    x, first, layer = rows(3, 4), nn.Linear(4, 8), nn.Linear(8, 2)
+    for name in ("weight1", "bias1", "weight2", "bias2"):
+        given = {"weight1": first.weight, "bias1": first.bias, "weight2": layer.weight, "bias2": layer.bias}
+        given[name] = given[name].double()
+        with pytest.raises(TypeError, match=f"{name} must be torch.float32, as x, got torch.float64"):
+            cg.qrelu_mlp(x, alpha=0.3, **given)
+
+
 def test_bad_input():
     first, activation, layer = nn.Linear(4, 8), cg.QReLU(), nn.Linear(8, 2)
     for arguments, wanted in (
@@ -232,7 +242,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"alpha must have 8 elements|alpha"):
         cg.qrelu_mlp(x, first.weight, None, torch.full((4,), 0.3), layer.weight, channel_dim=-1)
     for call in (
-        lambda: cg.qrelu_mlp(rows(3, 5), *weights), lambda: cg.qrelu_mlp(x.double(), *weights),
+        lambda: cg.qrelu_mlp(rows(3, 5), *weights), lambda: cg.qrelu_mlp(torch.tensor(1.0), *weights),
         lambda: cg.qrelu_mlp(x, first.weight, None, 0.3, first.weight),
     ):  # fmt: skip
         with pytest.raises((RuntimeError, ValueError)):

@@ -60,7 +60,7 @@ def linear_to_codes(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """h: receives what the codes are of, [rows, hidden]; for tests."""
     (rows, inputs), hidden = x.shape, weight.size(0)
-    if not (_serves(x.dtype, hidden) and x.numel() and hidden):
+    if not (_serves(x.dtype, hidden) and x.numel() and hidden) or mask == MaskKind.state:
         return _mlp.linear_to_codes(x, weight, bias, alpha, bits, rounding, mask)
     _mlp.check_linear(x, weight, bias)
     kind, width = MaskKind(mask), CODE_WIDTH[bits]
