@@ -11,7 +11,7 @@ from . import _ops
 from ._autograd import Settings, backward_from_saved, needs_grad, refuse_forward_mode
 from ._checks import check_packed
 from ._fused import _rows
-from ._torch_internals import below_autograd, in_functorch_kernel
+from ._torch_internals import below_autograd, in_functorch_kernel, unsafe_view
 from ._types import BUILT_IN, CODE_WIDTH, MASK_WIDTH, AlphaGrad, MaskKind, Rounding, Ste, packed_bytes, parse
 from .ste import codes_give, ste_of
 
@@ -120,6 +120,11 @@ def _(grad_out, codes, alpha, bits, squared, hidden):
 # ------------------------------------------------------------------------------------------- qrelu_mlp
 
 
+def _shaped(out: Tensor, x: Tensor) -> Tensor:
+    """Rows of the output in the shape of x's. As of a Linear it is no view, on which FSDP2 warns."""
+    return unsafe_view(out, [*x.shape[:-1], out.size(1)])
+
+
 class _QReLUMLP(torch.autograd.Function):
     """needs: whether x, weight1, bias1, weight2 and bias2 require grad."""
 
@@ -146,7 +151,7 @@ class _QReLUMLP(torch.autograd.Function):
             codes if needs[3] or ctx.reads_codes else None,
             mask if kind != MaskKind.nothing else None,
         )
-        return out.view(*x.shape[:-1], weight2.size(0))
+        return _shaped(out, x)
 
     @staticmethod
     def backward(ctx, grad_out):
@@ -200,7 +205,7 @@ def _without_grad(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding,
         _rows(x), weight1, bias1, alpha, bits, rounding, MaskKind.nothing.value
     )
     out = _ops.ops.linear_from_codes.default(codes, nan_rows, alpha, bits, squared, weight2, bias2)
-    return out.view(*x.shape[:-1], weight2.size(0))
+    return _shaped(out, x)
 
 
 def _autograd_kernel(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding, squared):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -65,6 +65,7 @@ __all__ = [
     "tree_map",
     "tree_unflatten",
     "unregister",
+    "unsafe_view",
     "view_root",
     "without_tracer",
 ]
@@ -266,3 +267,8 @@ def quiet_onnx_exporter() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def unsafe_view(t: Tensor, shape: Sequence[int]) -> Tensor:
+    """A temporary in another shape that autograd and FSDP2 do not take for a view, as F.linear returns it."""
+    return torch.ops.aten._unsafe_view.default(t, shape)

@@ -7,8 +7,13 @@ import copy
 import oracle
 import pytest
 import torch
+import torch.distributed as dist
 from saved_bytes import Kept
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import coarsegrad as cg
@@ -165,6 +170,42 @@ def test_deepcopy_autocast_and_compile():
             out = compiled(x)
     # Copies in bfloat16 of x and of both weights, of which autocast saves as many; codes and gates of h.
     assert kept.bytes == 2 * (6 * 24 + 40 * 24 + 8 * 40) + 6 * 40 * 3 // 8
+
+
+@pytest.fixture
+def group(tmp_path):
+    """Of this process alone."""
+    dist.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("error:.*returned a view tensor")
+def test_checkpointed_replicated_and_sharded(group):
+    """Sharded as one it is one op; with its parts sharded by themselves they run apart, with their hooks."""
+    model, x = chain(ste="clipped_relu"), rows(6, 24)
+    want = apart(model, x)
+    grads = torch.autograd.grad(want.square().sum(), list(model.parameters()))
+
+    def one(model):
+        return fully_shard(model, mesh=group)
+
+    def parts(model):
+        fully_shard(model.first, mesh=group), fully_shard(model.layer, mesh=group)
+        return fully_shard(model, mesh=group)
+
+    for wrap in (DistributedDataParallel, one, parts):
+        wrapped = wrap(copy.deepcopy(model))
+        out = wrapped(x)
+        out.square().sum().backward()
+        assert torch.equal(out, want)
+        for parameter, grad in zip(wrapped.parameters(), grads, strict=True):
+            got = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+            assert torch.equal(got, grad)
+    out = checkpoint(model, x, use_reentrant=False)
+    assert torch.equal(out, want)
+    for got, grad in zip(torch.autograd.grad(out.square().sum(), list(model.parameters())), grads, strict=True):
+        assert torch.equal(got, grad)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap, for an op of torch.ops.coarsegrad
