@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from coarsegrad.triton.mlp import tuned
-from coarsegrad.triton.mlp_kernels import _matrix, _tile
+from coarsegrad.triton.mlp_kernels import bias_of, matrix, product, store_matrix, tile
 from coarsegrad.triton.qrelu import OPTIONS, on_device
 from coarsegrad.triton.staircase import narrow, widen
 
@@ -21,18 +21,11 @@ def _forward_kernel(
 ):  # fmt: skip
     """y = relu(x @ weight.T + bias), z = y * y."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    top, left = _tile(rows, hidden, ROWS, COLUMNS, GROUP)
-    m, n = top + tl.arange(0, ROWS), left + tl.arange(0, COLUMNS)
-    acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    for first in range(0, inputs, STEP):
-        k = first + tl.arange(0, STEP)
-        a, b = _matrix(x_ptr, m, k, rows, inputs), _matrix(weight_ptr, n, k, hidden, inputs)
-        acc = tl.dot(a, tl.trans(b), acc)
-    acc += widen(tl.load(bias_ptr + n, mask=n < hidden, other=0))[None, :]
+    m, n, _ = tile(rows, hidden, ROWS, COLUMNS, GROUP)
+    acc = product(x_ptr, weight_ptr, m, n, rows, inputs, hidden, STEP, TURNED=True) + bias_of(bias_ptr, n, hidden)
     y = widen(narrow(tl.where(acc > 0, acc, 0.0), DTYPE))
-    at, inside = m.to(tl.int64)[:, None] * hidden + n[None, :], (m < rows)[:, None] & (n < hidden)[None, :]
-    tl.store(y_ptr + at, narrow(y, DTYPE), mask=inside)
-    tl.store(z_ptr + at, narrow(y * y, DTYPE), mask=inside)
+    store_matrix(y_ptr, y, m, n, rows, hidden)
+    store_matrix(z_ptr, y * y, m, n, rows, hidden)
 
 
 @triton.jit
@@ -41,17 +34,9 @@ def _backward_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """grad_h = 2 * y * (grad_out @ weight)."""
-    DTYPE: tl.constexpr = grad_h_ptr.dtype.element_ty
-    top, left = _tile(rows, hidden, ROWS, COLUMNS, GROUP)
-    m, n = top + tl.arange(0, ROWS), left + tl.arange(0, COLUMNS)
-    acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    for first in range(0, outputs, STEP):
-        k = first + tl.arange(0, STEP)
-        a, b = _matrix(grad_out_ptr, m, k, rows, outputs), _matrix(weight_ptr, k, n, outputs, hidden)
-        acc = tl.dot(a, b, acc)
-    acc = 2 * widen(_matrix(y_ptr, m, n, rows, hidden)) * acc
-    at, inside = m.to(tl.int64)[:, None] * hidden + n[None, :], (m < rows)[:, None] & (n < hidden)[None, :]
-    tl.store(grad_h_ptr + at, narrow(acc, DTYPE), mask=inside)
+    m, n, _ = tile(rows, hidden, ROWS, COLUMNS, GROUP)
+    acc = product(grad_out_ptr, weight_ptr, m, n, rows, outputs, hidden, STEP, TURNED=False)
+    store_matrix(grad_h_ptr, 2 * widen(matrix(y_ptr, m, n, rows, hidden)) * acc, m, n, rows, hidden)
 
 
 _forward, _backward = tuned(_forward_kernel, "inputs", "hidden"), tuned(_backward_kernel, "outputs", "hidden")

@@ -20,23 +20,51 @@ from .staircase import _IN_THE_INTERPRETER, code_of, narrow, near_of, state_of, 
 
 
 @triton.jit
-def _tile(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
-    """(first row, first column) of a program's tile. Consecutive programs go down GROUP tiles before they go to the
+def tile(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """(rows, columns, first column) of a program's tile. Consecutive programs go down GROUP tiles before they go to the
     right, so that what they read stays in the L2 cache."""
     down, right = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
     program, group = tl.program_id(0), GROUP * right
     first = program // group * GROUP
     size = tl.minimum(down - first, GROUP)
-    return (first + program % group % size) * ROWS, program % group // size * COLUMNS
+    top, left = (first + program % group % size) * ROWS, program % group // size * COLUMNS
+    return top + tl.arange(0, ROWS), left + tl.arange(0, COLUMNS), left
 
 
 @triton.jit
-def _matrix(ptr, i, j, height, width):
+def matrix(ptr, i, j, height, width):
     """ptr[i, j] of a [height, width] matrix, 0 outside of it. For tl.dot: the interpreter's arithmetic in bfloat16 is
     wrong, and that of its products in float32 is what a GPU's is."""
     inside = (i < height)[:, None] & (j < width)[None, :]
     v = tl.load(ptr + i.to(tl.int64)[:, None] * width + j[None, :], mask=inside, other=0)
     return widen(v) if _IN_THE_INTERPRETER else v
+
+
+@triton.jit
+def store_matrix(ptr, values, i, j, height, width):
+    """The inverse, rounded to ptr's dtype."""
+    inside = (i < height)[:, None] & (j < width)[None, :]
+    at = i.to(tl.int64)[:, None] * width + j[None, :]
+    tl.store(ptr + at, narrow(values, ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def product(a_ptr, b_ptr, m, n, height, inner, width, STEP: tl.constexpr, TURNED: tl.constexpr):
+    """[m, n] of a @ b, or of a @ b.T if TURNED, in float32. a: [height, inner]."""
+    acc = tl.zeros([m.shape[0], n.shape[0]], dtype=tl.float32)
+    for first in range(0, inner, STEP):
+        k = first + tl.arange(0, STEP)
+        a = matrix(a_ptr, m, k, height, inner)
+        if TURNED:
+            acc = tl.dot(a, tl.trans(matrix(b_ptr, n, k, width, inner)), acc)
+        else:
+            acc = tl.dot(a, matrix(b_ptr, k, n, inner, width), acc)
+    return acc
+
+
+@triton.jit
+def bias_of(ptr, n, width):
+    return widen(tl.load(ptr + n, mask=n < width, other=0))[None, :]
 
 
 @triton.jit
@@ -79,20 +107,14 @@ def linear_to_codes_kernel(
     """x: [rows, inputs], weight: [hidden, inputs]. nan_rows: NaN where a row of h has one; else it is left. h: None, or
     receives what the codes are of."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    top, left = _tile(rows, hidden, ROWS, COLUMNS, GROUP)
-    m, n = top + tl.arange(0, ROWS), left + tl.arange(0, COLUMNS)
-    acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    for first in range(0, inputs, STEP):
-        k = first + tl.arange(0, STEP)
-        a, b = _matrix(x_ptr, m, k, rows, inputs), _matrix(weight_ptr, n, k, hidden, inputs)
-        acc = tl.dot(a, tl.trans(b), acc)
+    m, n, left = tile(rows, hidden, ROWS, COLUMNS, GROUP)
+    acc = product(x_ptr, weight_ptr, m, n, rows, inputs, hidden, STEP, TURNED=True)
     if bias_ptr is not None:
-        acc += widen(tl.load(bias_ptr + n, mask=n < hidden, other=0))[None, :]
-    rounded = narrow(acc, DTYPE)
-    inside = (m < rows)[:, None] & (n < hidden)[None, :]
+        acc += bias_of(bias_ptr, n, hidden)
+    h = widen(narrow(acc, DTYPE))
     if h_ptr is not None:
-        tl.store(h_ptr + m.to(tl.int64)[:, None] * hidden + n[None, :], rounded, mask=inside)
-    h = widen(rounded)
+        store_matrix(h_ptr, h, m, n, rows, hidden)
+    inside = (m < rows)[:, None] & (n < hidden)[None, :]
     has_nan = tl.sum((inside & (h != h)).to(tl.int32), 1) > 0
     tl.store(nan_rows_ptr + m, tl.full([ROWS], float("nan"), tl.float32), mask=has_nan)
     alpha = _checked(widen(tl.load(alpha_ptr)))
@@ -116,19 +138,17 @@ def linear_from_codes_kernel(
 ):  # fmt: skip
     """codes: [rows, hidden], weight: [outputs, hidden], out: [rows, outputs]. nan_rows is added to its rows."""
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    top, left = _tile(rows, outputs, ROWS, COLUMNS, GROUP)
-    m, n = top + tl.arange(0, ROWS), left + tl.arange(0, COLUMNS)
+    m, n, _ = tile(rows, outputs, ROWS, COLUMNS, GROUP)
     alpha = _checked(widen(tl.load(alpha_ptr)))
     acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for first in range(0, hidden, STEP):
         a = _levels(codes_ptr, alpha, m, first, rows, hidden, CODE_WIDTH, STEP, DTYPE, SQUARED)
-        b = _matrix(weight_ptr, n, first + tl.arange(0, STEP), outputs, hidden)
+        b = matrix(weight_ptr, n, first + tl.arange(0, STEP), outputs, hidden)
         acc = tl.dot(a, tl.trans(b), acc)
     acc += tl.load(nan_rows_ptr + m, mask=m < rows, other=0)[:, None]
     if bias_ptr is not None:
-        acc += widen(tl.load(bias_ptr + n, mask=n < outputs, other=0))[None, :]
-    inside = (m < rows)[:, None] & (n < outputs)[None, :]
-    tl.store(out_ptr + m.to(tl.int64)[:, None] * outputs + n[None, :], narrow(acc, DTYPE), mask=inside)
+        acc += bias_of(bias_ptr, n, outputs)
+    store_matrix(out_ptr, acc, m, n, rows, outputs)
 
 
 @triton.jit
@@ -140,21 +160,15 @@ def grad_input_kernel(
     """grad_out: [rows, outputs], weight: [outputs, hidden], grad_h: [rows, hidden]. gate: packed, a mask or codes of
     GATE_WIDTH bits, of which 0 closes; None: all are open. codes: None, or of what is squared before the product."""
     DTYPE: tl.constexpr = grad_h_ptr.dtype.element_ty
-    top, left = _tile(rows, hidden, ROWS, COLUMNS, GROUP)
-    m, n = top + tl.arange(0, ROWS), left + tl.arange(0, COLUMNS)
-    acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    for first in range(0, outputs, STEP):
-        k = first + tl.arange(0, STEP)
-        a, b = _matrix(grad_out_ptr, m, k, rows, outputs), _matrix(weight_ptr, k, n, outputs, hidden)
-        acc = tl.dot(a, b, acc)
+    m, n, left = tile(rows, hidden, ROWS, COLUMNS, GROUP)
+    acc = product(grad_out_ptr, weight_ptr, m, n, rows, outputs, hidden, STEP, TURNED=False)
     if codes_ptr is not None:
         y = _levels(codes_ptr, _checked(widen(tl.load(alpha_ptr))), m, left, rows, hidden, CODE_WIDTH, COLUMNS, DTYPE)
         acc = widen(narrow(acc, DTYPE)) * (2 * widen(y))
     if gate_ptr is not None:
         gate = _levels(gate_ptr, 1.0, m, left, rows, hidden, GATE_WIDTH, COLUMNS, tl.float32)
         acc = tl.where(gate > 0, acc, 0.0)
-    inside = (m < rows)[:, None] & (n < hidden)[None, :]
-    tl.store(grad_h_ptr + m.to(tl.int64)[:, None] * hidden + n[None, :], narrow(acc, DTYPE), mask=inside)
+    store_matrix(grad_h_ptr, acc, m, n, rows, hidden)
 
 
 @triton.jit
@@ -165,14 +179,12 @@ def grad_weight_kernel(
 ):  # fmt: skip
     """grad_out: [rows, outputs], codes: [rows, hidden], grad_weight: [outputs, hidden]."""
     DTYPE: tl.constexpr = grad_weight_ptr.dtype.element_ty
-    top, left = _tile(outputs, hidden, ROWS, COLUMNS, GROUP)
-    m, n = top + tl.arange(0, ROWS), left + tl.arange(0, COLUMNS)
+    m, n, left = tile(outputs, hidden, ROWS, COLUMNS, GROUP)
     alpha = _checked(widen(tl.load(alpha_ptr)))
     acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for first in range(0, rows, STEP):
         i = first + tl.arange(0, STEP)
-        a = _matrix(grad_out_ptr, i, m, rows, outputs)
+        a = matrix(grad_out_ptr, i, m, rows, outputs)
         b = _levels(codes_ptr, alpha, i, left, rows, hidden, CODE_WIDTH, COLUMNS, DTYPE, SQUARED)
         acc = tl.dot(tl.trans(a), b, acc)
-    inside = (m < outputs)[:, None] & (n < hidden)[None, :]
-    tl.store(grad_weight_ptr + m.to(tl.int64)[:, None] * hidden + n[None, :], narrow(acc, DTYPE), mask=inside)
+    store_matrix(grad_weight_ptr, acc, m, n, outputs, hidden)
