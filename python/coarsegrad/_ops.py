@@ -117,9 +117,8 @@ _SCHEMAS = (
     " bool[3] output_mask) -> (Tensor grad_y, Tensor grad_weight, Tensor grad_bias)",
     f"conv2d_backward_from_codes(Tensor grad_out, Tensor weight, Tensor? codes, Tensor alpha, {_OUTPUT},"
     f" bool[3] output_mask, {_CONV}) -> (Tensor grad_y, Tensor grad_weight, Tensor grad_bias)",
-    # A Linear, a qrelu and a Linear, of which codes are kept: _mlp.py. Rows are 2-d; nan_rows: NaN in those of h that
-    # have one, which no code tells; mask, or else codes: what the gate is read from, if it is not always open; squared:
-    # whether the second Linear reads the square of the qrelu.
+    # A Linear, a qrelu and a Linear, of which codes are kept: _mlp.py. nan_rows: NaN in the rows of h that have one,
+    # which no code tells; mask, or else codes: what the gate is read from; squared: of the qrelu.
     "qrelu_mlp(Tensor x, Tensor weight1, Tensor? bias1, Tensor alpha, Tensor weight2, Tensor? bias2, int bits, str ste,"
     " str rounding, bool squared) -> Tensor",
     "linear_to_codes(Tensor x, Tensor weight, Tensor? bias, Tensor alpha, int bits, int rounding, int mask)"

@@ -34,15 +34,6 @@ pytestmark = pytest.mark.costly
 needs_triton = pytest.mark.skipif(not triton_kernels.installed(), reason="triton is not installed")
 
 
-@pytest.fixture(scope="session")
-def tools():
-    try:
-        for name in ("nvcc", "nvdisasm", "cuobjdump", "c++filt"):
-            tool(name)
-    except SassError as error:
-        pytest.skip(str(error))
-
-
 # ------------------------------------------------------------------------------- small kernels, compiled
 
 TOYS = """
@@ -357,42 +348,6 @@ def test_layers_in_triton(tools, case, arch, tmp_path):
     assert not listed(ptx) and "fma.rn" not in ptx
     assert triton_kernels.binaries([made])[0].stack == 0
     assert bool(re.search(r"ld\.global\S*\.b8", ptx)) == (channels == 3)
-
-
-# Of bfloat16, and of float16.
-_MATRIX_PRODUCTS = {
-    "sm_80": r"mma\.sync\.aligned\.m16n8k16\S*\.f32\.{0}\.{0}",
-    "sm_90": r"wgmma\.mma_async\S*\.f32\.{0}\.{0}",
-    "sm_100": r"tcgen05\.mma\S*kind::f16",
-    "sm_120": r"mma\.sync\.aligned\.m16n8k16\S*\.f32\.{0}\.{0}",
-}
-_MLP = (  # op, bits, dtype, ste, squared
-    ("linear_to_codes", 4, "bfloat16", "clipped_relu", False),
-    ("linear_to_codes", 2, "float16", "relu", False),
-    ("linear_from_codes", 4, "bfloat16", "clipped_relu", False),
-    ("linear_from_codes", 1, "float16", "clipped_relu", True),
-    ("linear_from_codes_grad_input", 4, "bfloat16", "clipped_relu", True),
-    ("linear_from_codes_grad_input", 2, "bfloat16", "relu", False),
-    ("linear_from_codes_grad_weight", 8, "bfloat16", "clipped_relu", False),
-    ("linear_from_codes_grad_weight", 4, "float16", "clipped_relu", True),
-)
-
-
-@needs_triton
-@pytest.mark.parametrize("arch", ARCHS)
-def test_mlps_in_triton(tools, arch, tmp_path):
-    """Tensor cores, no stack, nothing read byte by byte; no fused or flushed step that moves a code. Tiles go round."""
-    from coarsegrad.triton.mlp import TILES
-
-    for i, (op, bits, dtype, ste, squared) in enumerate(_MLP):
-        tile = (i + ARCHS.index(arch)) % len(TILES)
-        made = triton_kernels.compiled(triton_kernels.mlp(op, tile, bits, dtype, ste, squared), arch, tmp_path)
-        ptx = made.asm["ptx"]
-        case = op, bits, dtype, TILES[tile]
-        assert re.search(_MATRIX_PRODUCTS[arch].format("bf16" if dtype == "bfloat16" else "f16"), ptx), case
-        assert listed(ptx) <= set(TRITON_LISTED), case
-        assert "fma.rn" not in ptx and not re.search(r"ld\.global\S*\.b8", ptx), case
-        assert triton_kernels.binaries([made])[0].stack == 0, case
 
 
 # ------------------------------------------------------------------------- what flushes or approximates
