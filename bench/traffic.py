@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,25 +17,29 @@ PAGE, BITS = DOCS / "memory.md", 4
 
 _DESCRIPTION = """
 Counts the bytes that the forward and the backward of x @ W1.T + b1 -> activation ->
-@ W2.T + b2 move on a GPU: by the matrix products of coarsegrad.qrelu_mlp, which
+@ W2.T + b2 move on a GPU, and of gated MLPs with the product of two activations in
+the middle: by the matrix products of coarsegrad.qrelu_mlp and qrelu_gated_mlp, which
 write and read codes, and by the layers one after the other, with nn.ReLU in 16 bits
-and with a QReLU whose y the next layer keeps as codes. Nothing is run or timed.
+and with QReLUs whose y the next layer keeps as codes. Nothing is run or timed.
 """
 _EPILOG = """
 "memory": every tensor that a kernel reads or writes, once: what no cache can save.
 "loaded": what the programs of its grid load and store, tile by tile: an operand of a
 matrix product once for each tile across it. Caches serve most of that; it bounds
 the traffic between them and the multiprocessors. Both of 16-bit numbers, tiles of
-triton/mlp.py's TILES[0] for all matrix products, of the BLAS library's too. Alphas,
-biases and what is NaN in a row are below a thousandth and left out. With the
+triton/mlp.py's TILES[0] for all matrix products, of the BLAS library's too. Two
+activations and their product count as one kernel. Alphas, biases and what is NaN in
+a row are below a thousandth and left out. With the
 defaults the sums of each chain are written to docs/memory.md.
 """
 
 # Rows, inputs, hidden, outputs.
-SHAPES = {
+CHAINS = {
     "OPT-1.3B, 4,096 tokens": (4096, 2048, 8192, 2048),
     "OPT-6.7B, 4,096 tokens": (4096, 4096, 16384, 4096),
 }
+GATED = {"Mistral-7B, gated, 4,096 tokens": (4096, 4096, 14336, 4096)}
+SHAPES = {**CHAINS, **GATED}
 _HALF = 16  # bits of a number
 
 
@@ -72,35 +77,45 @@ class Kernel:
         return right * first.bytes + down * second.bytes + sum(each.bytes for each in self.elements)
 
 
-def chain(shape: tuple[int, int, int, int], bits: int | None, fused: bool, gate: int = 1) -> list[Kernel]:
-    """The kernels of a forward and backward. bits: None for nn.ReLU, which keeps y; gate: bits of a mask."""
+def chain(
+    shape: tuple[int, int, int, int], bits: int | None, fused: bool, gate: int = 1, factors: int = 1
+) -> list[Kernel]:
+    """The kernels of a forward and backward. bits: None for nn.ReLU; gate: bits of a mask. factors: how many
+    activations y is the product of, each of a h of its own, in one kernel if they are not fused; nn.ReLU keeps y, or
+    for a product both h and y."""
     rows, inputs, hidden, outputs = shape
     x, grad_x = (Matrix(rows, inputs, _HALF),) * 2
     weight1, weight2 = Matrix(hidden, inputs, _HALF), Matrix(outputs, hidden, _HALF)
     h = y = grad_y = grad_h = Matrix(rows, hidden, _HALF)
     out = grad_out = Matrix(rows, outputs, _HALF)
-    codes = Matrix(rows, hidden, CODE_WIDTH[bits] if bits else 0)
-    mask = Matrix(rows, hidden, gate if bits else 0)
-    last = [
+    code_bits, mask_bits = (CODE_WIDTH[bits], gate) if bits else (0, 0)
+    codes, masks = (Matrix(rows, hidden, factors * width) for width in (code_bits, mask_bits))
+    gates = (masks,) if factors == 1 else (masks, codes)
+    last = factors * [
         Kernel("dx = dh @ W1", (grad_h, _turned(weight1)), (grad_x,)),
         Kernel("dW1 = dh.T @ x", (_turned(grad_h), _turned(x)), (weight1,)),
     ]
+    if factors > 1:
+        last.append(Kernel("sum of dx", (), (grad_x, grad_x, grad_x)))
     if fused:
+        each = Matrix(rows, hidden, code_bits), Matrix(rows, hidden, mask_bits)
         return [
-            Kernel("x @ W1.T to codes", (x, weight1), (codes, mask)),
+            *factors * [Kernel("x @ W1.T to codes", (x, weight1), each)],
             Kernel("codes @ W2.T", (codes, weight2), (out,)),
-            Kernel("dh = gated dout @ W2", (grad_out, _turned(weight2)), (mask, grad_h)),
+            Kernel("dh = gated dout @ W2", (grad_out, _turned(weight2)), (*gates, *factors * (grad_h,))),
             Kernel("dW2 = dout.T @ codes", (_turned(grad_out), _turned(codes)), (weight2,)),
             *last,
         ]
-    kept = (codes, mask) if bits else ()
+    kept = (codes, masks) if bits else ()
     rebuilt = [Kernel("y of codes", (), (codes, y))] if bits else []
+    if not bits:
+        gates = (y,) if factors == 1 else factors * (h,)
     return [
-        Kernel("h = x @ W1.T", (x, weight1), (h,)),
-        Kernel("y of h", (), (h, y, *kept)),
+        *factors * [Kernel("h = x @ W1.T", (x, weight1), (h,))],
+        Kernel("y of h", (), (*factors * (h,), y, *kept)),
         Kernel("y @ W2.T", (y, weight2), (out,)),
         Kernel("dy = dout @ W2", (grad_out, _turned(weight2)), (grad_y,)),
-        Kernel("dh of dy", (), (grad_y, mask if bits else y, grad_h)),
+        Kernel("dh of dy", (), (grad_y, *gates, *factors * (grad_h,))),
         *rebuilt,
         Kernel("dW2 = dout.T @ y", (_turned(grad_out), _turned(y)), (weight2,)),
         *last,
@@ -118,10 +133,11 @@ def rows(names: Iterable[str], bits: int) -> list[dict[str, object]]:
     tile = TILES[0][:2]
     found = []
     for name in names:
+        made = functools.partial(chain, SHAPES[name], factors=2 if name in GATED else 1)
         ways = {
-            "nn.ReLU": chain(SHAPES[name], None, False),
-            f"QReLU, {bits} bits": chain(SHAPES[name], bits, False),
-            f"qrelu_mlp, {bits} bits": chain(SHAPES[name], bits, True),
+            "nn.ReLU": made(None, False),
+            f"QReLU, {bits} bits": made(bits, False),
+            f"one op, {bits} bits": made(bits, True),
         }
         whole = [sum(count(k) for k in ways["nn.ReLU"]) for count in (Kernel.memory, lambda k: k.loaded(*tile))]
         for way, kernels in ways.items():

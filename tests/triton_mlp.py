@@ -80,15 +80,15 @@ def test_what_reads_codes(dtype, bits):
             codes, mask, nan_rows = _mlp.linear_to_codes(x, weight1, bias1, ALPHA, bits, mode, kind)
             y = cg.dequantize(codes, ALPHA, bits, (rows, hidden), dtype)
             bias = bias2 if bits > 1 else None
-            out = mlp.linear_from_codes(codes, nan_rows, ALPHA, bits, squared, weight2, bias)
+            out = mlp.linear_from_codes([codes], nan_rows, [ALPHA], bits, squared, weight2, bias)
             y = y.square() if squared else y
             assert far(out, F.linear(y, weight2, bias)) < 1e-3
-            grad_weight = mlp.linear_from_codes_grad_weight(grad_out, codes, ALPHA, bits, squared, hidden)
+            grad_weight = mlp.linear_from_codes_grad_weight(grad_out, [codes], [ALPHA], bits, squared, hidden)
             assert far(grad_weight, grad_out.T @ y) < 1e-3
-            gates = (mask if ste == "clipped_relu" else None, codes if ste == "relu" or squared else None)
-            options = (ALPHA, bits, squared, Ste[ste].value, mode)
-            got = mlp.linear_from_codes_grad_input(grad_out, weight2, *gates, *options)
-            want = _mlp.linear_from_codes_grad_input(grad_out, weight2, *gates, *options)
+            gates = ([mask] if ste == "clipped_relu" else [], [codes] if ste == "relu" or squared else [])
+            options = ([ALPHA], bits, squared, Ste[ste].value, mode)
+            (got,) = mlp.linear_from_codes_grad_input(grad_out, weight2, *gates, *options)
+            (want,) = _mlp.linear_from_codes_grad_input(grad_out, weight2, *gates, *options)
             assert far(got, want) < 1e-3 and torch.equal(got == 0, want == 0)
 
 
@@ -116,15 +116,70 @@ def test_a_chain(dtype, ste, rounding, squared):
     assert sum(t.nbytes for t in kept if t.data_ptr() not in own) == rows * hidden * (4 + (ste != "relu")) // 8
 
 
+@pytest.mark.parametrize("bits", (1, 2, 4, 7))
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_what_reads_the_codes_of_two_factors(dtype, bits):
+    for shape in SHAPES:
+        rows, inputs, hidden, outputs = shape
+        x, weight1, bias1, weight2, bias2, grad_out = tensors(shape, dtype)
+        alphas = [ALPHA, ALPHA * 0.7]
+        for ste, rounding in (("clipped_relu", "nearest"), ("relu", "ceil"), ("identity", "ceil")):
+            kind = {"clipped_relu": MaskKind.inside}.get(ste, MaskKind.nothing)
+            mode = ROUNDINGS.index(rounding)
+            made = [
+                _mlp.linear_to_codes(x, sign * weight1, bias1, alpha, bits, mode, kind)
+                for sign, alpha in zip((1, -1), alphas)
+            ]
+            codes, masks, nan_rows = zip(*made)
+            y, z = (cg.dequantize(c, alpha, bits, (rows, hidden), dtype) for c, alpha in zip(codes, alphas))
+            out = mlp.linear_from_codes(codes, nan_rows[0], alphas, bits, False, weight2, bias2)
+            assert far(out, F.linear(y * z, weight2, bias2)) < 1e-3
+            grad_weight = mlp.linear_from_codes_grad_weight(grad_out, codes, alphas, bits, False, hidden)
+            assert far(grad_weight, grad_out.T @ (y * z)) < 1e-3
+            gates = masks if ste == "clipped_relu" else []
+            options = (codes, alphas, bits, False, Ste[ste].value, mode)
+            got = mlp.linear_from_codes_grad_input(grad_out, weight2, gates, *options)
+            want = _mlp.linear_from_codes_grad_input(grad_out, weight2, gates, *options)
+            for mine, other in zip(got, want, strict=True):
+                assert far(mine, other) < 1e-3 and torch.equal(mine == 0, other == 0)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("ste, rounding", [("clipped_relu", "ceil"), ("relu", "hwgq"), ("identity", "nearest")])
+def test_a_gated_chain(dtype, ste, rounding):
+    """The whole module, near to its parts one after the other; and x and codes are all that is kept."""
+    rows, inputs, hidden, outputs = SHAPES[1]
+    gate, up, down = (nn.Linear(*s, dtype=dtype) for s in ((inputs, hidden), (inputs, hidden), (hidden, outputs)))
+    first, second = (cg.QReLU(4, ste=ste, rounding=rounding, alpha=alpha) for alpha in (0.05, 0.03))
+    model = cg.nn.QReLUGatedMLP(gate, first, up, second, down)
+    x, *_, grad_out = tensors(SHAPES[1], dtype)
+    x = x.clone().requires_grad_()
+    leaves = [x, *model.parameters()]
+    kept = []
+    with cg.use_backend("triton"):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            out = model(x)
+        got = torch.autograd.grad(out, leaves, grad_out)
+    want = down(cg.gated_product(first(gate(x)), second(up(x)), "identity"))
+    assert far(out, want) < 1e-3
+    for mine, other in zip(got, torch.autograd.grad(want, leaves, grad_out), strict=True):
+        assert far(mine, other) < 1e-3
+    own = {t.data_ptr() for t in (*leaves, first.alpha, second.alpha)}
+    bits = 4 + (ste == "clipped_relu")
+    assert sum(t.nbytes for t in kept if t.data_ptr() not in own) == 2 * rows * hidden * bits // 8
+
+
 def test_nan_flows_by_rows_and_a_bad_alpha_is_noticed(monkeypatch):
     x, weight1, bias1, weight2, bias2, _ = (t.clone() for t in tensors(SHAPES[1], torch.bfloat16))
     x[66, 2] = torch.nan
     codes, _, nan_rows = mlp.linear_to_codes(x, weight1, bias1, ALPHA, 2, 0, 0)
     assert nan_rows.isnan().nonzero().tolist() == [[66]]
-    out = mlp.linear_from_codes(codes, nan_rows, ALPHA, 2, False, weight2, bias2)
+    out = mlp.linear_from_codes([codes], nan_rows, [ALPHA], 2, False, weight2, bias2)
     assert torch.equal(out.isnan(), nan_rows.isnan()[:, None].expand_as(out))
     monkeypatch.setattr(mlp, "prepared", lambda alpha, dtype: alpha)  # as on a GPU, where its value is not read
-    assert mlp.linear_from_codes(codes, torch.zeros(70), -ALPHA, 2, False, weight2, bias2).isnan().all()
+    assert mlp.linear_from_codes([codes], torch.zeros(70), [-ALPHA], 2, False, weight2, bias2).isnan().all()
+    factors = [codes, codes], torch.zeros(70), [ALPHA, -ALPHA]
+    assert mlp.linear_from_codes(*factors, 2, False, weight2, bias2).isnan().all()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # inf * 0 in a product of the interpreter
@@ -133,7 +188,8 @@ def test_a_closed_gate_is_a_select():
     x, weight1, bias1, weight2, _, grad_out = (t.clone() for t in tensors(SHAPES[0], torch.bfloat16))
     grad_out[1, 2] = torch.inf
     codes, mask, _ = mlp.linear_to_codes(x, weight1, bias1, ALPHA, 2, 0, MaskKind.inside)
-    got = mlp.linear_from_codes_grad_input(grad_out, weight2, mask, None, ALPHA, 2, False, Ste.clipped_relu.value, 0)
+    options = ([ALPHA], 2, False, Ste.clipped_relu.value, 0)
+    (got,) = mlp.linear_from_codes_grad_input(grad_out, weight2, [mask], [], *options)
     is_open = reference.unpack(mask, 1, 24).view(3, 8) == 1
     assert (got[~is_open] == 0).all() and got[is_open].isinf().any()
 
@@ -148,10 +204,11 @@ def test_what_it_does_not_serve_runs_as_elsewhere():
         for got, want in zip(made, _mlp.linear_to_codes(x, weight1, bias1, ALPHA, 2, 0, MaskKind.inside), strict=True):
             assert torch.equal(got, want)
         codes, mask, nan_rows = made
-        assert mlp.linear_from_codes(codes, nan_rows, ALPHA, 2, False, weight2, bias2).shape == (shape[0], shape[3])
-        assert mlp.linear_from_codes_grad_weight(grad_out, codes, ALPHA, 2, False, shape[2]).shape == weight2.shape
-        gate = (mask, None, ALPHA, 2, False, Ste.clipped_relu.value, 0)
-        assert mlp.linear_from_codes_grad_input(grad_out, weight2, *gate).shape == (shape[0], shape[2])
+        read = [codes], nan_rows, [ALPHA]
+        assert mlp.linear_from_codes(*read, 2, False, weight2, bias2).shape == (shape[0], shape[3])
+        assert mlp.linear_from_codes_grad_weight(grad_out, [codes], [ALPHA], 2, False, shape[2]).shape == weight2.shape
+        gate = ([mask], [], [ALPHA], 2, False, Ste.clipped_relu.value, 0)
+        assert mlp.linear_from_codes_grad_input(grad_out, weight2, *gate)[0].shape == (shape[0], shape[2])
 
 
 def test_what_does_not_fit_is_refused():
@@ -162,16 +219,20 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"bias must have shape \[8\], got \[7\]"):
         mlp.linear_to_codes(x, weight1, bias2, ALPHA, 2, 0, 0)
     for call in (
-        lambda codes: mlp.linear_from_codes(codes, nan_rows, ALPHA, 2, False, weight2, bias2),
-        lambda codes: mlp.linear_from_codes_grad_weight(grad_out, codes, ALPHA, 2, False, 8),
-        lambda codes: mlp.linear_from_codes_grad_input(
-            grad_out, weight2, None, codes, ALPHA, 2, False, Ste.relu.value, 0
+        lambda *codes: mlp.linear_from_codes(codes, nan_rows, [ALPHA] * len(codes), 2, False, weight2, bias2),
+        lambda *codes: mlp.linear_from_codes_grad_weight(grad_out, codes, [ALPHA] * len(codes), 2, False, 8),
+        lambda *codes: mlp.linear_from_codes_grad_input(
+            grad_out, weight2, [], codes, [ALPHA] * len(codes), 2, False, Ste.relu.value, 0
         ),
     ):
         with pytest.raises(ValueError, match="codes must be a uint8 tensor of 6 bytes"):
             call(codes[:-1])
+        with pytest.raises(ValueError, match="codes must be a uint8 tensor of 6 bytes"):
+            call(codes, codes[:-1])
     with pytest.raises(ValueError, match="mask must be a uint8 tensor of 3 bytes"):
-        mlp.linear_from_codes_grad_input(grad_out, weight2, mask[:-1], None, ALPHA, 2, False, Ste.clipped_relu.value, 0)
+        mlp.linear_from_codes_grad_input(
+            grad_out, weight2, [mask[:-1]], [], [ALPHA], 2, False, int(Ste.clipped_relu), 0
+        )
 
 
 def test_what_is_loaded_is_what_is_counted(monkeypatch):
@@ -196,19 +257,26 @@ def test_what_is_loaded_is_what_is_counted(monkeypatch):
         call()
         return moved["bytes"]
 
-    options = (ALPHA, 4, False, Ste.clipped_relu.value, 0)
     tiles = {name: -(-size // 64) for name, size in zip(("rows", "inputs", "hidden", "outputs"), shape)}
-    calls = (
-        (lambda: mlp.linear_to_codes(x, weight1, None, ALPHA, 4, 0, MaskKind.inside),
-         4 * tiles["rows"] * tiles["hidden"]),
-        (lambda: mlp.linear_from_codes(codes, nan_rows, ALPHA, 4, False, weight2, None),
-         4 * tiles["rows"] * tiles["outputs"] + 4 * rows * tiles["outputs"]),
-        (lambda: mlp.linear_from_codes_grad_input(grad_out, weight2, mask, None, *options), 0),
-        (lambda: mlp.linear_from_codes_grad_weight(grad_out, codes, ALPHA, 4, False, hidden),
-         4 * tiles["outputs"] * tiles["hidden"]),
-    )  # fmt: skip
-    for kernel, (call, left_out) in zip(traffic.chain(shape, 4, True), calls):
-        assert after(call) - left_out == kernel.loaded(64, 64), kernel.name
+    for factors in (1, 2):
+        read, alphas = [codes] * factors, [ALPHA] * factors
+        options = (alphas, 4, False, Ste.clipped_relu.value, 0)
+        encoded = (
+            lambda: mlp.linear_to_codes(x, weight1, None, ALPHA, 4, 0, MaskKind.inside),
+            4 * tiles["rows"] * tiles["hidden"],
+        )
+        calls = (
+            *factors * [encoded],
+            (lambda: mlp.linear_from_codes(read, nan_rows, alphas, 4, False, weight2, None),
+             4 * factors * tiles["rows"] * tiles["outputs"] + 4 * rows * tiles["outputs"]),
+            (lambda: mlp.linear_from_codes_grad_input(
+                grad_out, weight2, [mask] * factors, read if factors > 1 else [], *options
+            ), 4 * factors * tiles["rows"] * tiles["hidden"] * (factors > 1)),
+            (lambda: mlp.linear_from_codes_grad_weight(grad_out, read, alphas, 4, False, hidden),
+             4 * factors * tiles["outputs"] * tiles["hidden"]),
+        )  # fmt: skip
+        for kernel, (call, left_out) in zip(traffic.chain(shape, 4, True, factors=factors), calls):
+            assert after(call) - left_out == kernel.loaded(64, 64), (kernel.name, factors)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

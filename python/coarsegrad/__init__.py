@@ -9,10 +9,11 @@ from typing import Any
 from . import integrations, nn
 from .backends import backends, use_backend
 from .export import export_onnx, onnx_translations
-from .functional import dequantize, qrelu, qrelu_codes, qrelu_conv2d, qrelu_linear, qrelu_mlp
+from .functional import dequantize, qrelu, qrelu_codes, qrelu_conv2d, qrelu_linear
 from .gated import gated_product
 from .integer import convert
 from .memory import saved_memory
+from .mlp import qrelu_gated_mlp, qrelu_mlp
 from .nn import QReLU
 from .norms import norm_staircase
 from .optim import blended, keep_positive, param_groups
@@ -59,6 +60,7 @@ __all__ = [
     "qrelu",
     "qrelu_codes",
     "qrelu_conv2d",
+    "qrelu_gated_mlp",
     "qrelu_linear",
     "qrelu_mlp",
     "qsigned",

@@ -202,7 +202,7 @@ def register_flop_formulas() -> None:
         return 2 * x[0] * weight[0] * weight[1]
 
     @register_flop_formula(_ops.ops.linear_from_codes)
-    def _(codes, nan_rows, alpha, bits, squared, weight, *_, **__):
+    def _(codes, nan_rows, alphas, bits, squared, weight, *_, **__):
         return 2 * nan_rows[0] * weight[0] * weight[1]
 
     @register_flop_formula(_ops.ops.linear_from_codes_grad_input)
@@ -210,5 +210,5 @@ def register_flop_formulas() -> None:
         return 2 * grad_out[0] * weight[0] * weight[1]
 
     @register_flop_formula(_ops.ops.linear_from_codes_grad_weight)
-    def _(grad_out, codes, alpha, bits, squared, hidden, **__):
+    def _(grad_out, codes, alphas, bits, squared, hidden, **__):
         return 2 * grad_out[0] * grad_out[1] * hidden

@@ -1,7 +1,11 @@
-"""Linear, QReLU, Linear as one op: on a GPU by Triton's matrix products, which write and read codes; elsewhere by the
-ops of each. What is saved is x and codes, never the activation or what it is of."""
+"""Linear, QReLU, Linear as one op, also with a product of two QReLUs between the Linears: on a GPU by Triton's matrix
+products, which write and read codes; elsewhere by the ops of each. What is saved is x and codes, never an activation or
+what it is of."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +20,7 @@ from ._types import BUILT_IN, CODE_WIDTH, MASK_WIDTH, AlphaGrad, MaskKind, Round
 from .ste import codes_give, ste_of
 
 # The kernels per device, which these serve elsewhere. Rows are those of x, flattened; hidden: features between the
-# Linears.
+# Linears. y is what the last Linear reads: dequantize(codes), its square, or the product of two, each with its alpha.
 KERNELS = (
     "linear_to_codes",
     "linear_from_codes",
@@ -32,8 +36,9 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"bias must have shape [{weight.size(0)}], got {list(bias.shape)}")
 
 
-def check_codes(codes: Tensor | None, bits: int, rows: int, hidden: int, device: torch.device) -> None:
-    check_packed(codes, "codes", rows * hidden, CODE_WIDTH[bits], device)
+def check_codes(codes: Sequence[Tensor], bits: int, rows: int, hidden: int, device: torch.device) -> None:
+    for each in codes:
+        check_packed(each, "codes", rows * hidden, CODE_WIDTH[bits], device)
 
 
 def linear_to_codes(
@@ -48,45 +53,58 @@ def linear_to_codes(
 
 
 def linear_from_codes(
-    codes: Tensor, nan_rows: Tensor, alpha: Tensor, bits: int, squared: bool, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    """F.linear(y, weight, bias), y = dequantize(codes) or its square; NaN in the rows of which nan_rows is."""
-    y = _rebuilt(codes, alpha, bits, squared, nan_rows.numel(), weight.size(1), weight.dtype)
+    codes: Sequence[Tensor], nan_rows: Tensor, alphas: Sequence[Tensor], bits: int, squared: bool, weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """F.linear(y, weight, bias); NaN in the rows of which nan_rows is."""
+    y = _rebuilt(codes, alphas, bits, squared, nan_rows.numel(), weight.size(1), weight.dtype)
     out = F.linear(y, weight, bias)
     return torch.where(nan_rows.isnan()[:, None], nan_rows[:, None].to(out.dtype), out)
 
 
 def linear_from_codes_grad_input(
-    grad_out: Tensor, weight: Tensor, mask: Tensor | None, codes: Tensor | None, alpha: Tensor, bits: int,
-    squared: bool, ste: int, rounding: int,
-) -> Tensor:  # fmt: skip
-    """grad_out @ weight, times 2 * dequantize(codes) if squared, through the gate of the STE. codes: given if squared,
-    or if the gate is read from them."""
+    grad_out: Tensor, weight: Tensor, masks: Sequence[Tensor], codes: Sequence[Tensor], alphas: Sequence[Tensor],
+    bits: int, squared: bool, ste: int, rounding: int,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of what the codes are of: grad_out @ weight, times the other factor of a product, or
+    2 * dequantize(codes) for a square, through the gate of the STE. masks, or else codes: what gates are read from.
+    codes: given if they are read."""
     grad_y = grad_out @ weight
-    if squared:
-        grad_y = grad_y * (2 * _rebuilt(codes, alpha, bits, False, *grad_y.shape, grad_y.dtype))
-    settings, gate = Settings.of(bits, Ste(ste).name, rounding, AlphaGrad.three_valued, 1.0, None, True), None
-    if gate_is_in_codes(mask, ste):
-        settings, gate = settings.reading_codes(), codes
-    return backward_from_saved(grad_y, None, None, mask, gate, settings, torch.contiguous_format)[0]
+    grads = [grad_y for _ in alphas]
+    if squared or len(alphas) > 1:
+        levels = [_rebuilt([c], [alpha], bits, False, *grad_y.shape, grad_y.dtype) for c, alpha in zip(codes, alphas)]
+        grads = [grad_y * (2 * levels[0])] if squared else [grad_y * other for other in reversed(levels)]
+    settings = Settings.of(bits, Ste(ste).name, rounding, AlphaGrad.three_valued, 1.0, None, True)
+    gates: Sequence[Tensor | None] = [None] * len(grads)
+    if gates_are_in_codes(masks, ste):
+        settings, gates = settings.reading_codes(), codes
+    return [
+        backward_from_saved(grad, None, None, mask, gate, settings, torch.contiguous_format)[0]
+        for grad, mask, gate in zip(grads, masks or [None] * len(grads), gates)
+    ]
 
 
-def gate_is_in_codes(mask: Tensor | None, ste: int) -> bool:
-    return mask is None and ste != Ste.identity
+def gates_are_in_codes(masks: Sequence[Tensor], ste: int) -> bool:
+    return not masks and ste != Ste.identity
 
 
 def linear_from_codes_grad_weight(
-    grad_out: Tensor, codes: Tensor, alpha: Tensor, bits: int, squared: bool, hidden: int
+    grad_out: Tensor, codes: Sequence[Tensor], alphas: Sequence[Tensor], bits: int, squared: bool, hidden: int
 ) -> Tensor:
-    """grad_out.T @ y, y as in `linear_from_codes`."""
-    return grad_out.t() @ _rebuilt(codes, alpha, bits, squared, grad_out.size(0), hidden, grad_out.dtype)
+    """grad_out.T @ y."""
+    return grad_out.t() @ _rebuilt(codes, alphas, bits, squared, grad_out.size(0), hidden, grad_out.dtype)
 
 
 def _rebuilt(
-    codes: Tensor, alpha: Tensor, bits: int, squared: bool, rows: int, hidden: int, dtype: torch.dtype
-) -> Tensor:
+    codes: Sequence[Tensor], alphas: Sequence[Tensor], bits: int, squared: bool, rows: int, hidden: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """y"""
     shape = (rows, hidden)
-    y = _ops.ops.dequantize.default(codes, alpha, bits, shape, dtype, None, torch.contiguous_format)
+    y = functools.reduce(torch.mul, (
+        _ops.ops.dequantize.default(each, alpha, bits, shape, dtype, None, torch.contiguous_format)
+        for each, alpha in zip(codes, alphas)
+    ))  # fmt: skip
     return y.square() if squared else y
 
 
@@ -103,21 +121,25 @@ def _(x, weight, bias, alpha, bits, rounding, mask):
 
 
 @_ops._fake("linear_from_codes")
-def _(codes, nan_rows, alpha, bits, squared, weight, bias):
+def _(codes, nan_rows, alphas, bits, squared, weight, bias):
     return weight.new_empty(nan_rows.size(0), weight.size(0))
 
 
 @_ops._fake("linear_from_codes_grad_input")
-def _(grad_out, weight, *_):
-    return grad_out.new_empty(grad_out.size(0), weight.size(1))
+def _(grad_out, weight, masks, codes, alphas, *_):
+    return [grad_out.new_empty(grad_out.size(0), weight.size(1)) for _ in alphas]
 
 
 @_ops._fake("linear_from_codes_grad_weight")
-def _(grad_out, codes, alpha, bits, squared, hidden):
+def _(grad_out, codes, alphas, bits, squared, hidden):
     return grad_out.new_empty(grad_out.size(1), hidden)
 
 
 # ------------------------------------------------------------------------------------------- qrelu_mlp
+
+# A branch is a Linear and the alpha of the QReLU behind it: (weight, bias, alpha). With two of them the last Linear
+# reads the product of both QReLUs.
+_Branch = tuple[Tensor, Tensor | None, Tensor]
 
 
 def _shaped(out: Tensor, x: Tensor) -> Tensor:
@@ -125,31 +147,40 @@ def _shaped(out: Tensor, x: Tensor) -> Tensor:
     return unsafe_view(out, [*x.shape[:-1], out.size(1)])
 
 
+def _encoded(x: Tensor, branches: Sequence[_Branch], bits: int, rounding: int, kind: int) -> tuple:
+    """(codes, masks, nan_rows) of rows x by all branches."""
+    codes, masks, nan_rows = zip(*(
+        _ops.ops.linear_to_codes.default(x, *branch, bits, rounding, kind) for branch in branches
+    ))  # fmt: skip
+    return codes, masks, functools.reduce(torch.add, nan_rows)
+
+
 class _QReLUMLP(torch.autograd.Function):
-    """needs: whether x, weight1, bias1, weight2 and bias2 require grad."""
+    """needs: whether x, weight and bias, the last Linear's, and the weights and biases of the branches require grad."""
 
     @staticmethod
-    def forward(ctx, x, weight1, bias1, alpha, weight2, bias2, settings, squared, needs):
-        need_h = any(needs[:3])
+    def forward(ctx, x, weight, bias, settings, squared, needs, *flat):
+        branches = [flat[i : i + 3] for i in range(0, len(flat), 3)]
+        need_x, need_weight, need_bias, *need_branches = needs
+        need_h = need_x or any(need_branches)
         kind = settings._replace(need_grad_x=need_h).saved().mask
-        # The codes are kept for the weight's gradient, or they replace the mask.
-        reads_codes = need_h and codes_give(kind, settings.rounding)
-        if reads_codes:
+        # The codes are kept for the gradients of the weight and of a product, or they replace the mask.
+        in_codes = need_h and codes_give(kind, settings.rounding)
+        if in_codes:
             kind = MaskKind.nothing.value
-        rows, bits = _rows(x), settings.bits
-        codes, mask, nan_rows = _ops.ops.linear_to_codes.default(
-            rows, weight1, bias1, alpha, bits, settings.rounding, kind
-        )
-        out = _ops.ops.linear_from_codes.default(codes, nan_rows, alpha, bits, squared, weight2, bias2)
-        ctx.settings, ctx.squared, ctx.needs, ctx.shape, ctx.hidden = settings, squared, needs, x.shape, weight1.size(0)
-        ctx.reads_codes = need_h and (reads_codes or squared)
+        alphas = [alpha for *_, alpha in branches]
+        codes, masks, nan_rows = _encoded(_rows(x), branches, settings.bits, settings.rounding, kind)
+        out = _ops.ops.linear_from_codes.default(codes, nan_rows, alphas, settings.bits, squared, weight, bias)
+        ctx.settings, ctx.squared, ctx.needs, ctx.shape, ctx.hidden = settings, squared, needs, x.shape, weight.size(1)
+        ctx.reads_codes = need_h and (in_codes or squared or len(branches) > 1)
+        ctx.has_masks = kind != MaskKind.nothing
         ctx.save_for_backward(
-            x if needs[1] else None,
-            weight1 if needs[0] else None,
-            weight2 if need_h else None,
-            alpha,
-            codes if needs[3] or ctx.reads_codes else None,
-            mask if kind != MaskKind.nothing else None,
+            x if any(need_branches[::2]) else None,
+            weight if need_h else None,
+            *(branch[0] if need_x else None for branch in branches),
+            *alphas,
+            *(codes if need_weight or ctx.reads_codes else ()),
+            *(masks if ctx.has_masks else ()),
         )
         return _shaped(out, x)
 
@@ -159,66 +190,73 @@ class _QReLUMLP(torch.autograd.Function):
             raise NotImplementedError(
                 "qrelu_mlp has no second derivative; use qrelu and the layers one after the other"
             )
-        x, weight1, weight2, alpha, codes, mask = ctx.saved_tensors
-        settings = ctx.settings
-        need_x, need_weight1, need_bias1, need_weight2, need_bias2 = ctx.needs
-        rows = _rows(grad_out)
-        grad_x = grad_weight1 = grad_bias1 = grad_weight2 = grad_bias2 = None
-        if need_x or need_weight1 or need_bias1:
-            grad_h = _ops.ops.linear_from_codes_grad_input.default(
+        need_x, need_weight, need_bias, *need_branches = ctx.needs
+        count = len(need_branches) // 2
+        x, weight, *saved = ctx.saved_tensors
+        weights, alphas, *packed = (saved[i : i + count] for i in range(0, len(saved), count))
+        masks = packed.pop() if ctx.has_masks else []
+        codes = packed.pop() if packed else []
+        settings, rows = ctx.settings, _rows(grad_out)
+        grad_x = grad_weight = grad_bias = None
+        grad_branches: list[Tensor | None] = [None] * (3 * count)
+        if need_x or any(need_branches):
+            grads = _ops.ops.linear_from_codes_grad_input.default(
                 rows,
-                weight2,
-                mask,
-                codes if ctx.reads_codes else None,
-                alpha,
+                weight,
+                masks,
+                codes if ctx.reads_codes else [],
+                alphas,
                 settings.bits,
                 ctx.squared,
                 settings.ste,
                 settings.rounding,
             )
             if need_x:
-                grad_x = (grad_h @ weight1).view(ctx.shape)
-            if need_weight1:
-                grad_weight1 = grad_h.t() @ _rows(x)
-            if need_bias1:
-                grad_bias1 = grad_h.sum(0)
-        if need_weight2:
-            grad_weight2 = _ops.ops.linear_from_codes_grad_weight.default(
-                rows, codes, alpha, settings.bits, ctx.squared, ctx.hidden
+                grad_x = functools.reduce(torch.add, map(torch.mm, grads, weights)).view(ctx.shape)
+            for i, grad_h in enumerate(grads):
+                if need_branches[2 * i]:
+                    grad_branches[3 * i] = grad_h.t() @ _rows(x)
+                if need_branches[2 * i + 1]:
+                    grad_branches[3 * i + 1] = grad_h.sum(0)
+        if need_weight:
+            grad_weight = _ops.ops.linear_from_codes_grad_weight.default(
+                rows, codes, alphas, settings.bits, ctx.squared, ctx.hidden
             )
-        if need_bias2:
-            grad_bias2 = rows.sum(0)
-        return grad_x, grad_weight1, grad_bias1, None, grad_weight2, grad_bias2, None, None, None
+        if need_bias:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_weight, grad_bias, None, None, None, *grad_branches
 
 
-def _one_after_the_other(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding, squared):
-    h = F.linear(x, weight1, bias1)
-    y = _ops.ops.qrelu.default(h, alpha, bits, ste, rounding, "three_valued", 1.0, None)
-    return F.linear(y.square() if squared else y, weight2, bias2)
+def _one_after_the_other(x, weights, biases, alphas, weight, bias, bits, ste, rounding, squared):
+    y = functools.reduce(torch.mul, (
+        _ops.ops.qrelu.default(F.linear(x, w, b), alpha, bits, ste, rounding, "three_valued", 1.0, None)
+        for w, b, alpha in zip(weights, biases, alphas)
+    ))  # fmt: skip
+    return F.linear(y.square() if squared else y, weight, bias)
 
 
-def _without_grad(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding, squared):
+def _without_grad(x, weights, biases, alphas, weight, bias, bits, ste, rounding, squared):
     if x.device.type == "cpu":  # where codes would only be packed to be unpacked
-        return _one_after_the_other(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding, squared)
+        return _one_after_the_other(x, weights, biases, alphas, weight, bias, bits, ste, rounding, squared)
+    branches = list(zip(weights, biases, alphas))
     rounding = parse("rounding", rounding, Rounding).value
-    codes, _, nan_rows = _ops.ops.linear_to_codes.default(
-        _rows(x), weight1, bias1, alpha, bits, rounding, MaskKind.nothing.value
-    )
-    out = _ops.ops.linear_from_codes.default(codes, nan_rows, alpha, bits, squared, weight2, bias2)
-    return _shaped(out, x)
+    codes, _, nan_rows = _encoded(_rows(x), branches, bits, rounding, MaskKind.nothing.value)
+    return _shaped(_ops.ops.linear_from_codes.default(codes, nan_rows, alphas, bits, squared, weight, bias), x)
 
 
-def _autograd_kernel(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding, squared):
-    tensors = (x, weight1, bias1, alpha, weight2, bias2)
+def _autograd_kernel(x, weights, biases, alphas, weight, bias, bits, ste, rounding, squared):
+    given = (x, weights, biases, alphas, weight, bias, bits, ste, rounding, squared)
     if in_functorch_kernel():  # which promises nothing about saved tensors
-        return _one_after_the_other(*tensors, bits, ste, rounding, squared)
-    refuse_forward_mode(*tensors, op="qrelu_mlp")
-    needs = needs_grad(x, weight1, bias1, weight2, bias2)
+        return _one_after_the_other(*given)
+    linears = [t for branch in zip(weights, biases) for t in branch]
+    refuse_forward_mode(x, weight, bias, *linears, *alphas, op="qrelu_mlp")
+    needs = needs_grad(x, weight, bias, *linears)
     if not any(needs):
         with below_autograd():
-            return _without_grad(*tensors, bits, ste, rounding, squared)
+            return _without_grad(*given)
     settings = Settings.of(bits, ste, rounding, AlphaGrad.three_valued.value, 1.0, None)
-    return _QReLUMLP.apply(*tensors, settings, squared, needs)
+    flat = [t for branch in zip(weights, biases, alphas) for t in branch]
+    return _QReLUMLP.apply(x, weight, bias, settings, squared, needs, *flat)
 
 
 _ops._library.impl("qrelu_mlp", _without_grad, "CompositeExplicitAutograd")
@@ -227,22 +265,26 @@ _ops._fake("qrelu_mlp")(_without_grad)
 _ops._library.impl("qrelu_mlp", _one_after_the_other, "FuncTorchBatched")
 
 
-def keeps_codes_alone(ste: str, alpha: Tensor) -> bool:
+def keeps_codes_alone(ste: str, *alphas: Tensor) -> bool:
     """Whether codes and a bit are all that the gradients of a chain need: a gate that is open or closed, and a fixed
     alpha."""
     gates = ("nothing", "positive", "inside", "near")
-    return ste in BUILT_IN and ste_of(ste).needs in gates and not alpha.requires_grad
+    return ste in BUILT_IN and ste_of(ste).needs in gates and not any(alpha.requires_grad for alpha in alphas)
 
 
-def mlp(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding, squared) -> Tensor:
-    """qrelu_mlp in the dtype of autocast, if it is on."""
-    tensors = [x, weight1, bias1, weight2, bias2]
+def mlp(
+    x: Tensor, linears: Mapping[str, Tensor | None], alphas: Sequence[Tensor], bits: int, ste: str, rounding: str,
+    squared: bool = False,
+) -> Tensor:  # fmt: skip
+    """qrelu_mlp in the dtype of autocast, if it is on. linears: weights and biases by their names, in turns; those of
+    the last Linear are last."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        tensors = [None if t is None else t.to(dtype) for t in tensors]
-    for name, t in zip(("weight1", "bias1", "weight2", "bias2"), tensors[1:]):
-        if t is not None and t.dtype != tensors[0].dtype:
-            raise TypeError(f"{name} must be {tensors[0].dtype}, as x, got {t.dtype}")
-    x, weight1, bias1, weight2, bias2 = tensors
-    return _ops.ops.qrelu_mlp.default(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding, squared)
+        x, linears = x.to(dtype), {name: None if t is None else t.to(dtype) for name, t in linears.items()}
+    for name, t in linears.items():
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(f"{name} must be {x.dtype}, as x, got {t.dtype}")
+    *weights, weight = list(linears.values())[::2]
+    *biases, bias = list(linears.values())[1::2]
+    return _ops.ops.qrelu_mlp.default(x, weights, biases, alphas, weight, bias, bits, ste, rounding, squared)

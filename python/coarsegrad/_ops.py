@@ -117,18 +117,19 @@ _SCHEMAS = (
     " bool[3] output_mask) -> (Tensor grad_y, Tensor grad_weight, Tensor grad_bias)",
     f"conv2d_backward_from_codes(Tensor grad_out, Tensor weight, Tensor? codes, Tensor alpha, {_OUTPUT},"
     f" bool[3] output_mask, {_CONV}) -> (Tensor grad_y, Tensor grad_weight, Tensor grad_bias)",
-    # A Linear, a qrelu and a Linear, of which codes are kept: _mlp.py. nan_rows: NaN in the rows of h that have one,
-    # which no code tells; mask, or else codes: what the gate is read from; squared: of the qrelu.
-    "qrelu_mlp(Tensor x, Tensor weight1, Tensor? bias1, Tensor alpha, Tensor weight2, Tensor? bias2, int bits, str ste,"
-    " str rounding, bool squared) -> Tensor",
+    # A Linear, a qrelu and a Linear, of which codes are kept: _mlp.py. With two Linears, and alphas, the last one reads
+    # the product of two qrelus. nan_rows: NaN in the rows of h that have one, which no code tells; masks, or else
+    # codes: what gates are read from; squared: of a single qrelu.
+    "qrelu_mlp(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] alphas, Tensor weight, Tensor? bias, int bits,"
+    " str ste, str rounding, bool squared) -> Tensor",
     "linear_to_codes(Tensor x, Tensor weight, Tensor? bias, Tensor alpha, int bits, int rounding, int mask)"
     " -> (Tensor codes, Tensor mask, Tensor nan_rows)",
-    "linear_from_codes(Tensor codes, Tensor nan_rows, Tensor alpha, int bits, bool squared, Tensor weight,"
+    "linear_from_codes(Tensor[] codes, Tensor nan_rows, Tensor[] alphas, int bits, bool squared, Tensor weight,"
     " Tensor? bias) -> Tensor",
-    "linear_from_codes_grad_input(Tensor grad_out, Tensor weight, Tensor? mask, Tensor? codes, Tensor alpha, int bits,"
-    " bool squared, int ste, int rounding) -> Tensor",
-    "linear_from_codes_grad_weight(Tensor grad_out, Tensor codes, Tensor alpha, int bits, bool squared, SymInt hidden)"
-    " -> Tensor",
+    "linear_from_codes_grad_input(Tensor grad_out, Tensor weight, Tensor[] masks, Tensor[] codes, Tensor[] alphas,"
+    " int bits, bool squared, int ste, int rounding) -> Tensor[]",
+    "linear_from_codes_grad_weight(Tensor grad_out, Tensor[] codes, Tensor[] alphas, int bits, bool squared,"
+    " SymInt hidden) -> Tensor",
     # Layers on codes: integer/ops.py.
     "integer_quantize(Tensor x, Tensor alpha, int bits, int rounding, int? channel_dim) -> Tensor",
     # step * codes in float32; contiguous, or in the memory format of codes.

@@ -28,7 +28,6 @@ from ._checks import (
 )
 from ._dtensor import is_dtensor, on_shards
 from ._fused import qrelu_and_layer
-from ._mlp import keeps_codes_alone, mlp
 from ._torch_internals import nested_like
 from ._types import (
     ALPHA_GRADS,
@@ -43,7 +42,7 @@ from ._types import (
     packed_bytes,
     wide_dtype,
 )
-from .packing import active_packing, packed_activations, packs_graph, square
+from .packing import active_packing, packs_graph
 from .reference import lsq_scale
 from .ste import check_inplace, get_ste
 
@@ -363,68 +362,6 @@ def qrelu_conv2d(
         if wrong := _wrong_argument(x, alpha, bits, rounding, channel_dim):
             raise wrong from None
         raise
-
-
-@overridable
-def qrelu_mlp(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    alpha: Tensor | float,
-    weight2: Tensor,
-    bias2: Tensor | None = None,
-    bits: int = 4,
-    *,
-    ste: SteName = "clipped_relu",
-    rounding: RoundingName = "ceil",
-    alpha_grad: AlphaGradName = "three_valued",
-    alpha_scale: AlphaScale = 1.0,
-    channel_dim: int | None = None,
-    squared: bool = False,
-) -> Tensor:
-    """A Linear, qrelu and a Linear: out = qrelu(h) @ weight2.T + bias2, h = x @ weight1.T + bias1, of which x and codes
-    are kept.
-
-    x: [..., in_features], with at least one dimension.
-    weight1, bias1: [hidden, in_features] and [hidden], in x's dtype or a dtype that autocast converts.
-    weight2, bias2: [out_features, hidden] and [out_features].
-    squared: whether the second Linear reads the square of qrelu(h), which its codes give too.
-    The other arguments and the papers are those of `qrelu`; alpha is that of h.
-
-    Returns out, [..., out_features]. h is rounded to its dtype before it is compared with the thresholds, so that the
-    codes are those of `qrelu(h)`. NaN in a row of h makes NaN of its row of out.
-
-    On a GPU, in float16 and bfloat16 and with hidden a multiple of 8, Triton's matrix products write and read the
-    codes: neither h nor qrelu(h) nor the latter's gradient exists in memory. Sums are in float32, in another order than
-    the BLAS library's. Elsewhere the layers run one after the other, with their bits.
-
-    Saved for backward: x, if weight1 requires grad; the packed codes (1, 2, 4, 4, 8, 8, 8, 8 bits an element of h for
-    bits 1..8), if weight2 does or for a square; and one bit an element of h for the gate, unless the codes imply it
-    (they do for relu under "ceil" and "hwgq"). With an alpha that requires grad or is one of several, with an STE whose
-    gradient is more than a gate (any but relu, clipped_relu, identity and trust), and for a nested x or a DTensor, the
-    layers run one after the other, the second as in `qrelu_linear`, and what they save is kept. There is no second
-    derivative.
-
-    Raises TypeError or ValueError for an argument of `qrelu`, and what F.linear raises.
-    """
-    if isinstance(x, Tensor) and not (x.is_nested or is_dtensor(x)) and channel_dim is None:
-        step, _ = _checked(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)
-        if keeps_codes_alone(ste, step):
-            try:
-                return mlp(x, weight1, bias1, step, weight2, bias2, bits, ste, rounding, squared)
-            except Exception:
-                if wrong := _wrong_argument(x, step, bits, rounding, channel_dim):
-                    raise wrong from None
-                raise
-    options: dict[str, Any] = {
-        "ste": ste, "rounding": rounding, "alpha_grad": alpha_grad, "alpha_scale": alpha_scale,
-        "channel_dim": channel_dim,
-    }  # fmt: skip
-    h = F.linear(x, weight1, bias1)
-    if not squared:
-        return qrelu_linear(h, alpha, weight2, bias2, bits, **options)
-    with packed_activations():
-        return F.linear(square(qrelu(h, alpha, bits, **options)), weight2, bias2)
 
 
 @overridable

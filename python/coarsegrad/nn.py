@@ -29,7 +29,9 @@ from ._types import (
     RoundingName,
     SteName,
 )
-from .functional import qrelu, qrelu_conv2d, qrelu_linear, qrelu_mlp
+from .functional import qrelu, qrelu_conv2d, qrelu_linear
+from .gated import gated_product
+from .mlp import qrelu_gated_mlp, qrelu_mlp
 from .packing import packed_activations, square
 from .ste import check_inplace, get_ste, saved
 
@@ -340,6 +342,12 @@ def _is_plain(module: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
     return own and not any(getattr(module, name) for name in hooks)
 
 
+def _check_modules(kind: type[torch.nn.Module], wanted: str, **modules: object) -> None:
+    for name, module in modules.items():
+        if not isinstance(module, kind):
+            raise TypeError(f"{name} must be {wanted}, got {type(module).__name__}")
+
+
 class _ActivationAndLayer(torch.nn.Module):
     """Base of the fused modules. `layer` may be any replacement of a `_fusable`; only exact instances are fused."""
 
@@ -349,12 +357,9 @@ class _ActivationAndLayer(torch.nn.Module):
 
     def __init__(self, activation: QReLU, layer: torch.nn.Module) -> None:
         super().__init__()
-        if not isinstance(activation, QReLU):
-            raise TypeError(f"activation must be a QReLU, got {type(activation).__name__}")
-        if not isinstance(layer, torch.nn.Module):
-            raise TypeError(f"layer must be an nn.Module, got {type(layer).__name__}")
-        self.activation = activation
-        self.layer = layer
+        _check_modules(QReLU, "a QReLU", activation=activation)
+        _check_modules(torch.nn.Module, "an nn.Module", layer=layer)
+        self.activation, self.layer = activation, layer
         register_flop_formulas()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -403,9 +408,7 @@ class QReLUMLP(QReLULinear):
 
     All stay modules with their own parameters and may be replaced. If `first` is something else, such as a LoRA
     adapter, or has hooks, or the activation has dropout in training, `first` runs by itself and the others as in
-    `QReLULinear`.
-
-    Saved for backward: what `qrelu_mlp` saves.
+    `QReLULinear`. Saved for backward: what `qrelu_mlp` saves.
 
     Raises TypeError if activation is not a QReLU, or first or layer not a module.
     """
@@ -414,21 +417,66 @@ class QReLUMLP(QReLULinear):
 
     def __init__(self, first: torch.nn.Module, activation: QReLU, layer: torch.nn.Module) -> None:
         super().__init__(activation, layer)
-        if not isinstance(first, torch.nn.Module):
-            raise TypeError(f"first must be an nn.Module, got {type(first).__name__}")
+        _check_modules(torch.nn.Module, "an nn.Module", first=first)
         self.first = first
 
     def forward(self, x: Tensor) -> Tensor:
         activation, layer = self.activation, self.layer
-        drops = activation.dropout and activation.training
-        linears = _is_plain(self.first, torch.nn.Linear) and _is_plain(layer, torch.nn.Linear)
+        first, drops = self.first, activation.dropout and activation.training
+        linears = _is_plain(first, torch.nn.Linear) and _is_plain(layer, torch.nn.Linear)
         if drops or not linears or not _is_plain(activation, QReLU):
-            return super().forward(self.first(x))
-        first = self.first
+            return super().forward(first(x))
         return qrelu_mlp(
             x, first.weight, first.bias, activation.alpha, layer.weight, layer.bias, activation.bits,
             **activation.settings(), squared=activation.squared,
         )  # fmt: skip
+
+
+class QReLUGatedMLP(torch.nn.Module):
+    """A gated MLP with two QReLUs, down(gate_activation(gate(x)) * up_activation(up(x))), computed by
+    `coarsegrad.qrelu_gated_mlp`.
+
+    gate, up, down: nn.Linears; gate_activation, up_activation: `QReLU`s, each with its alpha. `inplace` has no effect.
+
+    All stay modules and may be replaced. If a layer is something else, such as a LoRA adapter, one of them has hooks,
+    or the activations differ in more than alpha or have dropout in training or squares, they run one after the other
+    inside `packed_activations`. Saved for backward: what `qrelu_gated_mlp` saves.
+
+    Raises TypeError if an activation is not a QReLU, or a layer not a module.
+    """
+
+    gate: Any
+    up: Any
+    down: Any
+
+    def __init__(self, gate: torch.nn.Module, gate_activation: QReLU, up: torch.nn.Module, up_activation: QReLU,
+                 down: torch.nn.Module) -> None:  # fmt: skip
+        super().__init__()
+        _check_modules(torch.nn.Module, "an nn.Module", gate=gate, up=up, down=down)
+        _check_modules(QReLU, "a QReLU", gate_activation=gate_activation, up_activation=up_activation)
+        self.gate, self.up, self.down = gate, up, down
+        self.gate_activation, self.up_activation = gate_activation, up_activation
+        register_flop_formulas()
+
+    def _fuses(self) -> bool:
+        first, second = activations = self.gate_activation, self.up_activation
+        plain = all(_is_plain(each, torch.nn.Linear) for each in (self.gate, self.up, self.down))
+        if not plain or not all(_is_plain(each, QReLU) for each in activations):
+            return False
+        changed = any(each.squared or (each.dropout and each.training) for each in activations)
+        return not changed and first.bits == second.bits and first.settings() == second.settings()
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = self.gate, self.up, self.down
+        if self._fuses():
+            return qrelu_gated_mlp(
+                x, gate.weight, up.weight, down.weight, self.gate_activation.alpha, self.up_activation.alpha,
+                self.gate_activation.bits, gate_bias=gate.bias, up_bias=up.bias, down_bias=down.bias,
+                **self.gate_activation.settings(),
+            )  # fmt: skip
+        with packed_activations():
+            factors = self.gate_activation(gate(x)), self.up_activation(up(x))
+            return down(gated_product(*factors, "identity"))
 
 
 class QReLUConv2d(_ActivationAndLayer):

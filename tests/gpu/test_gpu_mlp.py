@@ -28,6 +28,14 @@ def chain(device, dtype, bits=4, **settings):
     return model, torch.randn(3, ROWS // 3, INPUTS).to(device, dtype).requires_grad_()
 
 
+def gated(device, dtype, bits=4, **settings):
+    torch.manual_seed(0)
+    gate, up, down = (nn.Linear(*size) for size in ((INPUTS, HIDDEN), (INPUTS, HIDDEN), (HIDDEN, OUTPUTS)))
+    first, second = (cg.QReLU(bits, alpha=alpha, **settings) for alpha in (0.05, 0.03))
+    model = cg.nn.QReLUGatedMLP(gate, first, up, second, down).to(device, dtype)
+    return model, torch.randn(3, ROWS // 3, INPUTS).to(device, dtype).requires_grad_()
+
+
 def gradients(out, model, x):
     return torch.autograd.grad(out.float().square().sum(), [x, *model.parameters()])
 
@@ -45,6 +53,21 @@ def test_gradients_are_near_and_codes_alone_are_kept(device, dtype, squared, ste
     assert far(out, want) < 1e-2
     for got, right in zip(gradients(out, model, x), gradients(want, model, x), strict=True):
         assert far(got, right) < 2e-2  # a code next to a threshold is another one, by the order of a sum
+
+
+@any_device
+@pytest.mark.parametrize("ste, rounding", [("relu", "ceil"), ("clipped_relu", "nearest"), ("trust", "hwgq")])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_gated_gradients_are_near_and_codes_alone_are_kept(device, dtype, ste, rounding):
+    model, x = gated(device, dtype, ste=ste, rounding=rounding)
+    with Kept(x, *model.parameters(), model.gate_activation.alpha, model.up_activation.alpha) as kept:
+        out = model(x)
+    factors = model.gate_activation(model.gate(x)), model.up_activation(model.up(x))
+    want = model.down(cg.gated_product(*factors, "identity"))
+    assert kept.bytes == 2 * ROWS * HIDDEN * (4 + (ste != "relu")) // 8
+    assert far(out, want) < 1e-2
+    for got, right in zip(gradients(out, model, x), gradients(want, model, x), strict=True):
+        assert far(got, right) < 2e-2
 
 
 @gpu
@@ -65,8 +88,9 @@ def test_codes_are_those_of_the_kernels_own_h(device, dtype, bits):
 
 
 @gpu
-def test_two_runs_and_a_compiled_one_give_the_same_bits(device):
-    model, x = chain(device, torch.bfloat16)
+@pytest.mark.parametrize("build", [chain, gated])
+def test_two_runs_and_a_compiled_one_give_the_same_bits(device, build):
+    model, x = build(device, torch.bfloat16)
     out = model(x)
     grads = gradients(out, model, x)
     for call in (model, torch.compile(model, fullgraph=True)):
@@ -76,8 +100,9 @@ def test_two_runs_and_a_compiled_one_give_the_same_bits(device):
 
 
 @any_device
-def test_nan_makes_its_row_nan(device):
-    model, x = chain(device, torch.bfloat16)
+@pytest.mark.parametrize("build", [chain, gated])
+def test_nan_makes_its_row_nan(device, build):
+    model, x = build(device, torch.bfloat16)
     x = x.detach()
     x[1, 7, 3] = torch.nan
     assert model(x).isnan().all(-1).nonzero().tolist() == [[1, 7]] and model(x).isnan().sum() == OUTPUTS

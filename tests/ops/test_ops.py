@@ -139,7 +139,9 @@ def mlp_samples():
         sizes = ((2, 3, 5), (8, 5), (8,), (7, 8), (7,))
         x, weight1, bias1, weight2, bias2 = (sample(*size, dtype=dtype).requires_grad_(need) for size in sizes)
         bias1, bias2 = (bias1, None) if need else (None, bias2)
-        yield x, weight1, bias1, ALPHA, weight2, bias2, 3, ste, rounding, dtype != torch.float32
+        squared = dtype != torch.float32
+        yield x, [weight1], [bias1], [ALPHA], weight2, bias2, 3, ste, rounding, squared
+        yield x, [weight1, weight1.detach()], [bias1, None], [ALPHA, 2 * ALPHA], weight2, bias2, 2, ste, rounding, False
 
 
 def mlp_part_samples(op):
@@ -149,13 +151,15 @@ def mlp_part_samples(op):
         bias = sample(8, dtype=dtype) if mask else None
         given = (x, weight1, bias, ALPHA, bits, 0, mask)
         codes, packed_mask, nan_rows = torch.ops.coarsegrad.linear_to_codes(*given)
-        gates, squared = (packed_mask if mask else None, codes), bool(mask)
-        yield {
-            "linear_to_codes": given,
-            "linear_from_codes": (codes, nan_rows, ALPHA, bits, squared, weight2, None),
-            "linear_from_codes_grad_input": (grad_out, weight2, *gates, ALPHA, bits, squared, int(Ste[ste]), 0),
-            "linear_from_codes_grad_weight": (grad_out, codes, ALPHA, bits, squared, 8),
-        }[op]
+        for count in (1, 2):  # the square of one staircase, or the product of two
+            read, squared = ([codes] * count, [ALPHA, 2 * ALPHA][:count]), bool(mask) and count == 1
+            gates = [packed_mask] * count if mask else [], *read
+            yield {
+                "linear_to_codes": given,
+                "linear_from_codes": (read[0], nan_rows, read[1], bits, squared, weight2, None),
+                "linear_from_codes_grad_input": (grad_out, weight2, *gates, bits, squared, int(Ste[ste]), 0),
+                "linear_from_codes_grad_weight": (grad_out, *read, bits, squared, 8),
+            }[op]
 
 
 def signed_inputs():

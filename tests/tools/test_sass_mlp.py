@@ -19,15 +19,18 @@ _MATRIX_PRODUCTS = {
     "sm_100": r"tcgen05\.mma\S*kind::f16",
     "sm_120": r"mma\.sync\.aligned\.m16n8k16\S*\.f32\.{0}\.{0}",
 }
-_MLP = (  # op, bits, dtype, ste, squared
-    ("linear_to_codes", 4, "bfloat16", "clipped_relu", False),
-    ("linear_to_codes", 2, "float16", "relu", False),
-    ("linear_from_codes", 4, "bfloat16", "clipped_relu", False),
-    ("linear_from_codes", 1, "float16", "clipped_relu", True),
-    ("linear_from_codes_grad_input", 4, "bfloat16", "clipped_relu", True),
-    ("linear_from_codes_grad_input", 2, "bfloat16", "relu", False),
-    ("linear_from_codes_grad_weight", 8, "bfloat16", "clipped_relu", False),
-    ("linear_from_codes_grad_weight", 4, "float16", "clipped_relu", True),
+_MLP = (  # op, bits, dtype, ste, squared, factors
+    ("linear_to_codes", 4, "bfloat16", "clipped_relu", False, 1),
+    ("linear_to_codes", 2, "float16", "relu", False, 1),
+    ("linear_from_codes", 4, "bfloat16", "clipped_relu", False, 1),
+    ("linear_from_codes", 1, "float16", "clipped_relu", True, 1),
+    ("linear_from_codes", 4, "bfloat16", "clipped_relu", False, 2),
+    ("linear_from_codes_grad_input", 4, "bfloat16", "clipped_relu", True, 1),
+    ("linear_from_codes_grad_input", 2, "bfloat16", "relu", False, 1),
+    ("linear_from_codes_grad_input", 4, "bfloat16", "clipped_relu", False, 2),
+    ("linear_from_codes_grad_weight", 8, "bfloat16", "clipped_relu", False, 1),
+    ("linear_from_codes_grad_weight", 4, "float16", "clipped_relu", True, 1),
+    ("linear_from_codes_grad_weight", 2, "bfloat16", "relu", False, 2),
 )
 
 
@@ -37,11 +40,11 @@ def test_mlps_in_triton(tools, arch, tmp_path):
     """Tensor cores, no stack, nothing read byte by byte; no fused or flushed step that moves a code. Tiles go round."""
     from coarsegrad.triton.mlp import TILES
 
-    for i, (op, bits, dtype, ste, squared) in enumerate(_MLP):
+    for i, (op, bits, dtype, *rest) in enumerate(_MLP):
         tile = (i + ARCHS.index(arch)) % len(TILES)
-        made = triton_kernels.compiled(triton_kernels.mlp(op, tile, bits, dtype, ste, squared), arch, tmp_path)
+        made = triton_kernels.compiled(triton_kernels.mlp(op, tile, bits, dtype, *rest), arch, tmp_path)
         ptx = made.asm["ptx"]
-        case = op, bits, dtype, TILES[tile]
+        case = op, bits, dtype, rest, TILES[tile]
         assert re.search(_MATRIX_PRODUCTS[arch].format("bf16" if dtype == "bfloat16" else "f16"), ptx), case
         assert listed(ptx) <= set(TRITON_LISTED), case
         assert "fma.rn" not in ptx and not re.search(r"ld\.global\S*\.b8", ptx), case

@@ -18,8 +18,8 @@ ORDER = {
     "coarsegrad": """
         _text  _types  _host  _inductor  _torch_internals  _estimators  ste  _checks  _alphas  reference
         _build  _C  _ops  _autograd  _inductor_gates  _signed  _weights  _fused  _mlp
-        packing  _dtensor  functional  weights  parametrization  integer  triton  backends  nn  signed  gated  norms
-        blocks  quantization  optim  memory  integrations  export  experiments  testing  __init__  __main__
+        packing  _dtensor  functional  gated  mlp  weights  parametrization  integer  triton  backends  nn  signed
+        norms  blocks  quantization  optim  memory  integrations  export  experiments  testing  __init__  __main__
     """.split(),
     "coarsegrad.packing": "saved  records  function  graphs  hooks  blocks  __init__".split(),
     "coarsegrad.blocks": "tags  conversion  norms  inputs  gates  attention  description  __init__".split(),

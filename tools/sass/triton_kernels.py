@@ -224,9 +224,11 @@ def layer(name: str, bits: int, weight_bits: int, output: str, channels: int | N
 
 
 def mlp(
-    op: str, tile: int, bits: int = 4, dtype: str = "bfloat16", ste: str = "clipped_relu", squared: bool = False
-) -> TritonKernel:
-    """A matrix product of qrelu_mlp, of sizes that are multiples of 16. tile: a number of triton/mlp.py's TILES."""
+    op: str, tile: int, bits: int = 4, dtype: str = "bfloat16", ste: str = "clipped_relu", squared: bool = False,
+    factors: int = 1,
+) -> TritonKernel:  # fmt: skip
+    """A matrix product of qrelu_mlp, or of qrelu_gated_mlp with two factors, of sizes that are multiples of 16. tile: a
+    number of triton/mlp.py's TILES."""
     from coarsegrad.triton import mlp as launcher
 
     rows, inputs, hidden, outputs = 4096, 1024, 4096, 1024
@@ -239,21 +241,21 @@ def mlp(
     alpha, nan_rows = torch.tensor([0.5]), torch.empty(rows)
     codes, mask = (torch.empty(rows * hidden * width // 8, dtype=torch.uint8) for width in (CODE_WIDTH[bits], 1))
     kind = MaskKind.nothing if ste == "relu" else MaskKind.inside
+    read = [codes] * factors, [alpha] * factors
     given = {
         "linear_to_codes": (x, weight1, bias1, alpha, bits, Rounding.ceil, kind),
-        "linear_from_codes": (codes, nan_rows, alpha, bits, squared, weight2, bias2),
+        "linear_from_codes": (read[0], nan_rows, read[1], bits, squared, weight2, bias2),
         "linear_from_codes_grad_input": (
             grad_out,
             weight2,
-            None if ste == "relu" else mask,
-            codes,
-            alpha,
+            [] if ste == "relu" else [mask] * factors,
+            *read,
             bits,
             squared,
             Ste[ste],
             Rounding.ceil,
         ),
-        "linear_from_codes_grad_weight": (grad_out, codes, alpha, bits, squared, hidden),
+        "linear_from_codes_grad_weight": (grad_out, *read, bits, squared, hidden),
     }
     found: list[dict[str, object]] = []
 

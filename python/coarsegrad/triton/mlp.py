@@ -3,6 +3,8 @@ kernels serve what these do not."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
@@ -75,53 +77,61 @@ def linear_to_codes(
     return codes, x.new_empty(0, dtype=torch.uint8) if packed_mask is None else packed_mask, nan_rows
 
 
+def _two(tensors: Sequence[Tensor], wanted: int = 2) -> list[Tensor | None]:
+    """Of the first staircase, and of the other one; None of one that there is not."""
+    return [*tensors, *[None] * (wanted - len(tensors))]
+
+
+def _factors(codes: Sequence[Tensor], alphas: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor | None]:
+    return _two([t for each, alpha in zip(codes, alphas) for t in (each, prepared(alpha, dtype))], 4)
+
+
 def linear_from_codes(
-    codes: Tensor, nan_rows: Tensor, alpha: Tensor, bits: int, squared: bool, weight: Tensor, bias: Tensor | None
-) -> Tensor:
+    codes: Sequence[Tensor], nan_rows: Tensor, alphas: Sequence[Tensor], bits: int, squared: bool, weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
     rows, (outputs, hidden) = nan_rows.numel(), weight.shape
     if not (_serves(weight.dtype, hidden) and weight.numel() and rows):
-        return _mlp.linear_from_codes(codes, nan_rows, alpha, bits, squared, weight, bias)
-    _mlp.check_codes(codes, bits, rows, hidden, codes.device)
+        return _mlp.linear_from_codes(codes, nan_rows, alphas, bits, squared, weight, bias)
+    _mlp.check_codes(codes, bits, rows, hidden, weight.device)
     out = weight.new_empty(rows, outputs)
-    tensors = (
-        codes, nan_rows, prepared(alpha, weight.dtype), weight.contiguous(),
-        None if bias is None else bias.contiguous(), out,
-    )  # fmt: skip
+    bias = None if bias is None else bias.contiguous()
+    tensors = (*_factors(codes, alphas, weight.dtype), nan_rows, weight.contiguous(), bias, out)
     _launch("from_codes", tensors, (rows, outputs), rows, hidden, outputs, CODE_WIDTH=CODE_WIDTH[bits], SQUARED=squared)
     return out
 
 
 def linear_from_codes_grad_input(
-    grad_out: Tensor, weight: Tensor, mask: Tensor | None, codes: Tensor | None, alpha: Tensor, bits: int,
-    squared: bool, ste: int, rounding: int,
-) -> Tensor:  # fmt: skip
+    grad_out: Tensor, weight: Tensor, masks: Sequence[Tensor], codes: Sequence[Tensor], alphas: Sequence[Tensor],
+    bits: int, squared: bool, ste: int, rounding: int,
+) -> list[Tensor]:  # fmt: skip
     (rows, outputs), hidden = grad_out.shape, weight.size(1)
     if not (_serves(weight.dtype, hidden) and weight.numel() and rows):
-        return _mlp.linear_from_codes_grad_input(grad_out, weight, mask, codes, alpha, bits, squared, ste, rounding)
-    by_codes = _mlp.gate_is_in_codes(mask, ste)
-    if by_codes or squared:
+        return _mlp.linear_from_codes_grad_input(grad_out, weight, masks, codes, alphas, bits, squared, ste, rounding)
+    by_codes = _mlp.gates_are_in_codes(masks, ste)
+    in_factors = squared or len(alphas) > 1
+    if by_codes or in_factors:
         _mlp.check_codes(codes, bits, rows, hidden, grad_out.device)
-    if mask is not None:
+    for mask in masks:
         check_packed(mask, "mask", rows * hidden, 1, grad_out.device)
-    grad_h = grad_out.new_empty(rows, hidden)
-    tensors = (
-        grad_out.contiguous(), weight.contiguous(), codes if by_codes else mask, codes if squared else None,
-        prepared(alpha, weight.dtype), grad_h,
-    )  # fmt: skip
+    grads = [grad_out.new_empty(rows, hidden) for _ in alphas]
+    gates, factors = codes if by_codes else masks, codes if in_factors else ()
+    read = (*_two(gates), *_factors(factors, alphas, weight.dtype))
+    tensors = (grad_out.contiguous(), weight.contiguous(), *read, *_two(grads))
     _launch("grad_input", tensors, (rows, hidden), rows, outputs, hidden,
             GATE_WIDTH=CODE_WIDTH[bits] if by_codes else 1, CODE_WIDTH=CODE_WIDTH[bits])  # fmt: skip
-    return grad_h
+    return grads
 
 
 def linear_from_codes_grad_weight(
-    grad_out: Tensor, codes: Tensor, alpha: Tensor, bits: int, squared: bool, hidden: int
+    grad_out: Tensor, codes: Sequence[Tensor], alphas: Sequence[Tensor], bits: int, squared: bool, hidden: int
 ) -> Tensor:
     rows, outputs = grad_out.shape
     if not (_serves(grad_out.dtype, hidden) and rows and outputs):
-        return _mlp.linear_from_codes_grad_weight(grad_out, codes, alpha, bits, squared, hidden)
+        return _mlp.linear_from_codes_grad_weight(grad_out, codes, alphas, bits, squared, hidden)
     _mlp.check_codes(codes, bits, rows, hidden, grad_out.device)
     grad_weight = grad_out.new_empty(outputs, hidden)
-    tensors = (grad_out.contiguous(), codes, prepared(alpha, grad_out.dtype), grad_weight)
+    tensors = (grad_out.contiguous(), *_factors(codes, alphas, grad_out.dtype), grad_weight)
     _launch(
         "grad_weight", tensors, (outputs, hidden), rows, outputs, hidden, CODE_WIDTH=CODE_WIDTH[bits], SQUARED=squared
     )

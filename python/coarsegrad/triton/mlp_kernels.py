@@ -2,9 +2,11 @@
 the gate are in registers alone.
 
     linear_to_codes                 codes = staircase(h), h = round(x @ weight.T + bias)
-    linear_from_codes               out = y @ weight.T + bias, y = L[codes], or its square
-    linear_from_codes_grad_input    dh = gate ? round(dout @ weight) : 0, times 2 L[codes] before a square
+    linear_from_codes               out = y @ weight.T + bias
+    linear_from_codes_grad_input    dh = gate ? round(dout @ weight) * dy/dL[codes] : 0
     linear_from_codes_grad_weight   dweight = dout.T @ y
+
+y is L[codes], its square, or the product with that of other codes, which have an alpha of their own.
 
 A program computes a tile of ROWS x COLUMNS, STEP of the inner dimension at a time, with sums in float32. Matrices are
 contiguous, codes and masks packed as by the other kernels; a row of hidden features begins with a byte.
@@ -70,18 +72,37 @@ def bias_of(ptr, n, width):
 @triton.jit
 def _levels(
     codes_ptr, alpha, i, first, height, width,
-    WIDTH: tl.constexpr, COUNT: tl.constexpr, DTYPE: tl.constexpr, SQUARED: tl.constexpr = False,
+    WIDTH: tl.constexpr, COUNT: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """L[c], or its square, of the codes [i, first : first + COUNT] of a [height, width] matrix of them, 0 outside of
-    it."""
+    """L[c] of the codes [i, first : first + COUNT] of a [height, width] matrix of them, 0 outside of it."""
     PER_BYTE: tl.constexpr = 8 // WIDTH
     at = first // PER_BYTE + tl.arange(0, COUNT // PER_BYTE)
     inside = (i < height)[:, None] & (at < width // PER_BYTE)[None, :]
     packed = tl.load(codes_ptr + i.to(tl.int64)[:, None] * (width // PER_BYTE) + at[None, :], mask=inside, other=0)
-    v = narrow(_unpacked(packed, WIDTH).to(tl.float32) * alpha, DTYPE)
+    return narrow(_unpacked(packed, WIDTH).to(tl.float32) * alpha, DTYPE)
+
+
+@triton.jit
+def alpha_of(ptr):
+    alpha = 1.0
+    if ptr is not None:
+        alpha = _checked(widen(tl.load(ptr)))
+    return alpha
+
+
+@triton.jit
+def _read(
+    codes_ptr, alpha, other_ptr, other_alpha, i, first, height, width,
+    WIDTH: tl.constexpr, COUNT: tl.constexpr, DTYPE: tl.constexpr, SQUARED: tl.constexpr,
+):  # fmt: skip
+    """y, of codes as those of `_levels`."""
+    y = _levels(codes_ptr, alpha, i, first, height, width, WIDTH, COUNT, DTYPE)
     if SQUARED:
-        v = narrow(widen(v) * widen(v), DTYPE)
-    return widen(v) if _IN_THE_INTERPRETER else v
+        y = narrow(widen(y) * widen(y), DTYPE)
+    if other_ptr is not None:
+        other = _levels(other_ptr, other_alpha, i, first, height, width, WIDTH, COUNT, DTYPE)
+        y = narrow(widen(y) * widen(other), DTYPE)
+    return widen(y) if _IN_THE_INTERPRETER else y
 
 
 @triton.jit
@@ -132,17 +153,18 @@ def linear_to_codes_kernel(
 
 @triton.jit
 def linear_from_codes_kernel(
-    codes_ptr, nan_rows_ptr, alpha_ptr, weight_ptr, bias_ptr, out_ptr, rows, hidden, outputs, bucket,
+    codes_ptr, alpha_ptr, other_ptr, other_alpha_ptr, nan_rows_ptr, weight_ptr, bias_ptr, out_ptr,
+    rows, hidden, outputs, bucket,
     CODE_WIDTH: tl.constexpr, SQUARED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """codes: [rows, hidden], weight: [outputs, hidden], out: [rows, outputs]. nan_rows is added to its rows."""
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     m, n, _ = tile(rows, outputs, ROWS, COLUMNS, GROUP)
-    alpha = _checked(widen(tl.load(alpha_ptr)))
+    alpha, other_alpha = alpha_of(alpha_ptr), alpha_of(other_alpha_ptr)
     acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for first in range(0, hidden, STEP):
-        a = _levels(codes_ptr, alpha, m, first, rows, hidden, CODE_WIDTH, STEP, DTYPE, SQUARED)
+        a = _read(codes_ptr, alpha, other_ptr, other_alpha, m, first, rows, hidden, CODE_WIDTH, STEP, DTYPE, SQUARED)
         b = matrix(weight_ptr, n, first + tl.arange(0, STEP), outputs, hidden)
         acc = tl.dot(a, tl.trans(b), acc)
     acc += tl.load(nan_rows_ptr + m, mask=m < rows, other=0)[:, None]
@@ -152,39 +174,52 @@ def linear_from_codes_kernel(
 
 
 @triton.jit
+def _store_gated(ptr, gate_ptr, grad, i, first, height, width, GATE_WIDTH: tl.constexpr, COUNT: tl.constexpr):
+    if gate_ptr is not None:
+        gate = _levels(gate_ptr, 1.0, i, first, height, width, GATE_WIDTH, COUNT, tl.float32)
+        grad = tl.where(gate > 0, grad, 0.0)
+    store_matrix(ptr, grad, i, first + tl.arange(0, COUNT), height, width)
+
+
+@triton.jit
 def grad_input_kernel(
-    grad_out_ptr, weight_ptr, gate_ptr, codes_ptr, alpha_ptr, grad_h_ptr, rows, outputs, hidden, bucket,
+    grad_out_ptr, weight_ptr, gate_ptr, other_gate_ptr, codes_ptr, alpha_ptr, other_ptr, other_alpha_ptr,
+    grad_ptr, other_grad_ptr, rows, outputs, hidden, bucket,
     GATE_WIDTH: tl.constexpr, CODE_WIDTH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """grad_out: [rows, outputs], weight: [outputs, hidden], grad_h: [rows, hidden]. gate: packed, a mask or codes of
-    GATE_WIDTH bits, of which 0 closes; None: all are open. codes: None, or of what is squared before the product."""
-    DTYPE: tl.constexpr = grad_h_ptr.dtype.element_ty
+    """grad_out: [rows, outputs], weight: [outputs, hidden], grad: [rows, hidden]. gate: packed, a mask or codes of
+    GATE_WIDTH bits, of which 0 closes; None: all are open. codes: None, or of what is squared before the product, or of
+    the factors of a product, of which each has a gradient and a gate."""
+    DTYPE: tl.constexpr = grad_ptr.dtype.element_ty
     m, n, left = tile(rows, hidden, ROWS, COLUMNS, GROUP)
-    acc = product(grad_out_ptr, weight_ptr, m, n, rows, outputs, hidden, STEP, TURNED=False)
+    acc = widen(narrow(product(grad_out_ptr, weight_ptr, m, n, rows, outputs, hidden, STEP, TURNED=False), DTYPE))
+    grad = acc
     if codes_ptr is not None:
-        y = _levels(codes_ptr, _checked(widen(tl.load(alpha_ptr))), m, left, rows, hidden, CODE_WIDTH, COLUMNS, DTYPE)
-        acc = widen(narrow(acc, DTYPE)) * (2 * widen(y))
-    if gate_ptr is not None:
-        gate = _levels(gate_ptr, 1.0, m, left, rows, hidden, GATE_WIDTH, COLUMNS, tl.float32)
-        acc = tl.where(gate > 0, acc, 0.0)
-    store_matrix(grad_h_ptr, acc, m, n, rows, hidden)
+        y = widen(_levels(codes_ptr, alpha_of(alpha_ptr), m, left, rows, hidden, CODE_WIDTH, COLUMNS, DTYPE))
+        if other_ptr is None:
+            grad = acc * (2 * y)
+        else:
+            _store_gated(other_grad_ptr, other_gate_ptr, acc * y, m, left, rows, hidden, GATE_WIDTH, COLUMNS)
+            alpha = alpha_of(other_alpha_ptr)
+            grad = acc * widen(_levels(other_ptr, alpha, m, left, rows, hidden, CODE_WIDTH, COLUMNS, DTYPE))
+    _store_gated(grad_ptr, gate_ptr, grad, m, left, rows, hidden, GATE_WIDTH, COLUMNS)
 
 
 @triton.jit
 def grad_weight_kernel(
-    grad_out_ptr, codes_ptr, alpha_ptr, grad_weight_ptr, rows, outputs, hidden, bucket,
+    grad_out_ptr, codes_ptr, alpha_ptr, other_ptr, other_alpha_ptr, grad_weight_ptr, rows, outputs, hidden, bucket,
     CODE_WIDTH: tl.constexpr, SQUARED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """grad_out: [rows, outputs], codes: [rows, hidden], grad_weight: [outputs, hidden]."""
     DTYPE: tl.constexpr = grad_weight_ptr.dtype.element_ty
     m, n, left = tile(outputs, hidden, ROWS, COLUMNS, GROUP)
-    alpha = _checked(widen(tl.load(alpha_ptr)))
+    alpha, other_alpha = alpha_of(alpha_ptr), alpha_of(other_alpha_ptr)
     acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for first in range(0, rows, STEP):
         i = first + tl.arange(0, STEP)
         a = matrix(grad_out_ptr, i, m, rows, outputs)
-        b = _levels(codes_ptr, alpha, i, left, rows, hidden, CODE_WIDTH, COLUMNS, DTYPE, SQUARED)
+        b = _read(codes_ptr, alpha, other_ptr, other_alpha, i, left, rows, hidden, CODE_WIDTH, COLUMNS, DTYPE, SQUARED)
         acc = tl.dot(tl.trans(a), b, acc)
     store_matrix(grad_weight_ptr, acc, m, n, outputs, hidden)

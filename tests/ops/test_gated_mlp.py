@@ -1,0 +1,234 @@
+"""A gated MLP with two QReLUs as one op: the bits of its parts, x and codes alone kept, and what replaces them."""
+
+from __future__ import annotations
+
+import copy
+
+import oracle
+import pytest
+import torch
+from saved_bytes import Kept
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import coarsegrad as cg
+from coarsegrad._types import CODE_WIDTH, ROUNDINGS
+
+GATES = ("identity", "relu", "clipped_relu", "trust")
+HIDDEN = 40
+
+
+def gated(bits=2, dtype=torch.float32, bias=True, other=None, **settings):
+    """other: the settings of the second staircase, if they are not those of the first."""
+    torch.manual_seed(0)
+    gate, up, down = (nn.Linear(*size, bias, dtype=dtype) for size in ((24, HIDDEN), (24, HIDDEN), (HIDDEN, 8)))
+    both = {"bits": bits, **settings}, {"bits": bits, **settings} if other is None else other
+    first, second = (cg.QReLU(**{"alpha": alpha, **own}).to(dtype) for alpha, own in zip((0.2, 0.3), both))
+    return cg.nn.QReLUGatedMLP(gate, first, up, second, down)
+
+
+def apart(model, x):
+    factors = model.gate_activation(model.gate(x)), model.up_activation(model.up(x))
+    return model.down(cg.gated_product(*factors, "identity"))
+
+
+def rows(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def gradients(out, x, model):
+    leaves = [t for t in (x, *model.parameters()) if t.requires_grad]
+    return torch.autograd.grad(out.float().square().sum(), leaves)
+
+
+def assert_same(model, x, call=None):
+    out, want = (model if call is None else call)(x), apart(model, x)
+    assert torch.equal(out, want)
+    for got, right in zip(gradients(out, x, model), gradients(want, x, model), strict=True):
+        assert torch.equal(got, right)
+
+
+def kept_bytes(model, x):
+    alphas = model.gate_activation.alpha, model.up_activation.alpha
+    with Kept(x, *model.parameters(), *alphas) as kept:
+        out = model(x)  # which keeps them
+    assert out.requires_grad
+    return kept.bytes
+
+
+@pytest.mark.parametrize("ste", oracle.STES)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_bits_are_those_of_its_parts(dtype, rounding, ste):
+    model = gated(3, dtype, ste=ste, rounding=rounding)
+    for x in (rows(3, 5, 24, dtype=dtype), rows(24, dtype=dtype), rows(0, 24, dtype=dtype)):
+        assert_same(model, x.requires_grad_())
+        with torch.no_grad():
+            assert torch.equal(model(x), apart(model, x))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("ste", GATES)
+def test_what_is_kept(ste, rounding, bits):
+    """Of gate and of up b / 8 bytes of codes an element, and 1 / 8 of a gate that they do not give; nothing else."""
+    model, x = gated(bits, ste=ste, rounding=rounding), rows(6, 24).requires_grad_()
+    mask = ste in ("clipped_relu", "trust") or (ste == "relu" and rounding == "nearest")
+    for trained in (True, False):  # the factors' gradients need the codes too
+        model.down.weight.requires_grad_(trained)
+        assert kept_bytes(model, x) == 2 * 6 * HIDDEN * (CODE_WIDTH[bits] + mask) // 8
+    assert_same(model, x)
+    model.requires_grad_(False).down.weight.requires_grad_()
+    assert kept_bytes(model, x.detach()) == 2 * 6 * HIDDEN * CODE_WIDTH[bits] // 8
+
+
+def test_what_is_not_needed_is_not_kept_or_computed():
+    model = gated().requires_grad_(False)
+    for name, _ in list(model.named_parameters()):
+        parameter = model.get_parameter(name).requires_grad_()
+        assert_same(model, rows(6, 24))
+        parameter.requires_grad_(False)
+    model.down.bias.requires_grad_()
+    assert kept_bytes(model, rows(6, 24)) == 0
+    assert_same(gated(bias=False), rows(6, 24).requires_grad_())
+
+
+@pytest.mark.parametrize("settings", [
+    {"learn_alpha": True}, {"num_channels": HIDDEN, "channel_dim": -1}, {"other": {"bits": 4}},
+    {"other": {"bits": 2, "ste": "relu"}}, {"squared": True}, {"other": {"bits": 2, "learn_alpha": True}},
+], ids=str)  # fmt: skip
+def test_other_settings_run_one_after_the_other(settings):
+    """A learned or a per feature alpha, squares, staircases that differ; they keep what they need."""
+    assert_same(gated(**settings), rows(6, 24).requires_grad_())
+
+
+def test_dropout_runs_one_after_the_other():
+    model, x = gated(dropout=0.5), rows(6, 24).requires_grad_()
+    torch.manual_seed(2)
+    out = model(x)
+    torch.manual_seed(2)
+    assert torch.equal(out, apart(model, x))
+    assert_same(model.eval(), x)
+
+
+def test_modules_in_its_place():
+    """Adapters, and hooks."""
+    x, seen = rows(6, 24).requires_grad_(), []
+    for name in ("gate", "up", "down"):
+        model = gated(ste="relu")
+        setattr(model, name, nn.Sequential(getattr(model, name)))
+        assert_same(model, x)
+    for name in ("gate", "gate_activation", "up", "up_activation", "down"):
+        model = gated()
+        model.get_submodule(name).register_forward_hook(lambda module, *_: seen.append(type(module)))
+        assert_same(model, x)
+    wanted = [nn.Linear, cg.QReLU, nn.Linear, cg.QReLU, nn.Linear]
+    assert seen == [each for each in wanted for _ in range(2)]  # as one, and apart
+
+
+def test_autocast_compile_and_checkpoint():
+    model, x = copy.deepcopy(gated()), rows(6, 24).requires_grad_()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_same(model, x, compiled)
+    assert_same(model, rows(9, 24).requires_grad_(), compiled)
+    assert_same(model, x, lambda x: checkpoint(model, x, use_reentrant=False))
+    with torch.autocast("cpu", torch.bfloat16):
+        out, want = model(x), apart(model, x)
+        assert out.dtype == torch.bfloat16 and torch.equal(out, want)
+        # Copies in bfloat16 of x and of the weights, of which autocast saves as many; codes and gates.
+        copies = 2 * (6 * 24 + 2 * HIDDEN * 24 + 8 * HIDDEN)
+        assert kept_bytes(model, x) == copies + 2 * 6 * HIDDEN * 3 // 8
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap, for an op of torch.ops.coarsegrad
+def test_transforms_and_second_derivatives():
+    model, x = gated(ste="relu"), rows(6, 24).requires_grad_()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(weights, x):
+        return torch.func.functional_call(model, weights, (x,)).square().sum()
+
+    per_row = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x.detach()[:, None])
+    for name, grad in torch.func.grad(loss)(weights, x.detach()).items():
+        torch.testing.assert_close(per_row[name].sum(0), grad)
+    with pytest.raises(NotImplementedError, match="qrelu_mlp has no second derivative"):
+        torch.autograd.grad(model(x).sum(), x, create_graph=True)
+
+
+def test_flops_are_those_of_its_parts():
+    model, x = gated(), rows(6, 24).requires_grad_()
+    counts = []
+    for call in (model, lambda x: apart(model, x)):
+        with FlopCounterMode(display=False) as counter:
+            call(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("part", ["gate", "up"])
+def test_nan_makes_its_row_nan(part):
+    """Of either factor alone: of infinity times 0."""
+    model, x = gated(ste="relu"), rows(6, 24)
+    x[2, 3] = torch.inf
+    with torch.no_grad():
+        model.get_submodule(part).weight[0, 3] = 0
+    for x in (x, x.clone().requires_grad_()):
+        assert model(x).isnan().all(1).tolist() == [i == 2 for i in range(6)]
+
+
+def test_it_converts_as_its_parts():
+    class Parts(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.stem, self.model = model[:2], model[2]
+
+        def forward(self, x):
+            x, model = self.stem(x), self.model
+            return model.down(model.gate_activation(model.gate(x)) * model.up_activation(model.up(x)))
+
+    model = nn.Sequential(nn.Linear(20, 24), cg.QReLU(4), gated(4)).eval()
+    x = rows(8, 20)
+    converted, parts = cg.convert(model, (x,)), cg.convert(Parts(model).eval(), (x,))
+    assert torch.equal(converted(x), parts(x))
+    assert [str(converted.report).count(name) for name in ("2.gate", "2.up")] == [1, 1]
+
+
+def test_dtypes_are_those_of_x():
+    model = gated()
+    given = {"gate_weight": model.gate.weight, "up_weight": model.up.weight, "down_weight": model.down.weight}
+    given |= {"gate_bias": model.gate.bias, "up_bias": model.up.bias, "down_bias": model.down.bias}
+    for name in given:
+        wrong = {**given, name: given[name].double()}
+        with pytest.raises(TypeError, match=f"{name} must be torch.float32, as x, got torch.float64"):
+            cg.qrelu_gated_mlp(rows(3, 24), gate_alpha=0.3, up_alpha=0.3, **wrong)
+
+
+def test_bad_input():
+    model = gated()
+    parts = [model.gate, model.gate_activation, model.up, model.up_activation, model.down]
+    for at, (name, wanted) in enumerate(
+        (("gate", "an nn.Module"), ("gate_activation", "a QReLU"), ("up", "an nn.Module"),
+         ("up_activation", "a QReLU"), ("down", "an nn.Module"))
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=f"{name} must be {wanted}, got NoneType"):
+            cg.nn.QReLUGatedMLP(*parts[:at], None, *parts[at + 1 :])
+    x, weights = rows(3, 24), (model.gate.weight, model.up.weight, model.down.weight)
+    for wrong, error, match in (
+        ({"bits": 9}, ValueError, "bits"), ({"bits": "4"}, TypeError, "bits"), ({"ste": "sign"}, ValueError, "ste"),
+        ({"rounding": "down"}, ValueError, "rounding"), ({"channel_dim": 7}, (ValueError, IndexError), "channel_dim"),
+        ({"gate_alpha": torch.tensor([-1.0])}, ValueError, "alpha must be finite and > 0"),
+        ({"up_alpha": torch.tensor([-1.0])}, ValueError, "alpha must be finite and > 0"),
+        ({"up_alpha": torch.full((4,), 0.3)}, ValueError, "alpha"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=match):
+            cg.qrelu_gated_mlp(x, *weights, **{"gate_alpha": 0.3, "up_alpha": 0.3, **wrong})
+    with pytest.raises(TypeError, match="must be Tensor"):
+        cg.qrelu_gated_mlp([1.0], *weights, 0.3, 0.3)
+    for x, gate, up, down in (
+        (rows(3, 25), *weights), (rows(3, 24), weights[0], weights[1][:-1], weights[2]),
+        (rows(3, 24), *weights[:2], weights[2][:, 1:]),
+    ):  # fmt: skip
+        for x in (x, x.clone().requires_grad_()):
+            with pytest.raises((RuntimeError, ValueError)):
+                cg.qrelu_gated_mlp(x, gate, up, down, 0.3, 0.3)
