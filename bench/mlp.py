@@ -1,9 +1,10 @@
-"""`python -m bench.mlp`: the time and memory of two Linears with an activation between them, on a GPU."""
+"""`python -m bench.mlp`: the time and memory of two Linears with an activation between them, and of gated MLPs."""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,7 +15,7 @@ import coarsegrad as cg
 
 from .sweep import Case, Part, Sweep, add_device, find_device, run_parts, timed, timer_of
 from .timing import BenchError, Row, Times, at_least, quantiles
-from .traffic import PAGE, SHAPES
+from .traffic import CHAINS, GATED, PAGE, SHAPES
 
 RESULTS = PAGE.parent.parent / "bench" / "results" / "mlp.csv"
 
@@ -24,15 +25,18 @@ bfloat16, with all gradients, and measures what the forward keeps: with nn.ReLU,
 eager and compiled; with ReLU in the BLAS library's epilogue (_addmm_activation);
 with ReLU squared in the epilogue of a matrix product in Triton, which keeps the
 ReLU and its square; with a packed QReLU between the Linears; and with
-coarsegrad.nn.QReLUMLP, which keeps codes. For a GPU; on a CPU, to try it, all
-runs that need none, with an eighth of every size.
+coarsegrad.nn.QReLUMLP, which keeps codes. Also gated MLPs, down(relu(gate(x)) *
+relu(up(x))): with nn.ReLU, with packed QReLUs, and coarsegrad.nn.QReLUGatedMLP.
+For a GPU; on a CPU, to try it, all runs that need none, with an eighth of every
+size.
 """
 _EPILOG = """
 Before anything is timed, outputs and gradients are compared with those of the same
 functions in float32: within 10% in the 2-norm, and 20% for staircases, of which the
 order of a sum moves some codes. If one is off, no times are reported. All take turns
 in one process, in a new order each round; a time is the median over the rounds.
-"kept" is what autograd saves besides x, weights and biases; "peak", on a GPU, the
+"speed" is relative to nn.ReLU, compiled, of the same shape. "kept" is what autograd
+saves besides x, weights and biases; "peak", on a GPU, the
 most that is allocated in a forward and backward above what was before.
 """
 
@@ -75,15 +79,15 @@ class _SquareEpilogue(torch.autograd.Function):
         return grad_h @ weight1, grad_h.t() @ x, grad_h.sum(0), grad_out.t() @ z, grad_out.sum(0)
 
 
-class _Chain(nn.Module):
-    """call(x, the Linears' weights and biases)."""
+class _Called(nn.Module):
+    """call(x, the parameters of the Linears)."""
 
-    def __init__(self, first: nn.Linear, layer: nn.Linear, call: Callable[..., Tensor]) -> None:
+    def __init__(self, linears: tuple[nn.Linear, ...], call: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.first, self.layer, self._call = first, layer, call
+        self.linears, self._call = nn.ModuleList(linears), call
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._call(x, self.first.weight, self.first.bias, self.layer.weight, self.layer.bias)
+        return self._call(x, *self.linears.parameters())
 
 
 def _relu_epilogue(x, weight1, bias1, weight2, bias2):
@@ -104,18 +108,42 @@ def _relu(first: nn.Linear, layer: nn.Linear) -> nn.Module:
     return nn.Sequential(first, nn.ReLU(), layer)
 
 
-BASE = "nn.ReLU, compiled"
+def _gated(gate: nn.Linear, up: nn.Linear, down: nn.Linear, ste: str = "relu") -> nn.Module:
+    activations = (cg.QReLU(_BITS, ste=ste, alpha=_ALPHA) for _ in range(2))
+    return cg.nn.QReLUGatedMLP(gate, next(activations), up, next(activations), down)
+
+
+def _gated_relu(x, gate_weight, gate_bias, up_weight, up_bias, weight, bias):
+    gate, up = F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)
+    return F.linear(gate.relu() * up.relu(), weight, bias)
+
+
+def _gated_qrelu(x, gate_weight, gate_bias, up_weight, up_bias, weight, bias):
+    with cg.packed_activations():
+        linears = F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)
+        gate, up = (cg.qrelu(h, _ALPHA, _BITS, ste="relu") for h in linears)
+        return F.linear(cg.gated_product(gate, up, "identity"), weight, bias)
+
+
+BASE, GATED_BASE = "nn.ReLU, compiled", "gated nn.ReLU, compiled"
 _SQUARE = "ReLU squared in Triton's epilogue"
-WAYS: dict[str, Callable[[nn.Linear, nn.Linear], nn.Module]] = {
+WAYS: dict[str, Callable[..., nn.Module]] = {
     "nn.ReLU": _relu,
     BASE: lambda first, layer: torch.compile(_relu(first, layer)),
-    "ReLU in the epilogue": lambda first, layer: _Chain(first, layer, _relu_epilogue),
-    _SQUARE: lambda first, layer: _Chain(first, layer, _SquareEpilogue.apply),
+    "ReLU in the epilogue": lambda *linears: _Called(linears, _relu_epilogue),
+    _SQUARE: lambda *linears: _Called(linears, _SquareEpilogue.apply),
     f"QReLU, {_BITS} bits, packed": _qrelu,
     f"QReLU, {_BITS} bits, packed, compiled": lambda first, layer: torch.compile(_qrelu(first, layer)),
     f"QReLUMLP, {_BITS} bits": _mlp,
     f"QReLUMLP, {_BITS} bits, clipped_relu": functools.partial(_mlp, ste="clipped_relu"),
     f"QReLUMLP, {_BITS} bits, squared": functools.partial(_mlp, squared=True),
+}
+GATED_WAYS: dict[str, Callable[..., nn.Module]] = {
+    "gated nn.ReLU": lambda *linears: _Called(linears, _gated_relu),
+    GATED_BASE: lambda *linears: torch.compile(_Called(linears, _gated_relu)),
+    f"gated QReLU, {_BITS} bits, packed": lambda *linears: _Called(linears, _gated_qrelu),
+    f"QReLUGatedMLP, {_BITS} bits": _gated,
+    f"QReLUGatedMLP, {_BITS} bits, clipped_relu": functools.partial(_gated, ste="clipped_relu"),
 }
 
 
@@ -126,15 +154,18 @@ def _runs_on(way: str, device: str) -> bool:
 # ------------------------------------------------------------------------------------------- the jobs
 
 
-def _exact(way: str, first: nn.Linear, layer: nn.Linear, x: Tensor) -> Tensor:
+def _exact(way: str, linears: list[nn.Linear], x: Tensor) -> Tensor:
     """The function in float32, with the staircase of h in bfloat16."""
-    h = F.linear(x, first.weight, first.bias)
-    if "QReLU" in way:
+
+    def activation(h: Tensor) -> Tensor:
+        if "QReLU" not in way:
+            return h.relu()
         ste = "clipped_relu" if "clipped_relu" in way else "relu"
-        y = cg.qrelu(h.bfloat16(), _ALPHA, _BITS, ste=ste).float()
-    else:
-        y = h.relu()
-    return F.linear(y.square() if "squared" in way else y, layer.weight, layer.bias)
+        return cg.qrelu(h.bfloat16(), _ALPHA, _BITS, ste=ste).float()
+
+    *firsts, layer = linears
+    y = math.prod(activation(first(x)) for first in firsts)
+    return layer(y.square() if "squared" in way else y)
 
 
 def _far(got: Tensor, want: Tensor) -> float:
@@ -147,14 +178,15 @@ class _Job:
     def __init__(self, way: str, shape: tuple[int, int, int, int], device: str) -> None:
         torch.manual_seed(0)
         rows, inputs, hidden, outputs = shape
-        first, layer = (nn.Linear(*size, device=device) for size in ((inputs, hidden), (hidden, outputs)))
+        firsts = 2 if way in GATED_WAYS else 1
+        linears = [nn.Linear(*size, device=device) for size in (*firsts * [(inputs, hidden)], (hidden, outputs))]
         x, self.grad_out = (torch.randn(rows, size, device=device) for size in (inputs, outputs))
-        leaves = [x.requires_grad_(), *first.parameters(), *layer.parameters()]
-        wanted = _exact(way, first, layer, x)
+        leaves = [x.requires_grad_(), *nn.ModuleList(linears).parameters()]
+        wanted = _exact(way, linears, x)
         wanted = [wanted, *torch.autograd.grad(wanted, leaves, self.grad_out)]
-        self.model = WAYS[way](first.bfloat16(), layer.bfloat16())
+        self.model = {**WAYS, **GATED_WAYS}[way](*(linear.bfloat16() for linear in linears))
         self.x, self.grad_out = x.detach().bfloat16().requires_grad_(), self.grad_out.bfloat16()
-        self.leaves = [self.x, *first.parameters(), *layer.parameters()]
+        self.leaves = [self.x, *nn.ModuleList(linears).parameters()]
         got = [self.model(self.x)]
         got += torch.autograd.grad(got[0], self.leaves, self.grad_out)
         limit = 0.2 if "QReLU" in way else 0.1
@@ -207,20 +239,20 @@ def _cases(part: Part, shape: str, part_of_size: int) -> Iterator[Case]:
 
 
 def _rows(shape: str, part_of_size: int, _: str, times: dict[str, Times]) -> list[Row]:
-    rows = []
+    rows, base = [], times[GATED_BASE if shape in GATED else BASE]
     for way, own in times.items():
-        slow, _, fast = quantiles(own.speeds_over(times[BASE]))
+        slow, _, fast = quantiles(own.speeds_over(base))
         kept, peak = _MEMORY[shape, way]
         rows.append({
             "shape": shape, "part_of_size": part_of_size, "way": way, **timed(own), "kept_bytes": kept,
             "peak_bytes": "" if peak is None else peak,
-            "speed_over_relu": f"{quantiles(times[BASE].seconds)[1] / quantiles(own.seconds)[1]:.4g}",
+            "speed_over_relu": f"{quantiles(base.seconds)[1] / quantiles(own.seconds)[1]:.4g}",
             "speed_over_relu_q20": f"{slow:.4g}", "speed_over_relu_q80": f"{fast:.4g}",
         })  # fmt: skip
     return rows
 
 
-_COLUMNS = "{:<24}{:<38}{:>10}  {:<18}{:>7}{:>10}{:>10}"
+_COLUMNS = "{:<33}{:<42}{:>10}  {:<18}{:>7}{:>10}{:>10}"
 _HEADER = _COLUMNS.format("shape", "", "ms", "(20% to 80%)", "speed", "kept, MB", "peak, MB")
 
 
@@ -243,8 +275,9 @@ def main(argv: list[str] | None = None) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="NAME",
-                        help=f"some of {'; '.join(WAYS)}; always with {BASE} (default: all)")  # fmt: skip
+    every = [*WAYS, *GATED_WAYS]
+    parser.add_argument("--only", nargs="+", choices=every, default=every, metavar="NAME",
+                        help=f"some of {'; '.join(every)}; always with nn.ReLU, compiled (default: all)")  # fmt: skip
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="NAME",
                         help=f"some of {'; '.join(SHAPES)} (default: all)")  # fmt: skip
     parser.add_argument("--rounds", type=at_least(5), default=31, metavar="N",
@@ -252,10 +285,13 @@ def main(argv: list[str] | None = None) -> None:
     add_device(parser, RESULTS)
     args = parser.parse_args(argv)
     find_device(parser, args, RESULTS if args.device == "cuda" else None)
-    wanted = dict.fromkeys([BASE, *args.only])
-    names = tuple(way for way in WAYS if way in wanted and _runs_on(way, args.device))
-    inputs = tuple((shape, 1 if args.device == "cuda" else 8) for shape in args.shapes)
-    run_parts("bench.mlp", SWEEP, [Part(args.device, "default", inputs, names, args.rounds, 1)], args.out)
+    parts = []
+    for shapes, ways, base in ((CHAINS, WAYS, BASE), (GATED, GATED_WAYS, GATED_BASE)):
+        names = tuple(way for way in ways if way in (base, *args.only) and _runs_on(way, args.device))
+        inputs = tuple((shape, 1 if args.device == "cuda" else 8) for shape in shapes if shape in args.shapes)
+        if inputs:
+            parts.append(Part(args.device, "default", inputs, names, args.rounds, 1))
+    run_parts("bench.mlp", SWEEP, parts, args.out)
 
 
 if __name__ == "__main__":

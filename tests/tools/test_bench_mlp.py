@@ -10,14 +10,16 @@ import torch
 from bench import mlp
 from bench.timing import BenchError
 
-SHAPE = "OPT-1.3B, 4,096 tokens"
+SHAPE, GATED = "OPT-1.3B, 4,096 tokens", "Mistral-7B, gated, 4,096 tokens"
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Sizes of which an eighth is a few numbers; one process; nothing compiled."""
-    monkeypatch.setitem(mlp.SHAPES, SHAPE, (128, 256, 512, 192))
+    for shape in (SHAPE, GATED):
+        monkeypatch.setitem(mlp.SHAPES, shape, (128, 256, 512, 192))
     monkeypatch.setitem(mlp.WAYS, mlp.BASE, mlp.WAYS["nn.ReLU"])
+    monkeypatch.setitem(mlp.GATED_WAYS, mlp.GATED_BASE, mlp.GATED_WAYS["gated nn.ReLU"])
     monkeypatch.setattr("bench.sweep.in_new_process", lambda allocator, call, *arguments: call(*arguments))
 
 
@@ -35,6 +37,20 @@ def test_rows_and_what_is_kept(small, tmp_path, capsys):
     assert kept["QReLUMLP, 4 bits"] == kept["QReLUMLP, 4 bits, squared"] == elements // 2
     assert kept["QReLUMLP, 4 bits, clipped_relu"] == elements * 5 // 8
     assert all(row["peak_bytes"] == "" and float(row["speed_over_relu"]) > 0 for row in rows.values())
+
+
+def test_gated_rows(small, tmp_path):
+    out = tmp_path / "mlp.csv"
+    mlp.main(["--shapes", SHAPE, GATED, "--rounds", "5", "--only", *mlp.GATED_WAYS, "--out", str(out)])
+    rows = {row["way"]: row for row in csv.DictReader(out.open())}
+    assert set(rows) == {mlp.BASE, *mlp.GATED_WAYS}
+    assert [row["shape"] for row in rows.values()] == [SHAPE] + len(mlp.GATED_WAYS) * [GATED]
+    elements = 2 * 16 * 64
+    kept = {way: int(row["kept_bytes"]) for way, row in rows.items()}
+    assert kept["QReLUGatedMLP, 4 bits"] == elements // 2
+    assert kept["QReLUGatedMLP, 4 bits, clipped_relu"] == elements * 5 // 8
+    assert kept["gated nn.ReLU"] == 2 * elements * 3 // 2  # both ReLUs and their product
+    assert float(rows[mlp.GATED_BASE]["speed_over_relu"]) == 1
 
 
 def test_a_wrong_way_is_seen(small, monkeypatch):
