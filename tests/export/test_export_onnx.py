@@ -379,6 +379,28 @@ def test_translations_for_torchs_own_exporter(tmp_path):
         assert bool(((wanted - got).abs() <= staircase.alpha * 1.01).all()), staircase
 
 
+@runs
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")
+@pytest.mark.parametrize("exporter", ["torch's", "levels"])
+def test_staircases_in_one_op_with_layers(exporter, tmp_path):
+    linear, settings = nn.Linear, {"alpha": 0.2, "rounding": "hwgq"}
+    model = nn.Sequential(
+        nn.Unflatten(1, (2, 2, 2)), cg.nn.QReLUConv2d(cg.QReLU(2, **settings), nn.Conv2d(2, 2, 1)), nn.Flatten(),
+        cg.nn.QReLULinear(cg.QReLU(3), linear(8, 8)),
+        cg.nn.QReLUMLP(linear(8, 16), cg.QReLU(3, **settings, squared=True), linear(16, 8)),
+        cg.nn.QReLUGatedMLP(linear(8, 16), cg.QReLU(2), linear(8, 16), cg.QReLU(2), linear(16, 4)),
+    ).eval()  # fmt: skip
+    torch.manual_seed(0)
+    x, path = torch.randn(4, 8), tmp_path / "model.onnx"
+    if exporter == "levels":
+        cg.export_onnx(model, (x,), path, form="levels")
+    else:
+        table = cg.onnx_translations()
+        torch.onnx.export(model, (x,), path, dynamo=True, custom_translation_table=table, verbose=False)
+    with torch.no_grad():
+        torch.testing.assert_close(onnxruntime_run(path, x)[0], model(x), rtol=0, atol=1e-5)
+
+
 # --------------------------------------------------------------------------------------------- the command
 
 

@@ -22,7 +22,11 @@ def onnx_translations() -> dict[Callable, Callable]:
     Raises ImportError if the packages onnx and onnxscript are not installed.
     """
     check_packages()
-    return {ops.qrelu_forward.default: _qrelu_forward, ops.qsigned_forward.default: _qsigned_forward}
+    return {
+        ops.qrelu.default: _qrelu,
+        ops.qrelu_forward.default: _qrelu_forward,
+        ops.qsigned_forward.default: _qsigned_forward,
+    }
 
 
 # torch reads these functions' signatures, and calls them with ONNX values. QuantizeLinear reads float32 in every opset.
@@ -49,6 +53,20 @@ def _qrelu_forward(
     numbers = op.Min(numbers, op.Cast(2**bits - 1, to=onnx.TensorProto.UINT8))
     y = op.CastLike(op.Mul(op.Cast(numbers, to=onnx.TensorProto.FLOAT), wide), x)
     return y, *_nothing(op, onnx, 2)
+
+
+def _qrelu(
+    x: Any,
+    alpha: Any,
+    bits: int,
+    ste: str,
+    rounding: str,
+    alpha_grad: str,
+    alpha_scale: float,
+    channel_dim: int | None = None,
+) -> Any:
+    """In the ops that are a staircase and a layer, which torch takes apart so far."""
+    return _qrelu_forward(x, alpha, bits, Rounding[rounding], 0, False, channel_dim)[0]
 
 
 def _qsigned_forward(
