@@ -24,7 +24,7 @@ from .sweep import DTYPES, of_gpu, size_label
 from .workloads import WORKLOADS
 
 RESULTS = Path(__file__).parent / "results"
-TABLES = ("kernels", "peers", "training", "memory", "inference", "layers", "instructions")
+TABLES = ("kernels", "peers", "training", "memory", "inference", "layers", "instructions", "mlp")
 
 _INTRODUCTION = """\
 # Benchmarks
@@ -176,6 +176,14 @@ Forward and backward of networks with 2-bit activations (`relu`): the bytes that
 memory in a step, and its time. "packed" is `pack_activations_`; what a checkpointed network saves is hidden.
 
 ![Memory and time of a step with each activation](../bench/results/memory-cuda.png)
+"""
+_GPU_MLP = """\
+## Linears and the activation between them
+
+Forward and backward in bfloat16, with all gradients. "speed" is relative to `nn.ReLU`, compiled; "kept" is what
+autograd saves besides x and the parameters, "peak" the most that a step allocates. See
+[memory.md](memory.md#two-linears-with-a-qrelu-between-them).
+
 """
 
 
@@ -351,12 +359,26 @@ def _layer_table(rows: list[dict[str, str]]) -> str:
     return markdown(("layer", "", "batch", f"{LAYER_BASE}, us", *map(str.upper, names)), lines)
 
 
+def _mlp_table(rows: list[dict[str, str]]) -> str:
+    def megabytes(row: dict[str, str], name: str) -> str:
+        return f"{int(row[name]) / 1e6:,.1f}" if row[name] else ""
+
+    lines = (
+        (
+            row["shape"], row["way"], f"{1e3 * float(row['seconds_median']):.3f}", _number(row["speed_over_relu"]),
+            megabytes(row, "kept_bytes"), megabytes(row, "peak_bytes"),
+        )
+        for row in rows
+    )  # fmt: skip
+    return markdown(("", "activation", "ms", "speed", "kept, MB", "peak, MB"), lines)
+
+
 def gpu_page(results: Results) -> str:
     """docs/benchmarks-cuda.md; tables without results are omitted."""
     parts = [_GPU_INTRODUCTION]
     for table, text, make in (
         ("kernels", _GPU_KERNELS, _kernel_table), ("peers", _GPU_PEERS, _peer_table),
-        ("memory", _GPU_MEMORY, _memory_table),
+        ("memory", _GPU_MEMORY, _memory_table), ("mlp", _GPU_MLP, _mlp_table),
     ):  # fmt: skip
         if results[table]:
             parts += [text, make(results[table]), _setting(results[table])]

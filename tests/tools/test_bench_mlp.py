@@ -7,7 +7,7 @@ import csv
 
 import pytest
 import torch
-from bench import mlp
+from bench import mlp, report
 from bench.timing import BenchError
 
 SHAPE, GATED = "OPT-1.3B, 4,096 tokens", "Mistral-7B, gated, 4,096 tokens"
@@ -39,8 +39,8 @@ def test_rows_and_what_is_kept(small, tmp_path, capsys):
     assert all(row["peak_bytes"] == "" and float(row["speed_over_relu"]) > 0 for row in rows.values())
 
 
-def test_gated_rows(small, tmp_path):
-    out = tmp_path / "mlp.csv"
+def test_gated_rows_and_the_page(small, tmp_path):
+    out = tmp_path / "mlp-cuda.csv"
     mlp.main(["--shapes", SHAPE, GATED, "--rounds", "5", "--only", *mlp.GATED_WAYS, "--out", str(out)])
     rows = {row["way"]: row for row in csv.DictReader(out.open())}
     assert set(rows) == {mlp.BASE, *mlp.GATED_WAYS}
@@ -51,6 +51,12 @@ def test_gated_rows(small, tmp_path):
     assert kept["QReLUGatedMLP, 4 bits, clipped_relu"] == elements * 5 // 8
     assert kept["gated nn.ReLU"] == 2 * elements * 3 // 2  # both ReLUs and their product
     assert float(rows[mlp.GATED_BASE]["speed_over_relu"]) == 1
+    report.main(["--results", str(tmp_path), "--page", str(tmp_path / "page.md")])
+    page = (tmp_path / "page-cuda.md").read_text()
+    time = f"{1e3 * float(rows[mlp.BASE]['seconds_median']):.3f}"
+    assert f"| {SHAPE} | {mlp.BASE} | {time} | 1 | 0.0 |  |" in page
+    for way in mlp.GATED_WAYS:
+        assert page.count(f"| {GATED} | {way} |") == 1
 
 
 def test_a_wrong_way_is_seen(small, monkeypatch):
