@@ -34,7 +34,7 @@ def qrelu_entry(config):
 
 WRONG = {
     "a newer format": (lambda c: c.update(format_version=2), "format_version must be an int up to 1, got 2"),
-    "no format": (lambda c: c.pop("format_version"), "coarsegrad: .*unexpected keyword argument 'staircases'"),
+    "no format": (lambda c: c.pop("format_version"), "coarsegrad: .*staircases is no argument of quantize_"),
     "an unknown key": (lambda c: c.update(color="red"), r"must have the key staircases and no other, got \['color'"),
     "an unknown kind": (lambda c: c["staircases"].update(ramps=[]), "must have no keys but qrelus, .* got ramps"),
     "an unknown setting": (lambda c: qrelu_entry(c).update(color="red"), "qrelus must be a list of mappings"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -189,6 +190,8 @@ def check_arguments(
         raise TypeError(f"replace must be a tuple of module classes, got {replace!r}")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn must be callable, got {filter_fn!r}")
+    for name in settings.keys() - inspect.signature(QReLU).parameters:
+        raise TypeError(f"{name} is no argument of quantize_, which are its own and those of QReLU for all layers")
     for name in settings.keys() & _WHY_PER_LAYER:
         raise TypeError(f"{name} cannot be set for all QReLUs: {_WHY_PER_LAYER[name]}")
     blocks = BlockOptions(inputs, gates, attention, norms)
