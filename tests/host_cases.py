@@ -212,9 +212,9 @@ def backward_cases(dtype, sizes=SIZES[:-1], all_bits=range(1, 9), roundings=ROUN
             )  # fmt: skip
 
 
-def channel_cases(dtype):
+def channel_cases(dtype, sizes=CHANNELS):
     numbers = itertools.count()
-    for (channels, inner, rows), bits, rounding in itertools.product(CHANNELS, (2, 8), ROUNDINGS):
+    for (channels, inner, rows), bits, rounding in itertools.product(sizes, (2, 8), ROUNDINGS):
         n = next(numbers)
         alpha = alpha_tensor([ALPHAS[(n + i) % 5] for i in range(channels)], dtype)
         shape, count = (rows, channels, inner), rows * channels * inner

@@ -63,6 +63,11 @@ inline R512 host_load(const void* p) {
   memcpy(&v, p, sizeof(v));
   return v;
 }
+template <class R>
+void host_store(void* p, R v) {
+  static_assert(sizeof(v) == 64);
+  memcpy(p, &v, 64);
+}
 inline R512 host_join(R256 low, R256 high) {
   const Numbers<int64_t, R256> l(low), h(high);
   return each<int64_t, R512>([&](int i) { return i < 4 ? l.v[i] : h.v[i - 4]; });
@@ -126,15 +131,15 @@ inline int32_t host_sum(R512 v) {
 }
 
 #define _mm512_loadu_si512(p) host_load(p)
-#define _mm512_storeu_si512(p, v) memcpy(p, host::Numbers<int64_t, R512>(v).v, 64)
+#define _mm512_storeu_si512(p, v) host_store(p, v)
 #define _mm512_castsi512_si256(v) host_half(v, 0)
 #define _mm512_extracti64x4_epi64(v, half) host_half(v, half)
 #define _mm512_castsi256_si512(v) host_join(v, R256{})
 #define _mm512_zextsi256_si512(v) host_join(v, R256{})
 #define _mm512_inserti64x4(v, high, one) host_join(host_half(v, 0), high)
-#define _mm512_set1_epi8(n) each<int8_t, R512>([](int) { return static_cast<int8_t>(n); })
-#define _mm512_set1_epi16(n) each<int16_t, R512>([](int) { return static_cast<int16_t>(n); })
-#define _mm512_set1_epi32(n) each<int32_t, R512>([&](int) { return n; })
+#define _mm512_set1_epi8(n) host::each<int8_t, host::R512>([&](int) { return static_cast<int8_t>(n); })
+#define _mm512_set1_epi16(n) host::each<int16_t, host::R512>([&](int) { return static_cast<int16_t>(n); })
+#define _mm512_set1_epi32(n) host::each<int32_t, host::R512>([&](int) { return n; })
 #define _mm512_slli_epi16(v, n) host_map<uint16_t>(v, [&](uint16_t each) { return each << (n); })
 #define _mm512_srli_epi16(v, n) host_map<uint16_t>(v, [&](uint16_t each) { return each >> (n); })
 #define _mm512_srai_epi32(v, n) host_map<int32_t>(v, [&](int32_t each) { return each >> (n); })
