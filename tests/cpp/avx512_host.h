@@ -109,6 +109,17 @@ R512 host_add(R512 a, R512 b) {
   return each<T, R512>(
       [&](int i) { return static_cast<T>(static_cast<uint32_t>(x.v[i]) + static_cast<uint32_t>(y.v[i])); });
 }
+// The bytes of half a register, in 16 bits each.
+template <class T>
+R512 host_widen(R256 half) {
+  const Numbers<T, R256> n(half);
+  return each<int16_t, R512>([&](int i) { return static_cast<int16_t>(n.v[i]); });
+}
+// Numbers of two registers by their places in both.
+inline R512 host_permute(R512 a, R512 places, R512 b) {
+  const Numbers<int32_t, R512> x(a), at(places), y(b);
+  return each<int32_t, R512>([&](int i) { return at.v[i] & 16 ? y.v[at.v[i] & 15] : x.v[at.v[i] & 15]; });
+}
 template <class T, class F>
 R512 host_map(R512 a, F f) {
   const Numbers<T, R512> x(a);
@@ -140,6 +151,12 @@ inline int32_t host_sum(R512 v) {
 #define _mm512_set1_epi8(n) host::each<int8_t, host::R512>([&](int) { return static_cast<int8_t>(n); })
 #define _mm512_set1_epi16(n) host::each<int16_t, host::R512>([&](int) { return static_cast<int16_t>(n); })
 #define _mm512_set1_epi32(n) host::each<int32_t, host::R512>([&](int) { return n; })
+#define _mm512_set1_epi64(n) host::each<int64_t, host::R512>([&](int) { return n; })
+#undef _mm512_setr_epi32
+#define _mm512_setr_epi32(...) host_load(std::begin({__VA_ARGS__}))
+#define _mm512_cvtepu8_epi16 host_widen<uint8_t>
+#define _mm512_cvtepi8_epi16 host_widen<int8_t>
+#define _mm512_permutex2var_epi32 host_permute
 #define _mm512_slli_epi16(v, n) host_map<uint16_t>(v, [&](uint16_t each) { return each << (n); })
 #define _mm512_srli_epi16(v, n) host_map<uint16_t>(v, [&](uint16_t each) { return each >> (n); })
 #define _mm512_srai_epi32(v, n) host_map<int32_t>(v, [&](int32_t each) { return each >> (n); })

@@ -218,7 +218,6 @@ void host_stream(void* p, R v) {
 #define _mm512_adds_epu16(a, b) HOST_ZIP(uint16_t, a, b, std::min(0xffff, x + y))
 
 // Conversions.
-#define _mm512_cvtepu8_epi16(v) host::converted<uint8_t, int16_t, host::R512>(v)
 #define _mm512_cvtepu8_epi32(v) host::converted<uint8_t, int32_t, host::R512>(v)
 #define _mm512_cvtepu8_epi64(v) host::converted<uint8_t, int64_t, host::R512>(v)
 #define _mm512_cvtepu16_epi32(v) host::converted<uint16_t, int32_t, host::R512>(v)

@@ -60,7 +60,7 @@ struct Case {
 };
 
 int top_weight(int bits) { return bits == 1 ? 1 : bits == 8 ? 127 : (1 << (bits - 1)) - 1; }
-int low_weight(int bits) { return bits == 8 ? -127 : bits == 1 ? -1 : -(1 << (bits - 1)); }
+int low_weight(int bits) { return bits == 1 ? -1 : -(1 << (bits - 1)); }
 
 // Extremes have one sign in most channels, where sums are the largest.
 int draw_weight(const Case& c, int64_t output) {
@@ -227,6 +227,30 @@ int main(int argc, char** argv) {
       }
     }
   }
+  // 8 bits of both across channels: in parts of some pieces of a window, which share codes with their neighbors or do
+  // not, and by more rows than are brought into 16 bits at a time.
+  for (int64_t channels : {3, 5, 64, 90}) {
+    for (int64_t stride : {1, 2, 4}) {
+      for (int64_t padding : {0, 1}) {
+        failures += !matches({8,
+                              8,
+                              2,
+                              channels,
+                              35,
+                              1,
+                              {9, 11},
+                              {3, 3},
+                              {stride, stride},
+                              {padding, padding},
+                              {1, 1},
+                              70,
+                              35,
+                              false,
+                              true});
+      }
+    }
+  }
+  failures += !matches({8, 8, 70, 1101, 35, 1, {1, 1}, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 70, 35, false, true});
   // Rows so long that they are multiplied in parts.
   for (int weight_bits : {8, 4, 2, 1}) {
     for (bool by_columns : {false, true}) {

@@ -20,6 +20,7 @@ CG_HD HalfRegister low_half(Register v) { return _mm256_castsi256_si128(v); }
 CG_HD HalfRegister high_half(Register v) { return _mm256_extracti128_si256(v, 1); }
 CG_HD Register join_halves(HalfRegister low, HalfRegister high) { return _mm256_setr_m128i(low, high); }
 CG_HD Register load_lower_half(const void* p) { return _mm256_zextsi128_si256(load_half(p)); }
+CG_HD Register broadcast_int64(int64_t v) { return _mm256_set1_epi64x(v); }
 // The sum of the 32-bit lanes of each register.
 CG_HD void sum_int32(const Register* v, int count, int32_t* sums) {
   int i = 0;
@@ -32,6 +33,8 @@ CG_HD void sum_int32(const Register* v, int count, int32_t* sums) {
     sums[i] = _mm_cvtsi128_si32(_mm_hadd_epi32(two, two));
   }
 }
+// The sums of each two 32-bit lanes of a, then of b.
+CG_HD Register add_neighbors(Register a, Register b) { return _mm256_permute4x64_epi64(_mm256_hadd_epi32(a, b), 0xd8); }
 // An 8 x 8 matrix of 32-bit numbers, transposed.
 CG_HD void transpose(Register (&v)[8]) {
   Register t[8];

@@ -21,6 +21,7 @@ CG_HD Register join_halves(HalfRegister low, HalfRegister high) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 CG_HD Register load_lower_half(const void* p) { return _mm512_zextsi256_si512(load_half(p)); }
+CG_HD Register broadcast_int64(int64_t v) { return _mm512_set1_epi64(v); }
 // The sum of the 32-bit lanes of each register.
 CG_HD void sum_int32(const Register* v, int count, int32_t* sums) {
   const auto add = [](Register a, Register b) { return _mm512_add_epi32(a, b); };
@@ -42,6 +43,12 @@ CG_HD void sum_int32(const Register* v, int count, int32_t* sums) {
     memcpy(sums + i, &all, (fours - i < 16 ? fours - i : 16) * sizeof(int32_t));
   }
   for (int i = fours; i < count; ++i) sums[i] = _mm512_reduce_add_epi32(v[i]);
+}
+// The sums of each two 32-bit lanes of a, then of b.
+CG_HD Register add_neighbors(Register a, Register b) {
+  const Register even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const Register odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return _mm512_add_epi32(_mm512_permutex2var_epi32(a, even, b), _mm512_permutex2var_epi32(a, odd, b));
 }
 // A 16 x 16 matrix of 32-bit numbers, transposed.
 CG_HD void transpose(Register (&v)[16]) {

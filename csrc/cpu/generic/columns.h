@@ -18,20 +18,21 @@ CG_HD int64_t weight_bytes(int64_t quads) {
   return IntegerShape::rounded(quads, Set::kQuads) * 4 * Set::kChannels;
 }
 
-// multiply(part, first_code) for all parts of a panel: a Set's channels or the last of them, and as many codes of all
-// rows as kColumnCodes, from first_code on. They are some of the pieces, or a part of one.
-template <class Set, class Body>
+// multiply(part, first_code) for all parts of a panel: as many codes of all rows as kCodes, from first_code on, which
+// are some of the pieces or a part of one; and in turn with each Set's channels, of which the last may be fewer.
+template <class Set, int64_t kCodes = kColumnCodes, class Body>
 void for_each_part(const ColumnPanel& a, const Body& multiply) {
   if (a.quads == 0) return;
-  const int64_t quads = std::min(a.quads, kColumnCodes / 4), pieces = std::max<int64_t>(1, kColumnCodes / 4 / a.quads);
-  ColumnPanel part = a;
-  for (; part.channels > 0; part.channels -= Set::kChannels, part.acc += Set::kChannels) {
-    for (int64_t piece = 0; piece < a.pieces; piece += pieces) {
-      part.pieces = std::min(pieces, a.pieces - piece);
-      for (int64_t quad = 0; quad < a.quads; quad += quads) {
-        part.quads = std::min(quads, a.quads - quad);
+  const int64_t quads = std::min(a.quads, kCodes / 4), pieces = std::max<int64_t>(1, kCodes / 4 / a.quads);
+  const int64_t piece_bytes = weight_bytes<Set>(a.quads);
+  for (int64_t piece = 0; piece < a.pieces; piece += pieces) {
+    for (int64_t quad = 0; quad < a.quads; quad += quads) {
+      ColumnPanel part = a;
+      part.pieces = std::min(pieces, a.pieces - piece), part.quads = std::min(quads, a.quads - quad);
+      part.weights += piece * piece_bytes + quad * 4 * Set::kChannels;
+      for (; part.channels > 0; part.channels -= Set::kChannels, part.acc += Set::kChannels) {
         multiply(part, piece * a.piece_stride + 4 * quad);
-        part.weights += part.pieces * weight_bytes<Set>(part.quads);
+        part.weights += a.pieces * piece_bytes;
       }
     }
   }

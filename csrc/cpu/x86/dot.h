@@ -7,6 +7,7 @@
 
 #include "depthwise.h"
 #include "unpack_weights.h"
+#include "wide.h"
 
 namespace cg::CG_ISA {
 namespace {
@@ -14,6 +15,16 @@ namespace {
 constexpr int kBlocks = sizeof(Register) / kWeightBlock;  // of weights in a register
 // Sums are kept in registers, of which there are 16, or 32 of the larger ones.
 constexpr int kTileRows = 4, kTileChannels = kBlocks == 1 ? 2 : 4;
+
+// g++ would load it again for each product, or add up in an order that takes more registers than there are.
+CG_HD Register in_register(Register v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#else
+  if constexpr (kBlocks == 1) asm("" : "+x"(v));
+#endif
+  return v;
+}
 
 template <bool kWhole>
 CG_HD Register load_weights(const uint8_t* weights) {
@@ -29,12 +40,28 @@ CG_HD Register load_plane(const uint8_t* codes, int plane) {
   else return join_halves(load_half(codes), load_half(codes + kCodes));
 }
 
-// body(Constant<plane>{}) for each plane of a block.
-template <int kWeightBits, class Body>
-CG_HD void for_each_plane(const Body& body) {
-  const auto each = [&]<int... kPlane>(std::integer_sequence<int, kPlane...>)
-                        __attribute__((always_inline)) { (body(Constant<kPlane>{}), ...); };
-  each(std::make_integer_sequence<int, kPlanes<kWeightBits>>{});
+// body(Constant<i>{}) for each i below kCount.
+template <int kCount, class Body>
+CG_HD void for_each_constant(const Body& body) {
+  const auto each = [&]<int... i>(std::integer_sequence<int, i...>)
+                        __attribute__((always_inline)) { (body(Constant<i>{}), ...); };
+  each(std::make_integer_sequence<int, kCount>{});
+}
+
+// Half as many of either, in 16 bits.
+template <int kWeightBits, int kPlane, int kHalf>
+CG_HD Register load_wide_plane(const uint8_t* codes) {
+  constexpr int64_t kCodes = kWeightBlock * kPlanes<kWeightBits>;
+  return widen_codes(load_half(codes + kPlane * kWeightBlock + kHalf * (kBlocks == 1 ? kWeightBlock / 2 : kCodes)));
+}
+template <int kWeightBits, int kPlane, int kHalf>
+CG_HD Register unpack_wide_weights(const uint8_t* weights, Register packed) {
+  if constexpr (kWeightBits == 8) {  // from memory it is one instruction
+    return widen_weights(load_half(weights + kHalf * sizeof(HalfRegister)));
+  } else {
+    const Register w = unpack_weights<kWeightBits, kPlane>(packed);
+    return widen_weights(kHalf ? high_half(w) : low_half(w));
+  }
 }
 
 // sums[r][c] += products of the registers at these places of kRows rows of codes and kChannels rows of weights.
@@ -43,13 +70,25 @@ CG_HD void add_products(const DotPanel& a, const uint8_t* codes, const uint8_t* 
                         Register (&sums)[kRows][kChannels]) {
   Register packed[kChannels];
   for (int c = 0; c < kChannels; ++c) packed[c] = load_weights<kWhole>(weights + c * a.weight_stride);
-  for_each_plane<kWeightBits>([&](auto plane) __attribute__((always_inline)) {
+  constexpr int kParts = Products::kWide && kWhole ? 2 : 1;
+  for_each_constant<kPlanes<kWeightBits> * kParts>([&](auto i) __attribute__((always_inline)) {
+    constexpr int kPlane = i.value / kParts, kHalf = i.value % kParts;
     Register w[kChannels];
-    for (int c = 0; c < kChannels; ++c) w[c] = unpack_weights<kWeightBits, plane.value>(packed[c]);
+    for (int c = 0; c < kChannels; ++c) {
+      if constexpr (!Products::kWide) w[c] = unpack_weights<kWeightBits, kPlane>(packed[c]);
+      else w[c] = unpack_wide_weights<kWeightBits, kPlane, kHalf>(weights + c * a.weight_stride, packed[c]);
+    }
     for (int r = 0; r < kRows; ++r) {
-      Register code = load_plane<kWeightBits, kWhole>(codes + r * a.code_stride, plane.value);
+      const uint8_t* const row = codes + r * a.code_stride;
+      Register code;
+      if constexpr (Products::kWide) code = load_wide_plane<kWeightBits, kPlane, kHalf>(row);
+      else code = load_plane<kWeightBits, kWhole>(row, kPlane);
       if constexpr (kBlocks == 1) asm("" : "+x"(code));  // g++ would load it again for each product
-      for (int c = 0; c < kChannels; ++c) sums[r][c] = Products::add(sums[r][c], code, w[c]);
+      for (int c = 0; c < kChannels; ++c) {
+        sums[r][c] = Products::add(sums[r][c], code, w[c]);
+        // Else g++ adds the products of both halves first, which takes registers that one row alone leaves.
+        if constexpr (Products::kWide && kRows > 1) sums[r][c] = in_register(sums[r][c]);
+      }
     }
   });
 }

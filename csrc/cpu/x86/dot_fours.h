@@ -11,7 +11,7 @@ namespace cg::CG_ISA {
 namespace {
 
 struct FourProducts {
-  static constexpr bool kNarrow = false;
+  static constexpr bool kNarrow = false, kWide = false;
   static int64_t blocks_at_once(int, int, int64_t blocks) { return blocks; }
   static CG_HD Register add(Register sums, Register codes, Register weights) { return CG_DPBUSD(sums, codes, weights); }
 };
