@@ -35,8 +35,8 @@ Before anything is timed, outputs and gradients are compared with those of the s
 functions in float32: within 10% in the 2-norm, and 20% for staircases, of which the
 order of a sum moves some codes. If one is off, no times are reported. All take turns
 in one process, in a new order each round; a time is the median over the rounds.
-"speed" is relative to nn.ReLU, compiled, of the same shape. "kept" is what autograd
-saves besides x, weights and biases; "peak", on a GPU, the
+"speed" is relative to nn.ReLU, compiled, or gated nn.ReLU, compiled, of the same
+shape. "kept" is what autograd saves besides x, weights and biases; "peak", on a GPU, the
 most that is allocated in a forward and backward above what was before.
 """
 
@@ -277,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     every = [*WAYS, *GATED_WAYS]
     parser.add_argument("--only", nargs="+", choices=every, default=every, metavar="NAME",
-                        help=f"some of {'; '.join(every)}; always with nn.ReLU, compiled (default: all)")  # fmt: skip
+                        help=f"some of {'; '.join(every)}; always with what others are relative to")  # fmt: skip
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="NAME",
                         help=f"some of {'; '.join(SHAPES)} (default: all)")  # fmt: skip
     parser.add_argument("--rounds", type=at_least(5), default=31, metavar="N",
@@ -285,12 +285,14 @@ def main(argv: list[str] | None = None) -> None:
     add_device(parser, RESULTS)
     args = parser.parse_args(argv)
     find_device(parser, args, RESULTS if args.device == "cuda" else None)
-    parts = []
+    parts, wanted = [], set(args.only)
     for shapes, ways, base in ((CHAINS, WAYS, BASE), (GATED, GATED_WAYS, GATED_BASE)):
         names = tuple(way for way in ways if way in (base, *args.only) and _runs_on(way, args.device))
         inputs = tuple((shape, 1 if args.device == "cuda" else 8) for shape in shapes if shape in args.shapes)
-        if inputs:
+        if inputs and wanted & ways.keys():
             parts.append(Part(args.device, "default", inputs, names, args.rounds, 1))
+    if not parts:
+        parser.error("argument --only: nothing of it is measured with these --shapes")
     run_parts("bench.mlp", SWEEP, parts, args.out)
 
 

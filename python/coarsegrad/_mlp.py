@@ -188,7 +188,7 @@ class _QReLUMLP(torch.autograd.Function):
     def backward(ctx, grad_out):
         if torch.is_grad_enabled():
             raise NotImplementedError(
-                "qrelu_mlp has no second derivative; use qrelu and the layers one after the other"
+                "qrelu_mlp and qrelu_gated_mlp have no second derivative; use qrelu and the layers one after the other"
             )
         need_x, need_weight, need_bias, *need_branches = ctx.needs
         count = len(need_branches) // 2
@@ -227,36 +227,40 @@ class _QReLUMLP(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, None, *grad_branches
 
 
-def _one_after_the_other(x, weights, biases, alphas, weight, bias, bits, ste, rounding, squared):
+def _one_after_the_other(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding, squared, *up):
     y = functools.reduce(torch.mul, (
-        _ops.ops.qrelu.default(F.linear(x, w, b), alpha, bits, ste, rounding, "three_valued", 1.0, None)
-        for w, b, alpha in zip(weights, biases, alphas)
+        _ops.ops.qrelu.default(F.linear(x, w, b), each, bits, ste, rounding, "three_valued", 1.0, None)
+        for w, b, each in _branches(weight1, bias1, alpha, *up)
     ))  # fmt: skip
-    return F.linear(y.square() if squared else y, weight, bias)
+    return F.linear(y.square() if squared else y, weight2, bias2)
 
 
-def _without_grad(x, weights, biases, alphas, weight, bias, bits, ste, rounding, squared):
+def _branches(weight, bias, alpha, up_weight=None, up_bias=None, up_alpha=None) -> list[_Branch]:
+    return [(weight, bias, alpha)] + ([] if up_weight is None else [(up_weight, up_bias, up_alpha)])
+
+
+def _without_grad(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding, squared, *up):
     if x.device.type == "cpu":  # where codes would only be packed to be unpacked
-        return _one_after_the_other(x, weights, biases, alphas, weight, bias, bits, ste, rounding, squared)
-    branches = list(zip(weights, biases, alphas))
+        return _one_after_the_other(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding, squared, *up)
+    branches = _branches(weight1, bias1, alpha, *up)
+    alphas = [each for *_, each in branches]
     rounding = parse("rounding", rounding, Rounding).value
     codes, _, nan_rows = _encoded(_rows(x), branches, bits, rounding, MaskKind.nothing.value)
-    return _shaped(_ops.ops.linear_from_codes.default(codes, nan_rows, alphas, bits, squared, weight, bias), x)
+    return _shaped(_ops.ops.linear_from_codes.default(codes, nan_rows, alphas, bits, squared, weight2, bias2), x)
 
 
-def _autograd_kernel(x, weights, biases, alphas, weight, bias, bits, ste, rounding, squared):
-    given = (x, weights, biases, alphas, weight, bias, bits, ste, rounding, squared)
+def _autograd_kernel(x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding, squared, *up):
+    given = (x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding, squared, *up)
     if in_functorch_kernel():  # which promises nothing about saved tensors
         return _one_after_the_other(*given)
-    linears = [t for branch in zip(weights, biases) for t in branch]
-    refuse_forward_mode(x, weight, bias, *linears, *alphas, op="qrelu_mlp")
-    needs = needs_grad(x, weight, bias, *linears)
+    flat = [t for branch in _branches(weight1, bias1, alpha, *up) for t in branch]
+    refuse_forward_mode(x, weight2, bias2, *flat, op="qrelu_mlp" if len(flat) == 3 else "qrelu_gated_mlp")
+    needs = needs_grad(x, weight2, bias2, *(t for i in range(0, len(flat), 3) for t in flat[i : i + 2]))
     if not any(needs):
         with below_autograd():
             return _without_grad(*given)
     settings = Settings.of(bits, ste, rounding, AlphaGrad.three_valued.value, 1.0, None)
-    flat = [t for branch in zip(weights, biases, alphas) for t in branch]
-    return _QReLUMLP.apply(x, weight, bias, settings, squared, needs, *flat)
+    return _QReLUMLP.apply(x, weight2, bias2, settings, squared, needs, *flat)
 
 
 _ops._library.impl("qrelu_mlp", _without_grad, "CompositeExplicitAutograd")
@@ -278,13 +282,38 @@ def mlp(
 ) -> Tensor:  # fmt: skip
     """qrelu_mlp in the dtype of autocast, if it is on. linears: weights and biases by their names, in turns; those of
     the last Linear are last."""
+    if not torch.jit.is_tracing():  # in which sizes are tensors
+        _check_shapes(x, linears)
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        x, linears = x.to(dtype), {name: None if t is None else t.to(dtype) for name, t in linears.items()}
+        linears = {name: t if t is None or t.dtype == torch.float64 else t.to(dtype) for name, t in linears.items()}
+        x = x.to(dtype)
     for name, t in linears.items():
         if t is not None and t.dtype != x.dtype:
             raise TypeError(f"{name} must be {x.dtype}, as x, got {t.dtype}")
-    *weights, weight = list(linears.values())[::2]
-    *biases, bias = list(linears.values())[1::2]
-    return _ops.ops.qrelu_mlp.default(x, weights, biases, alphas, weight, bias, bits, ste, rounding, squared)
+    weight1, bias1, *up, weight2, bias2 = linears.values()
+    return _ops.ops.qrelu_mlp.default(
+        x, weight1, bias1, alphas[0], weight2, bias2, bits, ste, rounding, squared, *up, *alphas[1:]
+    )
+
+
+def _check_shapes(x: Tensor, linears: Mapping[str, Tensor | None]) -> None:
+    """Of codes only bytes are known, which may be as many for other shapes."""
+    names = list(linears)
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, got none")
+    inputs, hidden, wanted = x.size(-1), None, "hidden"
+    for weight_name, bias_name in zip(names[::2], names[1::2]):
+        weight, bias = linears[weight_name], linears[bias_name]
+        for name, t in ((weight_name, weight), (bias_name, bias)):
+            if not isinstance(t, Tensor) and (t is not None or name == weight_name):
+                raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+        if weight_name == names[-2]:
+            inputs, hidden, wanted = hidden, None, "out_features"
+        if weight.dim() != 2 or weight.size(1) != inputs or (hidden is not None and weight.size(0) != hidden):
+            wanted = wanted if hidden is None else str(hidden)
+            raise ValueError(f"{weight_name} must be [{wanted}, {inputs}], got {list(weight.shape)}")
+        hidden = weight.size(0)
+        if bias is not None and (bias.dim() != 1 or bias.size(0) != hidden):
+            raise ValueError(f"{bias_name} must be [{hidden}], got {list(bias.shape)}")

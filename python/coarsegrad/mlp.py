@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,7 +48,9 @@ def qrelu_mlp(
 
     On a GPU, in float16 and bfloat16 and with hidden a multiple of 8, Triton's matrix products write and read the
     codes: neither h nor qrelu(h) nor the latter's gradient exists in memory. Sums are in float32, in another order than
-    the BLAS library's. Elsewhere the layers run one after the other, with their bits.
+    the BLAS library's. Elsewhere the layers run one after the other, with their bits, but for the rounding of sums
+    where x or a weight is not contiguous. The backward reads codes, of which NaN has the top one: what it multiplies by
+    is a number there, and a gradient may be one where that of the layers is NaN.
 
     Saved for backward: x, if weight1 requires grad; the packed codes (1, 2, 4, 4, 8, 8, 8, 8 bits an element of h for
     bits 1..8), if weight2 does or for a square; and one bit an element of h for the gate, unless the codes imply it
@@ -56,14 +59,14 @@ def qrelu_mlp(
     layers run one after the other, the second as in `qrelu_linear`, and what they save is kept. There is no second
     derivative.
 
-    Raises TypeError or ValueError for an argument of `qrelu`, and what F.linear raises.
+    Raises TypeError or ValueError with the argument's name, what was got and what was wanted.
     """
     options: dict[str, Any] = {
         "ste": ste, "rounding": rounding, "alpha_grad": alpha_grad, "alpha_scale": alpha_scale,
         "channel_dim": channel_dim,
     }  # fmt: skip
     linears = {"weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
-    out = _as_one(x, linears, [alpha], bits, squared, **options)
+    out = _as_one(x, linears, {"alpha": alpha}, bits, squared, **options)
     if out is not None:
         return out
     h = F.linear(x, weight1, bias1)
@@ -105,13 +108,13 @@ def qrelu_gated_mlp(
 
     Returns out, [..., out_features], as `qrelu_mlp` does: the product is rounded to x's dtype, as that of
     `gated_product(qrelu(gate), qrelu(up), "identity")`. On a GPU neither gate nor up nor the product nor its gradient
-    exists in memory.
+    exists in memory. Under autocast the gradient of x is summed in autocast's dtype.
 
     Saved for backward: x, if gate_weight or up_weight requires grad; the packed codes of gate and up; and one bit an
     element of each for its gate, unless the codes imply it. Where `qrelu_mlp` runs its layers one after the other,
     these do, and keep what `packed_activations` lets them. There is no second derivative.
 
-    Raises TypeError or ValueError for an argument of `qrelu`, and what F.linear raises.
+    Raises TypeError or ValueError with the argument's name, what was got and what was wanted.
 
     Source: Song et al. 2024, arXiv 2406.05955 (the product of two ReLUs, dReLU).
     """
@@ -123,19 +126,26 @@ def qrelu_gated_mlp(
         "gate_weight": gate_weight, "gate_bias": gate_bias, "up_weight": up_weight, "up_bias": up_bias,
         "down_weight": down_weight, "down_bias": down_bias,
     }  # fmt: skip
-    out = _as_one(x, linears, [gate_alpha, up_alpha], bits, **options)
+    out = _as_one(x, linears, {"gate_alpha": gate_alpha, "up_alpha": up_alpha}, bits, **options)
     if out is not None:
         return out
     with packed_activations():
         gate = qrelu(F.linear(x, gate_weight, gate_bias), gate_alpha, bits, **options)
         up = qrelu(F.linear(x, up_weight, up_bias), up_alpha, bits, **options)
-        return F.linear(gated_product(gate, up, "identity"), down_weight, down_bias)
+        return F.linear(product_of(gate, up), down_weight, down_bias)
+
+
+def product_of(gate: Tensor, up: Tensor) -> Tensor:
+    """Of two activations, saved as their codes unless they are nested or sharded."""
+    if gate.is_nested or is_dtensor(gate):
+        return gate * up
+    return gated_product(gate, up, "identity")
 
 
 def _as_one(
     x: Tensor,
     linears: Mapping[str, Tensor | None],
-    alphas: list[Tensor | float],
+    alphas: Mapping[str, Tensor | float],
     bits: int,
     squared: bool = False,
     *,
@@ -148,13 +158,23 @@ def _as_one(
     """None where the layers have to run one after the other."""
     if not isinstance(x, Tensor) or x.is_nested or is_dtensor(x) or channel_dim is not None:
         return None
-    steps = [_checked(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)[0] for alpha in alphas]
-    if not keeps_codes_alone(ste, *steps):
+    steps = {}
+    for name, alpha in alphas.items():
+        try:
+            steps[name] = _checked(x, alpha, bits, ste, rounding, alpha_grad, alpha_scale, channel_dim)[0]
+        except (TypeError, ValueError) as error:
+            raise _named(error, name) from None
+    if not keeps_codes_alone(ste, *steps.values()):
         return None
     try:
-        return mlp(x, linears, steps, bits, ste, rounding, squared)
+        return mlp(x, linears, list(steps.values()), bits, ste, rounding, squared)
     except Exception:
-        for step in steps:
+        for name, step in steps.items():
             if wrong := _wrong_argument(x, step, bits, rounding, channel_dim):
-                raise wrong from None
+                raise _named(wrong, name) from None
         raise
+
+
+def _named(error: Exception, name: str) -> Exception:
+    """An error of alpha, by the name that the argument has here."""
+    return type(error)(re.sub("^alpha ", f"{name} ", str(error)))

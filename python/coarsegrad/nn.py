@@ -30,8 +30,7 @@ from ._types import (
     SteName,
 )
 from .functional import qrelu, qrelu_conv2d, qrelu_linear
-from .gated import gated_product
-from .mlp import qrelu_gated_mlp, qrelu_mlp
+from .mlp import product_of, qrelu_gated_mlp, qrelu_mlp
 from .packing import packed_activations, square
 from .ste import check_inplace, get_ste, saved
 
@@ -475,8 +474,7 @@ class QReLUGatedMLP(torch.nn.Module):
                 **self.gate_activation.settings(),
             )  # fmt: skip
         with packed_activations():
-            factors = self.gate_activation(gate(x)), self.up_activation(up(x))
-            return down(gated_product(*factors, "identity"))
+            return down(product_of(self.gate_activation(gate(x)), self.up_activation(up(x))))
 
 
 class QReLUConv2d(_ActivationAndLayer):

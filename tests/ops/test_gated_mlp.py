@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 
 import oracle
 import pytest
@@ -128,7 +128,7 @@ def test_modules_in_its_place():
 
 
 def test_autocast_compile_and_checkpoint():
-    model, x = copy.deepcopy(gated()), rows(6, 24).requires_grad_()
+    model, x = gated(), rows(6, 24).requires_grad_()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_same(model, x, compiled)
     assert_same(model, rows(9, 24).requires_grad_(), compiled)
@@ -152,7 +152,7 @@ def test_transforms_and_second_derivatives():
     per_row = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x.detach()[:, None])
     for name, grad in torch.func.grad(loss)(weights, x.detach()).items():
         torch.testing.assert_close(per_row[name].sum(0), grad)
-    with pytest.raises(NotImplementedError, match="qrelu_mlp has no second derivative"):
+    with pytest.raises(NotImplementedError, match="qrelu_mlp and qrelu_gated_mlp have no second derivative"):
         torch.autograd.grad(model(x).sum(), x, create_graph=True)
 
 
@@ -217,18 +217,61 @@ def test_bad_input():
     for wrong, error, match in (
         ({"bits": 9}, ValueError, "bits"), ({"bits": "4"}, TypeError, "bits"), ({"ste": "sign"}, ValueError, "ste"),
         ({"rounding": "down"}, ValueError, "rounding"), ({"channel_dim": 7}, (ValueError, IndexError), "channel_dim"),
-        ({"gate_alpha": torch.tensor([-1.0])}, ValueError, "alpha must be finite and > 0"),
-        ({"up_alpha": torch.tensor([-1.0])}, ValueError, "alpha must be finite and > 0"),
-        ({"up_alpha": torch.full((4,), 0.3)}, ValueError, "alpha"),
+        ({"gate_alpha": torch.tensor([-1.0])}, ValueError, "^gate_alpha must be finite and > 0"),
+        ({"up_alpha": torch.tensor([-1.0])}, ValueError, "^up_alpha must be finite and > 0"),
+        ({"up_alpha": "1"}, TypeError, "^up_alpha must be"),
+        ({"up_alpha": torch.full((4,), 0.3)}, ValueError, "^up_alpha"),
     ):  # fmt: skip
         with pytest.raises(error, match=match):
             cg.qrelu_gated_mlp(x, *weights, **{"gate_alpha": 0.3, "up_alpha": 0.3, **wrong})
     with pytest.raises(TypeError, match="must be Tensor"):
         cg.qrelu_gated_mlp([1.0], *weights, 0.3, 0.3)
-    for x, gate, up, down in (
-        (rows(3, 25), *weights), (rows(3, 24), weights[0], weights[1][:-1], weights[2]),
-        (rows(3, 24), *weights[:2], weights[2][:, 1:]),
-    ):  # fmt: skip
-        for x in (x, x.clone().requires_grad_()):
-            with pytest.raises((RuntimeError, ValueError)):
-                cg.qrelu_gated_mlp(x, gate, up, down, 0.3, 0.3)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("name, shape, message", [
+    ("x", (3, 25), r"gate_weight must be \[hidden, 25\], got \[40, 24\]"),
+    ("x", (), "x must have at least one dimension"),
+    ("gate_weight", (39, 24), r"up_weight must be \[39, 24\], got \[40, 24\]"),
+    ("gate_weight", (24,), r"gate_weight must be \[hidden, 24\], got \[24\]"),
+    ("up_weight", (40, 23), r"up_weight must be \[40, 24\], got \[40, 23\]"),
+    ("down_weight", (8, 39), r"down_weight must be \[out_features, 40\], got \[8, 39\]"),
+    ("down_weight", (40,), r"down_weight must be \[out_features, 40\], got \[40\]"),
+    ("gate_bias", (1,), r"gate_bias must be \[40\], got \[1\]"),
+    ("up_bias", (1, 40), r"up_bias must be \[40\], got \[1, 40\]"),
+    ("down_bias", (9,), r"down_bias must be \[8\], got \[9\]"),
+])  # fmt: skip
+def test_shapes_that_do_not_fit(backend, name, shape, message):
+    """Also where the packed codes have as many bytes: one row of 39 features has the 20 of 40."""
+    wanted = {"x": (1, 24), "gate_weight": (40, 24), "up_weight": (40, 24), "down_weight": (8, 40), name: shape}
+    with cg.use_backend(backend) if backend else contextlib.nullcontext():
+        for needed in (False, True):
+            given = {n: torch.ones(size).requires_grad_(needed) for n, size in wanted.items()}
+            with pytest.raises(ValueError, match=message):
+                cg.qrelu_gated_mlp(gate_alpha=0.3, up_alpha=0.3, **given)
+
+
+def test_what_is_no_tensor():
+    given = {"gate_weight": rows(40, 24), "up_weight": rows(40, 24), "down_weight": rows(8, 40)}
+    for name, wrong in (("gate_weight", None), ("up_weight", 3), ("down_weight", None), ("down_bias", 1.0)):
+        with pytest.raises(TypeError, match=f"{name} must be a Tensor, got {type(wrong).__name__}"):
+            cg.qrelu_gated_mlp(rows(3, 24), gate_alpha=0.3, up_alpha=0.3, **{**given, name: wrong})
+
+
+def test_nested_rows():
+    model, x = gated(ste="relu"), rows(6, 24)
+    for model in (model, gated(ste="relu", dropout=0.5).eval(), gated(learn_alpha=True)):
+        got = model(torch.nested.nested_tensor([x[:2], x[2:]], layout=torch.jagged))
+        assert torch.equal(got.values(), model(x))
+        parameters = list(model.down.parameters())
+        wanted = torch.autograd.grad(model(x).sum(), parameters)
+        for one, right in zip(torch.autograd.grad(got.values().sum(), parameters), wanted, strict=True):
+            torch.testing.assert_close(one, right)
+
+
+@pytest.mark.parametrize("build", [gated, lambda: gated(bias=False)])
+def test_traced(build):
+    """By torch.jit, also a single staircase."""
+    model, x = build().eval(), rows(6, 24)
+    for model in (model, cg.nn.QReLUMLP(model.gate, model.gate_activation, model.down).eval()):
+        assert torch.equal(torch.jit.trace(model, x)(2 * x), model(2 * x))

@@ -12,6 +12,7 @@ from saved_bytes import Kept
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -208,6 +209,19 @@ def test_checkpointed_replicated_and_sharded(group):
         assert torch.equal(got, grad)
 
 
+@pytest.mark.parametrize("learn_alpha", [False, True])
+def test_a_sharded_gated_mlp(group, learn_alpha):
+    linears = [nn.Linear(24, 40), nn.Linear(24, 40), nn.Linear(40, 8)]
+    first, second = (cg.QReLU(alpha=0.2, learn_alpha=learn_alpha) for _ in range(2))
+    model, x = cg.nn.QReLUGatedMLP(linears[0], first, linears[1], second, linears[2]), rows(6, 24)
+    want = model(x)
+    grad = torch.autograd.grad(want.sum(), model.down.weight)[0]
+    out = distribute_module(model, group)(distribute_tensor(x, group, [Shard(0)]))
+    assert torch.equal(out.full_tensor(), want)
+    out.sum().backward()
+    torch.testing.assert_close(model.down.weight.grad.full_tensor(), grad)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap, for an op of torch.ops.coarsegrad
 def test_transforms_and_second_derivatives():
     model, x = chain(ste="relu"), rows(6, 24).requires_grad_()
@@ -219,7 +233,7 @@ def test_transforms_and_second_derivatives():
     per_row = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x.detach()[:, None])
     for name, grad in torch.func.grad(loss)(weights, x.detach()).items():
         torch.testing.assert_close(per_row[name].sum(0), grad)
-    with pytest.raises(NotImplementedError, match="qrelu_mlp has no second derivative"):
+    with pytest.raises(NotImplementedError, match="qrelu_mlp and qrelu_gated_mlp have no second derivative"):
         torch.autograd.grad(model(x).sum(), x, create_graph=True)
 
 
@@ -258,6 +272,8 @@ def test_dtypes_are_those_of_x():
         given[name] = given[name].double()
         with pytest.raises(TypeError, match=f"{name} must be torch.float32, as x, got torch.float64"):
             cg.qrelu_mlp(x, alpha=0.3, **given)
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=f"{name} must be torch.bfloat16"):
+            cg.qrelu_mlp(x, alpha=0.3, **given)  # autocast converts no double
 
 
 def test_bad_input():

@@ -140,8 +140,9 @@ def mlp_samples():
         x, weight1, bias1, weight2, bias2 = (sample(*size, dtype=dtype).requires_grad_(need) for size in sizes)
         bias1, bias2 = (bias1, None) if need else (None, bias2)
         squared = dtype != torch.float32
-        yield x, [weight1], [bias1], [ALPHA], weight2, bias2, 3, ste, rounding, squared
-        yield x, [weight1, weight1.detach()], [bias1, None], [ALPHA, 2 * ALPHA], weight2, bias2, 2, ste, rounding, False
+        given = x, weight1, bias1, ALPHA, weight2, bias2, 3, ste, rounding
+        yield *given, squared
+        yield *given, False, weight1.detach(), None, 2 * ALPHA
 
 
 def mlp_part_samples(op):

@@ -41,10 +41,10 @@ def test_rows_and_what_is_kept(small, tmp_path, capsys):
 
 def test_gated_rows_and_the_page(small, tmp_path):
     out = tmp_path / "mlp-cuda.csv"
-    mlp.main(["--shapes", SHAPE, GATED, "--rounds", "5", "--only", *mlp.GATED_WAYS, "--out", str(out)])
+    mlp.main(["--shapes", SHAPE, GATED, "--rounds", "5", "--only", "nn.ReLU", *mlp.GATED_WAYS, "--out", str(out)])
     rows = {row["way"]: row for row in csv.DictReader(out.open())}
-    assert set(rows) == {mlp.BASE, *mlp.GATED_WAYS}
-    assert [row["shape"] for row in rows.values()] == [SHAPE] + len(mlp.GATED_WAYS) * [GATED]
+    assert set(rows) == {"nn.ReLU", mlp.BASE, *mlp.GATED_WAYS}
+    assert [row["shape"] for row in rows.values()] == 2 * [SHAPE] + len(mlp.GATED_WAYS) * [GATED]
     elements = 2 * 16 * 64
     kept = {way: int(row["kept_bytes"]) for way, row in rows.items()}
     assert kept["QReLUGatedMLP, 4 bits"] == elements // 2
@@ -73,6 +73,7 @@ def test_nothing_of_a_cpu_is_published(small, monkeypatch, capsys):
     for wrong in (
         ["--only", "nn.GELU"],
         ["--rounds", "2"],
+        ["--only", "nn.ReLU", "--shapes", GATED],
         ["--device", "cuda"] if not torch.cuda.is_available() else [],
     ):
         if wrong:

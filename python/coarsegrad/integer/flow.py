@@ -88,14 +88,15 @@ def _split(graph: torch.fx.Graph, node: Node) -> None:
 
 def _split_mlp(graph: torch.fx.Graph, node: Node) -> None:
     """The layers and qrelus instead of all in one op."""
-    x, weights, biases, alphas, weight, bias, bits, ste, rounding, squared = arguments(node).values()
+    x, weight1, bias1, alpha, weight2, bias2, bits, ste, rounding, squared, *up = arguments(node).values()
+    branches = [(weight1, bias1, alpha)] + ([tuple(up)] if any(up) else [])
     factors, made = [], []
     with graph.inserting_before(node):
         with node.meta["val"].fake_mode:
-            h_value = aten.linear.default(*(t and t.meta["val"] for t in (x, weights[0], biases[0])))
-        for own_weight, own_bias, alpha in zip(weights, biases, alphas):
-            h = graph.call_function(aten.linear.default, (x, own_weight, own_bias))
-            y = graph.call_function(ops.qrelu.default, (h, alpha, bits, ste, rounding, "three_valued", 1.0, None))
+            h_value = aten.linear.default(*(t and t.meta["val"] for t in (x, weight1, bias1)))
+        for weight, bias, own_alpha in branches:
+            h = graph.call_function(aten.linear.default, (x, weight, bias))
+            y = graph.call_function(ops.qrelu.default, (h, own_alpha, bits, ste, rounding, "three_valued", 1.0, None))
             factors.append(y)
             made += [h, y]
         if squared or len(factors) > 1:
@@ -103,7 +104,7 @@ def _split_mlp(graph: torch.fx.Graph, node: Node) -> None:
             made.append(y)
         for each in made:
             each.meta = {**node.meta, "val": h_value}
-        layer = graph.call_function(aten.linear.default, (y, weight, bias))
+        layer = graph.call_function(aten.linear.default, (y, weight2, bias2))
         layer.meta = dict(node.meta)
     node.replace_all_uses_with(layer)
     graph.erase_node(node)

@@ -77,13 +77,13 @@ def linear_to_codes(
     return codes, x.new_empty(0, dtype=torch.uint8) if packed_mask is None else packed_mask, nan_rows
 
 
-def _two(tensors: Sequence[Tensor], wanted: int = 2) -> list[Tensor | None]:
-    """Of the first staircase, and of the other one; None of one that there is not."""
-    return [*tensors, *[None] * (wanted - len(tensors))]
+def _padded(tensors: Sequence[Tensor], count: int = 2) -> list[Tensor | None]:
+    """With None to as many as a kernel takes, for two staircases."""
+    return [*tensors, *[None] * (count - len(tensors))]
 
 
 def _factors(codes: Sequence[Tensor], alphas: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor | None]:
-    return _two([t for each, alpha in zip(codes, alphas) for t in (each, prepared(alpha, dtype))], 4)
+    return _padded([t for each, alpha in zip(codes, alphas) for t in (each, prepared(alpha, dtype))], 4)
 
 
 def linear_from_codes(
@@ -116,8 +116,8 @@ def linear_from_codes_grad_input(
         check_packed(mask, "mask", rows * hidden, 1, grad_out.device)
     grads = [grad_out.new_empty(rows, hidden) for _ in alphas]
     gates, factors = codes if by_codes else masks, codes if in_factors else ()
-    read = (*_two(gates), *_factors(factors, alphas, weight.dtype))
-    tensors = (grad_out.contiguous(), weight.contiguous(), *read, *_two(grads))
+    read = (*_padded(gates), *_factors(factors, alphas, weight.dtype))
+    tensors = (grad_out.contiguous(), weight.contiguous(), *read, *_padded(grads))
     _launch("grad_input", tensors, (rows, hidden), rows, outputs, hidden,
             GATE_WIDTH=CODE_WIDTH[bits] if by_codes else 1, CODE_WIDTH=CODE_WIDTH[bits])  # fmt: skip
     return grads

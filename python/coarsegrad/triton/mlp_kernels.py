@@ -84,6 +84,7 @@ def _levels(
 
 @triton.jit
 def alpha_of(ptr):
+    """Checked and wide; 1, which is not used, without a second staircase."""
     alpha = 1.0
     if ptr is not None:
         alpha = _checked(widen(tl.load(ptr)))
