@@ -117,9 +117,8 @@ _SCHEMAS = (
     " bool[3] output_mask) -> (Tensor grad_y, Tensor grad_weight, Tensor grad_bias)",
     f"conv2d_backward_from_codes(Tensor grad_out, Tensor weight, Tensor? codes, Tensor alpha, {_OUTPUT},"
     f" bool[3] output_mask, {_CONV}) -> (Tensor grad_y, Tensor grad_weight, Tensor grad_bias)",
-    # A Linear, a qrelu and a Linear, of which codes are kept: _mlp.py. With the up_ arguments the last one reads the
-    # product of two qrelus. nan_rows: NaN in the rows of h that have one, which no code tells; masks, or else
-    # codes: what gates are read from; squared: of a single qrelu.
+    # A Linear, a qrelu or the product of two, and a Linear, of which codes are kept: _mlp.py. nan_rows: NaN in the rows
+    # of h that have one, which no code tells; masks, or else codes: what gates are read from.
     "qrelu_mlp(Tensor x, Tensor weight1, Tensor? bias1, Tensor alpha, Tensor weight2, Tensor? bias2, int bits, str ste,"
     " str rounding, bool squared, Tensor? up_weight=None, Tensor? up_bias=None, Tensor? up_alpha=None) -> Tensor",
     "linear_to_codes(Tensor x, Tensor weight, Tensor? bias, Tensor alpha, int bits, int rounding, int mask)"
