@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 import triton
 from bench import mlp_square, traffic
-from torch import nn
+from mlp_models import alphas, apart, chain, gated
+from saved_bytes import Kept
 from triton.runtime.interpreter import InterpreterBuilder
 
 import coarsegrad as cg
@@ -93,27 +94,27 @@ def test_what_reads_codes(dtype, bits):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("squared", [False, True])
-@pytest.mark.parametrize("ste, rounding", [("clipped_relu", "ceil"), ("relu", "hwgq"), ("trust", "nearest")])
-def test_a_chain(dtype, ste, rounding, squared):
+@pytest.mark.parametrize("build", [chain, functools.partial(chain, squared=True), gated])
+@pytest.mark.parametrize("ste, rounding", [
+    ("clipped_relu", "ceil"), ("relu", "hwgq"), ("trust", "nearest"), ("identity", "nearest")
+])  # fmt: skip
+def test_a_chain(dtype, ste, rounding, build):
     """The whole module, near to the layers one after the other; and x and codes are all that is kept."""
-    rows, inputs, hidden, outputs = SHAPES[1]
-    first, layer = nn.Linear(inputs, hidden, dtype=dtype), nn.Linear(hidden, outputs, dtype=dtype)
-    chain = cg.nn.QReLUMLP(first, cg.QReLU(4, ste=ste, rounding=rounding, alpha=0.05, squared=squared), layer)
+    rows, *sizes = SHAPES[1]
+    model = build(4, dtype, sizes=sizes, ste=ste, rounding=rounding, alpha=0.05)
     x, *_, grad_out = tensors(SHAPES[1], dtype)
     x = x.clone().requires_grad_()
-    leaves = [x, *chain.parameters()]
-    kept = []
+    leaves = [x, *model.parameters()]
     with cg.use_backend("triton"):
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            out = chain(x)
+        with Kept(*leaves, *alphas(model)) as kept:
+            out = model(x)
+        staircases, bits = len(alphas(model)), 4 + (ste in ("clipped_relu", "trust"))
+        assert kept.bytes == staircases * rows * sizes[1] * bits // 8
         got = torch.autograd.grad(out, leaves, grad_out)
-    want = chain.layer(chain.activation(chain.first(x)))
+    want = apart(model, x)
     assert far(out, want) < 1e-3
     for mine, other in zip(got, torch.autograd.grad(want, leaves, grad_out), strict=True):
         assert far(mine, other) < 1e-3
-    own = {t.data_ptr() for t in (*leaves, chain.activation.alpha)}
-    assert sum(t.nbytes for t in kept if t.data_ptr() not in own) == rows * hidden * (4 + (ste != "relu")) // 8
 
 
 @pytest.mark.parametrize("bits", (1, 2, 4, 7))
@@ -142,31 +143,6 @@ def test_what_reads_the_codes_of_two_factors(dtype, bits):
             want = _mlp.linear_from_codes_grad_input(grad_out, weight2, gates, *options)
             for mine, other in zip(got, want, strict=True):
                 assert far(mine, other) < 1e-3 and torch.equal(mine == 0, other == 0)
-
-
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("ste, rounding", [("clipped_relu", "ceil"), ("relu", "hwgq"), ("identity", "nearest")])
-def test_a_gated_chain(dtype, ste, rounding):
-    """The whole module, near to its parts one after the other; and x and codes are all that is kept."""
-    rows, inputs, hidden, outputs = SHAPES[1]
-    gate, up, down = (nn.Linear(*s, dtype=dtype) for s in ((inputs, hidden), (inputs, hidden), (hidden, outputs)))
-    first, second = (cg.QReLU(4, ste=ste, rounding=rounding, alpha=alpha) for alpha in (0.05, 0.03))
-    model = cg.nn.QReLUGatedMLP(gate, first, up, second, down)
-    x, *_, grad_out = tensors(SHAPES[1], dtype)
-    x = x.clone().requires_grad_()
-    leaves = [x, *model.parameters()]
-    kept = []
-    with cg.use_backend("triton"):
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            out = model(x)
-        got = torch.autograd.grad(out, leaves, grad_out)
-    want = down(cg.gated_product(first(gate(x)), second(up(x)), "identity"))
-    assert far(out, want) < 1e-3
-    for mine, other in zip(got, torch.autograd.grad(want, leaves, grad_out), strict=True):
-        assert far(mine, other) < 1e-3
-    own = {t.data_ptr() for t in (*leaves, first.alpha, second.alpha)}
-    bits = 4 + (ste == "clipped_relu")
-    assert sum(t.nbytes for t in kept if t.data_ptr() not in own) == 2 * rows * hidden * bits // 8
 
 
 def test_nan_flows_by_rows_and_a_bad_alpha_is_noticed(monkeypatch):

@@ -7,51 +7,17 @@ import contextlib
 import oracle
 import pytest
 import torch
+from mlp_models import GATES, HIDDEN, alphas, apart, assert_same, gated, rows
 from saved_bytes import Kept
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 import coarsegrad as cg
 from coarsegrad._types import CODE_WIDTH, ROUNDINGS
 
-GATES = ("identity", "relu", "clipped_relu", "trust")
-HIDDEN = 40
-
-
-def gated(bits=2, dtype=torch.float32, bias=True, other=None, **settings):
-    """other: the settings of the second staircase, if they are not those of the first."""
-    torch.manual_seed(0)
-    gate, up, down = (nn.Linear(*size, bias, dtype=dtype) for size in ((24, HIDDEN), (24, HIDDEN), (HIDDEN, 8)))
-    both = {"bits": bits, **settings}, {"bits": bits, **settings} if other is None else other
-    first, second = (cg.QReLU(**{"alpha": alpha, **own}).to(dtype) for alpha, own in zip((0.2, 0.3), both))
-    return cg.nn.QReLUGatedMLP(gate, first, up, second, down)
-
-
-def apart(model, x):
-    factors = model.gate_activation(model.gate(x)), model.up_activation(model.up(x))
-    return model.down(cg.gated_product(*factors, "identity"))
-
-
-def rows(*shape, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def gradients(out, x, model):
-    leaves = [t for t in (x, *model.parameters()) if t.requires_grad]
-    return torch.autograd.grad(out.float().square().sum(), leaves)
-
-
-def assert_same(model, x, call=None):
-    out, want = (model if call is None else call)(x), apart(model, x)
-    assert torch.equal(out, want)
-    for got, right in zip(gradients(out, x, model), gradients(want, x, model), strict=True):
-        assert torch.equal(got, right)
-
 
 def kept_bytes(model, x):
-    alphas = model.gate_activation.alpha, model.up_activation.alpha
-    with Kept(x, *model.parameters(), *alphas) as kept:
+    with Kept(x, *model.parameters(), *alphas(model)) as kept:
         out = model(x)  # which keeps them
     assert out.requires_grad
     return kept.bytes
@@ -139,31 +105,6 @@ def test_autocast_compile_and_checkpoint():
         # Copies in bfloat16 of x and of the weights, of which autocast saves as many; codes and gates.
         copies = 2 * (6 * 24 + 2 * HIDDEN * 24 + 8 * HIDDEN)
         assert kept_bytes(model, x) == copies + 2 * 6 * HIDDEN * 3 // 8
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap, for an op of torch.ops.coarsegrad
-def test_transforms_and_second_derivatives():
-    model, x = gated(ste="relu"), rows(6, 24).requires_grad_()
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-
-    def loss(weights, x):
-        return torch.func.functional_call(model, weights, (x,)).square().sum()
-
-    per_row = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x.detach()[:, None])
-    for name, grad in torch.func.grad(loss)(weights, x.detach()).items():
-        torch.testing.assert_close(per_row[name].sum(0), grad)
-    with pytest.raises(NotImplementedError, match="qrelu_mlp and qrelu_gated_mlp have no second derivative"):
-        torch.autograd.grad(model(x).sum(), x, create_graph=True)
-
-
-def test_flops_are_those_of_its_parts():
-    model, x = gated(), rows(6, 24).requires_grad_()
-    counts = []
-    for call in (model, lambda x: apart(model, x)):
-        with FlopCounterMode(display=False) as counter:
-            call(x).sum().backward()
-        counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("part", ["gate", "up"])
@@ -267,11 +208,3 @@ def test_nested_rows():
         wanted = torch.autograd.grad(model(x).sum(), parameters)
         for one, right in zip(torch.autograd.grad(got.values().sum(), parameters), wanted, strict=True):
             torch.testing.assert_close(one, right)
-
-
-@pytest.mark.parametrize("build", [gated, lambda: gated(bias=False)])
-def test_traced(build):
-    """By torch.jit, also a single staircase."""
-    model, x = build().eval(), rows(6, 24)
-    for model in (model, cg.nn.QReLUMLP(model.gate, model.gate_activation, model.down).eval()):
-        assert torch.equal(torch.jit.trace(model, x)(2 * x), model(2 * x))

@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 import torch.distributed as dist
+from mlp_models import GATES, apart, assert_same, chain, gated, rows
 from saved_bytes import Kept
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,34 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import coarsegrad as cg
 from coarsegrad._types import CODE_WIDTH, ROUNDINGS
-
-GATES = ("identity", "relu", "clipped_relu", "trust")
-
-
-def chain(bits=2, dtype=torch.float32, bias=True, **settings):
-    torch.manual_seed(0)
-    first, layer = nn.Linear(24, 40, bias, dtype=dtype), nn.Linear(40, 8, bias, dtype=dtype)
-    return cg.nn.QReLUMLP(first, cg.QReLU(bits, alpha=0.2, **settings).to(dtype), layer)
-
-
-def apart(model, x):
-    return model.layer(model.activation(model.first(x)))
-
-
-def rows(*shape, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def gradients(out, x, model):
-    leaves = [t for t in (x, *model.parameters()) if t.requires_grad]
-    return torch.autograd.grad(out.float().square().sum(), leaves)
-
-
-def assert_same(model, x, call=None):
-    out, want = (model if call is None else call)(x), apart(model, x)
-    assert torch.equal(out, want)
-    for got, right in zip(gradients(out, x, model), gradients(want, x, model), strict=True):
-        assert torch.equal(got, right)
 
 
 @pytest.mark.parametrize("squared", [False, True])
@@ -211,9 +184,7 @@ def test_checkpointed_replicated_and_sharded(group):
 
 @pytest.mark.parametrize("learn_alpha", [False, True])
 def test_a_sharded_gated_mlp(group, learn_alpha):
-    linears = [nn.Linear(24, 40), nn.Linear(24, 40), nn.Linear(40, 8)]
-    first, second = (cg.QReLU(alpha=0.2, learn_alpha=learn_alpha) for _ in range(2))
-    model, x = cg.nn.QReLUGatedMLP(linears[0], first, linears[1], second, linears[2]), rows(6, 24)
+    model, x = gated(learn_alpha=learn_alpha), rows(6, 24)
     want = model(x)
     grad = torch.autograd.grad(want.sum(), model.down.weight)[0]
     out = distribute_module(model, group)(distribute_tensor(x, group, [Shard(0)]))
@@ -223,8 +194,9 @@ def test_a_sharded_gated_mlp(group, learn_alpha):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap, for an op of torch.ops.coarsegrad
-def test_transforms_and_second_derivatives():
-    model, x = chain(ste="relu"), rows(6, 24).requires_grad_()
+@pytest.mark.parametrize("build", [chain, gated])
+def test_transforms_and_second_derivatives(build):
+    model, x = build(ste="relu"), rows(6, 24).requires_grad_()
     weights = {name: p.detach() for name, p in model.named_parameters()}
 
     def loss(weights, x):
@@ -237,8 +209,9 @@ def test_transforms_and_second_derivatives():
         torch.autograd.grad(model(x).sum(), x, create_graph=True)
 
 
-def test_flops_are_those_of_the_three():
-    model, x = chain(), rows(6, 24).requires_grad_()
+@pytest.mark.parametrize("build", [chain, gated])
+def test_flops_are_those_of_the_layers(build):
+    model, x = build(), rows(6, 24).requires_grad_()
     counts = []
     for call in (model, lambda x: apart(model, x)):
         with FlopCounterMode(display=False) as counter:
@@ -304,3 +277,10 @@ def test_bad_input():
     ):  # fmt: skip
         with pytest.raises((RuntimeError, ValueError)):
             call()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("build", [chain, gated])
+def test_traced_by_torch_jit(build, bias):
+    model, x = build(bias=bias).eval(), rows(6, 24)
+    assert torch.equal(torch.jit.trace(model, x)(2 * x), model(2 * x))
