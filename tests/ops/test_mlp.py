@@ -279,6 +279,7 @@ def test_bad_input():
             call()
 
 
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("build", [chain, gated])
 def test_traced_by_torch_jit(build, bias):
