@@ -46,6 +46,7 @@ bench: build  ## times kernels and peers on this machine in a few minutes; into 
 
 bench-full: build  ## all benchmarks, docs/benchmarks.md and its figures; needs a quiet machine; peers if installed
 	python -m bench.kernels
+	python -m bench.threads
 	python -m bench.peers
 	python -m bench.training
 	python -m bench.memory

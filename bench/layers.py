@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from coarsegrad.integer.reference import affine_codes
 from coarsegrad.integer.weights import pack_weights
 
 from . import against
-from .sweep import Case, Part, Sweep, common_options, results_file, size_label, timed
+from .sweep import Case, Part, Sweep, add_out, common_options, results_file, size_label, timed
 from .timing import BenchError, Row, Times, at_least, instruction_sets, quantiles
 
 RESULTS = Path(__file__).parent / "results" / "layers.csv"
@@ -209,10 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--rounds", type=at_least(5), default=101, metavar="N", help="measured rounds, at least 5 (default 101)"
     )
-    parser.add_argument(
-        "--out", type=Path, metavar="CSV",
-        help=f"the results (default {os.path.relpath(RESULTS)}; none for a part of the measurements)",
-    )  # fmt: skip
+    add_out(parser, RESULTS)
     against.add_option(parser)
     args = parser.parse_args(argv)
     against.check_option(parser, args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,7 +25,7 @@ from .sweep import DTYPES, of_gpu, size_label
 from .workloads import WORKLOADS
 
 RESULTS = Path(__file__).parent / "results"
-TABLES = ("kernels", "peers", "training", "memory", "inference", "layers", "instructions", "mlp")
+TABLES = ("kernels", "peers", "training", "memory", "inference", "layers", "instructions", "mlp", "threads")
 
 _INTRODUCTION = """\
 # Benchmarks
@@ -74,6 +75,12 @@ _LIMITS_OF_PROMISES = """\
 The same of the promises that are missed, for all their kernels together. Where the limit is neither, the time is over
 twice the sum: it is that of calls, of autograd, or of the page faults of new tensors.
 
+"""
+_THREADS = """\
+## Several threads
+
+How many times as fast each kernel is on several threads as on one, by the wall clock. The copy says what memory allows:
+what arithmetic limits (see above) can gain more.
 """
 _PEERS = """\
 ## QReLU and alternatives
@@ -240,13 +247,19 @@ def _tried(results: Results, promises: Iterable[Promise] = PROMISES) -> str:
     return "What was tried for those missed:\n\n" + "".join(f"- {text}\n" for text in texts) if texts else ""
 
 
-def _kernel_table(rows: list[dict[str, str]]) -> str:
+def _kernel_table(
+    rows: list[dict[str, str]], column: str = "time_over_copy", without: Iterable[str] = tuple(COPIES)
+) -> str:
+    """A line for each kernel but `without`, a column for each dtype and size."""
     cases = list(dict.fromkeys((row["dtype"], row["size"]) for row in rows))
-    times = {(row["kernel"], row["dtype"], row["size"]): row["time_over_copy"] for row in rows}
-    kernels = [kernel for kernel in dict.fromkeys(row["kernel"] for row in rows) if kernel not in COPIES]
+    times = {(row["kernel"], row["dtype"], row["size"]): row[column] for row in rows}
+    kernels = [kernel for kernel in dict.fromkeys(row["kernel"] for row in rows) if kernel not in without]
     header = ["kernel", *(f"{dtype} {size_label(int(size))}" for dtype, size in cases)]
     cells = ((kernel, *(_number(times.get((kernel, *case), "nan")) for case in cases)) for kernel in kernels)
     return markdown(header, cells)
+
+
+_thread_table = functools.partial(_kernel_table, column="speed_over_one_thread", without=())
 
 
 def _peer_table(rows: list[dict[str, str]]) -> str:
@@ -404,7 +417,8 @@ def page(results: Results) -> str:
     if results["kernels"] or results["peers"]:
         parts += [_PROMISES, markdown(("", "upper bound", "measured", ""), _promise_rows(results)), _tried(results)]
     for table, text, make in (
-        ("kernels", _KERNELS, _kernel_table), ("peers", _PEERS, _peer_table), ("training", _TRAINING, _training_table),
+        ("kernels", _KERNELS, _kernel_table), ("threads", _THREADS, _thread_table), ("peers", _PEERS, _peer_table),
+        ("training", _TRAINING, _training_table),
     ):  # fmt: skip
         if results[table]:
             parts += [text, make(results[table]), _setting(results[table])]

@@ -1,5 +1,5 @@
-"""A sweep over inputs, which bench.kernels, bench.peers and bench.layers run, and the copy that the first two compare
-with."""
+"""A sweep over inputs, which bench.kernels, bench.threads, bench.peers and bench.layers run, and the copy that all but
+the last compare with."""
 
 from __future__ import annotations
 
@@ -175,15 +175,7 @@ def size_options(parser: argparse.ArgumentParser, results: Path, names: Iterable
     add_device(parser, results)
     common_options(parser, names, *measures)
     add("--quick", action="store_true", help="fewer sizes and rounds")
-    add("--sizes", nargs="+", type=_elements, metavar="N", help="numbers of elements, such as 65536 or 2^16")
-    add(
-        "--dtypes",
-        nargs="+",
-        choices=DTYPES,
-        default=list(DTYPES),
-        metavar="DTYPE",
-        help=f"{' and/or '.join(DTYPES)} (default: both)",
-    )
+    input_options(parser)
     add("--rounds", type=at_least(5), metavar="N", help="measured rounds, at least 5 (default 31; with --quick 11)")
     add(
         "--allocator",
@@ -193,7 +185,23 @@ def size_options(parser: argparse.ArgumentParser, results: Path, names: Iterable
     )
 
 
-def common_options(parser: argparse.ArgumentParser, names: Iterable[str], *measures: str) -> None:
+def input_options(parser: argparse.ArgumentParser) -> None:
+    """The options for the tensors that are measured."""
+    add = parser.add_argument
+    add("--sizes", nargs="+", type=_elements, metavar="N", help="numbers of elements, such as 65536 or 2^16")
+    add(
+        "--dtypes",
+        nargs="+",
+        choices=DTYPES,
+        default=list(DTYPES),
+        metavar="DTYPE",
+        help=f"{' and/or '.join(DTYPES)} (default: both)",
+    )
+
+
+def common_options(
+    parser: argparse.ArgumentParser, names: Iterable[str], *measures: str, least_threads: int = 1
+) -> None:
     """The options for what is measured, and on how many threads."""
     names = list(names)
     add = parser.add_argument
@@ -205,12 +213,23 @@ def common_options(parser: argparse.ArgumentParser, names: Iterable[str], *measu
         metavar="NAME",
         help=f"some of {', '.join(names)}; always with {', '.join(measures)} to compare with (default: all)",
     )
+    clock = "timed by its CPU time; several by the wall clock" if least_threads == 1 else "by the wall clock"
     add(
         "--threads",
-        type=at_least(1),
-        default=1,
+        type=at_least(least_threads),
+        default=least_threads,
         metavar="N",
-        help="threads (default 1, timed by its CPU time; several by the wall clock)",
+        help=f"threads (default {least_threads}, {clock})",
+    )
+
+
+def add_out(parser: argparse.ArgumentParser, results: Path) -> None:
+    """The option for the output of what runs on a CPU; see `results_file`."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="CSV",
+        help=f"the results (default {os.path.relpath(results)}; none for a part of the measurements)",
     )
 
 
