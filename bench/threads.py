@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from .sweep import (
     size_label,
     timed,
 )
-from .timing import Row, Times, at_least, quantiles
+from .timing import CpuTimer, Row, Times, at_least, quantiles
 
 RESULTS = Path(__file__).parent / "results" / "threads.csv"
 
@@ -33,39 +32,54 @@ _DESCRIPTION = """
 Times the kernels of bench.kernels on one thread and on several.
 """
 _EPILOG = """
-Default sizes: 2^22 and 2^24 elements. One thread and several take turns in one
-process, kernel by kernel. A time is the median over the rounds, by the wall clock;
-a speed is the time on one thread divided by that on several: the ratio of medians,
-with the 20% and 80% quantiles round by round. The copy, which has the loads,
-stores and threads of the kernels and no arithmetic, says what memory allows.
+Default sizes: 2^20 (in cache) and 2^24 elements. All kernels, on one thread and on
+several, take turns in one process, in a new order each round. A time is the median
+over the rounds, by the wall clock; a speed is the time on one thread divided by
+that on several: the ratio of medians, with the 20% and 80% quantiles round by
+round. The copy, which has the loads, stores and threads of the kernels and no
+arithmetic, says what memory allows.
 
 Before a size is timed, the results of each kernel on several threads are compared
 with the reference, as bench.kernels does.
 """
 
 
-def _on(threads: int, job: Callable[[], object]) -> None:
-    torch.set_num_threads(threads)
-    job()
+class _Timer(CpuTimer):
+    """Times jobs that are given as (threads, job), after a call of each that wakes the threads."""
+
+    def sample(self, job: tuple[int, Callable[[], object]], calls: int) -> tuple[float, float]:
+        threads, call = job
+        torch.set_num_threads(threads)
+        call()
+        return super().sample(call, calls)
+
+
+def _timer(_: torch.device) -> _Timer:
+    return _Timer()
 
 
 def _cases(part: Part, dtype: str, size: int) -> Iterator[Case]:
     torch.set_num_threads(part.threads)
     (case,) = kernels.SWEEP.cases(part, dtype, size)
-    for name, job in case.jobs.items():
-        yield Case(name, {str(threads): functools.partial(_on, threads, job) for threads in (1, part.threads)})
+    yield Case(
+        "", {f"{name} on {threads}": (threads, job) for name, job in case.jobs.items() for threads in (1, part.threads)}
+    )
 
 
-def _rows(dtype: str, size: int, kernel: str, times: dict[str, Times]) -> list[Row]:
+def _rows(dtype: str, size: int, _: str, times: dict[str, Times]) -> list[Row]:
     """The CSV: a row for each kernel."""
-    one, several = times.values()
-    slow, _, fast = quantiles(several.speeds_over(one))
-    alone = quantiles(one.seconds)[1]
-    return [{
-        "dtype": dtype, "size": size, "kernel": kernel, **timed(several), "one_thread_seconds_median": f"{alone:.6g}",
-        "speed_over_one_thread": f"{alone / quantiles(several.seconds)[1]:.4g}",
-        "speed_over_one_thread_q20": f"{slow:.4g}", "speed_over_one_thread_q80": f"{fast:.4g}",
-    }]  # fmt: skip
+    rows: list[Row] = []
+    found = list(times.items())
+    for (name, one), (_, several) in zip(found[::2], found[1::2]):
+        slow, _, fast = quantiles(several.speeds_over(one))
+        alone = quantiles(one.seconds)[1]
+        rows.append({
+            "dtype": dtype, "size": size, "kernel": name.rpartition(" on ")[0],
+            **timed(several), "one_thread_seconds_median": f"{alone:.6g}",
+            "speed_over_one_thread": f"{alone / quantiles(several.seconds)[1]:.4g}",
+            "speed_over_one_thread_q20": f"{slow:.4g}", "speed_over_one_thread_q80": f"{fast:.4g}",
+        })  # fmt: skip
+    return rows
 
 
 _COLUMNS = "{:<9}{:>5}  {:<36}{:>10}{:>15}{:>7}  {}"
@@ -86,7 +100,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-SWEEP = Sweep(_cases, _rows, _HEADER, _line)
+SWEEP = Sweep(_cases, _rows, _HEADER, _line, timer=_timer)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -107,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads > (cores := available_cores()):
         print(f"--threads {args.threads}: this process has {cores} core{'s' * (cores > 1)}, which the threads share\n")
     names = tuple(name for name in KERNELS if name in args.only)
-    inputs = tuple(itertools.product(args.dtypes, args.sizes or [2**22, 2**24]))
+    inputs = tuple(itertools.product(args.dtypes, args.sizes or [2**20, 2**24]))
     run_parts("bench.threads", SWEEP, [Part("cpu", "keep", inputs, names, args.rounds, args.threads)], args.out)
 
 
