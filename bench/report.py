@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -13,16 +12,11 @@ from matplotlib.figure import Figure
 from coarsegrad._text import format_table
 from coarsegrad.experiments.files import replacing
 
-from . import bounds, figures
-from .activations import IMPLEMENTATIONS
-from .engines import ENGINES, PEERS, ours
-from .kernels import COPIES
-from .layers import BASE as LAYER_BASE
+from . import bounds, figures, tables
+from .engines import ENGINES, PEERS
 from .pages import DOCS, markdown, write
-from .peers import PASSES
 from .promises import INFERENCE_PROMISES, PROMISES, Promise, Results
-from .sweep import DTYPES, of_gpu, size_label
-from .workloads import WORKLOADS
+from .sweep import of_gpu, size_label
 
 RESULTS = Path(__file__).parent / "results"
 TABLES = ("kernels", "peers", "training", "memory", "inference", "layers", "instructions", "mlp", "threads")
@@ -205,11 +199,6 @@ def load(folder: Path, on_gpu: bool = False) -> Results:
     return found
 
 
-def _number(text: str) -> str:
-    """Three significant figures; empty if not measured."""
-    return "" if text == "nan" else f"{float(text):.3g}"
-
-
 def _setting(rows: list[dict[str, str]]) -> str:
     row = rows[0]
     threads = "one thread" if row["threads"] == "1" else f"{row['threads']} threads"
@@ -247,151 +236,24 @@ def _tried(results: Results, promises: Iterable[Promise] = PROMISES) -> str:
     return "What was tried for those missed:\n\n" + "".join(f"- {text}\n" for text in texts) if texts else ""
 
 
-def _kernel_table(
-    rows: list[dict[str, str]], column: str = "time_over_copy", without: Iterable[str] = tuple(COPIES)
-) -> str:
-    """A line for each kernel but `without`, a column for each dtype and size."""
-    cases = list(dict.fromkeys((row["dtype"], row["size"]) for row in rows))
-    times = {(row["kernel"], row["dtype"], row["size"]): row[column] for row in rows}
-    kernels = [kernel for kernel in dict.fromkeys(row["kernel"] for row in rows) if kernel not in without]
-    header = ["kernel", *(f"{dtype} {size_label(int(size))}" for dtype, size in cases)]
-    cells = ((kernel, *(_number(times.get((kernel, *case), "nan")) for case in cases)) for kernel in kernels)
-    return markdown(header, cells)
-
-
-_thread_table = functools.partial(_kernel_table, column="speed_over_one_thread", without=())
-
-
-def _peer_table(rows: list[dict[str, str]]) -> str:
-    rows = [row for row in rows if row["pass"] == PASSES[1]]
-    cases = list(dict.fromkeys((row["dtype"], row["size"], row["allocator"]) for row in rows))
-    cases.sort(key=lambda case: list(DTYPES).index(case[0]))
-    speeds = {(row["implementation"], row["dtype"], row["size"], row["allocator"]): row for row in rows}
-    header = ["", *(
-        f"{dtype} {size_label(int(size))}" + (", default malloc" if allocator == "default" else "")
-        for dtype, size, allocator in cases
-    )]  # fmt: skip
-    cells = []
-    for name in (name for name in IMPLEMENTATIONS if any(row["implementation"] == name for row in rows)):
-        found = (speeds.get((name, *case), {"speed_over_relu": "nan"}) for case in cases)
-        cells.append([IMPLEMENTATIONS[name].label, *(_number(row["speed_over_relu"]) for row in found)])
-    return markdown(header, cells)
-
-
-def _training_table(rows: list[dict[str, str]]) -> str:
-    """A line per network, pass and activation; eager and compiled side by side."""
-    found = {(row["network"], row["dtype"], row["pass"], row["activation"], row["mode"]): row for row in rows}
-    lines = []
-    for case in dict.fromkeys(key[:-1] for key in sorted(found, key=lambda key: key[:3])):
-        cells = [
-            (f"{1e3 * float(row['seconds_median']):.2f}", f"{float(row['time_over_relu_median']):.3f}")
-            for row in (found[(*case, mode)] for mode in ("eager", "compiled"))
-        ]
-        lines.append(
-            (*case, *(cell for pair in cells for cell in pair), found[(*case, "compiled")]["seconds_to_compile"])
-        )
-    times = ("eager, ms", "over nn.ReLU", "compiled, ms", "over nn.ReLU", "compile, s")
-    header = ("network", "dtype", "pass", "activation", *times)
-    return markdown(header, lines)
-
-
-def _memory_table(rows: list[dict[str, str]]) -> str:
-    first: dict[tuple[str, str], float] = {}  # without staircases
-    for row in rows:
-        first.setdefault((row["network"], row["dtype"]), float(row["seconds_median"]))
-    return markdown(
-        ("network", "dtype", "activation", "saved, MiB", "peak, MiB", "ms a step", "over the first"),
-        (
-            (
-                row["network"], row["dtype"], row["activation"],
-                f"{int(row['kept_bytes']) / 2**20:,.0f}" if row["kept_bytes"] else "hidden",
-                f"{int(row['peak_bytes']) / 2**20:,.0f}", f"{1e3 * float(row['seconds_median']):.1f}",
-                f"{float(row['seconds_median']) / first[row['network'], row['dtype']]:.3f}",
-            )
-            for row in rows
-        ),
-    )  # fmt: skip
-
-
-def _inference_table(
-    rows: list[dict[str, str]],
-    engines: Iterable[str],
-    cell: Callable[[dict[str, dict[str, str]], str], str],
-    case: Callable[[dict[str, str]], tuple[str, ...]] = lambda row: (row["workload"], row["batch"]),
-) -> str:
-    """A line for each case, a column for each engine measured. cell(the case's rows by engine, engine); case(row)
-    begins with the workload."""
-    names = [name for name in engines if any(row["engine"] == name for row in rows)]
-    lines = []
-    for workload, *others in dict.fromkeys(map(case, rows)):
-        mine = {row["engine"]: row for row in rows if case(row) == (workload, *others)}
-        cells = (cell(mine, name) if name in mine else "" for name in names)
-        lines.append((WORKLOADS[workload].label, *others, *cells))
-    batch = ["batch"] if len(case(rows[0])) > 1 else []
-    return markdown(("network", *batch, *(ENGINES[name].label for name in names)), lines)
-
-
-def _milliseconds(mine: dict[str, dict[str, str]], name: str) -> str:
-    value = 1e3 * float(mine[name]["seconds_median"])
-    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
-
-
-def _speed(mine: dict[str, dict[str, str]], name: str) -> str:
-    """Of W8A4 relative to an engine; empty if it was not measured."""
-    if ours(8) not in mine:
-        return ""
-    return _number(str(float(mine[name]["seconds_median"]) / float(mine[ours(8)]["seconds_median"])))
-
-
-def _kibibytes(mine: dict[str, dict[str, str]], name: str) -> str:
-    return f"{int(mine[name]['weight_bytes']) / 1024:,.0f}"
-
-
 def _inference_page(results: Results) -> list[str]:
     rows = results["inference"]
     stored = [name for name in ENGINES if "compile" not in name]
     promises = markdown(("", "instruction set", "promised", "measured", ""), _speed_rows(results))
     return [
-        _INFERENCE, _inference_table(rows, ENGINES, _milliseconds),
-        _INFERENCE_SPEEDS, _inference_table(rows, PEERS, _speed),
-        _INFERENCE_BYTES, _inference_table(rows, stored, _kibibytes, lambda row: (row["workload"],)),
+        _INFERENCE, tables.inference_table(rows, ENGINES, tables.milliseconds),
+        _INFERENCE_SPEEDS, tables.inference_table(rows, PEERS, tables.speed),
+        _INFERENCE_BYTES, tables.inference_table(rows, stored, tables.kibibytes, lambda row: (row["workload"],)),
         _INFERENCE_PROMISES, promises, _tried(results, INFERENCE_PROMISES), _setting(rows),
     ]  # fmt: skip
-
-
-def _layer_table(rows: list[dict[str, str]]) -> str:
-    """A line for each layer and batch, a column for each kind of numbers."""
-    cases: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
-    for row in rows:
-        cases.setdefault((row["layer"], row["shape"], row["batch"]), {})[row["numbers"]] = row
-    names = [name for name in dict.fromkeys(row["numbers"] for row in rows) if name != LAYER_BASE]
-    lines = []
-    for case, found in cases.items():
-        speeds = (_number(found[name][f"speed_over_{LAYER_BASE}"]) for name in names)
-        lines.append((*case, f"{1e6 * float(found[LAYER_BASE]['seconds_median']):,.0f}", *speeds))
-    return markdown(("layer", "", "batch", f"{LAYER_BASE}, us", *map(str.upper, names)), lines)
-
-
-def _mlp_table(rows: list[dict[str, str]]) -> str:
-    def megabytes(row: dict[str, str], name: str) -> str:
-        return f"{int(row[name]) / 1e6:,.1f}" if row[name] else ""
-
-    lines = (
-        (
-            row["shape"], row["way"], f"{1e3 * float(row['seconds_median']):.3f}", _number(row["speed_over_relu"]),
-            megabytes(row, "kept_bytes"), megabytes(row, "peak_bytes"),
-        )
-        for row in rows
-    )  # fmt: skip
-    return markdown(("", "activation", "ms", "speed", "kept, MB", "peak, MB"), lines)
 
 
 def gpu_page(results: Results) -> str:
     """docs/benchmarks-cuda.md; tables without results are omitted."""
     parts = [_GPU_INTRODUCTION]
     for table, text, make in (
-        ("kernels", _GPU_KERNELS, _kernel_table), ("peers", _GPU_PEERS, _peer_table),
-        ("memory", _GPU_MEMORY, _memory_table), ("mlp", _GPU_MLP, _mlp_table),
+        ("kernels", _GPU_KERNELS, tables.kernel_table), ("peers", _GPU_PEERS, tables.peer_table),
+        ("memory", _GPU_MEMORY, tables.memory_table), ("mlp", _GPU_MLP, tables.mlp_table),
     ):  # fmt: skip
         if results[table]:
             parts += [text, make(results[table]), _setting(results[table])]
@@ -417,8 +279,8 @@ def page(results: Results) -> str:
     if results["kernels"] or results["peers"]:
         parts += [_PROMISES, markdown(("", "upper bound", "measured", ""), _promise_rows(results)), _tried(results)]
     for table, text, make in (
-        ("kernels", _KERNELS, _kernel_table), ("threads", _THREADS, _thread_table), ("peers", _PEERS, _peer_table),
-        ("training", _TRAINING, _training_table),
+        ("kernels", _KERNELS, tables.kernel_table), ("threads", _THREADS, tables.thread_table),
+        ("peers", _PEERS, tables.peer_table), ("training", _TRAINING, tables.training_table),
     ):  # fmt: skip
         if results[table]:
             parts += [text, make(results[table]), _setting(results[table])]
@@ -427,7 +289,7 @@ def page(results: Results) -> str:
     if results["inference"]:
         parts += _inference_page(results)
     if results["layers"]:
-        parts += [_LAYERS + _layer_table(results["layers"]), _setting(results["layers"])]
+        parts += [_LAYERS + tables.layer_table(results["layers"]), _setting(results["layers"])]
     parts.append("For the memory and times of networks with packed activations, see [memory.md](memory.md).\n")
     parts.append(_SLOW)
     return "\n".join(part for part in parts if part)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bench import kernels, report, threads
+from bench import kernels, report, threads, timing
 
 pytestmark = pytest.mark.usefixtures("measured_here")
 NAMES = ["forward, 2 bits", "backward, clipped_relu"]
@@ -41,12 +41,19 @@ def test_rows_and_their_page(tmp_path, capsys):
     assert "| copy of x |" in table and "2 threads" in table
 
 
+def test_a_speed_is_the_time_of_one_thread_over_that_of_several():
+    one, several = (timing.Times(1, seconds, 5 * [0.0]) for seconds in (5 * [4.0], [1.0, 1.0, 2.0, 4.0, 4.0]))
+    (row,) = threads._rows("float32", 8, "", {"forward on a core on 1": one, "forward on a core on 2": several})
+    names = ("speed_over_one_thread_q20", "speed_over_one_thread", "speed_over_one_thread_q80")
+    assert (row["kernel"], *(float(row[name]) for name in names)) == ("forward on a core", 1, 2, 4)
+
+
 def test_it_runs_in_a_process_of_its_own():
     """The fixture measures in this one."""
     assert callable(pickle.loads(pickle.dumps(threads.SWEEP.measure)))
 
 
-def test_each_turn_has_its_threads(tmp_path, monkeypatch):
+def test_each_turn_has_its_threads(monkeypatch):
     """Of both jobs of a kernel, and of the check before them."""
     seen = []
     right = kernels.KERNELS[NAMES[0]]
