@@ -74,7 +74,8 @@ _THREADS = """\
 ## Several threads
 
 How many times as fast each kernel is on several threads as on one, by the wall clock. The copy says what memory allows:
-what arithmetic limits (see above) can gain more.
+what arithmetic limits (see above) can gain more. Codes to levels can gain less past the caches: they are stores with
+few loads, and one thread stores more of them a second than a copy does with all.
 """
 _PEERS = """\
 ## QReLU and alternatives
