@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import importlib.metadata
 import os
 import platform
 import re
@@ -35,6 +36,7 @@ sys.path.append(str(ROOT / "tests"))  # which run the kernels by themselves too:
 import cuda_host  # noqa: E402
 import host_cases  # noqa: E402
 import host_cases_signed  # noqa: E402
+import x86_emulator  # noqa: E402
 from cuda_host import Case  # noqa: E402
 
 RESULTS = TIMES.with_name("instructions.csv")
@@ -43,8 +45,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 _DESCRIPTION = """
 Counts the machine instructions that each CPU kernel of bench.kernels executes per
 element, for every instruction set that can be counted here. The kernels are built
-into a program of their own, which an emulator runs: valgrind for x86-64, qemu for
-AArch64, with a cross compiler. Nothing is timed: a busy machine counts the same.
+into a program of their own, which an emulator runs: Bochs for x86-64, whether this
+machine has AVX-512 or not; qemu for AArch64, with a cross compiler. Nothing is
+timed: a busy machine counts the same.
 """
 _EPILOG = """
 A count is what the functions of a kernel execute for 2^15 elements and not for
@@ -61,8 +64,8 @@ says of each promise that is missed which of the two is its limit.
 
 In the CSV what is counted takes the place of what was; other rows stay, each with
 the commit that it was counted at. An instruction set that cannot be counted is
-named, with the reason. Debian's and Ubuntu's packages:
-  x86-64   cmake g++ valgrind
+named, with the reason. Debian's and Ubuntu's packages, and pip's:
+  x86-64   cmake g++; pip install bochscpu-python==0.2.0
   AArch64  cmake g++-aarch64-linux-gnu qemu-user-static
 """
 
@@ -239,36 +242,25 @@ COUNTED = (*(name for name in (COPY, *KERNELS) if "two ops" not in name), *LAYER
 
 # The mangled names of the kernels' functions and of those within them; not of the program and of the C library.
 _OURS = re.compile(rb"_Z+NK?2cg")
-_COST = re.compile(rb"[-+*\d]\d* (\d+)$")  # of a line of a profile: where, and how many instructions
 
 
 class NotCounted(Exception):
     """Why an instruction set cannot be counted."""
 
 
-def _finished(command: list[str], status: int, error: bytes) -> None:
+def _finished(emulator: str, status: int, error: bytes) -> None:
     if status == -signal.SIGILL:
-        raise NotCounted(f"{command[0]} does not know its instructions")
+        raise NotCounted(f"{emulator} does not know its instructions")
     if status:
-        raise NotCounted(error.decode(errors="replace").strip() or f"{command[0]} ended with status {status}")
+        raise NotCounted(error.decode(errors="replace").strip() or f"{emulator} ended with status {status}")
 
 
-def callgrind(command: list[str], given: bytes) -> tuple[int, bytes]:
-    """(instructions of the kernels' functions, the output) of a program of this machine."""
-    with tempfile.TemporaryDirectory() as folder:
-        profile = Path(folder) / "profile"
-        options = ["--tool=callgrind", f"--callgrind-out-file={profile}", "--demangle=no", "--compress-strings=no"]
-        done = subprocess.run(["valgrind", "-q", *options, *command], input=given, capture_output=True)
-        _finished(["valgrind"], done.returncode, done.stderr)
-        total, ours, lines = 0, False, iter(profile.read_bytes().splitlines())
-        for line in lines:
-            if line.startswith(b"fn="):
-                ours = bool(_OURS.match(line, 3))
-            elif line.startswith(b"calls="):
-                next(lines)  # of the function that is called, which has lines of its own
-            elif ours and (cost := _COST.match(line)):
-                total += int(cost[1])
-    return total, done.stdout
+def bochs(command: list[str], given: bytes) -> tuple[int, bytes]:
+    """(instructions of the kernels' functions, the output) of a program for x86-64."""
+    emulator = [sys.executable, x86_emulator.__file__, "--count", _OURS.pattern.decode()]
+    done = subprocess.run([*emulator, *command], input=given, capture_output=True)
+    _finished("bochscpu-python", done.returncode, done.stderr)
+    return int(done.stderr.splitlines()[-1]), done.stdout
 
 
 def qemu(command: list[str], given: bytes) -> tuple[int, bytes]:
@@ -295,7 +287,7 @@ def qemu(command: list[str], given: bytes) -> tuple[int, bytes]:
                     lengths[start] += 1
                 elif line.strip(b"-\n"):
                     said.append(line)
-        _finished(command, process.returncode, b"".join(said))
+        _finished(command[0], process.returncode, b"".join(said))
         out.seek(0)
         return total, out.read()
 
@@ -315,7 +307,7 @@ class Machine:
     def why_not(self) -> str | None:
         if self.processors and platform.machine() not in self.processors:
             return f"this machine is {platform.machine()}"
-        missing = [tool for tool in self.tools if shutil.which(tool) is None]
+        missing = [tool for tool in self.tools if _version(tool) is None]
         return f"no {' and no '.join(missing)} found" if missing else None
 
     def build(self, folder: Path) -> Path:
@@ -347,8 +339,8 @@ class Machine:
 
 MACHINES = {
     "x86_64": Machine(
-        ("default", "avx2", "avx512"), ("avxvnni", "avx512vnni", "amx"), ("c++", "valgrind", "cmake"), callgrind,
-        ("x86_64", "AMD64"),
+        ("default", "avx2", "avx512"), ("avxvnni", "avx512vnni", "amx"), ("c++", "bochscpu-python", "cmake"), bochs,
+        ("x86_64", "AMD64"), {"EXE_LINKER_FLAGS": "-static"},
     ),
     "aarch64": Machine(
         ("default", "neon"), ("neondot", "neoni8mm"), ("aarch64-linux-gnu-g++", "qemu-aarch64-static", "cmake"), qemu,
@@ -360,9 +352,15 @@ MACHINES = {
 }  # fmt: skip
 
 
-def _version(tool: str) -> str:
-    done = subprocess.run([tool, "--version"], capture_output=True, text=True)
-    return (done.stdout or done.stderr).splitlines()[0]
+def _version(tool: str) -> str | None:
+    """Of a command or of a Python package; None where there is none."""
+    if shutil.which(tool):
+        done = subprocess.run([tool, "--version"], capture_output=True, text=True)
+        return (done.stdout or done.stderr).splitlines()[0]
+    try:
+        return f"{tool} {importlib.metadata.version(tool)}"
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def rows_of(machine: str, names: Iterable[str], dtypes: Iterable[str], folder: Path) -> Iterable[Row]:
