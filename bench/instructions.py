@@ -40,7 +40,7 @@ import x86_emulator  # noqa: E402
 from cuda_host import Case  # noqa: E402
 
 RESULTS = TIMES.with_name("instructions.csv")
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16")
 
 _DESCRIPTION = """
 Counts the machine instructions that each CPU kernel of bench.kernels executes per
@@ -445,7 +445,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--machines", nargs="+", choices=MACHINES, default=list(MACHINES), help="default: both")
-    add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES[:2], help="default: float32 bfloat16")
+    add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="default: both")
     add(
         "--only", nargs="+", choices=COUNTED, default=COUNTED, metavar="NAME",
         help=f"some of {', '.join(COUNTED)} (default: all)",
