@@ -119,7 +119,7 @@ _SMALL = (
     " is called without Python's schema search; the derivative is in C++ and enters below autograd."
 )
 _IN_CACHE = (
-    "2^16 elements: a few comparisons (AVX2) or a table search (AVX-512) halved the arithmetic's time in cache."
+    "2^16 elements: a few comparisons halved the arithmetic's time in cache."
     " What remains is that an exact staircase takes more instructions than a maximum, and the cost of the call (see"
     " 4 elements)."
 )

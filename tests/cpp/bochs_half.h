@@ -18,5 +18,7 @@ inline __m256i nearest_halves(__m512 v) {
 }
 
 }  // namespace
-#define _mm512_cvtps_ph(v, rounding) nearest_halves(v)
+#define _mm512_cvtps_ph(v, rounding)                                                 \
+  ((rounding) == (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC) ? nearest_halves(v) \
+                                                                 : _mm512_maskz_cvtps_ph(0xffff, v, rounding))
 #endif

@@ -12,7 +12,7 @@ namespace cg::avx2 {
 template <class T>
 struct CompareKey : CompareKey16<T, CompareKey<T>> {
   using Base = CompareKey16<T, CompareKey>;
-  using Base::all, Base::indices, Base::max_magnitude, Base::whole;
+  using Base::all, Base::indices, Base::max_magnitude;
   using typename Base::Index;
   static constexpr int kSearchBits = std::is_same_v<T, bf16> ? 5 : 6, kCompareBits = 2, kHalvesBits = 5;
   static constexpr bool kArithmetic = true, kHoldsBlock = true;
@@ -46,50 +46,6 @@ struct CompareKey : CompareKey16<T, CompareKey<T>> {
     for (const CompareKey each : x) largest = max_magnitude(largest, each);
     return any_above(largest, kInfinityBits<T>);
   }
-  static CG_HD CompareKey clamp(CompareKey a, CompareKey low, CompareKey high) {
-    return {{_mm256_max_epi16(_mm256_min_epi16(a.v, high.v), low.v)}};
-  }
-  static CG_HD CompareKey of(Index from) { return {{from}}; }
-  CG_HD CompareKey plus(int by) const { return {{_mm256_add_epi16(this->v, indices(by))}}; }
-  static CG_HD Mask differ(CompareKey a, CompareKey b) { return greater(a, b) | greater(b, a); }
-  // Numbers halfway between two of T, and rounding to T with ties up. Constants are hidden from the compiler, which
-  // would make them anew for each block.
-  struct Halves {
-    Register one = indices(1), half = _mm256_set1_epi32(std::is_same_v<T, bf16> ? 0x8000 : 0x1000);
-    CG_HD Halves() { asm("" : "+x"(one), "+x"(half)); }
-
-    // As floats, halfway to the next number of T from the one below x; from one between `low` and `high`, if x is not.
-    // (Not of subnormal numbers of float16.)
-    CG_HD Pair<Floats> halfway_down(CompareKey x, CompareKey low, CompareKey high) const {
-      const Register below = clamp({{_mm256_subs_epi16(x.v, one)}}, low, high).v;
-      if constexpr (std::is_same_v<T, bf16>) {
-        return {Floats::of_bits(blend_odd(half, _mm256_slli_epi32(below, 16))),
-                Floats::of_bits(blend_odd(half, below))};
-      } else {
-        const Pair<Floats> v = split<T>(below);
-        return {Floats::of_bits(_mm256_add_epi32(v.first.bits(), half)),
-                Floats::of_bits(_mm256_add_epi32(v.second.bits(), half))};
-      }
-    }
-    CG_HD CompareKey rounded(Pair<Floats> v) const {
-      if constexpr (std::is_same_v<T, bf16>) {
-        const Register even = _mm256_add_epi32(v.first.bits(), half), odd = _mm256_add_epi32(v.second.bits(), half);
-        return {{blend_odd(_mm256_srli_epi32(even, 16), odd)}};
-      } else {
-        return CompareKey::rounded(v);
-      }
-    }
-  };
-  static CG_HD CompareKey level(Pair<Floats> from) { return {{join<T>(from)}}; }
-  // Rounds down to T; `from` is not negative.
-  static CG_HD CompareKey floor(Pair<Floats> from) {
-    if constexpr (std::is_same_v<T, bf16>) {
-      return {{blend_odd(_mm256_srli_epi32(from.first.bits(), 16), from.second.bits())}};
-    } else {
-      const auto halves = [](Floats v) { return _mm256_cvtps_ph(v.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC); };
-      return {{join_halves(halves(from.first), halves(from.second))}};
-    }
-  }
   // Loads floats in the order of floats().
   static CG_HD Pair<Floats> load_floats(const float* p) {
     const __m256 low = _mm256_loadu_ps(p), high = _mm256_loadu_ps(p + 8);
@@ -99,12 +55,9 @@ struct CompareKey : CompareKey16<T, CompareKey<T>> {
     };
     return {gather(_mm256_shuffle_ps(low, high, 0x88)), gather(_mm256_shuffle_ps(low, high, 0xdd))};
   }
-  // From lanes in the order of floats(): masks, and small integers.
+  // From lanes in the order of floats().
   static CG_HD Mask mask(Pair<LaneMask<float>> m) {
     return narrow(_mm256_castps_si256(m.first.m), _mm256_castps_si256(m.second.m));
-  }
-  static CG_HD Index whole(Pair<Floats> from) {
-    return narrow(_mm256_cvtps_epi32(from.first.v), _mm256_cvtps_epi32(from.second.v));
   }
   static CG_HD Register narrow(__m256i first, __m256i second) {
     if constexpr (std::is_same_v<T, bf16>) return blend_odd(first, _mm256_slli_epi32(second, 16));
@@ -179,9 +132,7 @@ struct CompareKey<float> : CompareKey32<CompareKey<float>> {
   static CG_HD bool any_above(CompareKey largest, float most) {
     return _mm256_movemask_epi8(_mm256_cmpgt_epi32(largest.bits(), all(most).bits())) != 0;
   }
-  static CG_HD CompareKey level(Floats from) { return {{from.v}}; }
-  static CG_HD CompareKey floor(Floats from) { return {{from.v}}; }
-  static CG_HD Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
+  static CG_HD Index whole(Floats from) { return from; }
   template <int kWidth>
   static CG_HD void store_codes(uint8_t* to, const Index (&codes)[kGroup]) {
     const auto words = [&](int i) {

@@ -3,14 +3,9 @@
 
 #include "compare_key.h"
 
-#include "../generic/level_table.h"
+#include "../x86/level_table.h"
 
 namespace cg::avx2 {
-
-CG_HD void store_or_stream(void* to, Register v, bool stream) {
-  if (stream) stream_register(to, v);
-  else store_register(to, v);
-}
 
 template <class T>
   requires(sizeof(T) <= 4)
@@ -28,16 +23,6 @@ struct LevelTable<T, 1> {
     for (int i = 0; i < 64; i += static_cast<int>(sizeof(Register) / sizeof(T))) {
       store_or_stream(y + i, block.template mask<sizeof(T)>(i) & level, stream);
     }
-  }
-};
-
-template <>
-struct LevelTable<float, 2> {
-  static constexpr bool kServed = true;
-  SmallTable<Floats> table;
-  CG_HD LevelTable(const float* levels, float) : table(levels, 4) {}
-  CG_HD void store(const uint8_t* packed, float* y, bool stream) const {
-    for (int i = 0; i < 64; i += 16) store_pair(y + i, weights_of<false>(packed, table, i), stream);
   }
 };
 
@@ -87,36 +72,6 @@ struct LevelTable<T, kWidth> {
       };
       store_two(y, _mm256_unpacklo_epi8(of[0][0], of[0][1]), _mm256_unpacklo_epi8(of[1][0], of[1][1]));
       store_two(y + 32, _mm256_unpackhi_epi8(of[0][0], of[0][1]), _mm256_unpackhi_epi8(of[1][0], of[1][1]));
-    }
-  }
-};
-
-// Products, two registers of even and odd places; if no level is a tie, rounded in a quarter of the instructions.
-template <>
-struct LevelTable<bf16, 8> {
-  static constexpr bool kServed = true;
-  Floats alpha;
-  bool ties_up = true;
-  CG_HD LevelTable(const bf16* levels, float step) : alpha(step) {
-    for (int k = 0; k < 256; k += 16) {
-      uint8_t codes[16];
-      for (int i = 0; i < 16; ++i) codes[i] = static_cast<uint8_t>(k + i);
-      const __m256i equal = _mm256_cmpeq_epi16(at<false>(codes), load_register(levels + k));
-      ties_up = ties_up && _mm256_movemask_epi8(equal) == -1;
-    }
-  }
-  template <bool kTiesToEven>
-  CG_HD Register at(const uint8_t* codes) const {
-    const __m256i words = _mm256_cvtepu8_epi16(load_half(codes));
-    const Floats even = _mm256_cvtepi32_ps(words & _mm256_set1_epi32(0xffff));
-    const Floats odd = _mm256_cvtepi32_ps(_mm256_srli_epi32(words, 16));
-    return join<bf16, kTiesToEven>({mul(even, alpha), mul(odd, alpha)});
-  }
-  CG_HD void store(const uint8_t* codes, bf16* y, bool stream) const {
-    if (ties_up) {
-      for (int i = 0; i < 64; i += 16) store_or_stream(y + i, at<false>(codes + i), stream);
-    } else {
-      for (int i = 0; i < 64; i += 16) store_or_stream(y + i, at<true>(codes + i), stream);
     }
   }
 };

@@ -18,7 +18,7 @@ struct BlockStates : WordStates {
 };
 
 template <int kCount, class U>
-CG_HD void masked_copy(const U* from, U* to, uint64_t bits, int first, bool stream) {
+CG_HD void masked_copy(const U* from, U* to, uint64_t bits, int first, bool stream, bool /*cached*/ = false) {
   for (int i = first; i < first + kCount; i += 64 / static_cast<int>(sizeof(U))) {
     __m512i v;
     if constexpr (sizeof(U) == 2) v = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(bits >> i), from + i);

@@ -9,10 +9,10 @@
 namespace cg::avx512 {
 
 CG_HD void store_word(uint8_t* to, uint64_t bits) { memcpy(to, &bits, sizeof(bits)); }
+// 2 bits each: of one mask and of another.
 CG_HD void store_words(uint8_t* to, uint64_t low, uint64_t high) {
-  for (int half = 0; half < 2; ++half) {
-    store_word(to + 8 * half, spread_bits(low >> 32 * half) | spread_bits(high >> 32 * half) << 1);
-  }
+  const __m512i lower = _mm512_maskz_set1_epi8(low, 1);
+  bitpack_register<2>(_mm512_mask_add_epi8(lower, high, lower, _mm512_set1_epi8(2)), to);
 }
 
 template <class T>
@@ -20,16 +20,16 @@ struct CompareKey : CompareKey16<T, CompareKey<T>> {
   using Base = CompareKey16<T, CompareKey>;
   using Base::all, Base::indices, Base::load, Base::max_magnitude;
   using typename Base::Index;
-  static constexpr int kSearchBits = 8, kCompareBits = 0;
-  static constexpr bool kArithmetic = false, kHoldsBlock = false;
-  static constexpr int kEntries = 32, kIndexStart = 0, kIndexUnit = 1;
+  static constexpr int kSearchBits = 8, kCompareBits = 2, kHalvesBits = 5;
+  static constexpr bool kArithmetic = true, kHoldsBlock = false;
+  static constexpr int kGroup = 2, kEntries = 32, kIndexStart = 0, kIndexUnit = 1;
   using Mask = __mmask32;
 
   static CG_HD Mask greater(CompareKey a, CompareKey b) { return _mm512_cmpgt_epi16_mask(a.v, b.v); }
   static CG_HD Mask at_most(Mask m, CompareKey a, CompareKey high) {
     return _mm512_mask_cmple_epi16_mask(m, a.v, high.v);
   }
-  static CG_HD uint64_t word(const Mask (&m)[2]) { return m[0] | uint64_t{m[1]} << 32; }
+  static CG_HD uint64_t word(const Mask (&m)[2]) { return _mm512_kunpackd(m[1], m[0]); }
   static CG_HD void store_bits(uint8_t* to, const Mask (&m)[2]) { store_word(to, word(m)); }
   static CG_HD void store_states(uint8_t* to, const Mask (&low)[2], const Mask (&high)[2]) {
     store_words(to, word(low), word(high));
@@ -37,10 +37,29 @@ struct CompareKey : CompareKey16<T, CompareKey<T>> {
   static CG_HD CompareKey select(Mask m, CompareKey a, CompareKey b) {
     return {{_mm512_mask_blend_epi16(m, b.v, a.v)}};
   }
+  static CG_HD Mask choose(Mask m, Mask a, Mask b) { return a ^ m ^ b; }
   static CG_HD CompareKey masked(Mask m, CompareKey a) { return {{_mm512_maskz_mov_epi16(m, a.v)}}; }
+  static CG_HD Index masked(Mask m, Index a) { return _mm512_maskz_mov_epi16(m, a); }
   static CG_HD bool any_above(CompareKey largest, int16_t most) { return greater(largest, all(most)) != 0; }
   static CG_HD bool any_nan(const int16_t* x) {
     return any_above(max_magnitude(max_magnitude(all(0), load(x)), load(x + 32)), kInfinityBits<T>);
+  }
+  // Loads floats in the order of floats().
+  static CG_HD Pair<Floats> load_floats(const float* p) {
+    const __m512 low = _mm512_loadu_ps(p), high = _mm512_loadu_ps(p + 16);
+    if constexpr (std::is_same_v<T, f16>) return {low, high};
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return {_mm512_permutex2var_ps(low, even, high), _mm512_permutex2var_ps(low, odd, high)};
+  }
+  // From lanes in the order of floats().
+  static CG_HD Mask mask(Pair<LaneMask<float>> m) {
+    if constexpr (std::is_same_v<T, f16>) return m.first.m | Mask{m.second.m} << 16;
+    return static_cast<Mask>(spread_bits(m.first.m) | spread_bits(m.second.m) << 1);
+  }
+  static CG_HD Register narrow(Register first, Register second) {
+    if constexpr (std::is_same_v<T, bf16>) return blend_odd(first, _mm512_slli_epi32(second, 16));
+    else return join_halves(narrow_lanes(first), narrow_lanes(second));
   }
   static CG_HD Index load_indices(const uint8_t* codes) { return _mm512_cvtepu8_epi16(load_half(codes)); }
   static CG_HD Index raise(Index a, Mask m, int by) { return _mm512_mask_add_epi16(a, m, a, indices(by)); }
@@ -63,9 +82,8 @@ struct CompareKey<double> : NoCompareKey {};
 
 template <>
 struct CompareKey<float> : CompareKey32<CompareKey<float>> {
-  static constexpr int kSearchBits = 3, kCompareBits = 0;
-  static constexpr bool kArithmetic = false, kHoldsBlock = false;
-  static constexpr int kEntries = 16, kIndexStart = 0, kIndexUnit = 1;
+  static constexpr int kSearchBits = 2, kCompareBits = 2, kGroup = 4;
+  static constexpr bool kArithmetic = true, kHoldsBlock = false;
   using Mask = __mmask16;
   using Index = Register;
 
@@ -74,7 +92,7 @@ struct CompareKey<float> : CompareKey32<CompareKey<float>> {
     return _mm512_mask_cmp_ps_mask(m, a.v, high.v, _CMP_LE_OQ);
   }
   static CG_HD uint64_t word(const Mask (&m)[4]) {
-    return m[0] | uint64_t{m[1]} << 16 | uint64_t{m[2]} << 32 | uint64_t{m[3]} << 48;
+    return _mm512_kunpackd(_mm512_kunpackw(m[3], m[2]), _mm512_kunpackw(m[1], m[0]));
   }
   static CG_HD void store_bits(uint8_t* to, const Mask (&m)[4]) { store_word(to, word(m)); }
   static CG_HD void store_states(uint8_t* to, const Mask (&low)[4], const Mask (&high)[4]) {
@@ -88,15 +106,9 @@ struct CompareKey<float> : CompareKey32<CompareKey<float>> {
   static CG_HD bool any_above(CompareKey largest, float most) {
     return _mm512_cmpgt_epi32_mask(largest.bits(), all(most).bits()) != 0;
   }
+  static CG_HD Mask choose(Mask m, Mask a, Mask b) { return static_cast<Mask>(a ^ m ^ b); }
   static CG_HD CompareKey masked(Mask m, CompareKey a) { return {{_mm512_maskz_mov_ps(m, a.v)}}; }
-  static CG_HD Index indices(int from) { return _mm512_set1_epi32(from); }
-  static CG_HD Index raise(Index a, Mask m, int by) { return _mm512_mask_add_epi32(a, m, a, indices(by)); }
-  template <int kRegisters>
-  static CG_HD CompareKey look_up(const CompareKey* table, Index index) {
-    static_assert(kRegisters == 1);
-    return {{_mm512_permutexvar_ps(index, table[0].v)}};
-  }
-  static CG_HD Index whole(CompareKey from) { return _mm512_cvtps_epi32(from.v); }
+  static CG_HD Index whole(Floats from) { return _mm512_cvtps_epi32(from.v); }
   template <int kWidth>
   static CG_HD void store_codes(uint8_t* to, const Index (&codes)[4]) {
     const auto bytes = [&](int i) { return _mm512_cvtepi32_epi8(codes[i]); };

@@ -1,4 +1,4 @@
-#include "compare_key.h"
+#include "level_table.h"
 
 #include "../generic/kernels.h"
 

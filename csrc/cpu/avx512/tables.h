@@ -30,12 +30,16 @@ template <class V>
 struct SmallTable {
   static constexpr int kSize = 0;
 };
+// Fewer entries repeat.
 template <>
 struct SmallTable<Floats> {
   static constexpr int kSize = 16;
   Floats entries;
-  CG_HD SmallTable(const float* from, int size)
-      : entries(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << size) - 1), from)) {}
+  CG_HD SmallTable(const float* from, int size) {
+    float repeated[kSize];
+    for (int i = 0; i < kSize; ++i) repeated[i] = from[i % size];
+    entries = Io<float>::load(repeated);
+  }
   CG_HD Floats at(const uint8_t* codes) const {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
     return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(bytes), entries.v);
@@ -73,7 +77,57 @@ CG_HD void backward_from_slopes_block(const bf16* grad_y, const uint8_t* packed,
   }
 }
 
+// The entries for the 2-bit codes of a block's 32 elements from `first` on, of both halves or of the even and the odd
+// elements; and those times dy, added to the sums.
+template <bool kEvenOdd>
+CG_HD Pair<Floats> weights_of(const uint8_t* packed, const SmallTable<Floats>& weights, int first) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const auto half = [&](int at) {
+    int word;
+    memcpy(&word, packed + first / 4 + at, sizeof(word));
+    return _mm512_set1_epi32(word);
+  };
+  __m512i one, other;  // in the low bits of each lane, with others' above
+  if constexpr (kEvenOdd) {
+    const __m512i place = _mm512_slli_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(7)), 2);
+    one = _mm512_srlv_epi32(_mm512_mask_mov_epi32(half(0), 0xff00, half(4)), place);
+    other = _mm512_srli_epi32(one, 2);
+  } else {
+    const __m512i place = _mm512_slli_epi32(lane, 1);
+    one = _mm512_srlv_epi32(half(0), place), other = _mm512_srlv_epi32(half(4), place);
+  }
+  return {_mm512_permutevar_ps(weights.entries.v, one), _mm512_permutevar_ps(weights.entries.v, other)};
+}
+template <class T>
+CG_HD void add_weighed(const T* grad_y, const uint8_t* packed, const SmallTable<Floats>& weights, int first,
+                       Pair<Floats>& sums) {
+  sums = mul_add(load_pair(grad_y + first), weights_of<std::is_same_v<T, bf16>>(packed, weights, first), sums);
+}
+
+// The same for terms of many channels, none of which may be infinity or NaN times 0; and those, added to numbers in
+// memory.
+template <class T>
+CG_HD void add_each_weighed(const T* grad_y, const uint8_t* packed, const SmallTable<Floats>& weights, int first,
+                            Pair<Floats>& sums) {
+  const Pair<Floats> dy = load_pair(grad_y + first);
+  const Pair<Floats> weight = weights_of<std::is_same_v<T, bf16>>(packed, weights, first);
+  const auto add = [](Floats dy, Floats weight, Floats& sum) {
+    sum = _mm512_mask3_fmadd_ps(dy.v, weight.v, sum.v, (weight != Floats(0.f)).m);
+  };
+  add(dy.first, weight.first, sums.first), add(dy.second, weight.second, sums.second);
+}
+template <class T>
+CG_HD void add_pair_of(float* to, Pair<Floats> v) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    v = {_mm512_permutex2var_ps(v.first.v, low, v.second.v), _mm512_permutex2var_ps(v.first.v, high, v.second.v)};
+  }
+  Io<float>::store(to, Io<float>::load(to) + v.first);
+  Io<float>::store(to + 16, Io<float>::load(to + 16) + v.second);
+}
+
 template <class V>
-constexpr bool kAddsWeighed = false;
+constexpr bool kAddsWeighed = std::is_same_v<V, Floats>;
 
 }  // namespace cg::avx512

@@ -43,18 +43,20 @@ CG_HD void dequantize_packed(const Dequantize& a, int64_t first, int64_t last, f
     levels[k] = bit_cast<T>(compare_key_floor<T>(level<T>(static_cast<float>(k), alpha)));
   }
   const LevelTable<T, kWidth> table(levels, alpha);
+  const uint8_t* const codes_of_all = a.codes;
   T* const y_of_all = static_cast<T*>(a.y);
-  for (int64_t block = first; block < last; ++block) {
-    const int count = block_count(a.count, block);
-    if (count == kBlock) {
-      table.store(a.codes + block * 8 * kWidth, y_of_all + block * kBlock, a.stream);
-    } else {
-      uint64_t packed[kWidth];
-      T copy[kBlock];
-      read_packed<kWidth>(a.codes, block, count, packed);
-      table.store(reinterpret_cast<const uint8_t*>(packed), copy, false);
-      memcpy(y_of_all + block * kBlock, copy, count * sizeof(T));
-    }
+  const int64_t count = a.count, whole = last < count / kBlock ? last : count / kBlock;
+  const bool stream = a.stream;
+  for (int64_t block = first; block < whole; ++block) {
+    table.store(codes_of_all + block * 8 * kWidth, y_of_all + block * kBlock, stream);
+  }
+  if (whole < last) {
+    const int rest = block_count(count, whole);
+    uint64_t packed[kWidth];
+    T copy[kBlock];
+    read_packed<kWidth>(codes_of_all, whole, rest, packed);
+    table.store(reinterpret_cast<const uint8_t*>(packed), copy, false);
+    memcpy(y_of_all + whole * kBlock, copy, rest * sizeof(T));
   }
 }
 

@@ -145,7 +145,7 @@ struct PackedCodes<T, true> {
 
   CG_HD void add(int i, Pair<V> codes) {
     const int at = i % kGroup / Key::kCount;
-    if constexpr (kPair > Key::kCount) found[at] = codes.first, found[at + 1] = codes.second;
+    if constexpr (kPair > Key::kCount) found[at] = Key::whole(codes.first), found[at + 1] = Key::whole(codes.second);
     else found[at] = Key::whole(codes);
     if ((i + kPair) % kGroup != 0) return;
     uint8_t* const group = to + (i + kPair - kGroup) * width / 8;

@@ -42,7 +42,7 @@ struct CompareStaircase {
           R == Rounding::nearest ? Key::greater(x[i], Key::all(0)) : greater[0];  // else the first threshold is 0
       if constexpr (kCodes) {
         found[kBits - 1][i] = greater[kTop / 2];
-        if constexpr (kBits == 2) found[0][i] = Key::choose(greater[1], greater[2], greater[0]);
+        if constexpr (kBits == 2) found[0][i] = Key::choose(greater[1], greater[2], greater[0]);  // each in the next
       }
     }
   }
@@ -201,7 +201,7 @@ struct ArithmeticStaircase {
       if constexpr (sizeof(T) == sizeof(float)) {
         const Quantized<F> number = quantize_number<T, R>(x[i].floats(), step, factor, q);
         y[i] = Key::level(number.y);
-        if constexpr (kCodes) found[i] = number.code;
+        if constexpr (kCodes) found[i] = Key::whole(number.code);
       } else {
         // Of the last levels several may be equal: only x shows which of their codes it has.
         const Key in_range = kCodes ? Key::masked(positive[i], x[i]) : Key::clamp(x[i], Key::all(0), top(i));

@@ -137,6 +137,7 @@ struct CompareKey<float> {
   static CG_HD Mask greater(CompareKey a, CompareKey b) { return vcgtq_f32(a.v, b.v); }
   static CG_HD Mask at_most(Mask m, CompareKey a, CompareKey high) { return vbicq_u32(m, greater(a, high)); }
   static CG_HD CompareKey masked(Mask m, CompareKey a) { return {as_numbers(m & a.bits())}; }
+  static CG_HD Index whole(Floats from) { return from; }
   static CG_HD Mask choose(Mask m, Mask a, Mask b) { return vbslq_u32(m, a, b); }
   static CG_HD CompareKey select(Mask m, CompareKey a, CompareKey b) { return {vbslq_f32(m, a.v, b.v)}; }
   static CG_HD void store_bits(uint8_t* to, const Mask (&m)[kGroup]) {
