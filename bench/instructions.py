@@ -5,17 +5,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
-import importlib.metadata
 import os
-import platform
-import re
-import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,18 +19,12 @@ from coarsegrad import reference
 from coarsegrad.experiments.measure import environment
 from coarsegrad.integer.weights import pack_weights
 
+from .against import SLOWER
 from .bounds import COPY, GHZ, LAYER_DTYPE, PER_CYCLE, least_seconds, rows_in, times_of
+from .counters import MACHINES, ROOT, Case, Machine, NotCounted, host_cases, host_cases_signed
 from .kernels import ALPHA, BITS, GROUP, KERNELS, LAYOUTS, ROW
 from .kernels import RESULTS as TIMES
 from .timing import BenchError, Row, write_csv
-
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "tests"))  # which run the kernels by themselves too: cases and program are theirs
-import cuda_host  # noqa: E402
-import host_cases  # noqa: E402
-import host_cases_signed  # noqa: E402
-import x86_emulator  # noqa: E402
-from cuda_host import Case  # noqa: E402
 
 RESULTS = TIMES.with_name("instructions.csv")
 DTYPES = ("float32", "bfloat16")
@@ -62,6 +49,9 @@ to it, if bench/results/kernels.csv has the instruction set, what was measured a
 2^24 elements: a copy of as many bytes, and the kernel. `python -m bench.report`
 says of each promise that is missed which of the two is its limit.
 
+--against CHECKOUT counts the kernels of another checkout's csrc/ too, with the same
+cases, and prints both; nothing is written.
+
 In the CSV what is counted takes the place of what was; other rows stay, each with
 the commit that it was counted at. An instruction set that cannot be counted is
 named, with the reason. Debian's and Ubuntu's packages, and pip's:
@@ -73,7 +63,6 @@ named, with the reason. Debian's and Ubuntu's packages, and pip's:
 
 # Whole chunks of sums, and whole rows of every layout.
 COUNTS = (2**14, 2**15)
-CHUNK_BLOCKS = 256  # as csrc/cpu/ops.cpp has them
 
 
 def _layout(x: Tensor, per: str | None) -> tuple[Tensor, tuple[int, ...] | None]:
@@ -238,140 +227,32 @@ def cases(dtype: torch.dtype, count: int) -> dict[str, list[Case]]:
 
 COUNTED = (*(name for name in (COPY, *KERNELS) if "two ops" not in name), *LAYERS)  # of the two one is torch's
 
-# ---------------------------------------------------------------------------------------- the counters
-
-# The mangled names of the kernels' functions and of those within them; not of the program and of the C library.
-_OURS = re.compile(rb"_Z+NK?2cg")
+# ------------------------------------------------------------------------------------------ the counts
 
 
-class NotCounted(Exception):
-    """Why an instruction set cannot be counted."""
-
-
-def _finished(emulator: str, status: int, error: bytes) -> None:
-    if status == -signal.SIGILL:
-        raise NotCounted(f"{emulator} does not know its instructions")
-    if status:
-        raise NotCounted(error.decode(errors="replace").strip() or f"{emulator} ended with status {status}")
-
-
-def bochs(command: list[str], given: bytes) -> tuple[int, bytes]:
-    """(instructions of the kernels' functions, the output) of a program for x86-64."""
-    emulator = [sys.executable, x86_emulator.__file__, "--count", _OURS.pattern.decode()]
-    done = subprocess.run([*emulator, *command], input=given, capture_output=True)
-    _finished("bochscpu-python", done.returncode, done.stderr)
-    return int(done.stderr.splitlines()[-1]), done.stdout
-
-
-def qemu(command: list[str], given: bytes) -> tuple[int, bytes]:
-    """The same of a program for AArch64. qemu lists the instructions of each stretch without a branch that it
-    translates, and names the stretches that it runs."""
-    with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as out:
-        source.write(given)
-        source.seek(0)
-        command = ["qemu-aarch64-static", "-d", "in_asm,exec,nochain", *command]
-        lengths: dict[int, int] = {}
-        total, start, said = 0, None, []
-        with subprocess.Popen(command, stdin=source, stdout=out, stderr=subprocess.PIPE) as process:
-            for line in process.stderr:
-                if line.startswith(b"Trace "):
-                    _, state, name = re.split(rb"[\[\]]", line)
-                    if _OURS.match(name.strip()):
-                        total += lengths[int(state.split(b"/")[1], 16)]
-                elif line.startswith(b"IN:"):
-                    start = None
-                elif line.startswith(b"0x"):
-                    if start is None:
-                        start = int(line[: line.index(b":")], 16)
-                        lengths[start] = 0
-                    lengths[start] += 1
-                elif line.strip(b"-\n"):
-                    said.append(line)
-        _finished(command[0], process.returncode, b"".join(said))
-        out.seek(0)
-        return total, out.read()
-
-
-@dataclass(frozen=True)
-class Machine:
-    """sets: the instruction sets that have kernels. layer_sets: those for layers on codes alone. tools: what must be
-    there. settings: of the build."""
-
-    sets: tuple[str, ...]
-    layer_sets: tuple[str, ...]
-    tools: tuple[str, ...]
-    count: Callable[[list[str], bytes], tuple[int, bytes]]
-    processors: tuple[str, ...] = ()  # that it runs on; none if on all
-    settings: dict[str, str] = field(default_factory=dict)
-
-    def why_not(self) -> str | None:
-        if self.processors and platform.machine() not in self.processors:
-            return f"this machine is {platform.machine()}"
-        missing = [tool for tool in self.tools if _version(tool) is None]
-        return f"no {' and no '.join(missing)} found" if missing else None
-
-    def build(self, folder: Path) -> Path:
-        """The program, with the optimisation of a release."""
+def per_element(machine: Machine, program: Path, isa: str, kernel: str, dtype: torch.dtype) -> float:
+    """Of layers on codes per product."""
+    totals = []
+    for count in COUNTS:
         try:
-            cuda_host.configure(ROOT, folder, "-O3 -DNDEBUG -w", **self.settings)
-            return cuda_host.build(folder, "cpu_host")
-        except cuda_host.HostRunnerError as error:
-            raise BenchError(f"the kernels could not be built:\n{error}") from error
-
-    def versions(self) -> Row:
-        return {name: _version(tool) for name, tool in zip(("compiler", "counter"), self.tools)}
-
-    def per_element(self, program: Path, isa: str, kernel: str, dtype: torch.dtype) -> float:
-        """Of layers on codes per product."""
-        totals = []
-        for count in COUNTS:
-            total = 0
-            for case in cases(dtype, count)[kernel]:
-                instructions, output = self.count([str(program), isa, str(CHUNK_BLOCKS)], case.encode())
-                (result,) = cuda_host.outputs([case], output)
-                if wrong := host_cases.wrong_outputs(case, result):
-                    raise BenchError(f"{kernel!r}: {', '.join(wrong)} differs from the reference ({isa}, {dtype})")
-                total += instructions
-            totals.append(total)
-        per_code = (totals[1] - totals[0]) / (COUNTS[1] - COUNTS[0])
-        return per_code / LAYERS[kernel].products if kernel in LAYERS else per_code
+            totals.append(sum(machine.executed(program, isa, case) for case in cases(dtype, count)[kernel]))
+        except AssertionError as wrong:
+            raise BenchError(f"{kernel!r}: {wrong} differs from the reference ({isa}, {dtype})") from None
+    per_code = (totals[1] - totals[0]) / (COUNTS[1] - COUNTS[0])
+    return per_code / LAYERS[kernel].products if kernel in LAYERS else per_code
 
 
-MACHINES = {
-    "x86_64": Machine(
-        ("default", "avx2", "avx512"), ("avxvnni", "avx512vnni", "amx"), ("c++", "bochscpu-python", "cmake"), bochs,
-        ("x86_64", "AMD64"), {"EXE_LINKER_FLAGS": "-static"},
-    ),
-    "aarch64": Machine(
-        ("default", "neon"), ("neondot", "neoni8mm"), ("aarch64-linux-gnu-g++", "qemu-aarch64-static", "cmake"), qemu,
-        settings={
-            "SYSTEM_NAME": "Linux", "SYSTEM_PROCESSOR": "aarch64", "CXX_COMPILER": "aarch64-linux-gnu-g++",
-            "EXE_LINKER_FLAGS": "-static",
-        },
-    ),
-}  # fmt: skip
-
-
-def _version(tool: str) -> str | None:
-    """Of a command or of a Python package; None where there is none."""
-    if shutil.which(tool):
-        done = subprocess.run([tool, "--version"], capture_output=True, text=True)
-        return (done.stdout or done.stderr).splitlines()[0]
-    try:
-        return f"{tool} {importlib.metadata.version(tool)}"
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def rows_of(machine: str, names: Iterable[str], dtypes: Iterable[str], folder: Path) -> Iterable[Row]:
-    """A row for each kernel, and one for an instruction set that is not counted."""
+def rows_of(
+    machine: str, names: Iterable[str], dtypes: Iterable[str], folder: Path, sources: Path = ROOT
+) -> Iterable[Row]:
+    """A row for each kernel of a tree of sources, and one for an instruction set that is not counted."""
     here = MACHINES[machine]
     facts = {"machine": machine, "compiler": "", "counter": "", **_facts()}
     not_counted = dict.fromkeys(("dtype", "kernel", "instructions_per_element"), "")
     why_not = here.why_not()
     if why_not is None:
         facts |= here.versions()
-        program = here.build(folder / machine)
+        program = here.build(folder / machine, sources)
     layers = [(LAYER_DTYPE, name) for name in names if name in LAYERS]
     others = [(dtype, name) for dtype in dtypes for name in names if name not in LAYERS]
     wanted = {**dict.fromkeys(here.sets, others + layers), **dict.fromkeys(here.layer_sets, layers)}
@@ -380,7 +261,7 @@ def rows_of(machine: str, names: Iterable[str], dtypes: Iterable[str], folder: P
             if why_not is not None:
                 raise NotCounted(why_not)
             for dtype, name in wanted[isa]:
-                count = here.per_element(program, isa, name, getattr(torch, dtype))
+                count = per_element(here, program, isa, name, getattr(torch, dtype))
                 yield {
                     "instruction_set": isa, "dtype": dtype, "kernel": name,
                     "instructions_per_element": f"{count:.4g}", "not_counted": "", **facts,
@@ -427,6 +308,35 @@ def _line(row: Row, times: list[dict[str, str]], per_cycle: float, ghz: float) -
     return _COLUMNS.format(*names, f"{count:.3g}", *cells, *[""] * (3 - len(cells))).rstrip()
 
 
+_OTHER = ("machine", "set", "dtype", "kernel", "instructions", "other", "ratio", "")
+
+
+def compare(machines: Iterable[str], names: Iterable[str], dtypes: Iterable[str], folder: Path, checkout: Path) -> str:
+    """Prints the counts of both, and returns what takes more instructions than in the checkout."""
+    print(_COLUMNS.format(*_OTHER).rstrip())
+    more, counted = [], False
+    for machine in machines:
+        both = (
+            rows_of(machine, names, dtypes, folder / of, tree) for of, tree in (("this", ROOT), ("other", checkout))
+        )
+        for row, other in zip(*both, strict=True):
+            if why := row["not_counted"] or other["not_counted"]:
+                print(f"{machine:<9}{row['instruction_set']:<12}not counted: {why}", flush=True)
+                continue
+            case = [str(row[key]) for key in ("machine", "instruction_set", "dtype", "kernel")]
+            here, there = (str(each["instructions_per_element"]) for each in (row, other))
+            ratio, counted = float(here) / float(there), True
+            print(_COLUMNS.format(*case, here, there, f"{ratio:.3f}", "").rstrip(), flush=True)
+            if ratio > SLOWER:
+                more.append(f"  {', '.join(case)}: {ratio:.3f}")
+    if not counted:
+        raise BenchError("nothing was counted")
+    percent = f"{SLOWER - 1:.0%}"
+    if not more:
+        return f"Nothing takes over {percent} more instructions than in {checkout}."
+    return "\n".join([f"Over {percent} more instructions than in {checkout}:", *more])
+
+
 def _positive(text: str) -> float:
     try:
         if 0 < (number := float(text)) < float("inf"):
@@ -453,25 +363,35 @@ def main(argv: list[str] | None = None) -> None:
     add("--per-cycle", type=_positive, default=PER_CYCLE, metavar="N", help=f"default {PER_CYCLE}, as of a Zen 3")
     add("--ghz", type=_positive, default=GHZ, metavar="F", help=f"the clock (default {GHZ})")
     add("--build", type=Path, metavar="FOLDER", help="keep the build in a folder, and use what is there of it")
-    add("--out", type=Path, default=RESULTS, metavar="CSV", help=f"default {os.path.relpath(RESULTS)}")
+    add("--against", type=Path, metavar="CHECKOUT", help="count the kernels of another checkout of this project too")
+    add("--out", type=Path, metavar="CSV", help=f"default {os.path.relpath(RESULTS)}")
     args = parser.parse_args(argv)
+    if args.against and not (args.against / "csrc" / "cpu").is_dir():
+        parser.error(f"--against: {args.against} is no checkout, it has no csrc/cpu")
+    if args.against and args.out:
+        parser.error(f"--out {args.out}: with --against nothing is written")
+    out = args.out or RESULTS
     times, rows = rows_in(TIMES), []
-    print(_COLUMNS.format(*_HEADER))
     try:
         with tempfile.TemporaryDirectory() as scratch:
+            folder = args.build or Path(scratch)
+            if args.against:
+                print(compare(args.machines, args.only, args.dtypes, folder, args.against))
+                return
+            print(_COLUMNS.format(*_HEADER))
             for machine in args.machines:
-                for row in rows_of(machine, args.only, args.dtypes, args.build or Path(scratch)):
+                for row in rows_of(machine, args.only, args.dtypes, folder):
                     print(_line(row, times, args.per_cycle, args.ghz), flush=True)
                     rows.append(row)
         if all(row["not_counted"] for row in rows):
             raise BenchError("nothing was counted")
-        write_csv(merged(rows_in(args.out), rows), args.out)
+        write_csv(merged(rows_in(out), rows), out)
     except (BenchError, OSError) as error:
         raise SystemExit(f"bench.instructions: {error}") from error
     except KeyboardInterrupt:
         print("\nInterrupted. Nothing was written.")
         raise SystemExit(130) from None
-    print(f"Written: {args.out}. `python -m bench.report` shows it in docs/benchmarks.md.")
+    print(f"Written: {out}. `python -m bench.report` shows it in docs/benchmarks.md.")
 
 
 if __name__ == "__main__":

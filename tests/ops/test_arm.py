@@ -9,7 +9,7 @@ import subprocess
 import cuda_host
 import pytest
 import torch
-from bench import instructions
+from bench import counters, instructions
 from cpu_host_cases import cases_of
 from cuda_host import DTYPES
 from host_cases import wrong_outputs
@@ -48,7 +48,7 @@ def test_kernels_are_the_reference(build, isa, dtype):
 def test_what_is_counted_is_right(build):
     """The cases of bench.instructions, with chunks of sums as long as its."""
     cases = list(itertools.chain(*instructions.cases(torch.bfloat16, instructions.COUNTS[0]).values()))
-    command = (*build("cpu_host"), "neon", str(instructions.CHUNK_BLOCKS))
+    command = (*build("cpu_host"), "neon", str(counters.CHUNK_BLOCKS))
     for case, result in zip(cases, cuda_host.run(command, cases), strict=True):
         assert not (wrong := wrong_outputs(case, result)), (wrong, case.op, case.bits, case.ste, case.channels)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench import bounds, instructions, kernels, report
+from bench import bounds, counters, instructions, kernels, report
 from bench.bounds import Bound
 from bench.promises import PROMISES
 
@@ -98,22 +98,23 @@ def machines(monkeypatch):
     """One that counts, but for one of its sets, and one that does not."""
 
     class Counts(instructions.Machine):
-        def build(self, folder):
-            return Path("program")
+        def build(self, folder, sources):
+            return Path("program" if sources == instructions.ROOT else "other program")
 
         def versions(self):
             return {"compiler": "g++ 12", "counter": "an emulator"}
 
-        def per_element(self, program, isa, kernel, dtype):
-            if isa == "avx512":
-                raise instructions.NotCounted("too new")
-            return dtype.itemsize * 1.25
+    def per_element(machine, program, isa, kernel, dtype):
+        if isa == "avx512":
+            raise instructions.NotCounted("too new")
+        return dtype.itemsize * (1.25 if program.name == "program" or kernel == "copy" else 1.0)
 
     machines = {
         "x86_64": Counts(("avx2", "avx512"), ("amx",), (), lambda *_: None),
         "aarch64": replace(instructions.MACHINES["aarch64"], tools=("no-such-compiler",)),
     }
     monkeypatch.setattr(instructions, "MACHINES", machines)
+    monkeypatch.setattr(instructions, "per_element", per_element)
     return machines
 
 
@@ -166,7 +167,7 @@ def test_what_is_not_counted_again_stays(machines, tmp_path, monkeypatch):
     out = tmp_path / "instructions.csv"
     first = counted("--only", "copy", "forward, 2 bits")
     assert first["avx512", ""]["not_counted"] == "too new" and first["neon", ""]["not_counted"]
-    monkeypatch.setattr(type(machines["x86_64"]), "per_element", lambda *_: 7.0)
+    monkeypatch.setattr(instructions, "per_element", lambda *_: 7.0)
     second = counted("--machines", "x86_64", "--only", "copy")
     assert second["avx2", "copy"]["instructions_per_element"] == second["avx512", "copy"][
         "instructions_per_element"
@@ -191,16 +192,51 @@ def test_a_wrong_output_is_no_count():
         return 1, bytes(4 * instructions.COUNTS[0])
 
     with pytest.raises(instructions.BenchError, match="'copy': y differs from the reference"):
-        replace(instructions.MACHINES["x86_64"], count=zeros).per_element(
-            Path("program"), "avx2", "copy", torch.float32
-        )
+        machine = replace(instructions.MACHINES["x86_64"], count=zeros)
+        instructions.per_element(machine, Path("program"), "avx2", "copy", torch.float32)
 
 
-@pytest.mark.parametrize("arguments", [["--ghz", "0"], ["--per-cycle", "many"], ["--only", "nothing"]])
+def test_another_checkout_is_counted_too(machines, tmp_path, capsys):
+    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
+    command = ["--only", "copy", "forward, 2 bits", "--dtypes", "float32", "--against", str(tmp_path)]
+    instructions.main(command)
+    shown = capsys.readouterr().out
+    assert [line.split()[-3:] for line in shown.splitlines() if " float32 " in line] == [
+        ["5", "5", "1.000"], ["5", "4", "1.250"]
+    ]  # fmt: skip
+    assert "avx512      not counted: too new" in shown and "aarch64  neon        not counted: no no-such" in shown
+    assert shown.endswith(
+        f"Over 2% more instructions than in {tmp_path}:\n  x86_64, avx2, float32, forward, 2 bits: 1.250\n"
+    )
+    instructions.main([*command[:2], *command[3:]])
+    assert capsys.readouterr().out.endswith(f"Nothing takes over 2% more instructions than in {tmp_path}.\n")
+    with pytest.raises(SystemExit, match="nothing was counted"):
+        instructions.main([*command, "--machines", "aarch64"])
+
+
+def test_the_kernels_of_another_checkout_are_built_in_this_program(tmp_path):
+    other = tmp_path / "other"
+    (other / "csrc").mkdir(parents=True)
+    for _ in range(2):  # what an earlier run left is replaced
+        made = counters._with_kernels_of(other, tmp_path / "sources")
+        assert (made / "csrc").resolve() == other / "csrc"
+        assert (made / "CMakeLists.txt").resolve() == instructions.ROOT / "CMakeLists.txt"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--ghz", "0"],
+        ["--per-cycle", "many"],
+        ["--only", "nothing"],
+        ["--against", "nowhere"],
+        ["--against", str(instructions.ROOT), "--out", "counts.csv"],
+    ],
+)
 def test_bad_options_are_refused(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         instructions.main(arguments)
-    assert arguments[1] in capsys.readouterr().err
+    assert arguments[-1] in capsys.readouterr().err
 
 
 def test_help_helps(capsys):
