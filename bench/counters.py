@@ -103,7 +103,7 @@ class Machine:
                 folder.mkdir(parents=True, exist_ok=True)
                 sources = _with_kernels_of(sources, folder / "sources")
             cuda_host.configure(sources, folder / "build", "-O3 -DNDEBUG -w", **self.settings)
-            return cuda_host.build(folder / "build", "cpu_host")
+            return cuda_host.build(folder / "build", "cpu_host", "--parallel")
         except cuda_host.HostRunnerError as error:
             raise BenchError(f"the kernels could not be built:\n{error}") from error
 

@@ -137,9 +137,9 @@ def configure(source: Path, build: Path, flags: str, **more: str) -> None:
     _check(["cmake", "-S", source, "-B", build, *(f"-D{name}={value}" for name, value in settings.items())])
 
 
-def build(build: Path, program: str) -> Path:
+def build(build: Path, program: str, *options: str) -> Path:
     """The program, made anew where its sources have changed."""
-    _check(["cmake", "--build", build, "--target", program])
+    _check(["cmake", "--build", build, "--target", program, *options])
     return build / program
 
 
