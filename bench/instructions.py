@@ -271,11 +271,13 @@ def rows_of(
 
 
 def merged(old: list[Row], new: list[Row]) -> list[Row]:
-    """The old rows, with what was counted again in their places, and what was not there before. That a set is not
-    counted is said only of sets without counts."""
+    """The old rows, with what was counted again in their places, and what was not there before; by instruction set.
+    That a set is not counted is said only of sets without counts."""
     rows = {_key(row): row for row in (*old, *new)}
     counted = {_set(row) for row in rows.values() if row["kernel"]}
-    return [row for row in rows.values() if row["kernel"] or _set(row) not in counted]
+    sets = [(name, isa) for name, machine in MACHINES.items() for isa in (*machine.sets, *machine.layer_sets)]
+    kept = [row for row in rows.values() if row["kernel"] or _set(row) not in counted]
+    return sorted(kept, key=lambda row: sets.index(_set(row)))
 
 
 def _set(row: Row) -> tuple[object, ...]:

@@ -50,7 +50,8 @@ _INSTRUCTIONS = """\
 ## Arithmetic or memory
 
 Instructions that a CPU executes for an element, counted by an emulator (`python -m bench.instructions`): no times. An
-instruction on a vector is one; stores are those into the caches. `default` is plain C++.
+instruction on a vector is one, though many cores execute half as many of 512 bits in a cycle as of 256; stores are
+those into the caches. `default` is plain C++.
 
 """
 _LAYER_INSTRUCTIONS = f"""\
