@@ -277,7 +277,7 @@ def merged(old: list[Row], new: list[Row]) -> list[Row]:
     counted = {_set(row) for row in rows.values() if row["kernel"]}
     sets = [(name, isa) for name, machine in MACHINES.items() for isa in (*machine.sets, *machine.layer_sets)]
     kept = [row for row in rows.values() if row["kernel"] or _set(row) not in counted]
-    return sorted(kept, key=lambda row: sets.index(_set(row)))
+    return sorted(kept, key=lambda row: sets.index(_set(row)) if _set(row) in sets else len(sets))
 
 
 def _set(row: Row) -> tuple[object, ...]:
