@@ -9,10 +9,13 @@ import torch
 from cuda_host import MASKS, ROUNDINGS, Case
 from host_cases import (
     alpha_tensor,
+    backward_case,
     backward_cases,
     backward_from_slopes_cases,
+    dequantize_case,
     dequantize_cases,
     forward_case,
+    make_grad,
     make_x,
 )
 from host_cases_signed import given_cases, group_cases, hadamard_cases
@@ -73,11 +76,34 @@ def forward_cases(dtype):
         yield forward_case(x, alpha_tensor([0.3], dtype), bits, rounding, MASKS[n % len(MASKS)], n % 2 == 0)
 
 
+def level_cases(dtype):
+    """Codes enough for a table of levels, many of which are ties in bfloat16."""
+    for n, bits in enumerate((1, 2, 4, 8)):
+        alpha = alpha_tensor([257 / 2048], dtype)
+        codes = reference.qrelu_codes(
+            make_x(dtype, alpha.item(), bits, "ceil", 64 * 65 + 37, n), alpha, bits, "ceil", None
+        )
+        yield dequantize_case(codes, alpha, bits, (64 * 65 + 37,), dtype, None)
+
+
+def column_cases(dtype):
+    """Gradients of alphas that are innermost, in whole blocks. In every third channel dy is infinite where it adds
+    nothing."""
+    for n, (rule, channels) in enumerate(itertools.product(("exact", "three_valued"), (64, 192))):
+        alpha = alpha_tensor([(0.3, 0.5, 1.7)[i % 3] for i in range(channels)], dtype)
+        x = make_x(dtype, 0.5, 2, "ceil", 19 * channels, n)
+        dy = make_grad(dtype, x.numel(), n).view(19, channels)
+        dy[:, ::3] = dy[:, ::3].masked_fill(x.view(19, channels)[:, ::3] <= 0, torch.inf)
+        yield backward_case(x, dy.flatten(), alpha, 2, "clipped_relu", "ceil", rule, shape=(19, channels, 1))
+
+
 @functools.cache
 def cases_of(dtype):
     return [
         *forward_cases(dtype),
         *channel_cases(dtype),
+        *level_cases(dtype),
+        *column_cases(dtype),
         *dequantize_cases(dtype, SIZES[1:]),
         *backward_from_slopes_cases(dtype, SIZES[1:]),
         *backward_cases(dtype, SIZES[2:], (1, 2, 5), ROUNDINGS[:1]),
